@@ -1,0 +1,113 @@
+"""What one InternVL 2.5 model is, as numbers: the frozen nouns that every other part reads.
+
+Knows nothing about files: `config_reader` builds these from a checkpoint's `config.json`, `bundle` stores them in a manifest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# torch.nn.LayerNorm's default, which the original `mlp1` uses; the towers carry their own eps in the configuration.
+PROJECTOR_NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """An InternViT tower. `norm_type` is "layer_norm" (with bias) or "rms_norm" (without)."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    image_size: int
+    patch_size: int
+    norm_type: str
+    layer_norm_eps: float
+    qkv_bias: bool
+    qk_normalization: bool
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side of a tile."""
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding; `scaling` is "none", "linear" or "dynamic" (NTK) with its `factor`."""
+
+    theta: float
+    scaling: str = "none"
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A Qwen2, InternLM2 or Llama-style text model. `architecture` is only ever used to look up tensor names."""
+
+    architecture: str
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    rope: RopeConfig
+    qkv_bias: bool
+    output_bias: bool
+    tie_word_embeddings: bool
+
+    @property
+    def num_query_groups(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.num_attention_heads // self.num_key_value_heads
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole model: vision tower, pixel shuffle and projector, decoder, and the prompt template's name.
+
+    `layout` is "remote" (the published `internvl_chat` files) or "native" (transformers' own `internvl`).
+    `select_layer` counts as in the original: -1 is the output of the last block.
+    """
+
+    layout: str
+    vision: VisionConfig
+    decoder: DecoderConfig
+    downsample_ratio: float
+    ps_version: str
+    select_layer: int
+    template: str
+    system_message: str | None
+    min_tiles: int
+    max_tiles: int
+    use_thumbnail: bool
+
+    @property
+    def shuffle(self) -> int:
+        """Patches merged along each side by the pixel shuffle."""
+        return round(1 / self.downsample_ratio)
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Image tokens that one tile becomes."""
+        return (self.vision.grid_size // self.shuffle) ** 2
+
+    @property
+    def vision_layers_used(self) -> int:
+        """Blocks that run: all of them for `select_layer` -1, fewer when an earlier hidden state is selected."""
+        layers = self.vision.num_hidden_layers
+        return layers + 1 + self.select_layer if self.select_layer < 0 else self.select_layer
+
+    @property
+    def projector_input_size(self) -> int:
+        """Channels of one token after the pixel shuffle."""
+        return self.vision.hidden_size * self.shuffle**2
