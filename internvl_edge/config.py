@@ -25,6 +25,7 @@ class VisionConfig:
     layer_norm_eps: float
     qkv_bias: bool
     qk_normalization: bool
+    qk_norm_eps: float
 
     @property
     def head_dim(self) -> int:

@@ -1,0 +1,144 @@
+"""The verbs graphs are written in: `linear`, `rms_norm`, `rotary`, `attention` and friends over onnx-ir.
+
+Knows ONNX operators and where weights go; knows nothing about InternVL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from .weights import Array, WeightFile
+
+OPSET = 24
+MICROSOFT = "com.microsoft"
+INT64_MAX = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Types:
+    """`weights` is how matrices are stored, `activations` what the graph computes in."""
+
+    weights: ir.DataType
+    activations: ir.DataType
+
+
+class GraphBuilder:
+    """One ONNX graph under construction; matrices go to the shared `WeightFile`, small constants into the header.
+
+    `read(name)` returns a tensor by canonical name, `shapes` says which exist.
+    """
+
+    def __init__(
+        self, name: str, types: Types, file: WeightFile, shapes: dict[str, tuple[int, ...]], read: Callable[[str], Array]
+    ) -> None:
+        self.types = types
+        self._file = file
+        self._shapes = shapes
+        self._read = read
+        self._graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name=name)
+        self._constants: dict[bytes, ir.Value] = {}
+
+    # -- inputs, outputs, constants ---------------------------------------------------------------------------------
+
+    def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+        self._graph.inputs.append(value)
+        return value
+
+    def output(self, value: ir.Value, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> None:
+        value.name = name
+        value.type, value.shape = ir.TensorType(dtype), ir.Shape(shape)
+        self._graph.outputs.append(value)
+
+    def constant(self, values: Any, dtype: Any = np.int64) -> ir.Value:
+        """A small constant in the header; equal ones are shared."""
+        array = np.asarray(values, dtype)
+        key = array.tobytes() + str((array.dtype, array.shape)).encode()
+        if key not in self._constants:
+            self._constants[key] = self._initializer(ir.tensor(array, name=f"constant_{len(self._constants)}"))
+        return self._constants[key]
+
+    def model(self) -> ir.Model:
+        """The finished model."""
+        return ir.Model(self._graph, ir_version=11, producer_name="internvl-edge")
+
+    # -- weights ----------------------------------------------------------------------------------------------------
+
+    def has(self, name: str) -> bool:
+        return name in self._shapes
+
+    def matrix(self, name: str, shape: tuple[int, ...] | None = None, read: Callable[[], Array] | None = None) -> ir.Value:
+        """A weight stored as `types.weights`; by default the checkpoint's linear [out, in] as [in, out]."""
+        if shape is None:
+            shape = self._shapes[name][::-1]
+        return self._weight(name, self.types.weights, shape, read or (lambda: self._read(name).T))
+
+    def vector(self, name: str, shape: tuple[int, ...] | None = None, read: Callable[[], Array] | None = None) -> ir.Value:
+        """A bias, norm or other small weight, stored in the activations' type, so that nothing is lost."""
+        return self._weight(name, self.types.activations, shape or self._shapes[name], read or (lambda: self._read(name)))
+
+    def _weight(self, name: str, dtype: ir.DataType, shape: tuple[int, ...], read: Callable[[], Array]) -> ir.Value:
+        value = self._graph.initializers.get(name)
+        if value is None:
+            value = self._initializer(self._file.add(name, dtype, shape, read))
+        return value if dtype == self.types.activations else self.cast(value, self.types.activations)
+
+    def _initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
+        value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)  # type: ignore[arg-type]
+        self._graph.register_initializer(value)
+        return value
+
+    # -- operators --------------------------------------------------------------------------------------------------
+
+    def op(self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
+        return self.ops(op_type, *inputs, outputs=1, domain=domain, **attributes)[0]
+
+    def ops(
+        self, op_type: str, *inputs: ir.Value | None, outputs: int, domain: str = "", **attributes: Any
+    ) -> Sequence[ir.Value]:
+        node = ir.node(op_type, inputs, attributes, domain=domain, num_outputs=outputs)
+        if domain:
+            self._graph.opset_imports.setdefault(domain, 1)
+        self._graph.append(node)
+        return node.outputs
+
+    def cast(self, x: ir.Value, dtype: ir.DataType) -> ir.Value:
+        return self.op("Cast", x, to=int(dtype))
+
+    def reshape(self, x: ir.Value, shape: Sequence[int]) -> ir.Value:
+        """0 keeps a dimension, -1 takes what is left."""
+        return self.op("Reshape", x, self.constant(shape))
+
+    def slice(self, x: ir.Value, start: ir.Value, end: ir.Value, axis: int) -> ir.Value:
+        return self.op("Slice", x, start, end, self.constant([axis]))
+
+    def split(self, x: ir.Value, parts: int) -> Sequence[ir.Value]:
+        return self.ops("Split", x, outputs=parts, axis=-1, num_outputs=parts)
+
+    def linear(self, x: ir.Value, name: str) -> ir.Value:
+        """x [..., in] -> [..., out], with the bias where the checkpoint has one."""
+        y = self.op("MatMul", x, self.matrix(f"{name}.weight"))
+        return self.op("Add", y, self.vector(f"{name}.bias")) if self.has(f"{name}.bias") else y
+
+    def rms_norm(self, x: ir.Value, name: str, epsilon: float) -> ir.Value:
+        return self.op("RMSNormalization", x, self.vector(f"{name}.weight"), axis=-1, epsilon=epsilon)
+
+    def layer_norm(self, x: ir.Value, name: str, epsilon: float) -> ir.Value:
+        weight, bias = self.vector(f"{name}.weight"), self.vector(f"{name}.bias")
+        return self.op("LayerNormalization", x, weight, bias, axis=-1, epsilon=epsilon)
+
+    def silu(self, x: ir.Value) -> ir.Value:
+        return self.op("Mul", x, self.op("Sigmoid", x))
+
+    def heads(self, x: ir.Value, head_dim: int) -> ir.Value:
+        """[batch, seq, heads * head_dim] -> [batch, heads, seq, head_dim]."""
+        return self.op("Transpose", self.reshape(x, [0, 0, -1, head_dim]), perm=[0, 2, 1, 3])
+
+    def merge_heads(self, x: ir.Value, width: int) -> ir.Value:
+        """[batch, heads, seq, head_dim] -> [batch, seq, width]."""
+        return self.reshape(self.op("Transpose", x, perm=[0, 2, 1, 3]), [0, 0, width])

@@ -1,0 +1,185 @@
+"""Checkpoint -> bundle, whole or not at all: written to a temporary sibling, checked, renamed at the end."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+import onnx_ir as ir
+from tqdm import tqdm
+
+from internvl_edge import bundle
+from internvl_edge.checkpoint import Checkpoint
+from internvl_edge.errors import EdgeError
+
+from .builder import Types
+from .decoder import build_decoder
+from .tokenizer import build_tokenizer, token_ids
+from .vision import build_vision
+from .weights import NUMPY_DTYPES, WeightFile, convert_blocks
+
+DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
+_EMBED_TOKENS = "decoder.embed_tokens.weight"
+
+
+def export_bundle(
+    checkpoint: str | Path,
+    out: str | Path,
+    dtype: str = "float32",
+    activations: str = "float32",
+    *,
+    force: bool = False,
+    progress: bool = False,
+) -> Path:
+    """Export an InternVL 2.5 checkpoint folder to a bundle folder.
+
+    Args:
+        checkpoint: local folder (a hub id is resolved by the command line, see `internvl_edge.hub`).
+        out: the bundle to make.
+        dtype: how weights are stored: "float32", "float16" or "bfloat16".
+        activations: what the graphs compute in; float32 is right for CPUs.
+        force: replace an existing bundle at `out`.
+        progress: show a bar on standard error.
+
+    Returns:
+        The bundle's folder.
+
+    Raises:
+        EdgeError: the checkpoint is not usable, `out` exists, or the disk is full; nothing is left behind then.
+    """
+    for name, value in (("dtype", dtype), ("activations", activations)):
+        if value not in DTYPES:
+            raise EdgeError(f"{name} {value!r} is not one of {', '.join(DTYPES)}")
+    source, target = Checkpoint(Path(checkpoint)), Path(out)
+    with _atomic_folder(target, force) as folder:
+        _Export(source, folder, Types(DTYPES[dtype], DTYPES[activations]), progress).run(dtype, activations)
+    return target
+
+
+class _Export:
+    """One export in progress; collects the SHA-256 of what it writes."""
+
+    def __init__(self, checkpoint: Checkpoint, folder: Path, types: Types, progress: bool) -> None:
+        self._checkpoint = checkpoint
+        self._folder = folder
+        self._types = types
+        self._progress = progress
+        self._digests: dict[str, str] = {}
+
+    def run(self, dtype: str, activations: str) -> None:
+        tokenizer = build_tokenizer(self._checkpoint.folder, self._checkpoint.config)
+        (self._folder / bundle.TOKENIZER).write_bytes(tokenizer)
+        vision, decoder = WeightFile("vision.data"), WeightFile("decoder.data")
+        ir.save(build_vision(self._checkpoint, self._types, vision), self._folder / bundle.VISION)
+        for dialect, name in bundle.DECODERS.items():
+            ir.save(build_decoder(self._checkpoint, self._types, dialect, decoder), self._folder / name)
+        self._write_weights([vision, decoder])
+        manifest = bundle.Manifest(
+            model=self._checkpoint.config,
+            dtype=dtype,
+            activations=activations,
+            tokens=token_ids(tokenizer),
+            source=self._checkpoint.folder.resolve().name,
+            producer=f"internvl-edge {version('internvl-edge')}",
+            files={path.name: self._entry(path) for path in sorted(self._folder.iterdir())},
+        )
+        manifest.write(self._folder)
+
+    def _write_weights(self, files: list[WeightFile]) -> None:
+        item = NUMPY_DTYPES[self._types.weights]
+        table = self._checkpoint.shapes[_EMBED_TOKENS]
+        total = sum(file.size for file in files) + item.itemsize * int(np.prod(table))
+        free = shutil.disk_usage(self._folder).free
+        if total > free:
+            raise EdgeError(
+                f"the bundle needs {total / 1e9:.2f} GB, {self._folder.parent} has {free / 1e9:.2f} GB free; "
+                "make room, choose another disk or a 16-bit --dtype"
+            )
+        bar = tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=not self._progress, leave=False)
+        with bar:
+            for file in files:
+                self._digests[file.name] = file.write(self._folder, bar.update)
+            self._digests[bundle.EMBEDDINGS] = self._write_embeddings(bar.update)
+
+    def _write_embeddings(self, progress: Callable[[int], object]) -> str:
+        digest = hashlib.sha256()
+        table, dtype = self._checkpoint.tensor(_EMBED_TOKENS), NUMPY_DTYPES[self._types.weights]
+        with (self._folder / bundle.EMBEDDINGS).open("wb") as file:
+            for block in convert_blocks(_EMBED_TOKENS, table, dtype, table.shape):
+                data = memoryview(block.view(np.uint8)).cast("B")
+                file.write(data)
+                digest.update(data)
+                progress(len(data))
+        return digest.hexdigest()
+
+    def _entry(self, path: Path) -> dict[str, int | str]:
+        return {"bytes": path.stat().st_size, "sha256": self._digests.get(path.name) or bundle.sha256(path)}
+
+
+@contextmanager
+def _atomic_folder(target: Path, force: bool) -> Iterator[Path]:
+    """A temporary sibling that becomes `target` on success and disappears on any failure, a termination signal included."""
+    if target.exists() and not force:
+        raise EdgeError(f"{target} exists; choose another --output or pass --force to replace it")
+    if target.exists() and not (target / bundle.MANIFEST).is_file() and any(target.iterdir() if target.is_dir() else [target]):
+        raise EdgeError(f"{target} is not a bundle, so --force does not replace it; choose another --output")
+    with _catch_termination(), _readable_disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+        try:
+            yield folder
+            folder.chmod(0o755)
+            _replace(folder, target)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def _replace(folder: Path, target: Path) -> None:
+    if target.exists():
+        old = folder.with_name(folder.name + ".old")
+        target.rename(old)
+        folder.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        folder.rename(target)
+
+
+@contextmanager
+def _readable_disk_errors(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise EdgeError(f"the disk of {target} is full ({os.strerror(error.errno)}); nothing was kept, make room") from None
+        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
+            raise EdgeError(f"cannot write to {target} ({os.strerror(error.errno)}); choose another --output") from None
+        raise
+
+
+@contextmanager
+def _catch_termination() -> Iterator[None]:
+    """SIGTERM cleans up like Ctrl-C does; signals can only be handled in the main thread."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        previous = signal.signal(signal.SIGTERM, stop)
+    except ValueError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,130 @@
+"""The vision graph: uint8 tiles -> image tokens. InternViT, pixel shuffle and projector (facts of the original code).
+
+    pixels [tiles, S, S, 3] uint8 -> image_embeds [tiles, tokens_per_tile, hidden]
+
+Exact algebra done at export: pixel normalisation goes into the patch embedding, its bias into the position embedding, layer
+scale into `proj` and `fc2`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from internvl_edge.checkpoint import Checkpoint
+from internvl_edge.config import PROJECTOR_NORM_EPS, ModelConfig
+
+from .builder import GraphBuilder, Types
+from .weights import Array, WeightFile
+
+# ImageNet statistics of the original transform, in units of pixel / 255.
+PIXEL_MEAN = (0.485, 0.456, 0.406)
+PIXEL_STD = (0.229, 0.224, 0.225)
+# Pixels enter as pixel / 256: exact in float16 and bfloat16, and the folded weights keep their magnitude.
+PIXEL_SCALE = 2.0**-8
+
+
+class FoldedVision:
+    """A checkpoint's vision tensors with the algebra applied, in float64 where values change."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        layers = checkpoint.config.vision_layers_used
+        self._scale_of = {f"vision.layers.{n}.attn.proj": f"vision.layers.{n}.ls1" for n in range(layers)}
+        self._scale_of |= {f"vision.layers.{n}.mlp.fc2": f"vision.layers.{n}.ls2" for n in range(layers)}
+
+    def read(self, name: str) -> Array:
+        """One tensor by canonical name; rows of `proj` and `fc2` come multiplied by their layer scale."""
+        array = self._checkpoint.tensor(name)
+        scale = self._scale_of.get(name.rpartition(".")[0])
+        if scale is None:
+            return array
+        factor = self._checkpoint.tensor(scale).astype(np.float64)
+        return array.astype(np.float64) * (factor[:, None] if array.ndim == 2 else factor)
+
+    def patch_weight(self) -> Array:
+        """[patch * patch * 3, hidden] for flattened (row, column, channel) patches of pixel * PIXEL_SCALE."""
+        weight = self._kernel() / (np.array(PIXEL_STD)[:, None, None] * 255 * PIXEL_SCALE)
+        return weight.transpose(2, 3, 1, 0).reshape(-1, weight.shape[0])
+
+    def patch_positions(self) -> Array:
+        """[1, patches, hidden]: position embedding + convolution bias - what the subtracted mean contributes."""
+        offset = np.einsum("ocij,c->o", self._kernel(), np.array(PIXEL_MEAN) / np.array(PIXEL_STD))
+        return self._double("vision.position_embedding")[:, 1:] + self._double("vision.patch_embedding.bias") - offset
+
+    def class_token(self) -> Array:
+        """[1, 1, hidden]: class embedding with its position."""
+        return self._double("vision.class_embedding") + self._double("vision.position_embedding")[:, :1]
+
+    def _kernel(self) -> Array:
+        return self._double("vision.patch_embedding.weight")
+
+    def _double(self, name: str) -> Array:
+        return self._checkpoint.tensor(name).astype(np.float64)
+
+
+def build_vision(checkpoint: Checkpoint, types: Types, file: WeightFile) -> ir.Model:
+    """The vision model of a checkpoint; weights are placed in `file`."""
+    config = checkpoint.config
+    folded = FoldedVision(checkpoint)
+    g = GraphBuilder("vision", types, file, checkpoint.shapes, folded.read)
+    size = config.vision.image_size
+    pixels = g.input("pixels", ir.DataType.UINT8, ["tiles", size, size, 3])
+    x = _embed(g, config, folded, pixels)
+    for n in range(config.vision_layers_used):
+        x = _block(g, config, x, f"vision.layers.{n}")
+    embeds = _project(g, config, _pixel_shuffle(g, config, x))
+    g.output(embeds, "image_embeds", types.activations, ["tiles", config.tokens_per_tile, config.decoder.hidden_size])
+    return g.model()
+
+
+def _embed(g: GraphBuilder, config: ModelConfig, folded: FoldedVision, pixels: ir.Value) -> ir.Value:
+    """Patches in row-major order, class token first. A convolution whose stride is its kernel is one matrix product."""
+    vision = config.vision
+    grid, patch, hidden = vision.grid_size, vision.patch_size, vision.hidden_size
+    patches = g.reshape(pixels, [0, grid, patch, grid, patch, 3])
+    patches = g.reshape(g.op("Transpose", patches, perm=[0, 1, 3, 2, 4, 5]), [0, grid * grid, patch * patch * 3])
+    scale = g.cast(g.constant(PIXEL_SCALE, np.float32), g.types.activations)
+    x = g.op("Mul", g.cast(patches, g.types.activations), scale)
+    weight = g.matrix("vision.patch_embedding.folded", (patch * patch * 3, hidden), folded.patch_weight)
+    positions = g.vector("vision.position_embedding.folded", (1, grid * grid, hidden), folded.patch_positions)
+    x = g.op("Add", g.op("MatMul", x, weight), positions)
+    token = g.vector("vision.class_embedding.folded", (1, 1, hidden), folded.class_token)
+    tiles = g.op("Shape", pixels, start=0, end=1)
+    token = g.op("Expand", token, g.op("Concat", tiles, g.constant([1, hidden]), axis=0))
+    return g.op("Concat", token, x, axis=1)
+
+
+def _norm(g: GraphBuilder, config: ModelConfig, x: ir.Value, name: str) -> ir.Value:
+    norm = g.layer_norm if config.vision.norm_type == "layer_norm" else g.rms_norm
+    return norm(x, name, config.vision.layer_norm_eps)
+
+
+def _block(g: GraphBuilder, config: ModelConfig, x: ir.Value, block: str) -> ir.Value:
+    vision = config.vision
+    q, k, v = g.split(g.linear(_norm(g, config, x, f"{block}.norm1"), f"{block}.attn.qkv"), 3)
+    if vision.qk_normalization:  # over all heads together, before they are split
+        q = g.rms_norm(q, f"{block}.attn.q_norm", vision.qk_norm_eps)
+        k = g.rms_norm(k, f"{block}.attn.k_norm", vision.qk_norm_eps)
+    heads = vision.num_attention_heads
+    attended = g.op("Attention", q, k, v, q_num_heads=heads, kv_num_heads=heads)
+    x = g.op("Add", x, g.linear(attended, f"{block}.attn.proj"))
+    hidden = g.op("Gelu", g.linear(_norm(g, config, x, f"{block}.norm2"), f"{block}.mlp.fc1"))
+    return g.op("Add", x, g.linear(hidden, f"{block}.mlp.fc2"))
+
+
+def _pixel_shuffle(g: GraphBuilder, config: ModelConfig, x: ir.Value) -> ir.Value:
+    """Drop the class token and merge r x r neighbours: channels [x(ri, rj), x(ri, rj+1), ..., x(ri+r-1, rj+r-1)].
+
+    Version 1 of the original lacks its last transposition: tokens come column by column.
+    """
+    r, grid, hidden = config.shuffle, config.vision.grid_size, config.vision.hidden_size
+    x = g.slice(x, g.constant([1]), g.constant([grid * grid + 1]), axis=1)
+    x = g.reshape(x, [0, grid // r, r, grid // r, r, hidden])
+    perm = [0, 1, 3, 2, 4, 5] if config.ps_version == "v2" else [0, 3, 1, 2, 4, 5]
+    return g.reshape(g.op("Transpose", x, perm=perm), [0, config.tokens_per_tile, config.projector_input_size])
+
+
+def _project(g: GraphBuilder, config: ModelConfig, x: ir.Value) -> ir.Value:
+    x = g.layer_norm(x, "projector.norm", PROJECTOR_NORM_EPS)
+    return g.linear(g.op("Gelu", g.linear(x, "projector.fc1")), "projector.fc2")

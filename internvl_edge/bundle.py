@@ -1,0 +1,163 @@
+"""The bundle: one folder with graphs, weights, tokenizer and a manifest that says what they are.
+
+`Bundle.open` checks everything a device can check before it loads a byte of weights: format version, presence, sizes, and the
+SHA-256 of every file. A file whose hash was once verified is recognised by size and time stamp and not read again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .config import DecoderConfig, ModelConfig, RopeConfig, VisionConfig
+from .errors import BundleError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+VISION = "vision.onnx"
+# One decoder header per dialect; all share one weights file.
+DECODERS = {"standard": "decoder.onnx", "onnxruntime": "decoder.onnxruntime.onnx"}
+EMBEDDINGS = "embeddings.bin"
+TOKENIZER = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a bundle says of itself.
+
+    Attributes:
+        model: the configuration the graphs were built from.
+        dtype: how weights and the token table are stored: "float32", "float16" or "bfloat16".
+        activations: what the graphs compute in.
+        tokens: ids by role: "image" (the placeholder each image token replaces) and "stop" (end of an answer).
+        source: the checkpoint's folder name, for people.
+        files: name -> {"bytes", "sha256"}.
+    """
+
+    model: ModelConfig
+    dtype: str
+    activations: str
+    tokens: dict[str, int]
+    source: str
+    producer: str
+    files: dict[str, dict[str, Any]]
+
+    def write(self, folder: Path) -> None:
+        """Write `manifest.json`, the file that makes a folder a bundle."""
+        values = {"format_version": FORMAT_VERSION, **asdict(self)}
+        (folder / MANIFEST).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def read(folder: Path) -> Manifest:
+        """Raises BundleError when there is no manifest, or one this version cannot read."""
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise BundleError(f"{folder} is not a bundle: no {MANIFEST} in it; make one with internvl-edge export CHECKPOINT -o DIR")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            version = values.pop("format_version")
+            if version > FORMAT_VERSION:
+                raise BundleError(
+                    f"{folder} has bundle format {version}, this version reads up to {FORMAT_VERSION}; update internvl-edge"
+                )
+            model = values.pop("model")
+            vision, decoder = VisionConfig(**model.pop("vision")), model.pop("decoder")
+            rope = RopeConfig(**decoder.pop("rope"))
+            config = ModelConfig(vision=vision, decoder=DecoderConfig(rope=rope, **decoder), **model)
+            return Manifest(model=config, **values)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BundleError(f"{path} is damaged ({error}); export the bundle again") from None
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened, verified bundle."""
+
+    folder: Path
+    manifest: Manifest
+
+    @staticmethod
+    def open(folder: Path) -> Bundle:
+        """Read the manifest and verify every file.
+
+        Raises:
+            BundleError: not a bundle, newer format, or a file that is missing or changed (named).
+        """
+        manifest = Manifest.read(folder)
+        _verify(folder, manifest)
+        return Bundle(folder, manifest)
+
+    def path(self, name: str) -> Path:
+        """The full path of one of the bundle's files."""
+        return self.folder / name
+
+    def embeddings(self) -> np.ndarray[Any, Any]:
+        """The token table [vocab, hidden], mapped from its file; bfloat16 comes as its uint16 bits."""
+        decoder = self.manifest.model.decoder
+        stored = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}[self.manifest.dtype]
+        return np.memmap(self.path(EMBEDDINGS), stored, "r", shape=(decoder.vocab_size, decoder.hidden_size))
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _verify(folder: Path, manifest: Manifest) -> None:
+    stamps = _read_stamps()
+    unknown = []
+    for name, entry in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise BundleError(f"{folder}: {name} is missing; copy or export the bundle again")
+        if path.stat().st_size != entry["bytes"]:
+            raise BundleError(
+                f"{folder}: {name} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}; copy or export it again"
+            )
+        if stamps.get(_stamp(path)) != entry["sha256"]:
+            unknown.append(name)
+    if not unknown:
+        return
+    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
+        digests = dict(zip(unknown, pool.map(lambda name: sha256(folder / name), unknown), strict=True))
+    for name, digest in digests.items():
+        if digest != manifest.files[name]["sha256"]:
+            raise BundleError(f"{folder}: {name} was changed (its SHA-256 is not the manifest's); copy or export it again")
+    _write_stamps(stamps | {_stamp(folder / name): digest for name, digest in digests.items()})
+
+
+def _stamp_file() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "internvl-edge" / "verified.json"
+
+
+def _stamp(path: Path) -> str:
+    status = path.stat()
+    return f"{path.resolve()}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
+
+
+def _read_stamps() -> dict[str, str]:
+    try:
+        values = json.loads(_stamp_file().read_text(encoding="utf-8"))
+        return values if isinstance(values, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _write_stamps(stamps: dict[str, str]) -> None:
+    """Remember verified files; a device without a writable cache just verifies every time."""
+    path = _stamp_file()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(dict(list(stamps.items())[-512:])), encoding="utf-8")
+        temporary.replace(path)
+    except OSError:
+        pass

@@ -1,0 +1,130 @@
+"""A checkpoint folder as canonical tensors: strict about what is there, lazy about reading it.
+
+Every stored tensor is either used or named in an error, and so is every tensor that is missing or has another shape.
+Nothing here executes code that comes with a checkpoint.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import layouts
+from .config import ModelConfig
+from .config_reader import read_config
+from .errors import CheckpointError
+from .tensor_files import StoredTensor, open_tensor_files
+
+FLOATS = ("F32", "F16", "BF16")
+
+
+class Checkpoint:
+    """An InternVL 2.5 checkpoint in either layout.
+
+    Attributes:
+        folder: where it lies.
+        config: what its `config.json` says.
+        shapes: canonical tensor name -> shape, all tensors of the model.
+
+    Raises:
+        CheckpointError: from the constructor, when files, configuration and tensors do not fit together.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config: ModelConfig = read_config(folder)
+        if not layouts.supported(self.config):
+            raise CheckpointError(f"{self.config.decoder.architecture} does not exist in the native layout")
+        self._stored = _canonical_prefixes(open_tensor_files(folder), self.config)
+        self.shapes = layouts.tensor_shapes(self.config)
+        self._sources = {name: self._source(name) for name in self.shapes}
+        self._check()
+
+    def tensor(self, name: str) -> np.ndarray[Any, Any]:
+        """One tensor by canonical name in its stored dtype (float32, float16 or bfloat16), shape as in `shapes`.
+
+        A view of the mapped file where the layout allows it; joined or cut out of a fused tensor otherwise.
+        """
+        source = self._sources[name]
+        arrays = [self._stored[stored].read() for stored in source.names]
+        array = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+        if source.part is not None:
+            array = self._part_of_fused(array, source.part)
+        return array.reshape(self.shapes[name])
+
+    def has(self, name: str) -> bool:
+        """Whether the model has this tensor (biases and norms differ between variants)."""
+        return name in self.shapes
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights in the model."""
+        return sum(int(np.prod(shape)) for shape in self.shapes.values())
+
+    def stored_dtypes(self) -> dict[str, int]:
+        """How many stored tensors have each dtype, most frequent first."""
+        kinds = [tensor.dtype for tensor in self._stored.values()]
+        return {kind: kinds.count(kind) for kind in sorted(set(kinds), key=kinds.count, reverse=True)}
+
+    def _source(self, name: str) -> layouts.Source:
+        source = layouts.tensor_source(self.config, name)
+        tied = name == "decoder.lm_head.weight" and self.config.decoder.tie_word_embeddings
+        if tied and source.names[0] not in self._stored:
+            return layouts.tensor_source(self.config, "decoder.embed_tokens.weight")
+        return source
+
+    def _part_of_fused(self, array: np.ndarray[Any, Any], part: str) -> np.ndarray[Any, Any]:
+        """Rows of one part of a fused wqkv: [kv heads, G queries + key + value, head_dim, ...]."""
+        decoder = self.config.decoder
+        groups = decoder.num_query_groups
+        heads = array.reshape(decoder.num_key_value_heads, groups + 2, decoder.head_dim, *array.shape[1:])
+        rows = {"query": slice(groups), "key": slice(groups, groups + 1), "value": slice(groups + 1, None)}[part]
+        return heads[:, rows]
+
+    def _stored_shape(self, name: str) -> tuple[tuple[str, ...], list[tuple[int, ...]]]:
+        """The stored names behind a canonical tensor and the shape each must have."""
+        source, shape = self._sources[name], self.shapes[name]
+        if source.part is not None:
+            decoder = self.config.decoder
+            heads = decoder.num_attention_heads + 2 * decoder.num_key_value_heads
+            return source.names, [(heads * decoder.head_dim, *shape[1:])]
+        return source.names, [(shape[0] // len(source.names), *shape[1:])] * len(source.names)
+
+    def _check(self) -> None:
+        used = set()
+        for name in self.shapes:
+            for stored, shape in zip(*self._stored_shape(name), strict=True):
+                self._check_one(stored, shape)
+                used.add(stored)
+        unexpected = [n for n in self._stored if n not in used and not layouts.LEFTOVERS.search(n)]
+        if unexpected:
+            more = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
+            raise CheckpointError(
+                f"{self.folder}: unexpected tensor {unexpected[0]}{more}; config.json describes a model without it"
+            )
+
+    def _check_one(self, stored: str, shape: tuple[int, ...]) -> None:
+        tensor = self._stored.get(stored)
+        if tensor is None:
+            raise CheckpointError(f"{self.folder}: tensor {stored} is missing; config.json needs it, download it again")
+        if tensor.shape != shape:
+            raise CheckpointError(
+                f"{self.folder}: tensor {stored} has the shape {list(tensor.shape)}, config.json needs {list(shape)}"
+            )
+        if tensor.dtype not in FLOATS:
+            raise CheckpointError(f"{self.folder}: tensor {stored} has dtype {tensor.dtype}, expected {', '.join(FLOATS)}")
+
+
+def _canonical_prefixes(stored: dict[str, StoredTensor], config: ModelConfig) -> dict[str, StoredTensor]:
+    if config.layout != "native" or not any(name.startswith("model.") for name in stored):
+        return stored
+
+    def rename(name: str) -> str:
+        for written, table in layouts.NATIVE_PREFIXES:
+            if name.startswith(written):
+                return table + name.removeprefix(written)
+        return name
+
+    return {rename(name): tensor for name, tensor in stored.items()}

@@ -1,0 +1,1 @@
+"""Statistics and weights -> a quantised checkpoint."""

@@ -1,0 +1,1 @@
+"""Bundle -> answers, on a device: no torch, no export, no quantisation."""

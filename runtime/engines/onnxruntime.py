@@ -1,0 +1,176 @@
+"""The ONNX Runtime engine: CPU by default, CUDA when asked.
+
+The KV cache is one fixed buffer per layer, bound as both `past` and `present`, so a step writes only its own positions.
+Untouched pages of the cache cost no memory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from internvl_edge import bundle
+from internvl_edge.bundle import Bundle
+from internvl_edge.errors import EngineError
+
+from ..rope import RotaryAngles
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+# Prompt tokens per step: bounds memory, and skips the upper triangle of the attention scores.
+PREFILL_CHUNK = 256
+# Tiles are encoded together while one layer's attention scores stay below this many bytes.
+_SCORES_BYTES = 64 << 20
+
+
+class OnnxRuntimeEngine:
+    """Runs a bundle's `vision.onnx` and one of its decoder graphs (see `Engine` for the protocol).
+
+    Args:
+        opened: the bundle.
+        device: "cpu" or "cuda".
+        dialect: decoder graph, "onnxruntime" (default) or "standard".
+        capacity: tokens in the KV cache.
+        threads: CPU threads; all available cores by default.
+
+    Raises:
+        EngineError: ONNX Runtime is missing or broken, or has no provider for the device.
+    """
+
+    def __init__(
+        self, opened: Bundle, *, device: str = "cpu", dialect: str = "onnxruntime", capacity: int, threads: int | None = None
+    ) -> None:
+        self._ort = _import_onnxruntime(device)
+        if dialect not in bundle.DECODERS:
+            raise EngineError(f"dialect {dialect!r} is not one of {', '.join(bundle.DECODERS)}")
+        if opened.manifest.activations == "bfloat16":
+            raise EngineError("this bundle computes in bfloat16, which ONNX Runtime does not; export with --activations float32")
+        model = opened.manifest.model
+        self._device = device
+        self._decoder = model.decoder
+        self._angles = RotaryAngles(model.decoder)
+        self._dtype = np.dtype(opened.manifest.activations)
+        self._capacity = capacity
+        self._length = 0
+        self._vision = self._session(opened, bundle.VISION, threads)
+        self._text = self._session(opened, bundle.DECODERS[dialect], threads)
+        vision = model.vision
+        scores = 4 * vision.num_attention_heads * (vision.grid_size**2 + 1) ** 2
+        self._tiles_at_once = max(1, _SCORES_BYTES // scores)
+        self._cache = {name: self._allocate_cache() for name in self._cache_names()}
+        self._logits = self._value(np.zeros((1, 1, model.decoder.vocab_size), np.float32))
+        self._step = _Step(self, count=1)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit the cache."""
+        return self._capacity
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache."""
+        return self._length
+
+    def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Tiles [tiles, S, S, 3] -> image tokens [tiles, tokens_per_tile, hidden]; tiles are independent of each other."""
+        parts = [
+            self._vision.run(None, {"pixels": pixels[start : start + self._tiles_at_once]})[0]
+            for start in range(0, len(pixels), self._tiles_at_once)
+        ]
+        return np.concatenate(parts).astype(np.float32, copy=False)
+
+    def prefill(self, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Append a prompt [seq, hidden], in chunks; logits [vocab] after its last token."""
+        total = self._length + len(embeds)
+        for start in range(0, len(embeds), PREFILL_CHUNK):
+            chunk = embeds[start : start + PREFILL_CHUNK]
+            _Step(self, len(chunk)).run(chunk, total)
+        return self._last_logits()
+
+    def decode(self, embed: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Append one token [hidden]; logits [vocab] after it, valid until the next call."""
+        self._step.run(embed[None], self._length + 1)
+        return self._last_logits()
+
+    def reset(self, length: int = 0) -> None:
+        """Forget everything from position `length` on; what lies there is overwritten later and masked until then."""
+        self._length = min(length, self._length)
+
+    def _last_logits(self) -> NDArray[np.float32]:
+        logits: NDArray[np.float32] = self._logits.numpy()[0, 0]
+        return logits
+
+    def _session(self, opened: Bundle, name: str, threads: int | None) -> Any:
+        options = self._ort.SessionOptions()
+        options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+        options.log_severity_level = 3
+        try:
+            return self._ort.InferenceSession(str(opened.path(name)), options, providers=[PROVIDERS[self._device]])
+        except Exception as error:  # onnxruntime raises its own kinds, all derived from Exception
+            raise EngineError(f"ONNX Runtime cannot load {opened.path(name)}: {str(error).splitlines()[0]}") from None
+
+    def _cache_names(self) -> Iterable[str]:
+        return (f"{layer}.{kind}" for layer in range(self._decoder.num_hidden_layers) for kind in ("key", "value"))
+
+    def _allocate_cache(self) -> Any:
+        shape = (1, self._decoder.num_key_value_heads, self._capacity, self._decoder.head_dim)
+        return self._value(np.zeros(shape, self._dtype))
+
+    def _value(self, array: NDArray[Any]) -> Any:
+        return self._ort.OrtValue.ortvalue_from_numpy(array, self._device, 0)
+
+
+class _Step:
+    """Bindings for `count` tokens at once; the arrays behind them are filled anew for each run."""
+
+    def __init__(self, engine: OnnxRuntimeEngine, count: int) -> None:
+        decoder = engine._decoder
+        self._engine = engine
+        self._count = count
+        self._arrays = {
+            "inputs_embeds": np.empty((1, count, decoder.hidden_size), engine._dtype),
+            "cos": np.empty((1, count, decoder.head_dim // 2), engine._dtype),
+            "sin": np.empty((1, count, decoder.head_dim // 2), engine._dtype),
+            "past_length": np.zeros(1, np.int64),
+            "logits_to_keep": np.ones(1, np.int64),
+        }
+        self._binding = engine._text.io_binding()
+        self._bind_fixed()
+
+    def run(self, embeds: NDArray[np.float32], total: int) -> None:
+        """Compute tokens [count, hidden] as positions length .. of a sequence of `total` tokens."""
+        engine, arrays = self._engine, self._arrays
+        cos, sin = engine._angles.at(engine.length, self._count, total)
+        arrays["inputs_embeds"][0], arrays["cos"][0], arrays["sin"][0] = embeds, cos, sin
+        arrays["past_length"][0] = engine.length
+        for name, array in arrays.items():
+            self._binding.bind_cpu_input(name, array)
+        engine._text.run_with_iobinding(self._binding)
+        engine._length += self._count
+
+    def _bind_fixed(self) -> None:
+        for name, value in self._engine._cache.items():
+            self._binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+            self._binding.bind_ortvalue_output(f"present.{name}", value)
+        self._binding.bind_ortvalue_output("logits", self._engine._logits)
+
+
+def _import_onnxruntime(device: str) -> Any:
+    try:
+        import onnxruntime
+    except ImportError:
+        raise EngineError("onnxruntime is not installed: pip install 'internvl-edge[cpu]' (or [gpu] for CUDA)") from None
+    if not hasattr(onnxruntime, "get_available_providers"):
+        raise EngineError(
+            "the onnxruntime installation is damaged (onnxruntime and onnxruntime-gpu overwrite each other): "
+            "uninstall both, then install one"
+        )
+    if PROVIDERS.get(device) not in onnxruntime.get_available_providers():
+        raise EngineError(
+            f"device {device!r} is not available in ONNX Runtime {onnxruntime.__version__} here "
+            f"(providers: {', '.join(onnxruntime.get_available_providers())}); for cuda install 'internvl-edge[gpu]'"
+        )
+    return onnxruntime

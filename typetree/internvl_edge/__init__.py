@@ -1,0 +1,1 @@
+../../internvl_edge/__init__.py

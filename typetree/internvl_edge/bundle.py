@@ -1,0 +1,1 @@
+../../internvl_edge/bundle.py
