@@ -27,6 +27,9 @@ IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
 PROJECTOR_EPS = 1e-5
 
+# On tensors this small, threads cost more at their barriers than they save: one is about five times as fast.
+torch.set_num_threads(1)
+
 # Every layout is renamed to: remote-code names for the vision tower and mlp1, Llama names for the text model.
 RENAMES = [
     (r"^model\.(?=vision_tower|multi_modal_projector|language_model)", ""),
@@ -304,23 +307,20 @@ class Reference:
         return self._rms_norm(x, "language_model.model.norm", self.numbers.rms_eps)
 
     @torch.no_grad()
-    def embed(self, ids: Sequence[int], tiles: np.ndarray | None = None, image_token_id: int | None = None) -> Tensor:
-        """Input embeddings [len(ids), hidden]: image tokens are overwritten in order by the features of `tiles`.
-
-        `image_token_id` defaults to the native config's, or to `<IMG_CONTEXT>` in added_tokens.json.
-        """
+    def embed(self, ids: Sequence[int], tiles: np.ndarray | None = None) -> Tensor:
+        """Input embeddings [len(ids), hidden]: image tokens are overwritten in order by the features of `tiles`."""
         tokens = torch.tensor(list(ids))
         x = self.weights["language_model.model.embed_tokens.weight"][tokens]
         if tiles is None or not len(tiles):
             return x
-        image_token_id = self._image_token_id() if image_token_id is None else image_token_id
         features = self.extract_feature(tiles).flatten(0, 1)
-        places = tokens == image_token_id
+        places = tokens == self.image_token_id()
         assert int(places.sum()) == len(features), f"{int(places.sum())} image tokens for {len(features)} features"
         x[places] = features
         return x
 
-    def _image_token_id(self) -> int:
+    def image_token_id(self) -> int:
+        """The native config's, or `<IMG_CONTEXT>` in added_tokens.json."""
         if self.numbers.image_token_id is not None:
             return self.numbers.image_token_id
         return int(json.loads((self.folder / "added_tokens.json").read_text(encoding="utf-8"))["<IMG_CONTEXT>"])
