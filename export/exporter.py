@@ -16,6 +16,7 @@ from types import FrameType
 
 import numpy as np
 import onnx_ir as ir
+import tokenizers
 from tqdm import tqdm
 
 from internvl_edge import bundle
@@ -24,12 +25,14 @@ from internvl_edge.errors import EdgeError
 
 from .builder import Types
 from .decoder import build_decoder
-from .tokenizer import build_tokenizer, token_ids
+from .tokenizer import build_tokenizer
 from .vision import build_vision
 from .weights import NUMPY_DTYPES, WeightFile, convert_blocks
 
 DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 _EMBED_TOKENS = "decoder.embed_tokens.weight"
+# Roles that the runtime asks for by id: what stands for an image token, and what ends an answer.
+_TOKENS = {"image": "<IMG_CONTEXT>", "stop": "<|im_end|>"}
 
 
 def export_bundle(
@@ -88,7 +91,7 @@ class _Export:
             model=self._checkpoint.config,
             dtype=dtype,
             activations=activations,
-            tokens=token_ids(tokenizer),
+            tokens=_token_ids(tokenizer),
             source=self._checkpoint.folder.resolve().name,
             producer=f"internvl-edge {version('internvl-edge')}",
             files={path.name: self._entry(path) for path in sorted(self._folder.iterdir())},
@@ -124,6 +127,11 @@ class _Export:
 
     def _entry(self, path: Path) -> dict[str, int | str]:
         return {"bytes": path.stat().st_size, "sha256": self._digests.get(path.name) or bundle.sha256(path)}
+
+
+def _token_ids(definition: bytes) -> dict[str, int]:
+    tokenizer = tokenizers.Tokenizer.from_buffer(definition)
+    return {role: int(tokenizer.token_to_id(token)) for role, token in _TOKENS.items()}
 
 
 @contextmanager

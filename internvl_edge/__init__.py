@@ -1,0 +1,32 @@
+"""InternVL 2.5 on the edge: export, calibrate, quantise, run.
+
+    from internvl_edge import InternVL
+    reply = InternVL.load("bundle/").chat("What is the total?", images=["receipt.jpg"])
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .export import export_bundle
+    from .runtime.conversation import Conversation
+    from .runtime.model import InternVL
+    from .runtime.reply import Reply
+
+__all__ = ["Conversation", "InternVL", "Reply", "export_bundle"]
+
+# Loaded on first use: a device that only runs bundles has no export packages, and `--help` should be quick.
+_HOMES = {
+    "InternVL": "runtime.model",
+    "Reply": "runtime.reply",
+    "Conversation": "runtime.conversation",
+    "export_bundle": "export",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,48 @@
+# Every target sets up what it needs. PYTHON chooses the interpreter (3.11 or newer).
+PYTHON ?= python3
+VENV := .venv
+DEMO_VENV := .venv-demo
+BIN := $(VENV)/bin
+JOBS ?= 2
+# ONNX Runtime and torch both use all cores; tests run side by side instead.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test slow lint format wheel clean help
+
+help: ## List the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+demo: $(DEMO_VENV)/ready ## Export a small checkpoint and ask it about a picture (no torch)
+	@$(DEMO_VENV)/bin/python examples/demo.py
+
+test: $(VENV)/ready ## Fast tests
+	$(BIN)/pytest -n $(JOBS) -m "not slow"
+
+slow: $(VENV)/ready ## Tests that need minutes
+	$(BIN)/pytest -n $(JOBS) -m slow
+
+lint: $(VENV)/ready ## Style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy typetree/internvl_edge
+
+format: $(VENV)/ready ## Apply the style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: $(VENV)/ready ## Build the wheel and import every module of it in a clean environment
+	.ci/check_wheel $(BIN)/python
+
+$(VENV)/ready: pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/pip install --quiet --group dev --editable ".[cpu,export,video]"
+	touch $@
+
+$(DEMO_VENV)/ready: pyproject.toml setup.py
+	$(PYTHON) -m venv $(DEMO_VENV)
+	$(DEMO_VENV)/bin/pip install --quiet --editable ".[cpu,export]"
+	touch $@
+
+clean: ## Remove environments and build products
+	rm -rf $(VENV) $(DEMO_VENV) build dist work *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

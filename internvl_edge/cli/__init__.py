@@ -1,0 +1,67 @@
+"""The command line: `internvl-edge COMMAND`. Each command is one file here; this one turns mistakes into one line each.
+
+Exit status: 0 done, 2 a mistake of the user's (one line on standard error), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+import click
+
+from ..errors import EdgeError
+
+# Command -> one-line help. Commands are imported when they are called: `run` must not pay for `export`.
+COMMANDS = {
+    "inspect": "Show what a checkpoint or a bundle is.",
+    "export": "Turn a checkpoint into a bundle of ONNX graphs.",
+    "run": "Ask a bundle one question about images.",
+    "chat": "Talk with a bundle in the terminal.",
+    "doctor": "Check this machine's installation.",
+}
+
+
+class _Commands(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"{__name__}.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="internvl-edge")
+def cli() -> None:
+    """InternVL 2.5 on the edge: export, calibrate, quantise, run."""
+
+
+def main() -> None:
+    """Entry point of the `internvl-edge` program."""
+    try:
+        status = cli.main(prog_name="internvl-edge", standalone_mode=False)
+        sys.exit(status if isinstance(status, int) else 0)
+    except EdgeError as error:
+        _fail(str(error))
+    except click.UsageError as error:
+        hint = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
+        _fail(error.format_message().rstrip(".") + hint)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _fail(message: str) -> None:
+    click.echo(f"internvl-edge: error: {' '.join(message.split())}", err=True)
+    sys.exit(2)

@@ -1,0 +1,89 @@
+"""`internvl-edge chat BUNDLE`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import click
+
+from internvl_edge.runtime.conversation import Conversation
+from internvl_edge.runtime.preprocess import load_image
+
+from ..errors import EdgeError
+from .options import answering_options, chat_options, load_model, loading_options
+
+_HELP = "/image FILE shows an image with the next question, /clear starts anew, /history shows the turns, /quit ends"
+
+
+@click.command("chat")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@loading_options
+@answering_options
+def command(bundle: Path, **values: Any) -> None:
+    """Talk with BUNDLE. Lines starting with / are commands: /image FILE, /clear, /history, /quit."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (line editing and history for input())
+    with load_model(bundle, values) as model:
+        terminal = _Terminal(Conversation(model, **chat_options(values)))
+        click.secho(_HELP, dim=True)
+        while (line := terminal.read()) is not None:
+            try:
+                terminal.handle(line)
+            except EdgeError as error:
+                click.secho(f"error: {error}", fg="red", err=True)
+
+
+class _Terminal:
+    """Lines in, answers out; a mistake in one line does not end the conversation."""
+
+    def __init__(self, conversation: Conversation) -> None:
+        self._conversation = conversation
+        self._images: list[str] = []
+
+    def read(self) -> str | None:
+        """The next line, None at the end of input."""
+        while True:
+            try:
+                line = input("> ").strip()
+            except EOFError:
+                return None
+            except KeyboardInterrupt:
+                click.echo()
+                return None
+            if line in ("/quit", "/exit"):
+                return None
+            if line:
+                return line
+
+    def handle(self, line: str) -> None:
+        """Obey a command or answer a question."""
+        name, _, argument = line.partition(" ")
+        if name == "/image":
+            load_image(argument.strip())  # found out now, not after the next question was typed
+            self._images.append(argument.strip())
+            click.secho(f"{len(self._images)} image(s) go with the next question", dim=True)
+        elif name == "/clear":
+            self._conversation.clear()
+            self._images.clear()
+            click.secho("cleared", dim=True)
+        elif name == "/history":
+            for question, answer in self._conversation.history:
+                click.echo(f"> {question}\n{answer}")
+        elif name.startswith("/"):
+            click.secho(_HELP, dim=True)
+        else:
+            self._answer(line)
+
+    def _answer(self, question: str) -> None:
+        images, self._images = self._images, []
+        try:
+            for piece in self._conversation.stream(question, *images):
+                click.echo(piece, nl=False)
+            click.echo()
+        except KeyboardInterrupt:
+            click.secho("\n(stopped; this turn is not kept)", dim=True)
+        except EdgeError:
+            self._images = images
+            raise

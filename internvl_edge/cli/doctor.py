@@ -1,0 +1,99 @@
+"""`internvl-edge doctor`: is this installation sound, and what can this machine run?"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .output import print_json, print_table, size
+
+_PACKAGES = (
+    *("internvl-edge", "numpy", "pillow", "tokenizers", "onnxruntime", "onnxruntime-gpu"),
+    *("onnx", "onnx-ir", "torch", "tensorrt", "tensorrt-rtx-cu13", "cuda-bindings", "av"),
+)
+# What the CPU engine's int8, bf16 and int4 kernels profit from.
+_CPU_FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "asimddp", "i8mm", "sve")
+
+
+@click.command("doctor")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.pass_context
+def command(ctx: click.Context, as_json: bool) -> None:
+    """Check versions, ONNX Runtime providers, memory and CPU features. Exit status 1 when something is broken."""
+    facts = {
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "cpu features": " ".join(_cpu_features()) or "unknown",
+        "memory": _memory(),
+    }
+    packages = {name: found for name in _PACKAGES if (found := _version(name))}
+    providers, problems = _onnxruntime()
+    if as_json:
+        print_json({**facts, "packages": packages, "onnxruntime providers": providers, "problems": problems})
+    else:
+        print_table([*facts.items(), *packages.items(), ("onnxruntime providers", ", ".join(providers) or "none")])
+        for problem in problems:
+            click.echo(f"problem: {problem}")
+        click.echo("no problems found" if not problems else f"{len(problems)} problem(s) found")
+    ctx.exit(1 if problems else 0)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _onnxruntime() -> tuple[list[str], list[str]]:
+    """The providers, and what is wrong with the installation."""
+    problems = []
+    if _version("onnxruntime") and _version("onnxruntime-gpu"):
+        problems.append(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other; uninstall both, then install one"
+        )
+    try:
+        runtime: Any = importlib.import_module("onnxruntime")
+        return list(runtime.get_available_providers()), problems
+    except ImportError as error:
+        problems.append(f"onnxruntime cannot be imported ({error}); pip install 'internvl-edge[cpu]'")
+    except AttributeError:
+        problems.append("the onnxruntime folder is damaged; uninstall onnxruntime and onnxruntime-gpu, then install one")
+    return [], problems
+
+
+def _proc_field(path: str, names: tuple[str, ...]) -> str:
+    """The first `name : value` of a /proc file, "" where there is none (other systems)."""
+    try:
+        for line in Path(path).read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() in names:
+                return value.strip()
+    except OSError:
+        pass
+    return ""
+
+
+def _cpu_model() -> str:
+    return _proc_field("/proc/cpuinfo", ("model name", "Model")) or platform.processor() or "unknown"
+
+
+def _cpu_features() -> list[str]:
+    present = _proc_field("/proc/cpuinfo", ("flags", "Features")).split()
+    return [flag for flag in _CPU_FLAGS if flag in present]
+
+
+def _memory() -> str:
+    fields = [_proc_field("/proc/meminfo", (name,)).split() for name in ("MemTotal", "MemAvailable")]
+    if not all(fields):
+        return "unknown"
+    total, available = (size(int(field[0]) * 1024) for field in fields)
+    return f"{total}, {available} available"

@@ -1,0 +1,79 @@
+"""`internvl-edge inspect PATH`: what a checkpoint or a bundle is, before spending time on it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..bundle import MANIFEST, Bundle
+from ..config import ModelConfig
+from ..hub import resolve_checkpoint
+from .output import print_json, print_table, size
+
+
+@click.command("inspect")
+@click.argument("path")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(path: str, as_json: bool) -> None:
+    """Show what PATH is: a checkpoint folder, a hub id or a bundle. Everything in it is checked."""
+    if (Path(path) / MANIFEST).is_file():
+        facts, config = _bundle_facts(Path(path))
+    else:
+        facts, config = _checkpoint_facts(resolve_checkpoint(path))
+    if as_json:
+        print_json({**facts, "config": asdict(config)})
+    else:
+        print_table([*facts.items(), *_config_rows(config)])
+
+
+def _bundle_facts(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
+    manifest = Bundle.open(folder).manifest
+    total = sum(entry["bytes"] for entry in manifest.files.values())
+    facts = {
+        "kind": "bundle",
+        "made from": manifest.source,
+        "made by": manifest.producer,
+        "weights": manifest.dtype,
+        "computes in": manifest.activations,
+        "size": size(total),
+    }
+    return facts, manifest.model
+
+
+def _checkpoint_facts(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
+    try:
+        from ..checkpoint import Checkpoint
+    except ImportError as error:
+        from ..errors import EdgeError
+
+        raise EdgeError(f"reading a checkpoint needs {error.name}: pip install 'internvl-edge[export]'") from None
+    checkpoint = Checkpoint(folder)
+    dtypes = ", ".join(f"{dtype} x {count}" for dtype, count in checkpoint.stored_dtypes().items())
+    facts = {
+        "kind": "checkpoint",
+        "layout": checkpoint.config.layout,
+        "parameters": f"{checkpoint.parameters / 1e9:.3f} billion",
+        "tensors": dtypes,
+    }
+    return facts, checkpoint.config
+
+
+def _config_rows(config: ModelConfig) -> list[tuple[str, object]]:
+    vision, decoder = config.vision, config.decoder
+    rope = f"theta {decoder.rope.theta:g}"
+    if decoder.rope.scaling != "none":
+        rope += f", {decoder.rope.scaling} x {decoder.rope.factor:g} beyond {decoder.max_position_embeddings} tokens"
+    cache = 2 * 4 * decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_dim
+    return [
+        ("vision", f"{vision.num_hidden_layers} layers x {vision.hidden_size}, {vision.norm_type}, {vision.image_size} px"),
+        ("tiles", f"{config.min_tiles} to {config.max_tiles}, {config.tokens_per_tile} tokens each"),
+        ("decoder", f"{decoder.architecture}, {decoder.num_hidden_layers} layers x {decoder.hidden_size}"),
+        ("heads", f"{decoder.num_attention_heads} query, {decoder.num_key_value_heads} key/value, {decoder.head_dim} wide"),
+        ("vocabulary", decoder.vocab_size),
+        ("rotary", rope),
+        ("KV cache", f"{size(cache)} per token in float32"),
+        ("template", config.template),
+    ]

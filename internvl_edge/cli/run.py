@@ -1,0 +1,65 @@
+"""`internvl-edge run BUNDLE --image A "question"`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from internvl_edge.runtime.prompt import video_question
+from internvl_edge.runtime.reply import Reply
+
+from ..errors import PromptError
+from .options import answering_options, chat_options, load_model, loading_options
+from .output import print_json
+
+
+@click.command("run")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("question")
+@click.option("--image", "images", multiple=True, help="An image file; repeat for several, in the order of <image> marks.")
+@click.option("--video", type=click.Path(path_type=Path), help="A video file, seen as frames.")
+@click.option("--frames", type=click.IntRange(min=1), default=8, show_default=True, help="Frames taken from the video.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming.")
+@loading_options
+@answering_options
+def command(
+    bundle: Path, question: str, images: tuple[str, ...], video: Path | None, frames: int, as_json: bool, **values: Any
+) -> None:
+    """Ask BUNDLE one QUESTION. Images go in front of it, or where it says <image>."""
+    sources: list[Any] = list(images)
+    if video is not None:
+        if sources:
+            raise PromptError("--video and --image cannot be combined; ask about one of them")
+        from internvl_edge.runtime.video import load_video
+
+        sources = list(load_video(video, frames))
+        question, values["max_tiles"] = video_question(question, len(sources)), (1,)
+    if not question.strip():
+        raise PromptError("the question is empty; ask something")
+    with load_model(bundle, values) as model:
+        stream = model.stream(question, sources, **chat_options(values))
+        if as_json:
+            print_json(_as_json(stream.reply))
+            return
+        for piece in stream:
+            click.echo(piece, nl=False)
+        click.echo()
+        if sys.stderr.isatty():
+            timings = stream.reply.timings
+            first, rate = timings["first_token_s"], timings["decode_tokens_per_s"]
+            click.secho(f"first token after {first:.2f} s, then {rate:.1f} tokens/s", dim=True, err=True)
+
+
+def _as_json(reply: Reply) -> dict[str, Any]:
+    return {
+        "text": reply.text,
+        "output_ids": reply.output_ids,
+        "prompt_tokens": len(reply.prompt_ids),
+        "image_tokens": reply.image_tokens,
+        "tiles": reply.tiles,
+        "finish_reason": reply.finish_reason,
+        "timings": reply.timings,
+    }

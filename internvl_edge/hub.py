@@ -1,0 +1,42 @@
+"""CHECKPOINT is a folder or a hub id; this resolves it to a folder. A local folder never touches the network."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from .errors import CheckpointError
+
+# Weights, configuration and tokenizer; never code, and never pickles other than weight shards.
+_WANTED = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "tokenizer.model"]
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def resolve_checkpoint(text: str) -> Path:
+    """The folder of a checkpoint; a hub id such as `OpenGVLab/InternVL2_5-1B` is downloaded, with progress, resumable.
+
+    Raises:
+        CheckpointError: neither a folder nor a hub id, or the download failed.
+    """
+    folder = Path(text)
+    if folder.exists():
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder} is a file, expected a checkpoint folder")
+        return folder
+    if not _HUB_ID.fullmatch(text) or text.startswith("."):
+        raise CheckpointError(f"{text} does not exist; give a checkpoint folder or a hub id like OpenGVLab/InternVL2_5-1B")
+    return _download(text)
+
+
+def _download(repo: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(repo, allow_patterns=_WANTED))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(repo, allow_patterns=[*_WANTED, "pytorch_model*.bin"]))
+        return folder
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{repo} is no folder here and could not be downloaded: {reason}") from None

@@ -1,0 +1,41 @@
+"""Image tokens of tiles seen before: a second question about the same image costs no vision time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+Encode = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
+DEFAULT_BYTES = 256 << 20
+
+
+def pixel_key(tiles: NDArray[np.uint8]) -> bytes:
+    """A digest of tiles [tiles, S, S, 3]; equal pixels, equal key."""
+    return hashlib.blake2b(tiles.tobytes(), digest_size=16).digest()
+
+
+class ImageCache:
+    """Least recently used image tokens within a bound of bytes, keyed by the pixels of the tiles."""
+
+    def __init__(self, encode: Encode, max_bytes: int = DEFAULT_BYTES) -> None:
+        self._encode = encode
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._entries: OrderedDict[bytes, NDArray[np.float32]] = OrderedDict()
+
+    def encode(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Tiles [tiles, S, S, 3] of one image -> image tokens [tiles, tokens_per_tile, hidden]."""
+        key = pixel_key(tiles)
+        if key in self._entries:
+            self._entries.move_to_end(key)
+            return self._entries[key]
+        embeds = self._encode(tiles)
+        self._entries[key] = embeds
+        self._bytes += embeds.nbytes
+        while self._bytes > self._max_bytes and self._entries:
+            self._bytes -= self._entries.popitem(last=False)[1].nbytes
+        return embeds

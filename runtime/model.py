@@ -1,0 +1,191 @@
+"""`InternVL`: a loaded bundle that answers questions about images. Joins request, engine, cache and text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Unpack
+
+import numpy as np
+from numpy.typing import NDArray
+
+from internvl_edge import bundle
+from internvl_edge.bundle import Bundle
+from internvl_edge.errors import EngineError
+
+from .engines import Engine
+from .engines.onnxruntime import OnnxRuntimeEngine
+from .generate import generate
+from .image_cache import ImageCache, pixel_key
+from .prompt import template_for
+from .reply import Reply, ReplyStream
+from .request import ChatOptions, Images, Request, RequestBuilder
+from .sampling import Sampler, Sampling
+from .session import Session, image_keys
+from .text_stream import TextStream
+from .tokenizer import Tokenizer
+
+DEVICES = ("auto", "cpu", "cuda")
+# Tokens of prompt and answer together. Pages of the KV cache that are not used cost no memory.
+DEFAULT_CONTEXT = 32768
+
+
+class InternVL:
+    """A model on a device. One request at a time; for several threads, load several."""
+
+    def __init__(self, opened: Bundle, engine: Engine) -> None:
+        manifest = opened.manifest
+        self.config = manifest.model
+        self._tokenizer = Tokenizer.from_file(opened.path(bundle.TOKENIZER))
+        template = template_for(self.config.template, self.config.system_message)
+        self._requests = RequestBuilder(
+            self.config, template, self._tokenizer, manifest.tokens["image"], capacity=engine.capacity
+        )
+        self._stop_id = manifest.tokens["stop"]
+        self._table = opened.embeddings()
+        self._images = ImageCache(engine.encode)
+        self._session = Session(engine, self.config.decoder)
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        device: str = "auto",
+        *,
+        dialect: str = "onnxruntime",
+        context: int = DEFAULT_CONTEXT,
+        threads: int | None = None,
+    ) -> InternVL:
+        """Open, verify and load a bundle.
+
+        Args:
+            folder: the bundle.
+            device: "cpu", "cuda", or "auto", which is the CPU.
+            dialect: the decoder graph that ONNX Runtime runs, "onnxruntime" (faster) or "standard".
+            context: tokens that prompt and answer may have together.
+            threads: CPU threads; default: all available cores.
+
+        Raises:
+            BundleError: the bundle is damaged or too new.
+            EngineError: the device is not available.
+        """
+        if device not in DEVICES:
+            raise EngineError(f"device {device!r} is not one of {', '.join(DEVICES)}")
+        if context < 2:
+            raise EngineError(f"a context of {context} tokens has no room for a question and an answer; give more")
+        opened = Bundle.open(Path(folder))
+        device = "cpu" if device == "auto" else device
+        return cls(opened, OnnxRuntimeEngine(opened, device=device, dialect=dialect, capacity=context, threads=threads))
+
+    def chat(self, question: str, images: Images = (), **options: Unpack[ChatOptions]) -> Reply:
+        """Answer a question.
+
+        Args:
+            question: may hold `<image>` marks; without any, images go in front of it.
+            images: paths, bytes or Pillow images, one per `<image>` mark of history and question, in order; a list of
+                images shares one mark.
+            options: see `ChatOptions`.
+
+        Raises:
+            PromptError: question, images, options and context do not fit together; raised before any work starts.
+            ImageError: an image cannot be read or exceeds a limit.
+        """
+        return self.stream(question, images, **options).reply
+
+    def stream(self, question: str, images: Images = (), **options: Unpack[ChatOptions]) -> ReplyStream:
+        """Like `chat`, as an iterator over pieces of the text; `.reply` is the finished answer.
+
+        The request is checked at once; vision and prompt are computed when the first piece is asked for.
+        """
+        request = self._requests.build(question, images, options)
+        sampling = {name: options[name] for name in Sampling.__dataclass_fields__ if name in options}  # type: ignore[literal-required]
+        return ReplyStream(self._answer(request, Sampler(Sampling(**sampling)), options.get("stop", ())))
+
+    def close(self) -> None:
+        """Release the engine; the object cannot be used afterwards."""
+        del self._session, self._images
+
+    def __enter__(self) -> InternVL:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _answer(self, request: Request, sampler: Sampler, stop: Any) -> Iterator[str | Reply]:
+        clock = _Clock()
+        image_embeds = [self._images.encode(tiles).reshape(-1, self._table.shape[1]) for tiles in request.tiles]
+        clock.lap("vision_s")
+        embeds = self._rows(request.prompt_ids)
+        if image_embeds:
+            embeds[request.is_image] = np.concatenate(image_embeds)
+        logits, computed = self._session.prefill(self._keys(request), lambda start: embeds[start:])
+        clock.lap("prefill_s")
+        output_ids: list[int] = []
+        text = TextStream(self._tokenizer, stop)
+        tokens = generate(
+            self._session.engine, logits, self._row, sampler, (self._stop_id,), request.max_new_tokens
+        )
+        try:
+            for token in tokens:
+                output_ids.append(token)
+                if piece := text.push(token):
+                    yield piece
+                if text.stopped:
+                    break
+        finally:
+            self._session.extend(output_ids)
+        if piece := text.finish():
+            yield piece
+        clock.lap("decode_s")
+        stopped = text.stopped or output_ids[-1] == self._stop_id
+        yield Reply(
+            text=text.text,
+            output_ids=output_ids,
+            prompt_ids=request.prompt_ids.tolist(),
+            image_tokens=int(request.is_image.sum()),
+            tiles=[len(tiles) for tiles in request.tiles],
+            finish_reason="stop" if stopped else "length",
+            timings=clock.timings(request.seconds, computed, len(output_ids)),
+        )
+
+    def _keys(self, request: Request) -> NDArray[np.int64]:
+        keys = request.prompt_ids.copy()
+        if request.tiles:
+            per_tile = self.config.tokens_per_tile
+            keys[request.is_image] = np.concatenate(
+                [image_keys(pixel_key(tiles), len(tiles) * per_tile) for tiles in request.tiles]
+            )
+        return keys
+
+    def _row(self, token: int) -> NDArray[np.float32]:
+        return self._rows(np.array([token]))[0]
+
+    def _rows(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Embeddings [len(ids), hidden] from the mapped token table."""
+        rows = self._table[ids]
+        if rows.dtype == np.uint16:  # bfloat16 is the upper half of float32
+            return (rows.astype(np.uint32) << 16).view(np.float32)
+        return rows.astype(np.float32)
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self._laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self._laps[name] = now - self._last
+        self._last = now
+
+    def timings(self, preprocess_s: float, prefill_tokens: int, output_tokens: int) -> dict[str, float]:
+        laps = {"preprocess_s": preprocess_s, **self._laps}
+        rates = {
+            "first_token_s": laps["preprocess_s"] + laps["vision_s"] + laps["prefill_s"],
+            "prefill_tokens": prefill_tokens,
+            "prefill_tokens_per_s": prefill_tokens / max(laps["prefill_s"], 1e-9),
+            "decode_tokens_per_s": (output_tokens - 1) / max(laps["decode_s"], 1e-9),
+        }
+        return {name: round(value, 4) for name, value in (laps | rates).items()}

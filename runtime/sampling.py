@@ -1,0 +1,88 @@
+"""Logits become a token: greedy, or temperature, top-k and top-p sampling, with a repetition penalty.
+
+The order of the steps and the meaning of each parameter are those of transformers' `generate`, which the original calls.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from internvl_edge.errors import PromptError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Attributes:
+        temperature: 0 is greedy; higher flattens the distribution.
+        top_k: keep the k most probable tokens; 0 keeps all.
+        top_p: keep the most probable tokens whose probabilities sum to at least this.
+        repetition_penalty: logits of tokens already answered are divided (positive) or multiplied (negative) by it. As in
+            the original, which generates from embeddings, tokens of the prompt do not count.
+        seed: of the random generator; None draws a new one.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        limits = (
+            ("temperature", self.temperature >= 0, "at least 0"),
+            ("top_k", self.top_k >= 0, "at least 0"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+        )
+        for name, fits, expected in limits:
+            if not fits:
+                raise PromptError(f"{name} is {getattr(self, name)}, expected {expected}")
+
+
+class Sampler:
+    """Chooses the tokens of one answer."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._sampling = sampling
+        self._random = np.random.default_rng(sampling.seed)
+        self._answered: set[int] = set()
+
+    def choose(self, logits: NDArray[np.float32]) -> int:
+        """The next token for logits [vocab], which are left unchanged."""
+        token = self._choose(self._penalised(logits))
+        self._answered.add(token)
+        return token
+
+    def _penalised(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        penalty = np.float32(self._sampling.repetition_penalty)
+        if penalty == 1 or not self._answered:
+            return logits
+        logits, tokens = logits.copy(), list(self._answered)
+        seen = logits[tokens]
+        logits[tokens] = np.where(seen > 0, seen / penalty, seen * penalty)
+        return logits
+
+    def _choose(self, logits: NDArray[np.float32]) -> int:
+        if self._sampling.temperature == 0:
+            return int(logits.argmax())
+        tokens, probabilities = self.distribution(logits)
+        return int(self._random.choice(tokens, p=probabilities))
+
+    def distribution(self, logits: NDArray[np.float32]) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+        """The tokens that may be chosen for logits [vocab], most probable first, and their probabilities."""
+        kept = min(self._sampling.top_k or len(logits), len(logits))
+        tokens = np.argpartition(-logits, kept - 1)[:kept]
+        tokens = tokens[np.argsort(-logits[tokens], kind="stable")]
+        scaled = (logits[tokens].astype(np.float64) - float(logits[tokens[0]])) / self._sampling.temperature
+        probabilities = np.exp(scaled)
+        probabilities /= probabilities.sum()
+        # Keep a token while those before it do not yet reach top_p; the first always stays.
+        before = np.cumsum(probabilities) - probabilities
+        count = int(np.searchsorted(before, self._sampling.top_p, side="left"))
+        probabilities = probabilities[: max(1, count)]
+        return tokens[: len(probabilities)], probabilities / probabilities.sum()
