@@ -34,7 +34,12 @@ class GraphBuilder:
     """
 
     def __init__(
-        self, name: str, types: Types, file: WeightFile, shapes: dict[str, tuple[int, ...]], read: Callable[[str], Array]
+        self,
+        name: str,
+        types: Types,
+        file: WeightFile,
+        shapes: dict[str, tuple[int, ...]],
+        read: Callable[[str], Array],
     ) -> None:
         self.types = types
         self._file = file
@@ -46,11 +51,13 @@ class GraphBuilder:
     # -- inputs, outputs, constants ---------------------------------------------------------------------------------
 
     def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+        """A graph input."""
         value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
         self._graph.inputs.append(value)
         return value
 
     def output(self, value: ir.Value, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> None:
+        """Make a value a graph output, under this name."""
         value.name = name
         value.type, value.shape = ir.TensorType(dtype), ir.Shape(shape)
         self._graph.outputs.append(value)
@@ -70,17 +77,24 @@ class GraphBuilder:
     # -- weights ----------------------------------------------------------------------------------------------------
 
     def has(self, name: str) -> bool:
+        """Whether the model has this tensor."""
         return name in self._shapes
 
-    def matrix(self, name: str, shape: tuple[int, ...] | None = None, read: Callable[[], Array] | None = None) -> ir.Value:
+    def matrix(
+        self, name: str, shape: tuple[int, ...] | None = None, read: Callable[[], Array] | None = None
+    ) -> ir.Value:
         """A weight stored as `types.weights`; by default the checkpoint's linear [out, in] as [in, out]."""
         if shape is None:
             shape = self._shapes[name][::-1]
         return self._weight(name, self.types.weights, shape, read or (lambda: self._read(name).T))
 
-    def vector(self, name: str, shape: tuple[int, ...] | None = None, read: Callable[[], Array] | None = None) -> ir.Value:
+    def vector(
+        self, name: str, shape: tuple[int, ...] | None = None, read: Callable[[], Array] | None = None
+    ) -> ir.Value:
         """A bias, norm or other small weight, stored in the activations' type, so that nothing is lost."""
-        return self._weight(name, self.types.activations, shape or self._shapes[name], read or (lambda: self._read(name)))
+        return self._weight(
+            name, self.types.activations, shape or self._shapes[name], read or (lambda: self._read(name))
+        )
 
     def _weight(self, name: str, dtype: ir.DataType, shape: tuple[int, ...], read: Callable[[], Array]) -> ir.Value:
         value = self._graph.initializers.get(name)
@@ -96,11 +110,13 @@ class GraphBuilder:
     # -- operators --------------------------------------------------------------------------------------------------
 
     def op(self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
+        """One node with one output."""
         return self.ops(op_type, *inputs, outputs=1, domain=domain, **attributes)[0]
 
     def ops(
         self, op_type: str, *inputs: ir.Value | None, outputs: int, domain: str = "", **attributes: Any
     ) -> Sequence[ir.Value]:
+        """One node with several outputs."""
         node = ir.node(op_type, inputs, attributes, domain=domain, num_outputs=outputs)
         if domain:
             self._graph.opset_imports.setdefault(domain, 1)
@@ -108,6 +124,7 @@ class GraphBuilder:
         return node.outputs
 
     def cast(self, x: ir.Value, dtype: ir.DataType) -> ir.Value:
+        """Change the element type."""
         return self.op("Cast", x, to=int(dtype))
 
     def reshape(self, x: ir.Value, shape: Sequence[int]) -> ir.Value:
@@ -115,9 +132,11 @@ class GraphBuilder:
         return self.op("Reshape", x, self.constant(shape))
 
     def slice(self, x: ir.Value, start: ir.Value, end: ir.Value, axis: int) -> ir.Value:
+        """x[start:end] along one axis; `start` and `end` are [1] int64."""
         return self.op("Slice", x, start, end, self.constant([axis]))
 
     def split(self, x: ir.Value, parts: int) -> Sequence[ir.Value]:
+        """Equal parts of the last axis."""
         return self.ops("Split", x, outputs=parts, axis=-1, num_outputs=parts)
 
     def linear(self, x: ir.Value, name: str) -> ir.Value:
@@ -126,13 +145,16 @@ class GraphBuilder:
         return self.op("Add", y, self.vector(f"{name}.bias")) if self.has(f"{name}.bias") else y
 
     def rms_norm(self, x: ir.Value, name: str, epsilon: float) -> ir.Value:
+        """Root mean square normalisation over the last axis."""
         return self.op("RMSNormalization", x, self.vector(f"{name}.weight"), axis=-1, epsilon=epsilon)
 
     def layer_norm(self, x: ir.Value, name: str, epsilon: float) -> ir.Value:
+        """Layer normalisation over the last axis."""
         weight, bias = self.vector(f"{name}.weight"), self.vector(f"{name}.bias")
         return self.op("LayerNormalization", x, weight, bias, axis=-1, epsilon=epsilon)
 
     def silu(self, x: ir.Value) -> ir.Value:
+        """x * sigmoid(x)."""
         return self.op("Mul", x, self.op("Sigmoid", x))
 
     def heads(self, x: ir.Value, head_dim: int) -> ir.Value:

@@ -4,12 +4,13 @@
     logits_to_keep [1] int64, past_key_values.N.{key,value} [batch, kv_heads, capacity, head_dim]
     -> logits [batch, kept, vocab] float32, present.N.{key,value}
 
-`past_length` counts the tokens already in the cache; rows are not padded. The cache has a fixed capacity and is written in
-place: bind each `present` to its `past`. Rotary angles come from the host, so the graph has no length limit and dynamic NTK
-needs no state in it.
+`past_length` counts the tokens already in the cache; rows are not padded. The cache has a fixed capacity and is written
+in
+place: bind each `present` to its `past`. Rotary angles come from the host, so the graph has no length limit and dynamic
+NTK needs no state in it.
 
-`standard` uses ONNX operators alone, in the form that TensorRT takes: TensorScatter into the cache, Slice to the used part,
-single-output Attention with an explicit mask. `onnxruntime` uses GroupQueryAttention over the shared cache.
+`standard` uses ONNX operators alone, in the form that TensorRT takes: TensorScatter into the cache, Slice to the used
+part, single-output Attention with an explicit mask. `onnxruntime` uses GroupQueryAttention over the shared cache.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def build_decoder(checkpoint: Checkpoint, types: Types, dialect: Dialect, file: 
     decoder = checkpoint.config.decoder
     g = GraphBuilder("decoder", types, file, checkpoint.shapes, checkpoint.tensor)
     x = g.input("inputs_embeds", types.activations, ["batch", "seq", decoder.hidden_size])
-    half = ["batch", "seq", decoder.head_dim // 2]
+    half: list[int | str] = ["batch", "seq", decoder.head_dim // 2]
     cos, sin = g.input("cos", types.activations, half), g.input("sin", types.activations, half)
     past_length = g.input("past_length", ir.DataType.INT64, ["batch"])
     keep = g.input("logits_to_keep", ir.DataType.INT64, [1])

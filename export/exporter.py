@@ -131,15 +131,20 @@ class _Export:
 
 def _token_ids(definition: bytes) -> dict[str, int]:
     tokenizer = tokenizers.Tokenizer.from_buffer(definition)
-    return {role: int(tokenizer.token_to_id(token)) for role, token in _TOKENS.items()}
+    ids = {role: tokenizer.token_to_id(token) for role, token in _TOKENS.items()}
+    return {role: number for role, number in ids.items() if number is not None}  # `build_tokenizer` has checked them
 
 
 @contextmanager
 def _atomic_folder(target: Path, force: bool) -> Iterator[Path]:
-    """A temporary sibling that becomes `target` on success and disappears on any failure, a termination signal included."""
+    """A temporary sibling that becomes `target` on success and disappears on failure, SIGTERM included."""
     if target.exists() and not force:
         raise EdgeError(f"{target} exists; choose another --output or pass --force to replace it")
-    if target.exists() and not (target / bundle.MANIFEST).is_file() and any(target.iterdir() if target.is_dir() else [target]):
+    if (
+        target.exists()
+        and not (target / bundle.MANIFEST).is_file()
+        and any(target.iterdir() if target.is_dir() else [target])
+    ):
         raise EdgeError(f"{target} is not a bundle, so --force does not replace it; choose another --output")
     with _catch_termination(), _readable_disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -169,7 +174,9 @@ def _readable_disk_errors(target: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise EdgeError(f"the disk of {target} is full ({os.strerror(error.errno)}); nothing was kept, make room") from None
+            raise EdgeError(
+                f"the disk of {target} is full ({os.strerror(error.errno)}); nothing was kept, make room"
+            ) from None
         if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
             raise EdgeError(f"cannot write to {target} ({os.strerror(error.errno)}); choose another --output") from None
         raise

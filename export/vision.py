@@ -2,8 +2,8 @@
 
     pixels [tiles, S, S, 3] uint8 -> image_embeds [tiles, tokens_per_tile, hidden]
 
-Exact algebra done at export: pixel normalisation goes into the patch embedding, its bias into the position embedding, layer
-scale into `proj` and `fc2`.
+Exact algebra done at export: pixel normalisation goes into the patch embedding, its bias into the position embedding,
+layer scale into `proj` and `fc2`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class FoldedVision:
         return self._double("vision.patch_embedding.weight")
 
     def _double(self, name: str) -> Array:
-        return self._checkpoint.tensor(name).astype(np.float64)
+        return np.asarray(self._checkpoint.tensor(name), np.float64)
 
 
 def build_vision(checkpoint: Checkpoint, types: Types, file: WeightFile) -> ir.Model:

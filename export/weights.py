@@ -1,7 +1,7 @@
 """One external-data file for the weights of several graphs, written one tensor at a time.
 
-A tensor's place in the file follows from its shape and type alone, so graphs are built before any weight is read, and two
-graphs that ask for the same name share the bytes. Memory: one tensor's block, never a whole model.
+A tensor's place in the file follows from its shape and type alone, so graphs are built before any weight is read, and
+two graphs that ask for the same name share the bytes. Memory: one tensor's block, never a whole model.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class WeightFile:
         self.size = 0
         self._entries: dict[str, _Entry] = {}
 
-    def add(self, name: str, dtype: ir.DataType, shape: tuple[int, ...], read: Callable[[], Array]) -> ir.ExternalTensor:
+    def add(
+        self, name: str, dtype: ir.DataType, shape: tuple[int, ...], read: Callable[[], Array]
+    ) -> ir.ExternalTensor:
         """Reserve a place for a tensor; `read` is called when it is written and may return any float dtype.
 
         Asking again for the same name returns the same place.
@@ -97,7 +99,9 @@ def convert_blocks(name: str, array: Array, dtype: np.dtype[Any], shape: tuple[i
         if not np.isfinite(block).all():
             source = rows[start : start + step].astype(np.float64)
             found = "NaN or infinity" if not np.isfinite(source).all() else f"{np.abs(source).max():.3g}"
-            raise CheckpointError(f"tensor {name} holds {found}, which {dtype.name} cannot represent; try another --dtype")
+            raise CheckpointError(
+                f"tensor {name} holds {found}, which {dtype.name} cannot represent; try another --dtype"
+            )
         yield block
 
 

@@ -1,7 +1,7 @@
 """InternVL 2.5 on the edge: export, calibrate, quantise, run.
 
-    from internvl_edge import InternVL
-    reply = InternVL.load("bundle/").chat("What is the total?", images=["receipt.jpg"])
+from internvl_edge import InternVL
+reply = InternVL.load("bundle/").chat("What is the total?", images=["receipt.jpg"])
 """
 
 from __future__ import annotations

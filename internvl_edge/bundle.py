@@ -1,7 +1,8 @@
 """The bundle: one folder with graphs, weights, tokenizer and a manifest that says what they are.
 
-`Bundle.open` checks everything a device can check before it loads a byte of weights: format version, presence, sizes, and the
-SHA-256 of every file. A file whose hash was once verified is recognised by size and time stamp and not read again.
+`Bundle.open` checks everything a device can check before it loads a byte of weights: format version, presence, sizes,
+and the SHA-256 of every file. A file whose hash was once verified is recognised by size and time stamp and not read
+again.
 """
 
 from __future__ import annotations
@@ -59,13 +60,15 @@ class Manifest:
         """Raises BundleError when there is no manifest, or one this version cannot read."""
         path = folder / MANIFEST
         if not path.is_file():
-            raise BundleError(f"{folder} is not a bundle: no {MANIFEST} in it; make one with internvl-edge export CHECKPOINT -o DIR")
+            raise BundleError(
+                f"{folder} is not a bundle: no {MANIFEST} in it; make one with internvl-edge export CHECKPOINT -o DIR"
+            )
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             version = values.pop("format_version")
             if version > FORMAT_VERSION:
                 raise BundleError(
-                    f"{folder} has bundle format {version}, this version reads up to {FORMAT_VERSION}; update internvl-edge"
+                    f"{folder} has bundle format {version}, this version reads {FORMAT_VERSION}; update internvl-edge"
                 )
             model = values.pop("model")
             vision, decoder = VisionConfig(**model.pop("vision")), model.pop("decoder")
@@ -120,7 +123,7 @@ def _verify(folder: Path, manifest: Manifest) -> None:
             raise BundleError(f"{folder}: {name} is missing; copy or export the bundle again")
         if path.stat().st_size != entry["bytes"]:
             raise BundleError(
-                f"{folder}: {name} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}; copy or export it again"
+                f"{folder}: {name} has {path.stat().st_size} bytes, not {entry['bytes']}; copy or export it again"
             )
         if stamps.get(_stamp(path)) != entry["sha256"]:
             unknown.append(name)
@@ -130,7 +133,9 @@ def _verify(folder: Path, manifest: Manifest) -> None:
         digests = dict(zip(unknown, pool.map(lambda name: sha256(folder / name), unknown), strict=True))
     for name, digest in digests.items():
         if digest != manifest.files[name]["sha256"]:
-            raise BundleError(f"{folder}: {name} was changed (its SHA-256 is not the manifest's); copy or export it again")
+            raise BundleError(
+                f"{folder}: {name} was changed (its SHA-256 is not the manifest's); copy or export it again"
+            )
     _write_stamps(stamps | {_stamp(folder / name): digest for name, digest in digests.items()})
 
 

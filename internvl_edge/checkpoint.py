@@ -114,7 +114,9 @@ class Checkpoint:
                 f"{self.folder}: tensor {stored} has the shape {list(tensor.shape)}, config.json needs {list(shape)}"
             )
         if tensor.dtype not in FLOATS:
-            raise CheckpointError(f"{self.folder}: tensor {stored} has dtype {tensor.dtype}, expected {', '.join(FLOATS)}")
+            raise CheckpointError(
+                f"{self.folder}: tensor {stored} has dtype {tensor.dtype}, expected {', '.join(FLOATS)}"
+            )
 
 
 def _canonical_prefixes(stored: dict[str, StoredTensor], config: ModelConfig) -> dict[str, StoredTensor]:

@@ -1,6 +1,7 @@
 """What one InternVL 2.5 model is, as numbers: the frozen nouns that every other part reads.
 
-Knows nothing about files: `config_reader` builds these from a checkpoint's `config.json`, `bundle` stores them in a manifest.
+Knows nothing about files: `config_reader` builds these from a checkpoint's `config.json`, `bundle` stores them in a
+manifest.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Reads `config.json` of either published layout into a `ModelConfig`.
 
-The only file that knows how configurations are spelled. Nothing is taken from class defaults (the published files and the
-class defaults of the original code disagree), and a value this project does not implement is an error that names the field.
+The only file that knows how configurations are spelled. Nothing is taken from class defaults (the published files and
+the class defaults of the original code disagree), and a value this project does not implement is an error that names
+the field.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Fields:
         return self.values.get(name) is not None
 
     def section(self, name: str) -> Fields:
+        """A nested object, which must be there."""
         value = self.values.get(name)
         if not isinstance(value, dict):
             raise CheckpointError(f"config.json: {self.path}{name} is missing; is this an InternVL 2.5 checkpoint?")
@@ -49,12 +51,14 @@ class Fields:
         return value
 
     def flag(self, name: str, default: bool | None = None) -> bool:
+        """A field that must be true or false."""
         value = self.values.get(name, default)
         if not isinstance(value, bool):
             raise CheckpointError(f"config.json: {self.path}{name} is {value!r}, expected true or false")
         return value
 
     def choice(self, name: str, allowed: Iterable[str], default: str | None = None) -> str:
+        """A field that must be one of the supported values."""
         value = self.values.get(name, default)
         if value not in (options := tuple(allowed)):
             raise CheckpointError(f"config.json: {self.path}{name} is {value!r}, supported: {', '.join(options)}")
@@ -69,7 +73,9 @@ def read_config(folder: Path) -> ModelConfig:
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise CheckpointError(f"{folder} is not a checkpoint: no config.json in it; give a folder or hub id of InternVL 2.5")
+        raise CheckpointError(
+            f"{folder} is not a checkpoint: no config.json in it; give a folder or hub id of InternVL 2.5"
+        )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -81,7 +87,9 @@ def read_config(folder: Path) -> ModelConfig:
     elif layout == "internvl":
         config = _native(fields)
     else:
-        raise CheckpointError(f"config.json: model_type is {layout!r}, expected internvl_chat or internvl (InternVL 2.5)")
+        raise CheckpointError(
+            f"config.json: model_type is {layout!r}, expected internvl_chat or internvl (InternVL 2.5)"
+        )
     _check(config)
     return config
 

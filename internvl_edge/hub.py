@@ -24,7 +24,9 @@ def resolve_checkpoint(text: str) -> Path:
             raise CheckpointError(f"{folder} is a file, expected a checkpoint folder")
         return folder
     if not _HUB_ID.fullmatch(text) or text.startswith("."):
-        raise CheckpointError(f"{text} does not exist; give a checkpoint folder or a hub id like OpenGVLab/InternVL2_5-1B")
+        raise CheckpointError(
+            f"{text} does not exist; give a checkpoint folder or a hub id like OpenGVLab/InternVL2_5-1B"
+        )
     return _download(text)
 
 

@@ -1,8 +1,8 @@
 """Which tensors a model has, and what each checkpoint layout calls them. Data, and the lookup over it.
 
 Canonical names are those of the original vision tower below `vision.`, and of transformers' Qwen2 below `decoder.`:
-`vision.layers.0.attn.qkv.weight`, `projector.fc1.bias`, `decoder.layers.0.self_attn.q_proj.weight`, `decoder.lm_head.weight`.
-In the tables `#` stands for the layer's number; `.weight` and `.bias` are carried over.
+`vision.layers.0.attn.qkv.weight`, `projector.fc1.bias`, `decoder.layers.0.self_attn.q_proj.weight`,
+`decoder.lm_head.weight`. In the tables `#` stands for the layer's number; `.weight` and `.bias` are carried over.
 """
 
 from __future__ import annotations
@@ -135,17 +135,22 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return _vision_shapes(config.vision) | _projector_shapes(config) | _decoder_shapes(config.decoder)
 
 
-def _linear(name: str, out: int, inputs: int, bias: bool) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": (out, inputs)} | ({f"{name}.bias": (out,)} if bias else {})
+_Shapes = dict[str, tuple[int, ...]]
 
 
-def _norm(name: str, size: int, bias: bool) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": (size,)} | ({f"{name}.bias": (size,)} if bias else {})
+def _linear(name: str, out: int, inputs: int, bias: bool) -> _Shapes:
+    shapes: _Shapes = {f"{name}.weight": (out, inputs)}
+    return shapes | {f"{name}.bias": (out,)} if bias else shapes
 
 
-def _vision_shapes(vision: VisionConfig) -> dict[str, tuple[int, ...]]:
+def _norm(name: str, size: int, bias: bool) -> _Shapes:
+    shapes: _Shapes = {f"{name}.weight": (size,)}
+    return shapes | {f"{name}.bias": (size,)} if bias else shapes
+
+
+def _vision_shapes(vision: VisionConfig) -> _Shapes:
     hidden, patch = vision.hidden_size, vision.patch_size
-    shapes: dict[str, tuple[int, ...]] = {
+    shapes: _Shapes = {
         "vision.class_embedding": (1, 1, hidden),
         "vision.position_embedding": (1, vision.grid_size**2 + 1, hidden),
         "vision.patch_embedding.weight": (hidden, 3, patch, patch),
@@ -158,14 +163,16 @@ def _vision_shapes(vision: VisionConfig) -> dict[str, tuple[int, ...]]:
         shapes |= _linear(block + "attn.qkv", 3 * hidden, hidden, vision.qkv_bias)
         shapes |= _linear(block + "attn.proj", hidden, hidden, bias=True)
         if vision.qk_normalization:
-            shapes |= _norm(block + "attn.q_norm", hidden, bias=False) | _norm(block + "attn.k_norm", hidden, bias=False)
+            shapes |= _norm(block + "attn.q_norm", hidden, bias=False) | _norm(
+                block + "attn.k_norm", hidden, bias=False
+            )
         shapes |= _linear(block + "mlp.fc1", vision.intermediate_size, hidden, bias=True)
         shapes |= _linear(block + "mlp.fc2", hidden, vision.intermediate_size, bias=True)
         shapes |= {block + "ls1": (hidden,), block + "ls2": (hidden,)}
     return shapes
 
 
-def _projector_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def _projector_shapes(config: ModelConfig) -> _Shapes:
     hidden = config.decoder.hidden_size
     return (
         _norm("projector.norm", config.projector_input_size, bias=True)
@@ -174,11 +181,11 @@ def _projector_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     )
 
 
-def _decoder_shapes(decoder: DecoderConfig) -> dict[str, tuple[int, ...]]:
+def _decoder_shapes(decoder: DecoderConfig) -> _Shapes:
     hidden, intermediate = decoder.hidden_size, decoder.intermediate_size
     query = decoder.num_attention_heads * decoder.head_dim
     key_value = decoder.num_key_value_heads * decoder.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"decoder.embed_tokens.weight": (decoder.vocab_size, hidden)}
+    shapes: _Shapes = {"decoder.embed_tokens.weight": (decoder.vocab_size, hidden)}
     for n in range(decoder.num_hidden_layers):
         block = f"decoder.layers.{n}."
         shapes |= _norm(block + "input_layernorm", hidden, bias=False)

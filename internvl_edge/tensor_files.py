@@ -1,6 +1,7 @@
 """The weight files of a checkpoint folder as named, memory-mapped arrays: safetensors, or `.bin` without unpickling.
 
-Knows files and bytes only, nothing about models. Arrays are views of the mapped files; nothing is read until it is used.
+Knows files and bytes only, nothing about models. Arrays are views of the mapped files; nothing is read until it is
+used.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def open_tensor_files(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor in the folder's weight files, safetensors preferred over `.bin`, one file or sharded.
 
     Raises:
-        CheckpointError: no weight file, a shard that is missing, truncated or not what its header says, a name stored twice.
+        CheckpointError: no weight file, a shard that is missing, truncated or not what its header says, a name stored
+        twice.
     """
     for stem, reader in (("model.safetensors", _read_safetensors), ("pytorch_model.bin", _read_bin)):
         index = folder / f"{stem}.index.json"
@@ -52,7 +54,9 @@ def open_tensor_files(folder: Path) -> dict[str, StoredTensor]:
             return _read_shards(index, reader)
         if (folder / stem).is_file():
             return reader(folder / stem)
-    raise CheckpointError(f"{folder} has no model.safetensors or pytorch_model.bin (nor their .index.json); is it complete?")
+    raise CheckpointError(
+        f"{folder} has no model.safetensors or pytorch_model.bin (nor their .index.json); is it complete?"
+    )
 
 
 def _read_shards(index: Path, reader: Callable[[Path], dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
@@ -65,14 +69,18 @@ def _read_shards(index: Path, reader: Callable[[Path], dict[str, StoredTensor]])
     for shard in shards:
         path = index.parent / shard
         if Path(shard).name != shard or not path.is_file():
-            raise CheckpointError(f"{index.name} names the shard {shard}, which is not in {index.parent}; download it again")
+            raise CheckpointError(
+                f"{index.name} names the shard {shard}, which is not in {index.parent}; download it again"
+            )
         for name, tensor in reader(path).items():
             if name in tensors:
                 raise CheckpointError(f"tensor {name} is stored twice, in {tensors[name].file} and in {shard}")
             tensors[name] = tensor
     for name, shard in weight_map.items():
         if name not in tensors:
-            raise CheckpointError(f"{index.name} promises tensor {name} in {shard}, which does not hold it; download it again")
+            raise CheckpointError(
+                f"{index.name} promises tensor {name} in {shard}, which does not hold it; download it again"
+            )
     return tensors
 
 
@@ -86,7 +94,12 @@ def _read_safetensors(path: Path) -> dict[str, StoredTensor]:
         try:
             header = json.loads(file.read(header_bytes))
             entries = {
-                name: (str(e["dtype"]), tuple(int(n) for n in e["shape"]), int(e["data_offsets"][0]), int(e["data_offsets"][1]))
+                name: (
+                    str(e["dtype"]),
+                    tuple(int(n) for n in e["shape"]),
+                    int(e["data_offsets"][0]),
+                    int(e["data_offsets"][1]),
+                )
                 for name, e in header.items()
                 if name != "__metadata__"
             }

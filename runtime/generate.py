@@ -1,4 +1,4 @@
-"""The decoding loop: logits in, tokens out. Knows tokens, sampling and the cache; knows nothing about text or images."""
+"""The decoding loop: logits in, tokens out. Knows tokens, sampling and the cache, and nothing about text or images."""
 
 from __future__ import annotations
 

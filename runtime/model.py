@@ -110,7 +110,9 @@ class InternVL:
     def __enter__(self) -> InternVL:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _answer(self, request: Request, sampler: Sampler, stop: Any) -> Iterator[str | Reply]:
@@ -124,9 +126,7 @@ class InternVL:
         clock.lap("prefill_s")
         output_ids: list[int] = []
         text = TextStream(self._tokenizer, stop)
-        tokens = generate(
-            self._session.engine, logits, self._row, sampler, (self._stop_id,), request.max_new_tokens
-        )
+        tokens = generate(self._session.engine, logits, self._row, sampler, (self._stop_id,), request.max_new_tokens)
         try:
             for token in tokens:
                 output_ids.append(token)
@@ -166,8 +166,8 @@ class InternVL:
         """Embeddings [len(ids), hidden] from the mapped token table."""
         rows = self._table[ids]
         if rows.dtype == np.uint16:  # bfloat16 is the upper half of float32
-            return (rows.astype(np.uint32) << 16).view(np.float32)
-        return rows.astype(np.float32)
+            rows = (rows.astype(np.uint32) << 16).view(np.float32)
+        return np.asarray(rows, np.float32)
 
 
 class _Clock:

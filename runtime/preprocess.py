@@ -154,9 +154,7 @@ def _open(stream: BinaryIO, name: str) -> Image.Image:
     raise ImageError(f"{name} {found}; give one of {', '.join(FORMATS)}")
 
 
-def _decode(
-    image: Image.Image, name: str, exif: bool, max_pixels: int, max_aspect_ratio: float
-) -> Image.Image:
+def _decode(image: Image.Image, name: str, exif: bool, max_pixels: int, max_aspect_ratio: float) -> Image.Image:
     width, height = image.size
     if width < 1 or height < 1:
         raise ImageError(f"{name} has {width}x{height} pixels; give one with at least 1x1")

@@ -1,4 +1,7 @@
-"""A question with its images becomes prompt tokens and tiles; everything that can be wrong with it is found here, before work starts."""
+"""A question with its images becomes prompt tokens and tiles.
+
+Everything that can be wrong with a request is found here, before any work starts.
+"""
 
 from __future__ import annotations
 
@@ -112,7 +115,9 @@ class RequestBuilder:
         if isinstance(limits, int):
             limits = [limits] * len(sources)
         if len(limits) != len(sources):
-            raise PromptError(f"max_tiles has {len(limits)} numbers for {len(sources)} images; give one, or one per image")
+            raise PromptError(
+                f"max_tiles has {len(limits)} numbers for {len(sources)} images; give one, or one per image"
+            )
         config, exif = self._config, options.get("exif", False)
         return [
             tile_image(
@@ -134,8 +139,8 @@ class RequestBuilder:
             raise PromptError(f"the prompt holds {found} image tokens for {tiles} tiles, which need {image_tokens}")
         if len(ids) + max_new_tokens > self._capacity:
             raise PromptError(
-                f"prompt {len(ids)} tokens ({image_tokens} of images) + answer up to {max_new_tokens} exceed the context of "
-                f"{self._capacity}; use fewer tiles, a shorter answer or a larger context"
+                f"prompt {len(ids)} tokens ({image_tokens} of images) + answer up to {max_new_tokens} exceed the "
+                f"context of {self._capacity}; use fewer tiles, a shorter answer or a larger context"
             )
 
 

@@ -1,8 +1,8 @@
 """Rotary angles from the host, in float64, for plain, linear and dynamic NTK rotary embedding.
 
-Dynamic NTK (InternLM2) depends on how long the sequence is at the moment of the call: beyond `max_position_embeddings` the
-base grows with the length, for all positions of that call; keys already cached keep their rotation. Feeding the angles makes
-the graph stateless and free of length limits.
+Dynamic NTK (InternLM2) depends on how long the sequence is at the moment of the call: beyond `max_position_embeddings`
+the base grows with the length, for all positions of that call; keys already cached keep their rotation. Feeding the
+angles makes the graph stateless and free of length limits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class RotaryAngles:
         self._limit = decoder.max_position_embeddings
 
     def at(self, start: int, count: int, total: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """cos and sin [count, head_dim / 2] of positions start .. start + count - 1, when the whole sequence has `total` tokens.
+        """cos and sin [count, head_dim / 2] of positions start .. start + count - 1 in a sequence of `total` tokens.
 
         A prompt computed in chunks passes the length of the whole prompt with every chunk.
         """
@@ -38,7 +38,8 @@ class RotaryAngles:
         if not self.scales_at(total):
             return self._rope.theta
         factor, dim = self._rope.factor, self._head_dim
-        return self._rope.theta * (factor * total / self._limit - (factor - 1)) ** (dim / (dim - 2))
+        stretch: float = (factor * total / self._limit - (factor - 1)) ** (dim / (dim - 2))
+        return self._rope.theta * stretch
 
     def scales_at(self, total: int) -> bool:
         """Whether keys of a sequence this long are rotated by another base than those of shorter ones."""

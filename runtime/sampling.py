@@ -1,6 +1,7 @@
 """Logits become a token: greedy, or temperature, top-k and top-p sampling, with a repetition penalty.
 
-The order of the steps and the meaning of each parameter are those of transformers' `generate`, which the original calls.
+The order of the steps and the meaning of each parameter are those of transformers' `generate`, which the original
+calls.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ class Sampling:
         temperature: 0 is greedy; higher flattens the distribution.
         top_k: keep the k most probable tokens; 0 keeps all.
         top_p: keep the most probable tokens whose probabilities sum to at least this.
-        repetition_penalty: logits of tokens already answered are divided (positive) or multiplied (negative) by it. As in
+        repetition_penalty: logits of tokens already answered are divided (positive) or multiplied (negative) by it. As
+        in
             the original, which generates from embeddings, tokens of the prompt do not count.
         seed: of the random generator; None draws a new one.
     """

@@ -1,7 +1,8 @@
 """The KV cache across requests: what a new prompt shares with the last one is not computed again.
 
-Positions are compared by keys: a text token's id, or for an image token a number made from the pixels it stands for. Under
-dynamic NTK a cache that is, or becomes, longer than the model's maximum is not reused: its keys are rotated by another base.
+Positions are compared by keys: a text token's id, or for an image token a number made from the pixels it stands for.
+Under dynamic NTK a cache that is, or becomes, longer than the model's maximum is not reused: its keys are rotated by
+another base.
 """
 
 from __future__ import annotations

@@ -10,11 +10,11 @@ import onnx
 import onnx_ir
 import pytest
 import tiny
+from internvl_edge.runtime.engines.onnxruntime import PREFILL_CHUNK, OnnxRuntimeEngine
 from reference import Reference
 
 from internvl_edge import export_bundle
 from internvl_edge.bundle import DECODERS, VISION, Bundle
-from internvl_edge.runtime.engines.onnxruntime import PREFILL_CHUNK, OnnxRuntimeEngine
 
 KINDS: dict[str, dict[str, Any]] = {
     "qwen2": {},
@@ -37,7 +37,9 @@ def random_tiles(count: int, size: int) -> np.ndarray:
     return np.random.default_rng(count).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
 
 
-def greedy(engine: OnnxRuntimeEngine, embeds: np.ndarray, table: np.ndarray, count: int) -> tuple[list[int], np.ndarray]:
+def greedy(
+    engine: OnnxRuntimeEngine, embeds: np.ndarray, table: np.ndarray, count: int
+) -> tuple[list[int], np.ndarray]:
     """Tokens and the logits [count, vocab] they were chosen from."""
     engine.reset()
     logits = [engine.prefill(embeds).copy()]
@@ -102,7 +104,9 @@ def test_ntk_is_not_a_rounding_matter(tmp_path: Path) -> None:
         tiny.write_checkpoint(tmp_path / "scaled", rope_scaling={"type": "dynamic", "factor": 2.0}, **sizes)
     )
     ids = np.random.default_rng(0).integers(3, 90, 200).tolist()
-    difference = plain.generate(ids, max_new_tokens=1).prefill_logits - scaled.generate(ids, max_new_tokens=1).prefill_logits
+    difference = (
+        plain.generate(ids, max_new_tokens=1).prefill_logits - scaled.generate(ids, max_new_tokens=1).prefill_logits
+    )
     assert difference.abs().max() > 1e-2
 
 
@@ -122,7 +126,7 @@ def test_the_cache_is_written_in_place_and_can_be_wound_back(tmp_path: Path, dia
 
 @pytest.mark.parametrize("dialect", DECODERS)
 def test_rows_of_a_batch_are_independent_and_several_logits_can_be_kept(tmp_path: Path, dialect: str) -> None:
-    """`batch` and `logits_to_keep` are inputs of the graph: two different rows at once, the last three positions of each."""
+    """`batch` and `logits_to_keep` are the graph's: two different rows at once, the last three positions of each."""
     import onnxruntime
 
     checkpoint = tiny.write_checkpoint(tmp_path / "checkpoint", text="internlm2")
@@ -179,7 +183,11 @@ def test_dialects_share_one_weights_file_and_pass_the_checker(tmp_path: Path) ->
     places = []
     for name in DECODERS.values():
         model = onnx_ir.load(bundle / name)
-        weights = [v.const_value for v in model.graph.initializers.values() if isinstance(v.const_value, onnx_ir.ExternalTensor)]
+        weights = [
+            v.const_value
+            for v in model.graph.initializers.values()
+            if isinstance(v.const_value, onnx_ir.ExternalTensor)
+        ]
         places.append({t.name: (str(t.location), t.offset, t.length) for t in weights})
     assert places[0] == places[1]
     assert {location for location, _, _ in places[0].values()} == {"decoder.data"}
@@ -209,7 +217,9 @@ def test_16_bit_weights_stay_close(tmp_path: Path, dtype: str, limit: float) -> 
         engine = engine_for(bundle, dialect)
         assert np.abs(engine.encode(tiles) - expected).max() < limit
         logits = engine.prefill(reference.embed(TEXT).numpy())
-        np.testing.assert_allclose(logits, reference.logits(TEXT)[-1].numpy(), atol=1e-4)  # bf16 weights, kept as they are
+        np.testing.assert_allclose(
+            logits, reference.logits(TEXT)[-1].numpy(), atol=1e-4
+        )  # bf16 weights, kept as they are
 
 
 def test_float16_activations_run(tmp_path: Path) -> None:

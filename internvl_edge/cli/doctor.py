@@ -18,7 +18,19 @@ _PACKAGES = (
     *("onnx", "onnx-ir", "torch", "tensorrt", "tensorrt-rtx-cu13", "cuda-bindings", "av"),
 )
 # What the CPU engine's int8, bf16 and int4 kernels profit from.
-_CPU_FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "asimddp", "i8mm", "sve")
+_CPU_FLAGS = (
+    "avx2",
+    "avx_vnni",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_bf16",
+    "amx_int8",
+    "asimd",
+    "asimddp",
+    "i8mm",
+    "sve",
+)
 
 
 @click.command("doctor")
@@ -57,16 +69,16 @@ def _onnxruntime() -> tuple[list[str], list[str]]:
     """The providers, and what is wrong with the installation."""
     problems = []
     if _version("onnxruntime") and _version("onnxruntime-gpu"):
-        problems.append(
-            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other; uninstall both, then install one"
-        )
+        problems.append("onnxruntime and onnxruntime-gpu overwrite each other; uninstall both, then install one")
     try:
         runtime: Any = importlib.import_module("onnxruntime")
         return list(runtime.get_available_providers()), problems
     except ImportError as error:
         problems.append(f"onnxruntime cannot be imported ({error}); pip install 'internvl-edge[cpu]'")
     except AttributeError:
-        problems.append("the onnxruntime folder is damaged; uninstall onnxruntime and onnxruntime-gpu, then install one")
+        problems.append(
+            "the onnxruntime folder is damaged; uninstall onnxruntime and onnxruntime-gpu, then install one"
+        )
     return [], problems
 
 

@@ -20,7 +20,11 @@ _TYPES = click.Choice(["float32", "float16", "bfloat16"])
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to make.")
 @click.option("--dtype", type=_TYPES, default="float16", show_default=True, help="How weights are stored.")
 @click.option(
-    "--activations", type=_TYPES, default="float32", show_default=True, help="What graphs compute in; CPUs want float32."
+    "--activations",
+    type=_TYPES,
+    default="float32",
+    show_default=True,
+    help="What graphs compute in; CPUs want float32.",
 )
 @click.option("--force", is_flag=True, help="Replace the bundle if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")

@@ -68,10 +68,16 @@ def _config_rows(config: ModelConfig) -> list[tuple[str, object]]:
         rope += f", {decoder.rope.scaling} x {decoder.rope.factor:g} beyond {decoder.max_position_embeddings} tokens"
     cache = 2 * 4 * decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_dim
     return [
-        ("vision", f"{vision.num_hidden_layers} layers x {vision.hidden_size}, {vision.norm_type}, {vision.image_size} px"),
+        (
+            "vision",
+            f"{vision.num_hidden_layers} layers x {vision.hidden_size}, {vision.norm_type}, {vision.image_size} px",
+        ),
         ("tiles", f"{config.min_tiles} to {config.max_tiles}, {config.tokens_per_tile} tokens each"),
         ("decoder", f"{decoder.architecture}, {decoder.num_hidden_layers} layers x {decoder.hidden_size}"),
-        ("heads", f"{decoder.num_attention_heads} query, {decoder.num_key_value_heads} key/value, {decoder.head_dim} wide"),
+        (
+            "heads",
+            f"{decoder.num_attention_heads} query, {decoder.num_key_value_heads} key/value, {decoder.head_dim} wide",
+        ),
         ("vocabulary", decoder.vocab_size),
         ("rotary", rope),
         ("KV cache", f"{size(cache)} per token in float32"),

@@ -18,11 +18,15 @@ Command = Callable[..., Any]
 _LOADING = (
     click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True),
     click.option("--dialect", type=click.Choice(list(DECODERS)), default="onnxruntime", help="Decoder graph to run."),
-    click.option("--context", type=int, default=DEFAULT_CONTEXT, show_default=True, help="Tokens of prompt and answer."),
+    click.option(
+        "--context", type=int, default=DEFAULT_CONTEXT, show_default=True, help="Tokens of prompt and answer."
+    ),
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads [default: all cores]."),
 )
 _ANSWERING = (
-    click.option("--max-tiles", type=int, multiple=True, help="Most tiles of an image: once for all, or one per image."),
+    click.option(
+        "--max-tiles", type=int, multiple=True, help="Most tiles of an image: once for all, or one per image."
+    ),
     click.option("--system", help="System text instead of the checkpoint's; empty leaves it out."),
     click.option("--max-new-tokens", type=int, default=1024, show_default=True),
     click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy."),
@@ -54,7 +58,9 @@ def load_model(folder: Path, values: dict[str, Any]) -> InternVL:
 def chat_options(values: dict[str, Any]) -> ChatOptions:
     """The rest of `values` as `ChatOptions`."""
     tiles = values.pop("max_tiles")
-    return ChatOptions(max_tiles=tiles[0] if len(tiles) == 1 else (tiles or None), **values)
+    options: ChatOptions = {"max_tiles": tiles[0] if len(tiles) == 1 else (tiles or None)}
+    options.update(values)  # type: ignore[typeddict-item]  # the commands' options are the fields of ChatOptions
+    return options
 
 
 def _apply(options: tuple[Callable[[Command], Command], ...], command: Command) -> Command:

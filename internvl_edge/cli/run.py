@@ -19,7 +19,9 @@ from .output import print_json
 @click.command("run")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("question")
-@click.option("--image", "images", multiple=True, help="An image file; repeat for several, in the order of <image> marks.")
+@click.option(
+    "--image", "images", multiple=True, help="An image file; repeat for several, in the order of <image> marks."
+)
 @click.option("--video", type=click.Path(path_type=Path), help="A video file, seen as frames.")
 @click.option("--frames", type=click.IntRange(min=1), default=8, show_default=True, help="Frames taken from the video.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming.")

@@ -1,4 +1,4 @@
-"""What executes a bundle's graphs. An engine knows tiles, embeddings, positions and logits; it knows nothing about text."""
+"""What executes a bundle's graphs. An engine knows tiles, embeddings, positions and logits, and nothing about text."""
 
 from __future__ import annotations
 

@@ -41,13 +41,21 @@ class OnnxRuntimeEngine:
     """
 
     def __init__(
-        self, opened: Bundle, *, device: str = "cpu", dialect: str = "onnxruntime", capacity: int, threads: int | None = None
+        self,
+        opened: Bundle,
+        *,
+        device: str = "cpu",
+        dialect: str = "onnxruntime",
+        capacity: int,
+        threads: int | None = None,
     ) -> None:
         self._ort = _import_onnxruntime(device)
         if dialect not in bundle.DECODERS:
             raise EngineError(f"dialect {dialect!r} is not one of {', '.join(bundle.DECODERS)}")
         if opened.manifest.activations == "bfloat16":
-            raise EngineError("this bundle computes in bfloat16, which ONNX Runtime does not; export with --activations float32")
+            raise EngineError(
+                "this bundle computes in bfloat16, which ONNX Runtime does not; export with --activations float32"
+            )
         model = opened.manifest.model
         self._device = device
         self._decoder = model.decoder
@@ -75,7 +83,7 @@ class OnnxRuntimeEngine:
         return self._length
 
     def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Tiles [tiles, S, S, 3] -> image tokens [tiles, tokens_per_tile, hidden]; tiles are independent of each other."""
+        """Tiles [tiles, S, S, 3] -> image tokens [tiles, tokens_per_tile, hidden]."""
         parts = [
             self._vision.run(None, {"pixels": pixels[start : start + self._tiles_at_once]})[0]
             for start in range(0, len(pixels), self._tiles_at_once)
@@ -162,7 +170,9 @@ def _import_onnxruntime(device: str) -> Any:
     try:
         import onnxruntime
     except ImportError:
-        raise EngineError("onnxruntime is not installed: pip install 'internvl-edge[cpu]' (or [gpu] for CUDA)") from None
+        raise EngineError(
+            "onnxruntime is not installed: pip install 'internvl-edge[cpu]' (or [gpu] for CUDA)"
+        ) from None
     if not hasattr(onnxruntime, "get_available_providers"):
         raise EngineError(
             "the onnxruntime installation is damaged (onnxruntime and onnxruntime-gpu overwrite each other): "

@@ -1,0 +1,78 @@
+"""Token ids in, text out, while the model is still writing.
+
+The pieces joined are exactly the final text: the whole reply decoded, cut before the first stop string, stripped. So a
+piece never holds a part of a character, of a stop string, or whitespace that turns out to be the reply's end.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+
+from internvl_edge.errors import PromptError
+
+from .tokenizer import Tokenizer
+
+
+class TextStream:
+    """The text of one reply, growing token by token.
+
+    `stopped` says that a stop string was found; ids pushed after that are ignored. `text` is what was returned so far.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str] = ()) -> None:
+        """Start a reply; `stop` is a text that ends it, or several.
+
+        The stop string that is complete first ends the reply; of two that end together, the longer one is cut off.
+
+        Raises:
+            PromptError: an empty stop string.
+        """
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(stop):
+            raise PromptError("a stop string is empty; leave it out")
+        self._tokenizer = tokenizer
+        self._characters = codecs.getincrementaldecoder("utf-8")(tokenizer.decode_errors)
+        self._stop = stop
+        self._held = ""  # may still become a stop string
+        self._space = ""  # may still be the reply's end
+        self.text = ""
+        self.stopped = False
+
+    def push(self, token_id: int) -> str:
+        """Add a token; returns the text that is now certain, often ""."""
+        return self._advance(self._tokenizer.token_bytes(token_id), final=False)
+
+    def finish(self) -> str:
+        """End the reply; returns the rest of its text."""
+        return self._advance(b"", final=True)
+
+    def _advance(self, data: bytes, final: bool) -> str:
+        if self.stopped:
+            return ""
+        text = self._held + self._characters.decode(data, final)
+        ends = [(start + len(stop), start) for stop in self._stop if (start := text.find(stop)) >= 0]
+        if ends:
+            self.stopped = True
+            text, self._held = text[: min(ends)[1]], ""
+        else:
+            keep = 0 if final else self._possible_stop(text)
+            text, self._held = text[: len(text) - keep], text[len(text) - keep :]
+        return self._emit(text)
+
+    def _possible_stop(self, text: str) -> int:
+        """Length of the longest end of `text` that begins a stop string."""
+        longest = max((len(stop) for stop in self._stop), default=1) - 1
+        for length in range(min(longest, len(text)), 0, -1):
+            if any(stop.startswith(text[-length:]) for stop in self._stop):
+                return length
+        return 0
+
+    def _emit(self, text: str) -> str:
+        text = self._space + text
+        if not self.text:
+            text = text.lstrip()
+        piece = text.rstrip()
+        self._space = text[len(piece) :]
+        self.text += piece
+        return piece
