@@ -18,7 +18,7 @@ from ..errors import CheckpointError
 from ..linear import PackedLinear
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-_INVERSE = tuple(int(place) for place in np.argsort(ORDER))
+_BYTES = tuple(zip(ORDER[::2], ORDER[1::2], strict=True))
 # Without stored zero points, the middle of 0..15 stands for zero.
 SYMMETRIC_ZERO = 8
 
@@ -57,15 +57,19 @@ def unpack(qweight: Words, qzeros: Words, scales: NDArray[np.float16]) -> Packed
 
 
 def _to_words(values: NDArray[np.uint8]) -> Words:
-    """[rows, columns] of 0..15 -> [rows, columns / 8]."""
+    """[rows, columns] of 0..15 -> [rows, columns / 8]. One strided pass per byte: numpy's fancy indexing is slower."""
     rows, columns = values.shape
-    nibbles = values.reshape(rows, columns // 8, 8)[:, :, ORDER]
-    pairs = nibbles[:, :, 0::2] | nibbles[:, :, 1::2] << 4
-    return np.ascontiguousarray(pairs).view("<i4").reshape(rows, columns // 8)
+    eights = values.reshape(rows, columns // 8, 8)
+    packed = np.empty((rows, columns // 8, 4), np.uint8)
+    for byte, (low, high) in enumerate(_BYTES):
+        packed[:, :, byte] = eights[:, :, low] | eights[:, :, high] << 4
+    return packed.view("<i4")[:, :, 0]
 
 
 def _from_words(words: Words) -> NDArray[np.uint8]:
     rows, columns = words.shape
-    pairs = np.ascontiguousarray(words, "<i4").view(np.uint8).reshape(rows, columns, 4)
-    nibbles = np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(rows, columns, 8)
-    return nibbles[:, :, _INVERSE].reshape(rows, 8 * columns)
+    packed = np.ascontiguousarray(words, "<i4").view(np.uint8).reshape(rows, columns, 4)
+    eights = np.empty((rows, columns, 8), np.uint8)
+    for byte, (low, high) in enumerate(_BYTES):
+        eights[:, :, low], eights[:, :, high] = packed[:, :, byte] & 15, packed[:, :, byte] >> 4
+    return eights.reshape(rows, 8 * columns)
