@@ -86,7 +86,7 @@ def _embed(g: GraphBuilder, config: ModelConfig, folded: FoldedVision, pixels: i
     patches = g.reshape(g.op("Transpose", patches, perm=[0, 1, 3, 2, 4, 5]), [0, grid * grid, patch * patch * 3])
     scale = g.cast(g.constant(PIXEL_SCALE, np.float32), g.types.activations)
     x = g.op("Mul", g.cast(patches, g.types.activations), scale)
-    weight = g.matrix("vision.patch_embedding.folded", (patch * patch * 3, hidden), folded.patch_weight)
+    weight = g.matrix("vision.patch_embedding.folded", (patch * patch * 3, hidden), folded.patch_weight, folded=True)
     positions = g.vector("vision.position_embedding.folded", (1, grid * grid, hidden), folded.patch_positions)
     x = g.op("Add", g.op("MatMul", x, weight), positions)
     token = g.vector("vision.class_embedding.folded", (1, 1, hidden), folded.class_token)
@@ -108,9 +108,9 @@ def _block(g: GraphBuilder, config: ModelConfig, x: ir.Value, block: str) -> ir.
         k = g.rms_norm(k, f"{block}.attn.k_norm", vision.qk_norm_eps)
     heads = vision.num_attention_heads
     attended = g.op("Attention", q, k, v, q_num_heads=heads, kv_num_heads=heads)
-    x = g.op("Add", x, g.linear(attended, f"{block}.attn.proj"))
+    x = g.op("Add", x, g.linear(attended, f"{block}.attn.proj", folded=True))
     hidden = g.op("Gelu", g.linear(_norm(g, config, x, f"{block}.norm2"), f"{block}.mlp.fc1"))
-    return g.op("Add", x, g.linear(hidden, f"{block}.mlp.fc2"))
+    return g.op("Add", x, g.linear(hidden, f"{block}.mlp.fc2", folded=True))
 
 
 def _pixel_shuffle(g: GraphBuilder, config: ModelConfig, x: ir.Value) -> ir.Value:

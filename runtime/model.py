@@ -38,7 +38,7 @@ class InternVL:
     def __init__(self, opened: Bundle, engine: Engine) -> None:
         manifest = opened.manifest
         self.config = manifest.model
-        self._tokenizer = Tokenizer.from_file(opened.path(bundle.TOKENIZER))
+        self._tokenizer = Tokenizer(opened.path(bundle.TOKENIZER))
         template = template_for(self.config.template, self.config.system_message)
         self._requests = RequestBuilder(
             self.config, template, self._tokenizer, manifest.tokens["image"], capacity=engine.capacity
