@@ -97,6 +97,24 @@ def test_text_that_only_begins_like_a_stop_string_is_released(tokenizers: dict[s
     assert not stream.stopped
 
 
+def test_stop_string_that_begins_anew_inside_itself_is_not_shown(tokenizers: dict[str, Tokenizer]) -> None:
+    tokenizer = tokenizers["qwen2"]
+    a, b = (tokenizer.encode(letter)[0] for letter in "ab")
+    stream = TextStream(tokenizer, ["aaab"])
+    assert [stream.push(token_id) for token_id in (a, a, a, a, b)] == ["", "", "", "a", ""]
+    assert stream.stopped
+
+
+@pytest.mark.parametrize(("stops", "text"), [(["ello", "l"], "He"), (["o", "llo"], "He"), (["lo", "Hello"], "")])
+def test_stop_string_that_is_complete_first_wins_then_the_longer(
+    tokenizers: dict[str, Tokenizer], stops: list[str], text: str
+) -> None:
+    (hello,) = tokenizers["qwen2"].encode("Hello")
+    stream = TextStream(tokenizers["qwen2"], stops)
+    assert stream.push(hello) == text
+    assert stream.stopped
+
+
 def test_nothing_follows_a_stop_string(tokenizers: dict[str, Tokenizer]) -> None:
     tokenizer = tokenizers["qwen2"]
     a, b = (tokenizer.encode(letter)[0] for letter in "ab")
