@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from internvl_edge.runtime.prompt import TEMPLATES, PromptTemplate, build_prompt, template_for, video_question
 
 from internvl_edge.errors import BundleError, PromptError
-from internvl_edge.runtime.prompt import TEMPLATES, PromptTemplate, build_prompt, template_for, video_question
 
 REMOTE = template_for("internvl2_5")
 NATIVE = template_for("internvl_native")
