@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How the weights of a layer are rounded.
+
+    Attributes:
+        bits: 4 or 8.
+        group_size: inputs that share one scale; None for one scale per output.
+        symmetric: no zero points.
+    """
+
+    bits: int
+    group_size: int | None
+    symmetric: bool
+
+    def __str__(self) -> str:
+        """For messages: int4 in groups of 128, with zero points."""
+        groups = "per output" if self.group_size is None else f"in groups of {self.group_size}"
+        return f"int{self.bits} {groups}, {'symmetric' if self.symmetric else 'with zero points'}"
 
 
 @dataclass(frozen=True)
@@ -33,10 +53,33 @@ class PackedLinear:
         """Inputs that share one scale; all of them for per-channel weights."""
         return int(self.values.shape[1] // self.scale.shape[1])
 
+    @property
+    def middle(self) -> int:
+        """What the lowest value is counted from: 8 for 4 bits, 128 for 8."""
+        return 1 << (self.bits - 1)
+
+    def signed(self) -> tuple[NDArray[np.int8], NDArray[np.int8] | None]:
+        """Values and zero points counted from the middle: int8, with the same differences; symmetric ones unchanged."""
+        if self.zero_point is None:
+            return self.values.view(np.int8), None
+        flip = np.uint8(256 - self.middle)  # adding modulo 256 subtracts the middle
+        return (self.values.view(np.uint8) + flip).view(np.int8), (self.zero_point + flip).view(np.int8)
+
+    def rows(self, index: NDArray[np.intp]) -> PackedLinear:
+        """Some of the outputs, in this order."""
+        return replace(
+            self,
+            values=self.values[index],
+            scale=self.scale[index],
+            zero_point=None if self.zero_point is None else self.zero_point[index],
+            bias=None if self.bias is None else self.bias[index],
+        )
+
     def dequantise(self) -> NDArray[np.float32]:
         """The weights [out, in] that the integers stand for: scale * (values - zero_point)."""
         out, groups = self.scale.shape
         grouped = self.values.reshape(out, groups, -1).astype(np.float32)
         if self.zero_point is not None:
             grouped -= self.zero_point[:, :, None].astype(np.float32)
-        return np.asarray((grouped * self.scale[:, :, None]).reshape(self.values.shape), np.float32)
+        grouped *= self.scale[:, :, None]
+        return grouped.reshape(self.values.shape)

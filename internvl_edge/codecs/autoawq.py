@@ -9,24 +9,26 @@ columns, and zero points stored minus one.)
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CheckpointError
-from ..linear import PackedLinear
+from ..linear import PackedLinear, Scheme
 
+METHOD = "awq"
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _BYTES = tuple(zip(ORDER[::2], ORDER[1::2], strict=True))
-# Without stored zero points, the middle of 0..15 stands for zero.
-SYMMETRIC_ZERO = 8
 
 Words = NDArray[np.int32]
 
 
 def pack(linear: PackedLinear) -> dict[str, NDArray[Any]]:
     """`qweight`, `qzeros` and `scales` of one layer; symmetric weights get the zero point 8. A bias is not included.
+
+    Scales are rounded to float16, so choose the integers with rounded ones.
 
     Raises:
         CheckpointError: not 4 bits, outputs not a multiple of 8, or a scale that float16 cannot hold.
@@ -39,10 +41,10 @@ def pack(linear: PackedLinear) -> dict[str, NDArray[Any]]:
     if not np.isfinite(scales).all():
         raise CheckpointError("AutoAWQ stores scales as float16, which cannot hold those of this layer")
     if linear.zero_point is None:
-        values = (linear.values + SYMMETRIC_ZERO).astype(np.uint8)
-        zeros = np.full((out, groups), SYMMETRIC_ZERO, np.uint8)
+        values = (linear.values + np.int8(linear.middle)).view(np.uint8)
+        zeros = np.full((out, groups), linear.middle, np.uint8)
     else:
-        values, zeros = linear.values.astype(np.uint8, copy=False), linear.zero_point
+        values, zeros = linear.values.view(np.uint8), linear.zero_point
     return {"qweight": _to_words(values.T), "qzeros": _to_words(zeros.T), "scales": scales}
 
 
@@ -73,3 +75,34 @@ def _from_words(words: Words) -> NDArray[np.uint8]:
     for byte, (low, high) in enumerate(_BYTES):
         eights[:, :, low], eights[:, :, high] = packed[:, :, byte] & 15, packed[:, :, byte] >> 4
     return eights.reshape(rows, 8 * columns)
+
+
+def configuration(group_size: int, modules_to_not_convert: Iterable[str]) -> dict[str, Any]:
+    """`quantization_config` of a checkpoint; modules whose name contains one of these keep float weights."""
+    return {
+        "quant_method": METHOD,
+        "version": "gemm",
+        "bits": 4,
+        "group_size": group_size,
+        "zero_point": True,
+        "modules_to_not_convert": list(modules_to_not_convert),
+    }
+
+
+def read_configuration(config: Mapping[str, Any]) -> tuple[Scheme, ...]:
+    """The one scheme of a `quantization_config`; which layers have it follows from the stored tensors.
+
+    Raises:
+        CheckpointError: another packing than GEMM, other bits than 4, no zero points, or no group size.
+    """
+    version = str(config.get("version", "gemm")).lower()
+    bits, zero_point = config.get("bits", config.get("w_bit")), config.get("zero_point", True)
+    group_size = config.get("group_size", config.get("q_group_size"))
+    if version != "gemm" or bits != 4 or zero_point is not True:
+        raise CheckpointError(
+            f"quantization_config: AWQ version {version!r} with {bits} bits, zero_point {zero_point} is not supported, "
+            "only 'gemm' with 4 bits and zero points; use another AWQ checkpoint or the unquantised one"
+        )
+    if not isinstance(group_size, int) or (group_size < 1 and group_size != -1):
+        raise CheckpointError(f"quantization_config: group_size is {group_size!r}, expected a number of inputs or -1")
+    return (Scheme(4, None if group_size == -1 else group_size, symmetric=False),)
