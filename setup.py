@@ -1,4 +1,4 @@
-"""Maps the top-level folders of this repository onto the `internvl_edge` package; everything else is in pyproject.toml."""
+"""Maps the top-level folders of this repository onto the `internvl_edge` package; the rest is in pyproject.toml."""
 
 from setuptools import find_packages, setup
 

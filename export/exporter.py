@@ -16,23 +16,21 @@ from types import FrameType
 
 import numpy as np
 import onnx_ir as ir
-import tokenizers
 from tqdm import tqdm
 
 from internvl_edge import bundle
 from internvl_edge.checkpoint import Checkpoint
 from internvl_edge.errors import EdgeError
+from internvl_edge.template import template_for
 
 from .builder import Types
 from .decoder import build_decoder
-from .tokenizer import build_tokenizer
+from .tokenizer import build_tokenizer, token_ids
 from .vision import build_vision
 from .weights import NUMPY_DTYPES, WeightFile, convert_blocks
 
 DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 _EMBED_TOKENS = "decoder.embed_tokens.weight"
-# Roles that the runtime asks for by id: what stands for an image token, and what ends an answer.
-_TOKENS = {"image": "<IMG_CONTEXT>", "stop": "<|im_end|>"}
 
 
 def export_bundle(
@@ -80,7 +78,8 @@ class _Export:
         self._digests: dict[str, str] = {}
 
     def run(self, dtype: str, activations: str) -> None:
-        tokenizer = build_tokenizer(self._checkpoint.folder, self._checkpoint.config)
+        config = self._checkpoint.config
+        tokenizer = build_tokenizer(self._checkpoint.folder, config)
         (self._folder / bundle.TOKENIZER).write_bytes(tokenizer)
         vision, decoder = WeightFile("vision.data"), WeightFile("decoder.data")
         ir.save(build_vision(self._checkpoint, self._types, vision), self._folder / bundle.VISION)
@@ -88,10 +87,11 @@ class _Export:
             ir.save(build_decoder(self._checkpoint, self._types, dialect, decoder), self._folder / name)
         self._write_weights([vision, decoder])
         manifest = bundle.Manifest(
-            model=self._checkpoint.config,
+            model=config,
             dtype=dtype,
             activations=activations,
-            tokens=_token_ids(tokenizer),
+            template=template_for(config.template, config.system_message).to_dict(),
+            tokens=token_ids(tokenizer),
             source=self._checkpoint.folder.resolve().name,
             producer=f"internvl-edge {version('internvl-edge')}",
             files={path.name: self._entry(path) for path in sorted(self._folder.iterdir())},
@@ -127,12 +127,6 @@ class _Export:
 
     def _entry(self, path: Path) -> dict[str, int | str]:
         return {"bytes": path.stat().st_size, "sha256": self._digests.get(path.name) or bundle.sha256(path)}
-
-
-def _token_ids(definition: bytes) -> dict[str, int]:
-    tokenizer = tokenizers.Tokenizer.from_buffer(definition)
-    ids = {role: tokenizer.token_to_id(token) for role, token in _TOKENS.items()}
-    return {role: number for role, number in ids.items() if number is not None}  # `build_tokenizer` has checked them
 
 
 @contextmanager

@@ -40,7 +40,8 @@ class FoldedVision:
         if scale is None:
             return array
         factor = self._checkpoint.tensor(scale).astype(np.float64)
-        return array.astype(np.float64) * (factor[:, None] if array.ndim == 2 else factor)
+        scaled: Array = array.astype(np.float64) * (factor[:, None] if array.ndim == 2 else factor)
+        return scaled
 
     def patch_weight(self) -> Array:
         """[patch * patch * 3, hidden] for flattened (row, column, channel) patches of pixel * PIXEL_SCALE."""

@@ -37,6 +37,7 @@ class Manifest:
         model: the configuration the graphs were built from.
         dtype: how weights and the token table are stored: "float32", "float16" or "bfloat16".
         activations: what the graphs compute in.
+        template: how a conversation is written, a `PromptTemplate` as values.
         tokens: ids by role: "image" (the placeholder each image token replaces) and "stop" (end of an answer).
         source: the checkpoint's folder name, for people.
         files: name -> {"bytes", "sha256"}.
@@ -45,6 +46,7 @@ class Manifest:
     model: ModelConfig
     dtype: str
     activations: str
+    template: dict[str, Any]
     tokens: dict[str, int]
     source: str
     producer: str

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Unpack
+from typing import Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from internvl_edge import bundle
 from internvl_edge.bundle import Bundle
 from internvl_edge.errors import EngineError
+from internvl_edge.template import PromptTemplate
 
 from .engines import Engine
 from .engines.onnxruntime import OnnxRuntimeEngine
 from .generate import generate
 from .image_cache import ImageCache, pixel_key
-from .prompt import template_for
 from .reply import Reply, ReplyStream
 from .request import ChatOptions, Images, Request, RequestBuilder
 from .sampling import Sampler, Sampling
@@ -39,7 +39,7 @@ class InternVL:
         manifest = opened.manifest
         self.config = manifest.model
         self._tokenizer = Tokenizer(opened.path(bundle.TOKENIZER))
-        template = template_for(self.config.template, self.config.system_message)
+        template = PromptTemplate.from_dict(manifest.template)
         self._requests = RequestBuilder(
             self.config, template, self._tokenizer, manifest.tokens["image"], capacity=engine.capacity
         )
@@ -101,7 +101,8 @@ class InternVL:
         """
         request = self._requests.build(question, images, options)
         sampling = {name: options[name] for name in Sampling.__dataclass_fields__ if name in options}  # type: ignore[literal-required]
-        return ReplyStream(self._answer(request, Sampler(Sampling(**sampling)), options.get("stop", ())))
+        text = TextStream(self._tokenizer, options.get("stop", ()))
+        return ReplyStream(self._answer(request, Sampler(Sampling(**sampling)), text))
 
     def close(self) -> None:
         """Release the engine; the object cannot be used afterwards."""
@@ -115,7 +116,7 @@ class InternVL:
     ) -> None:
         self.close()
 
-    def _answer(self, request: Request, sampler: Sampler, stop: Any) -> Iterator[str | Reply]:
+    def _answer(self, request: Request, sampler: Sampler, text: TextStream) -> Iterator[str | Reply]:
         clock = _Clock()
         image_embeds = [self._images.encode(tiles).reshape(-1, self._table.shape[1]) for tiles in request.tiles]
         clock.lap("vision_s")
@@ -125,7 +126,6 @@ class InternVL:
         logits, computed = self._session.prefill(self._keys(request), lambda start: embeds[start:])
         clock.lap("prefill_s")
         output_ids: list[int] = []
-        text = TextStream(self._tokenizer, stop)
         tokens = generate(self._session.engine, logits, self._row, sampler, (self._stop_id,), request.max_new_tokens)
         try:
             for token in tokens:
@@ -164,10 +164,11 @@ class InternVL:
 
     def _rows(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Embeddings [len(ids), hidden] from the mapped token table."""
-        rows = self._table[ids]
+        rows: NDArray[np.generic] = self._table[ids]
         if rows.dtype == np.uint16:  # bfloat16 is the upper half of float32
             rows = (rows.astype(np.uint32) << 16).view(np.float32)
-        return np.asarray(rows, np.float32)
+        floats: NDArray[np.float32] = rows.astype(np.float32, copy=False)
+        return floats
 
 
 class _Clock:

@@ -17,9 +17,10 @@ from PIL import Image
 
 from internvl_edge.config import ModelConfig
 from internvl_edge.errors import PromptError
+from internvl_edge.template import PromptTemplate
 
 from .preprocess import load_image, tile_image
-from .prompt import PromptTemplate, build_prompt
+from .prompt import build_prompt
 from .tokenizer import Tokenizer
 
 ImageSource = str | Path | bytes | Image.Image

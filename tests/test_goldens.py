@@ -1,4 +1,4 @@
-"""Bundles against the goldens of the original code: tiles, prompts, features, logits and greedy tokens, in both dialects."""
+"""Bundles against the goldens of the original code: prompts, features, logits and greedy tokens, in both dialects."""
 
 from __future__ import annotations
 

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from internvl_edge.runtime.prompt import TEMPLATES, PromptTemplate, build_prompt, template_for, video_question
 
-from internvl_edge.errors import BundleError, PromptError
+from internvl_edge.errors import BundleError, CheckpointError, PromptError
+from internvl_edge.runtime.prompt import build_prompt, video_question
+from internvl_edge.template import TEMPLATES, PromptTemplate, template_for
 
 REMOTE = template_for("internvl2_5")
 NATIVE = template_for("internvl_native")
@@ -203,5 +204,5 @@ def test_damaged_template_is_refused_by_field(change: dict[str, Any]) -> None:
 
 
 def test_unknown_template_is_refused() -> None:
-    with pytest.raises(PromptError, match="'vicuna', supported: internvl2_5, internvl_native"):
+    with pytest.raises(CheckpointError, match="'vicuna', supported: internvl2_5, internvl_native"):
         template_for("vicuna")

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from internvl_edge.export import sentencepiece_tokenizer
-from internvl_edge.export.tokenizer import build_tokenizer, token_ids
-from internvl_edge.runtime.prompt import build_prompt, template_for
-from internvl_edge.runtime.tokenizer import Tokenizer
 
 from internvl_edge.config import ModelConfig
 from internvl_edge.config_reader import read_config
 from internvl_edge.errors import BundleError, CheckpointError
+from internvl_edge.export import sentencepiece_tokenizer
+from internvl_edge.export.tokenizer import build_tokenizer, token_ids
+from internvl_edge.runtime.prompt import build_prompt
+from internvl_edge.runtime.tokenizer import Tokenizer
+from internvl_edge.template import template_for
 
 INTERNLM2, QWEN2, NATIVE = "internvl2_5-internlm2-tiny", "internvl2_5-qwen2-tiny", "internvl-hf-qwen2-tiny"
 Load = Callable[[str], Tokenizer]

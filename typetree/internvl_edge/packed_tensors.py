@@ -1,0 +1,1 @@
+../../internvl_edge/packed_tensors.py
