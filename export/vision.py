@@ -45,13 +45,14 @@ class FoldedVision:
 
     def patch_weight(self) -> Array:
         """[patch * patch * 3, hidden] for flattened (row, column, channel) patches of pixel * PIXEL_SCALE."""
-        weight = self._kernel() / (np.array(PIXEL_STD)[:, None, None] * 255 * PIXEL_SCALE)
+        weight: Array = self._kernel() / (np.array(PIXEL_STD)[:, None, None] * 255 * PIXEL_SCALE)
         return weight.transpose(2, 3, 1, 0).reshape(-1, weight.shape[0])
 
     def patch_positions(self) -> Array:
         """[1, patches, hidden]: position embedding + convolution bias - what the subtracted mean contributes."""
         offset = np.einsum("ocij,c->o", self._kernel(), np.array(PIXEL_MEAN) / np.array(PIXEL_STD))
-        return self._double("vision.position_embedding")[:, 1:] + self._double("vision.patch_embedding.bias") - offset
+        positions: Array = self._double("vision.position_embedding")[:, 1:]
+        return positions + self._double("vision.patch_embedding.bias") - offset
 
     def class_token(self) -> Array:
         """[1, 1, hidden]: class embedding with its position."""

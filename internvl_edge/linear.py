@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -83,3 +84,17 @@ class PackedLinear:
             grouped -= self.zero_point[:, :, None].astype(np.float32)
         grouped *= self.scale[:, :, None]
         return grouped.reshape(self.values.shape)
+
+
+def concatenate(linears: Sequence[PackedLinear]) -> PackedLinear:
+    """Layers over the same inputs as one, outputs one after the other; all of one scheme, without biases."""
+    first = linears[0]
+    if len(linears) == 1:
+        return first
+    zeros = [linear.zero_point for linear in linears if linear.zero_point is not None]
+    return PackedLinear(
+        values=np.concatenate([linear.values for linear in linears]),
+        scale=np.concatenate([linear.scale for linear in linears]),
+        zero_point=np.concatenate(zeros) if zeros else None,
+        bits=first.bits,
+    )
