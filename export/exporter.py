@@ -171,7 +171,7 @@ def _readable_disk_errors(target: Path) -> Iterator[None]:
             raise EdgeError(
                 f"the disk of {target} is full ({os.strerror(error.errno)}); nothing was kept, make room"
             ) from None
-        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
+        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise EdgeError(f"cannot write to {target} ({os.strerror(error.errno)}); choose another --output") from None
         raise
 

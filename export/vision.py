@@ -51,8 +51,8 @@ class FoldedVision:
     def patch_positions(self) -> Array:
         """[1, patches, hidden]: position embedding + convolution bias - what the subtracted mean contributes."""
         offset = np.einsum("ocij,c->o", self._kernel(), np.array(PIXEL_MEAN) / np.array(PIXEL_STD))
-        positions: Array = self._double("vision.position_embedding")[:, 1:]
-        return positions + self._double("vision.patch_embedding.bias") - offset
+        bias: Array = self._double("vision.patch_embedding.bias") - offset
+        return np.asarray(self._double("vision.position_embedding")[:, 1:] + bias)
 
     def class_token(self) -> Array:
         """[1, 1, hidden]: class embedding with its position."""

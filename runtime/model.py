@@ -160,7 +160,8 @@ class InternVL:
         return keys
 
     def _row(self, token: int) -> NDArray[np.float32]:
-        return self._rows(np.array([token]))[0]
+        row: NDArray[np.float32] = self._rows(np.array([token]))[0]
+        return row
 
     def _rows(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Embeddings [len(ids), hidden] from the mapped token table."""
