@@ -1,0 +1,76 @@
+"""Synthetic pictures with questions and exact answers: what the demo model is trained and judged on.
+
+Three things share it: the training of the demo model, the built-in calibration set, and `evaluate --suite reader`.
+A sample is a function of (split, index, seed) alone. The splits differ by seed, by fonts and by words. Needs the extra
+`synthetic` (font packages), never torch.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+
+from internvl_edge.calibration.synthetic import documents, pictures
+from internvl_edge.calibration.synthetic.draw import Picture, damage
+from internvl_edge.calibration.synthetic.words import SPLITS
+from internvl_edge.errors import EdgeError
+
+__all__ = ["SPLITS", "TASKS", "Sample", "draw_picture", "sample"]
+
+_DRAW: dict[str, tuple[Callable[[random.Random, str, float], Picture], float]] = {
+    "sign": (documents.sign, 1.0),
+    "page": (documents.page, 1.0),
+    "label": (documents.label, 1.0),
+    "receipt": (documents.receipt, 1.5),
+    "meter": (documents.meter, 1.0),
+    "chart": (pictures.chart, 1.0),
+    "scene": (pictures.scene, 1.0),
+    "sign-zh": (documents.sign_zh, 0.4),
+    "receipt-zh": (documents.receipt_zh, 0.4),
+    "scene-zh": (pictures.scene_zh, 0.4),
+}
+"""Each task's painter and its share of the stream."""
+
+TASKS: tuple[str, ...] = tuple(_DRAW)
+
+_UPSIDE = 1.4
+"""Largest scale: above it the tiling rule cuts a square page into four tiles instead of one."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture, one question about it, the exact answer, and the task it belongs to (one of `TASKS`)."""
+
+    image: Image.Image
+    question: str
+    answer: str
+    task: str
+
+
+def draw_picture(rng: random.Random, split: str, tasks: Sequence[str] | None = None) -> tuple[Picture, str]:
+    """A damaged picture with all its questions, and its task, drawn from `tasks` (default: all) by their shares."""
+    chosen = TASKS if tasks is None else tuple(tasks)
+    unknown = [task for task in chosen if task not in _DRAW]
+    if split not in SPLITS or unknown or not chosen:
+        found = f"split {split!r}" if split not in SPLITS else f"tasks {unknown}"
+        raise EdgeError(f"unknown {found}; splits are {', '.join(SPLITS)}, tasks are {', '.join(TASKS)}")
+    task = rng.choices(chosen, [_DRAW[name][1] for name in chosen])[0]
+    scale = 1.0 if rng.random() < 0.5 else rng.uniform(1.0, _UPSIDE)
+    picture = _DRAW[task][0](rng, split, scale)
+    image = damage(picture.image, rng, scale, picture.paper)
+    return Picture(image, picture.paper, picture.questions, picture.transcript), task
+
+
+def sample(split: str, index: int, seed: int = 0, tasks: Sequence[str] | None = None) -> Sample:
+    """Sample `index` of a split's endless stream; the same arguments give the same sample on every machine.
+
+    `split` is train, validation or test; `tasks` restricts the stream (default: all). Raises EdgeError for an unknown
+    split or task and for a font package that is not installed.
+    """
+    rng = random.Random(f"{split}/{seed}/{index}")
+    picture, task = draw_picture(rng, split, tasks)
+    question, answer = rng.choice(picture.questions)
+    return Sample(picture.image, question, answer, task)

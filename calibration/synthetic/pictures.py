@@ -1,0 +1,146 @@
+"""Bar charts and simple scenes: pictures whose questions need counting, comparing and colours as well as reading.
+
+The same contract as documents.py: one function draws one undamaged page and returns a `Picture`.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+
+from internvl_edge.calibration.synthetic.documents import TILE, word
+from internvl_edge.calibration.synthetic.draw import Colour, Page, Picture, paper_and_ink, pick_face
+
+COLOURS: dict[str, Colour] = {
+    "red": (215, 35, 35),
+    "green": (35, 150, 55),
+    "blue": (40, 75, 210),
+    "yellow": (240, 200, 30),
+    "purple": (140, 50, 160),
+    "black": (25, 25, 25),
+}
+SHAPES = ("circle", "square", "triangle", "star")
+
+_COLOURS_ZH = {"red": "红色", "green": "绿色", "blue": "蓝色", "yellow": "黄色", "purple": "紫色", "black": "黑色"}
+_SHAPES_ZH = {"circle": "圆形", "square": "方形", "triangle": "三角形", "star": "星形"}
+
+
+def chart(rng: random.Random, split: str, scale: float) -> Picture:
+    """Three to five bars, each with a name below and its value above. Asked: a value, the tallest, the shortest."""
+    wide = rng.random() < 0.25
+    paper, ink = paper_and_ink(rng, 0.08)
+    page = Page(TILE * (2 if wide else 1), TILE, paper, scale)
+    count = rng.randint(3, 5) if wide else 3
+    names: list[str] = []
+    while len(names) < count:
+        name = word(rng, split, "names", 4 if wide else 3, 0.7)
+        if name not in names:
+            names.append(name)
+    style = rng.choice((str.upper, str.title))
+    names = [style(name) for name in names]
+    values: list[int] = []
+    while len(values) < count:
+        value = rng.randint(5, 99)
+        if all(abs(value - other) >= 6 for other in values):
+            values.append(value)
+    face = pick_face(rng, split, "a")
+    pitch = (page.width - 6) / count
+    name_size = min(page.fit(name, face, rng.uniform(16, 19), pitch - 4) for name in names)
+    value_size = rng.uniform(16, 19)
+    floor, ceiling = page.height - 22, 24
+    fixed = rng.choice(list(COLOURS.values())) if rng.random() < 0.6 else None
+    for i, (name, value) in enumerate(zip(names, values, strict=True)):
+        x = 3 + pitch * (i + 0.5)
+        top = floor - (floor - ceiling) * value / max(values)
+        page.box(x - pitch * 0.3, top, x + pitch * 0.3, floor, fixed or rng.choice(list(COLOURS.values())), None)
+        page.text(x, top - 10, str(value), face, value_size, ink, "mm")
+        page.text(x, floor + 11, name, face, name_size, ink, "mm")
+    page.line(3, floor, page.width - 3, floor, ink)
+    questions = [(f"What is the value of {name}?", str(value)) for name, value in zip(names, values, strict=True)]
+    questions.append(("Which bar is the tallest?", names[values.index(max(values))]))
+    questions.append(("Which bar is the shortest?", names[values.index(min(values))]))
+    return page.picture(questions)
+
+
+def _draw_shape(page: Page, shape: str, x: float, y: float, radius: float, fill: Colour, turn: float) -> None:
+    s = page.scale
+    if shape == "circle":
+        page.pen.ellipse([(x - radius) * s, (y - radius) * s, (x + radius) * s, (y + radius) * s], fill)
+        return
+    corners = {"square": 4, "triangle": 3, "star": 10}[shape]
+    start = turn + (math.pi / 4 if shape == "square" else -math.pi / 2)
+    points = []
+    for i in range(corners):
+        r = radius * (0.42 if shape == "star" and i % 2 else 1.15 if shape != "star" else 1.2)
+        angle = start + 2 * math.pi * i / corners
+        points.append(((x + r * math.cos(angle)) * s, (y + r * math.sin(angle)) * s))
+    page.pen.polygon(points, fill)
+
+
+def _scene_objects(rng: random.Random) -> list[tuple[str, str]]:
+    """One to six (colour, shape) pairs; few kinds, so that repeated ones have to be counted."""
+    colours = rng.sample(list(COLOURS), rng.randint(1, 3))
+    shapes = rng.sample(SHAPES, rng.randint(1, 3))
+    return [(rng.choice(colours), rng.choice(shapes)) for _ in range(rng.randint(1, 6))]
+
+
+def _draw_scene(rng: random.Random, scale: float, objects: list[tuple[str, str]]) -> Page:
+    light = rng.randint(215, 255)
+    page = Page(TILE, TILE, (light, light, min(255, light + rng.randint(-8, 8))), scale)
+    cells = rng.sample(range(9), len(objects))
+    for (colour, shape), cell in zip(objects, cells, strict=True):
+        x = (cell % 3 + 0.5) * TILE / 3 + rng.uniform(-3, 3)
+        y = (cell // 3 + 0.5) * TILE / 3 + rng.uniform(-3, 3)
+        red, green, blue = (min(255, max(0, level + rng.randint(-15, 15))) for level in COLOURS[colour])
+        _draw_shape(page, shape, x, y, rng.uniform(10, 14), (red, green, blue), rng.uniform(-0.15, 0.15))
+    return page
+
+
+def _plural(shape: str) -> str:
+    return shape + "s"
+
+
+def _asked_pair(rng: random.Random, objects: list[tuple[str, str]]) -> tuple[str, str]:
+    """A (colour, shape) to ask about: half the time one that is there, otherwise a near miss that is not."""
+    if rng.random() < 0.5:
+        return rng.choice(objects)
+    present = {colour for colour, _ in objects} | {rng.choice(list(COLOURS))}
+    missing = [(colour, shape) for colour in sorted(present) for shape in SHAPES if (colour, shape) not in objects]
+    return rng.choice(missing) if missing else rng.choice(objects)
+
+
+def scene(rng: random.Random, split: str, scale: float) -> Picture:
+    """Coloured shapes. Asked: how many of a shape or colour, the colour of a shape, whether a thing is there."""
+    objects = _scene_objects(rng)
+    page = _draw_scene(rng, scale, objects)
+    counts = {shape: sum(s == shape for _, s in objects) for shape in SHAPES}
+    shape = rng.choice([s for s in SHAPES if counts[s]] if rng.random() < 0.9 else SHAPES)
+    colour = rng.choice(objects)[0]
+    questions = [
+        (f"How many {_plural(shape)} are there?", str(counts[shape])),
+        ("How many shapes are there?", str(len(objects))),
+        (f"How many shapes are {colour}?", str(sum(c == colour for c, _ in objects))),
+    ]
+    for single in (s for s in SHAPES if counts[s] == 1):
+        questions.append((f"What colour is the {single}?", next(c for c, s in objects if s == single)))
+    asked = _asked_pair(rng, objects)
+    questions.append((f"Is there a {asked[0]} {asked[1]}?", "yes" if asked in objects else "no"))
+    return page.picture(questions)
+
+
+def scene_zh(rng: random.Random, split: str, scale: float) -> Picture:
+    """The same in Chinese."""
+    objects = _scene_objects(rng)
+    page = _draw_scene(rng, scale, objects)
+    shape = rng.choice(objects)[1]
+    questions = [
+        (f"有几个{_SHAPES_ZH[shape]}？", str(sum(s == shape for _, s in objects))),
+        ("一共有几个图形？", str(len(objects))),
+    ]
+    for single in (s for s in SHAPES if sum(other == s for _, other in objects) == 1):
+        found = next(c for c, s in objects if s == single)
+        questions.append((f"{_SHAPES_ZH[single]}是什么颜色？", _COLOURS_ZH[found]))
+    asked = _asked_pair(rng, objects)
+    there = "有" if asked in objects else "没有"
+    questions.append((f"有没有{_COLOURS_ZH[asked[0]]}的{_SHAPES_ZH[asked[1]]}？", there))
+    return page.picture(questions)

@@ -1,0 +1,157 @@
+"""Token rows for training: one picture, its prompt prefix once, and several questions that see only that prefix.
+
+A row is `prefix, image tokens, question 1 + answer 1, question 2 + answer 2, ...`. The mask hides the questions from
+one another and every question's positions start where the prefix ends, so each one is exactly the single-turn prompt
+of the runtime, while the picture and the prefix are computed once.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from functools import cache, lru_cache
+
+import numpy as np
+import torch
+from dense import dense_tile
+from tiling import tiles
+from tokenizers import Tokenizer
+from torch import Tensor
+from vocabulary import SYSTEM, qwen2_tokenizer
+
+from internvl_edge.calibration.synthetic import draw_picture
+
+IGNORE = -100
+BLOCKED = -30000.0
+_GROUP = 4
+BEFORE = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n<img>"
+AFTER = "</img>\n"
+ASK = "<|im_end|>\n<|im_start|>assistant\n"
+TRANSCRIBE = "Read all the text."
+
+
+@dataclass
+class Batch:
+    """Everything of one training step, as numpy arrays (they cross a process boundary)."""
+
+    pixels: np.ndarray
+    """uint8 [tiles of all rows, S, S, 3]."""
+    ids: np.ndarray
+    """int64 [rows, seq]; image positions hold the <IMG_CONTEXT> id."""
+    positions: np.ndarray
+    """int64 [rows, seq]."""
+    segments: np.ndarray
+    """int64 [rows, seq]: 0 the shared prefix, 1.. the questions, -1 padding."""
+    targets: np.ndarray
+    """int64 [rows, seq]: the token to predict here, or IGNORE."""
+    branches: list[tuple[int, int, str]]
+    """(row, segment, task) of every question."""
+    dense: np.ndarray
+    dense_labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class Row:
+    """A tokenised picture before padding."""
+
+    pixels: np.ndarray
+    ids: list[int]
+    positions: list[int]
+    segments: list[int]
+    targets: list[int]
+    tasks: list[str]
+
+
+@cache
+def encoder() -> Tokenizer:
+    """The training tokenizer, made once per process."""
+    return qwen2_tokenizer()
+
+
+def encode(text: str) -> list[int]:
+    return encoder().encode(text, add_special_tokens=False).ids
+
+
+def make_row(pixels: np.ndarray, image_tokens: int, questions: list[tuple[str, str, str]]) -> Row:
+    """Tokens of one picture with its (question, answer, task) triples."""
+    context = encoder().token_to_id("<IMG_CONTEXT>")
+    ids = encode(BEFORE) + [context] * (image_tokens * len(pixels)) + encode(AFTER)
+    start = len(ids)
+    positions, segments, targets = list(range(start)), [0] * start, [IGNORE] * start
+    for number, (question, answer, _) in enumerate(questions, 1):
+        asked, said = encode(question + ASK), encode(answer + "<|im_end|>")
+        ids += asked + said[:-1]
+        length = len(asked) + len(said) - 1
+        positions += range(start, start + length)
+        segments += [number] * length
+        targets += [IGNORE] * (len(asked) - 1) + said
+    return Row(pixels, ids, positions, segments, targets, [task for _, _, task in questions])
+
+
+def pad(rows: list[Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """ids, positions, segments and targets of all rows, each [rows, longest]."""
+    longest = max(len(row.ids) for row in rows)
+
+    def table(name: str, filler: int) -> np.ndarray:
+        out = np.full((len(rows), longest), filler, np.int64)
+        for i, row in enumerate(rows):
+            values = getattr(row, name)
+            out[i, : len(values)] = values
+        return out
+
+    return table("ids", 0), table("positions", 0), table("segments", -1), table("targets", IGNORE)
+
+
+def join(rows: list[Row], dense: list[tuple[np.ndarray, np.ndarray]]) -> Batch:
+    """One batch of rows; `dense` adds stage-one tiles, which keep the vision tower from forgetting small text."""
+    branches = [(r, s, task) for r, row in enumerate(rows) for s, task in enumerate(row.tasks, 1)]
+    tiles_, labels = zip(*dense, strict=True) if dense else ((), ())
+    extra = (np.stack(tiles_), np.stack(labels)) if dense else (np.zeros(0, np.uint8), np.zeros(0, np.int64))
+    return Batch(np.concatenate([row.pixels for row in rows]), *pad(rows), branches, *extra)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a training batch is made of."""
+
+    seed: int
+    pictures: int
+    """Rows of a batch."""
+    dense: int
+    """Stage-one tiles added to a batch."""
+    questions: int
+    """Questions asked about one picture, at most."""
+    transcribe: float
+    """Share of the pictures with text that are also read out in full."""
+
+
+@lru_cache(maxsize=1)
+def _group(number: int, recipe: Recipe) -> list[list[Row]]:
+    """`_GROUP` batches' worth of pictures, sorted by length before they are dealt out, so that little is padding."""
+    rng = random.Random(f"reader-{recipe.seed}-{number}")
+    rows = []
+    for _ in range(recipe.pictures * _GROUP):
+        picture, task = draw_picture(rng, "train")
+        asked = rng.sample(picture.questions, min(recipe.questions, len(picture.questions)))
+        triples = [(question, answer, task) for question, answer in asked]
+        if picture.transcript and rng.random() < recipe.transcribe:
+            triples.append((TRANSCRIBE, picture.transcript, "transcript"))
+        rows.append(make_row(tiles(picture.image), 16, triples))
+    rows.sort(key=lambda row: len(row.ids))
+    batches = [rows[i : i + recipe.pictures] for i in range(0, len(rows), recipe.pictures)]
+    rng.shuffle(batches)
+    return batches
+
+
+def training_batch(index: int, recipe: Recipe) -> Batch:
+    """Batch `index` of the endless training stream."""
+    rng = random.Random(f"dense-{recipe.seed}-{index}")
+    return join(_group(index // _GROUP, recipe)[index % _GROUP], [dense_tile(rng) for _ in range(recipe.dense)])
+
+
+def attention_bias(segments: Tensor) -> Tensor:
+    """[rows, seq] segments -> additive mask [rows, seq, seq]: causal, own question and prefix only."""
+    query, key = segments[:, :, None], segments[:, None, :]
+    causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool).tril()
+    allowed = causal & ((key == 0) | (key == query))
+    return torch.where(allowed, 0.0, BLOCKED)

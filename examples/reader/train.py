@@ -1,0 +1,206 @@
+"""Train the reader: `python vision_stage.py` first, then this; both can be stopped and started again at any time.
+
+Stage two teaches the decoder to answer, with the vision tower learning at a lower rate and dense tiles kept in the mix.
+State, log and plot go to --out. The same seed gives the same data in the same order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import defaultdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from batches import IGNORE, Batch, Recipe, attention_bias, encoder, training_batch
+from crew import Crew
+from dense import CLASSES
+from judge import judge, validation_rows
+from loader import batches
+from model import Reader, ReaderConfig, rotary_table
+from optim import Optimisers
+from torch import Tensor, nn
+from vision_stage import CELLS, slot_loss
+
+
+class Student(nn.Module):
+    """The reader and the slot head, as one module to make replicas of."""
+
+    def __init__(self, dense_weight: float) -> None:
+        super().__init__()
+        self.reader = Reader(ReaderConfig(vocab_size=encoder().get_vocab_size()))
+        self.slots = nn.Linear(self.reader.config.hidden_size, CELLS * CLASSES)
+        self.context = encoder().token_to_id("<IMG_CONTEXT>")
+        self.dense_weight = dense_weight
+
+    def answers(self, batch: Batch) -> Tensor:
+        """Logits [n, vocab] at the answer positions, in the order of `batch.targets`."""
+        ids, segments = torch.from_numpy(batch.ids), torch.from_numpy(batch.segments)
+        cos, sin = rotary_table(self.reader.config, torch.from_numpy(batch.positions))
+        with torch.autocast("cpu", torch.bfloat16):
+            embeds = self.reader.language_model.model.embed_tokens(ids)
+            image = self.reader.see(torch.from_numpy(batch.pixels)).to(embeds.dtype)
+            embeds = embeds.masked_scatter((ids == self.context)[..., None], image)
+            out = self.reader.think(embeds, cos, sin, attention_bias(segments))
+            return self.reader.language_model.lm_head(out[torch.from_numpy(batch.targets) != IGNORE]).float()
+
+
+def loss_of(student: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
+    """Answer loss plus the weighted slot loss of one micro-batch, and the figures to log."""
+    assert isinstance(student, Student)
+    logits = student.answers(batch)
+    targets = torch.from_numpy(batch.targets)
+    targets = targets[targets != IGNORE]
+    total = F.cross_entropy(logits, targets)
+    figures = {"loss": total.item(), "token": (logits.argmax(-1) == targets).float().mean().item()}
+    if len(batch.dense):
+        with torch.autocast("cpu", torch.bfloat16):
+            slots = student.slots(student.reader.see(torch.from_numpy(batch.dense)))
+        dense, accuracy = slot_loss(slots.view(-1, CLASSES), torch.from_numpy(batch.dense_labels).view(-1))
+        total = total + student.dense_weight * dense
+        figures["dense"] = accuracy.item()
+    return total, figures | {"right": right_branches(batch, logits)}
+
+
+class Trainer:
+    """Student, optimisers, averaged weights and the step count, saved and restored together."""
+
+    def __init__(self, out: Path, arguments: argparse.Namespace) -> None:
+        self.out, self.a = out, arguments
+        torch.manual_seed(arguments.seed)
+        self.student = Student(arguments.dense_weight)
+        self.model = self.student.reader
+        self.step = 0
+        self.load_vision()
+        named = [(n.removeprefix("reader."), p) for n, p in self.student.named_parameters()]
+        self.optimisers = Optimisers(named, arguments.muon_lr, arguments.adam_lr, arguments.vision_rate)
+        self.average = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+        self.restore()
+        self.crew = Crew(self.student, arguments.threads)
+
+    def load_vision(self) -> None:
+        """Start from stage one when its file is there; the text half stays as initialised."""
+        file = self.out / "vision.pt"
+        if file.exists():
+            state = torch.load(file, weights_only=True)
+            vision = {k: v for k, v in state["model"].items() if not k.startswith("language_model")}
+            self.model.load_state_dict(vision, strict=False)
+            self.student.slots.load_state_dict(state["slots"])
+
+    def restore(self) -> None:
+        """Continue from reader.pt when it is there."""
+        file = self.out / "reader.pt"
+        if file.exists():
+            state = torch.load(file, weights_only=True)
+            self.student.load_state_dict(state["student"])
+            self.optimisers.load_state_dict(state["optimisers"])
+            self.average, self.step = state["average"], state["step"]
+
+    def save(self) -> None:
+        """Write the whole state beside its place, then move it there."""
+        state = {"student": self.student.state_dict(), "average": self.average, "step": self.step}
+        torch.save(state | {"optimisers": self.optimisers.state_dict()}, self.out / "reader.tmp")
+        (self.out / "reader.tmp").rename(self.out / "reader.pt")
+
+    def update(self, pieces: list[Batch], multiplier: float) -> list[dict[str, Any]]:
+        """One optimiser step over the micro-batches; returns each one's figures."""
+        figures = self.crew.gradients(loss_of, pieces)
+        self.optimisers.step(multiplier, self.crew)
+        self.step += 1
+        keep = min(0.998, self.step / (self.step + 20))
+        with torch.no_grad():
+            for name, p in self.model.named_parameters():
+                self.average[name].lerp_(p, 1 - keep)
+        return figures
+
+    def evaluate(self, rows: list[Batch]) -> dict[str, float]:
+        """Exact match per task of the averaged weights on validation pictures (teacher-forced, so greedy)."""
+        current = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+        with torch.no_grad():
+            for n, p in self.model.named_parameters():
+                p.copy_(self.average[n])
+            result = judge(rows, self.student.answers)
+            for n, p in self.model.named_parameters():
+                p.copy_(current[n])
+        return result
+
+    def multiplier(self) -> float:
+        """Warm-up over 200 steps, then constant, then linear to 5 % over the last `decay` steps."""
+        left = (self.a.steps - self.step) / max(1, self.a.decay)
+        return min(1.0, (self.step + 1) / 200, max(0.05, left))
+
+
+def right_branches(batch: Batch, logits: Tensor) -> list[tuple[str, bool]]:
+    """(task, whether every token of the answer is right) of every question."""
+    targets = torch.from_numpy(batch.targets)
+    where = targets != IGNORE
+    segments, rows = torch.from_numpy(batch.segments)[where], where.nonzero()[:, 0]
+    wrong = logits.argmax(-1) != targets[where]
+    bad = {(int(r), int(s)) for r, s in zip(rows[wrong], segments[wrong], strict=True)}
+    return [(task, (row, segment) not in bad) for row, segment, task in batch.branches]
+
+
+def run(a: argparse.Namespace) -> None:
+    trainer = Trainer(a.out, a)
+    recipe = Recipe(a.seed, a.batch // a.pieces, a.dense // a.pieces, a.questions, a.transcribe)
+    data = batches(partial(training_batch, recipe=recipe), trainer.step * a.pieces)
+    held = validation_rows(a.validation)
+    started = saved = logged = time.time()
+    sums: dict[str, float] = defaultdict(float)
+    hits: dict[str, list[bool]] = defaultdict(list)
+    while trainer.step < a.steps and time.time() - started < 60 * a.minutes:
+        for figures in trainer.update([next(data) for _ in range(a.pieces)], trainer.multiplier()):
+            for task, right in figures.pop("right"):
+                hits[task].append(right)
+            for key, value in figures.items():
+                sums[key] += value / a.pieces
+        if trainer.step % a.log_every == 0:
+            entry: dict[str, Any] = {"step": trainer.step, "pictures": trainer.step * a.batch}
+            entry |= {key: round(value / a.log_every, 4) for key, value in sums.items()}
+            entry["pictures_per_s"] = round(a.log_every * a.batch / (time.time() - logged), 1)
+            entry["train"] = {task: round(sum(h) / len(h), 3) for task, h in sorted(hits.items())}
+            if trainer.step % (a.log_every * a.judge_every) == 0:
+                entry["validation"] = trainer.evaluate(held)
+            with (a.out / "reader.jsonl").open("a") as log:
+                log.write(json.dumps(entry) + "\n")
+            sums.clear()
+            hits.clear()
+            logged = time.time()
+        if time.time() - saved > 60 * a.save_every:
+            trainer.save()
+            saved = time.time()
+    trainer.save()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of state, log and plot")
+    parser.add_argument("--steps", type=int, default=30000, help="where the learning rate ends")
+    parser.add_argument("--decay", type=int, default=8000, help="steps of linear decay at the end")
+    parser.add_argument("--minutes", type=float, default=1e9, help="stop, resumable, after so long")
+    parser.add_argument("--batch", type=int, default=48, help="pictures a step")
+    parser.add_argument("--dense", type=int, default=16, help="dense tiles a step")
+    parser.add_argument("--dense-weight", type=float, default=0.5)
+    parser.add_argument("--questions", type=int, default=2, help="questions a picture, at most")
+    parser.add_argument("--transcribe", type=float, default=0.7, help="share of text pictures read out in full")
+    parser.add_argument("--muon-lr", type=float, default=2e-3)
+    parser.add_argument("--adam-lr", type=float, default=1e-3)
+    parser.add_argument("--vision-rate", type=float, default=0.4, help="learning rate of the vision half, as a factor")
+    parser.add_argument("--validation", type=int, default=200, help="validation pictures")
+    parser.add_argument("--log-every", type=int, default=50)
+    parser.add_argument("--judge-every", type=int, default=10, help="in log lines")
+    parser.add_argument("--save-every", type=float, default=5, help="minutes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2, help="micro-batches computed at a time")
+    parser.add_argument("--pieces", type=int, default=4, help="micro-batches a step")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    run(arguments)
+
+
+if __name__ == "__main__":
+    main()
