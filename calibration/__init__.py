@@ -1,1 +1,31 @@
-"""Images and prompts -> what a quantiser needs to know about a model's activations."""
+"""Images and prompts -> what a quantiser needs to know about a model's activations.
+
+`calibrate` makes a calibration set; `internvl_edge.calibration.synthetic` draws the pictures of the built-in one.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .run import calibrate
+    from .compute import choose_compute
+    from .dataset import CalibrationSet, DataOptions, read_statistics
+
+__all__ = ["CalibrationSet", "DataOptions", "calibrate", "choose_compute", "read_statistics"]
+
+# Loaded on first use: the synthetic pictures need no torch.
+_HOMES = {
+    "CalibrationSet": "dataset",
+    "DataOptions": "dataset",
+    "calibrate": "run",
+    "choose_compute": "compute",
+    "read_statistics": "dataset",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,82 @@
+"""Where and in which type calibration computes: CUDA when present, else the CPU, bfloat16 where the CPU multiplies it.
+
+Matrix products of bfloat16 accumulate in float32. float16 is never used: activations of real models exceed it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch import Tensor
+
+from internvl_edge.errors import EdgeError
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last is how Arm spells it
+
+
+@dataclass(frozen=True)
+class Compute:
+    """A device and the type of matrix products on it."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')} on {self.device}"
+
+
+def choose_compute(device: str = "auto", dtype: str = "auto") -> Compute:
+    """The best of this machine, or what is asked for.
+
+    Args:
+        device: "auto", "cpu" or a CUDA device such as "cuda" or "cuda:1".
+        dtype: "auto", "bfloat16" or "float32".
+
+    Raises:
+        EdgeError: no such device here, or another name.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not (device == "cpu" or device.partition(":")[0] == "cuda"):
+        raise EdgeError(f"device {device!r} is not one of auto, cpu, cuda")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise EdgeError(f"device {device} was asked for but torch finds no CUDA device; use --device cpu")
+    if dtype == "auto":
+        dtype = "bfloat16" if device != "cpu" or _cpu_multiplies_bfloat16() else "float32"
+    if dtype not in DTYPES:
+        raise EdgeError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
+    return Compute(torch.device(device), DTYPES[dtype])
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    path = Path("/proc/cpuinfo")
+    if not path.is_file():
+        return False
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+    return bool(_CPU_FLAGS & set(flags.split()))
+
+
+def to_torch(array: np.ndarray[Any, Any]) -> Tensor:
+    """A tensor over the same memory; ml_dtypes' bfloat16 becomes torch's. Read-only arrays must not be written to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        if array.dtype == ml_dtypes.bfloat16:
+            return torch.from_numpy(np.ascontiguousarray(array).view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """The inverse of `to_torch`, from any device."""
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        bits: np.ndarray[Any, Any] = tensor.view(torch.int16).numpy()
+        return bits.view(ml_dtypes.bfloat16)
+    return np.asarray(tensor.numpy())

@@ -1,0 +1,218 @@
+"""A calibration set on disk: token ids of each sample and what the decoder sees of them, image tokens included.
+
+    calibration.json  the samples, and what they were made from
+    tokens.npy        int32 [tokens] of all samples, one behind the other
+    embeddings.f32    float32 [tokens, hidden]; rows of image tokens come from the vision tower and the projector
+    statistics.npz    per linear input and channel: mean and maximum of |x| (see `statistics`)
+
+Made in two resumable steps: `prepare` (text and tiles), `embed` (the tower, one layer in memory at a time).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from internvl_edge.checkpoint import Checkpoint
+from internvl_edge.errors import EdgeError
+
+from .compute import to_torch
+from .items import read_items
+from .samples import DEFAULT_MAX_TOKENS, SampleBuilder, good_samples
+from .work import WorkFolder
+
+MANIFEST = "calibration.json"
+TOKENS = "tokens.npy"
+EMBEDDINGS = "embeddings.f32"
+STATISTICS = "statistics.npz"
+TILES = "tiles.u8"
+_TOKENIZER = "tokenizer.json"
+_EMBED_TOKENS = "decoder.embed_tokens.weight"
+_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which samples, and how many.
+
+    Attributes:
+        source: a folder of images, a JSON Lines file, or None for the built-in set.
+        samples: how many, at most.
+        seed: which ones, and in which order.
+        max_tiles: most tiles of an image beside its thumbnail.
+        max_tokens: longer samples are broken items.
+        max_broken: more broken items than this are an error.
+    """
+
+    source: Path | None = None
+    samples: int = 64
+    seed: int = 0
+    max_tiles: int = 4
+    max_tokens: int = DEFAULT_MAX_TOKENS
+    max_broken: int = 8
+
+    def describe(self) -> dict[str, Any]:
+        """JSON values that decide which samples come out; a file's size and time stand for its content."""
+        values = asdict(self) | {"source": "built-in"}
+        if self.source is not None and self.source.exists():
+            files = sorted(self.source.rglob("*")) if self.source.is_dir() else [self.source]
+            stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+            values["source"] = [str(self.source.resolve()), hash_values(stats)]
+        return values
+
+
+def hash_values(values: Any) -> str:
+    """A short digest of JSON values."""
+    import hashlib
+
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """An embedded calibration set.
+
+    Attributes:
+        folder: where it lies.
+        checkpoint: identity of the checkpoint it was made with.
+        names: of the samples.
+        lengths: tokens of each sample.
+        tiles: tiles of each sample.
+        broken: one line for each item that was skipped.
+        image_token: the placeholder's id.
+        hidden_size: width of the decoder.
+    """
+
+    folder: Path
+    checkpoint: str
+    names: list[str]
+    lengths: list[int]
+    tiles: list[int]
+    broken: list[str]
+    image_token: int
+    hidden_size: int
+
+    @staticmethod
+    def open(folder: Path) -> CalibrationSet:
+        """Read what `prepare` wrote.
+
+        Raises:
+            EdgeError: the folder holds no calibration set, or one that is not complete.
+        """
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise EdgeError(f"{folder} is no calibration set; make one with internvl-edge calibrate CHECKPOINT -o DIR")
+        try:
+            return CalibrationSet(folder, **json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise EdgeError(f"{path} is damaged ({error}); make the calibration set again") from None
+
+    @property
+    def total(self) -> int:
+        """Tokens of all samples."""
+        return sum(self.lengths)
+
+    @property
+    def is_image(self) -> NDArray[np.bool_]:
+        """[tokens], where a token comes from an image."""
+        return np.asarray(np.load(self.folder / TOKENS) == self.image_token)
+
+    def embeddings(self, writable: bool = False) -> NDArray[np.float32]:
+        """float32 [tokens, hidden], mapped from its file."""
+        path, shape = self.folder / EMBEDDINGS, (self.total, self.hidden_size)
+        if not path.is_file() or path.stat().st_size != 4 * shape[0] * shape[1]:
+            raise EdgeError(f"{path} is missing or incomplete; make the calibration set again")
+        return np.memmap(path, np.float32, "r+" if writable else "r", shape=shape)
+
+    def chunks(self, tokens: int) -> list[range]:
+        """Samples in their order, in runs of at most `tokens` tokens; a longer sample is a run of its own."""
+        runs: list[range] = []
+        start, size = 0, 0
+        for index, length in enumerate(self.lengths):
+            if size and size + length > tokens:
+                runs.append(range(start, index))
+                start, size = index, 0
+            size += length
+        return [*runs, range(start, len(self.lengths))]
+
+
+def prepare(
+    work: WorkFolder,
+    checkpoint: Checkpoint,
+    identity: str,
+    options: DataOptions,
+    report: Callable[[str], None],
+) -> CalibrationSet:
+    """Tokenise and tile the samples into the work folder; the tokens' rows of the table become embeddings.
+
+    Does nothing where it was done before.
+
+    Raises:
+        EdgeError: no data, too many broken items.
+    """
+    if work.read_json(MANIFEST) is not None:
+        return CalibrationSet.open(work.path)
+    # The tokenizer of a checkpoint is read by the exporter's code; this is the only thing calibration takes from there.
+    from internvl_edge.export.tokenizer import build_tokenizer
+
+    tokenizer = work.path / _TOKENIZER
+    tokenizer.write_bytes(build_tokenizer(checkpoint.folder, checkpoint.config))
+    builder = SampleBuilder(checkpoint.config, tokenizer, options.max_tiles, options.max_tokens)
+    ids: list[NDArray[np.int32]] = []
+    manifest: dict[str, Any] = {"checkpoint": identity, "names": [], "lengths": [], "tiles": [], "broken": []}
+
+    def skipped(line: str) -> None:
+        manifest["broken"].append(line)
+        report(f"skipped {line}")
+
+    items = read_items(options.source, options.seed)
+    with (work.path / TILES).open("wb") as file:
+        for sample in good_samples(items, builder, options.samples, options.max_broken, skipped):
+            file.write(sample.tiles.tobytes())
+            ids.append(sample.ids)
+            manifest["names"].append(sample.name)
+            manifest["lengths"].append(len(sample.ids))
+            manifest["tiles"].append(len(sample.tiles))
+    tokens = np.concatenate(ids)
+    np.save(work.path / TOKENS, tokens)
+    _embed_tokens(work.path / EMBEDDINGS, checkpoint, tokens)
+    manifest |= {"image_token": builder.image_token, "hidden_size": checkpoint.config.decoder.hidden_size}
+    work.write_json(MANIFEST, manifest)
+    return CalibrationSet.open(work.path)
+
+
+def _embed_tokens(path: Path, checkpoint: Checkpoint, tokens: NDArray[np.int32]) -> None:
+    table = checkpoint.tensor(_EMBED_TOKENS)
+    with path.open("wb") as file:
+        for start in range(0, len(tokens), _ROWS):
+            rows = to_torch(table[tokens[start : start + _ROWS]]).float().numpy()
+            file.write(np.ascontiguousarray(rows).tobytes())
+
+
+def finish(folder: Path, statistics: Mapping[str, NDArray[Any]]) -> None:
+    """Write the statistics and remove what only the making needed."""
+    new = folder / f"{STATISTICS}.new"
+    with new.open("wb") as file:
+        np.savez(file, **dict(statistics))  # type: ignore[arg-type]  # numpy's stub takes the names for its own options
+    os.replace(new, folder / STATISTICS)
+    for name in (TILES, _TOKENIZER):
+        (folder / name).unlink(missing_ok=True)
+
+
+def read_statistics(folder: Path) -> dict[str, NDArray[Any]]:
+    """`<linear>.mean_abs` and `<linear>.max_abs`, float32 [in], by canonical name of the linear layer.
+
+    Raises:
+        EdgeError: the folder holds none.
+    """
+    if not (folder / STATISTICS).is_file():
+        raise EdgeError(f"{folder} holds no {STATISTICS}; make it with internvl-edge calibrate CHECKPOINT -o DIR")
+    with np.load(folder / STATISTICS, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}

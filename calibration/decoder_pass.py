@@ -1,0 +1,150 @@
+"""The decoder half of a calibration run: layer by layer over all samples, statistics out, quantised weights in.
+
+One layer's tensors are in memory at a time; hidden states lie in memory-mapped files, so that the page cache decides
+what stays in memory. After each layer the state is saved: a killed run continues with the layer it was in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from internvl_edge.checkpoint import Checkpoint
+from internvl_edge.runtime.rope import RotaryAngles
+
+from .blocks import decoder_block, rms_norm
+from .compute import Compute
+from .dataset import CalibrationSet
+from .statistics import InputStatistics, Observer, Wanted
+from .weights import load_block, load_tensor
+from .work import WorkFolder
+
+_STATE = "decoder.json"
+# Tokens that go through a layer together: enough for matrix products to be efficient, little memory.
+_CHUNK_TOKENS = 2048
+
+Statistics = Mapping[str, InputStatistics]
+# (layer, statistics of its inputs) -> the tensors that replace the layer's own for what follows, or None for none.
+# It stores its own results, and may be called again for a layer whose results it has stored already.
+LayerHandler = Callable[[int, Statistics], Mapping[str, Tensor] | None]
+Progress = Callable[[int], object]
+
+
+class DecoderPass:
+    """A resumable pass of a calibration set through a decoder."""
+
+    def __init__(
+        self,
+        work: WorkFolder,
+        checkpoint: Checkpoint,
+        calibration: CalibrationSet,
+        compute: Compute,
+        progress: Progress,
+    ) -> None:
+        self._work = work
+        self._checkpoint = checkpoint
+        self._config = checkpoint.config.decoder
+        self._calibration = calibration
+        self._compute = compute
+        self._progress = progress
+        self._angles = RotaryAngles(self._config)
+        self._chunks = calibration.chunks(_CHUNK_TOKENS)
+        self._starts = np.concatenate([[0], np.cumsum(calibration.lengths)]).astype(int)
+
+    @staticmethod
+    def steps(calibration: CalibrationSet, layers: int) -> int:
+        """Units of progress in all: tokens x layers x 2 (observe, propagate)."""
+        return calibration.total * layers * 2
+
+    @torch.inference_mode()
+    def run(self, wanted: Wanted, handle: LayerHandler) -> None:
+        """Take every layer: gather what is wanted, let `handle` do its work, propagate through what it returns.
+
+        Raises:
+            EdgeError: NaN or infinity, named by layer, tensor and sample.
+        """
+        done = int((self._work.read_json(_STATE) or {"layers": 0})["layers"])
+        self._progress(done * self._calibration.total * 2)
+        for layer in range(done, self._config.num_hidden_layers):
+            replaced = handle(layer, self._observe(layer, wanted))
+            self._propagate(layer, replaced or {})
+            self._work.write_json(_STATE, {"layers": layer + 1})
+            if layer:
+                self._hidden_path(layer).unlink(missing_ok=True)
+
+    @torch.inference_mode()
+    def observe_head(self, wanted: Wanted) -> InputStatistics:
+        """Statistics of the input of lm_head; after `run`."""
+        weight = load_tensor(self._checkpoint, "decoder.norm.weight", self._compute)
+        observer = Observer("decoder", self._calibration.total, wanted)
+        for chunk in self._chunks:
+            x = self._read(self._config.num_hidden_layers, chunk)
+            self._announce(observer, chunk)
+            observer("lm_head", rms_norm(x, weight, self._config.rms_norm_eps).to(self._compute.dtype))
+        return observer.inputs["lm_head"]
+
+    def _observe(self, layer: int, wanted: Wanted) -> Statistics:
+        name = f"decoder.layers.{layer}"
+        weights = load_block(self._checkpoint, f"{name}.", self._compute)
+        observer = Observer(name, self._calibration.total, wanted)
+        for chunk in self._chunks:
+            x = self._read(layer, chunk)
+            self._announce(observer, chunk)
+            lengths = [self._calibration.lengths[index] for index in chunk]
+            decoder_block(weights, x, lengths, self._rotary(lengths), self._config, observer, output=False)
+            self._progress(len(x))
+        return observer.inputs
+
+    def _propagate(self, layer: int, replaced: Mapping[str, Tensor]) -> None:
+        name = f"decoder.layers.{layer}"
+        weights = load_block(self._checkpoint, f"{name}.", self._compute) | dict(replaced)
+        observer = Observer(name, self._calibration.total, Wanted())
+        path = self._hidden_path(layer + 1)
+        new = path.with_suffix(".new")
+        shape = (self._calibration.total, self._config.hidden_size)
+        out = np.memmap(new, np.float32, "w+", shape=shape)
+        for chunk in self._chunks:
+            x = self._read(layer, chunk)
+            self._announce(observer, chunk)
+            lengths = [self._calibration.lengths[index] for index in chunk]
+            x = decoder_block(weights, x, lengths, self._rotary(lengths), self._config, _unseen)
+            observer.check("the output", x)
+            out[self._rows(chunk)] = x.cpu().numpy()
+            self._progress(len(x))
+        out.flush()
+        del out
+        new.replace(path)
+
+    def _hidden_path(self, layer: int) -> Path:
+        return self._work.path / f"hidden-{layer}.f32"
+
+    def _rows(self, chunk: range) -> slice:
+        return slice(self._starts[chunk.start], self._starts[chunk.stop])
+
+    def _read(self, layer: int, chunk: range) -> Tensor:
+        """Input of a layer for a run of samples, [tokens, hidden] float32."""
+        states: NDArray[np.float32]
+        if layer == 0:
+            states = self._calibration.embeddings()
+        else:
+            shape = (self._calibration.total, self._config.hidden_size)
+            states = np.memmap(self._hidden_path(layer), np.float32, "r", shape=shape)
+        return torch.from_numpy(np.array(states[self._rows(chunk)])).to(self._compute.device)
+
+    def _announce(self, observer: Observer, chunk: range) -> None:
+        samples = [(self._calibration.names[index], self._calibration.lengths[index]) for index in chunk]
+        observer.begin(int(self._starts[chunk.start]), samples)
+
+    def _rotary(self, lengths: list[int]) -> tuple[Tensor, Tensor]:
+        tables = [self._angles.at(0, length, length) for length in lengths]
+        cos, sin = (np.concatenate([table[part] for table in tables]) for part in (0, 1))
+        return torch.from_numpy(cos).to(self._compute.device), torch.from_numpy(sin).to(self._compute.device)
+
+
+def _unseen(name: str, x: Tensor) -> None:
+    """The observer of a pass that only propagates."""

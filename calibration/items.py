@@ -1,0 +1,109 @@
+"""Calibration data as the user has it: images, prompts and answers, not yet tokens.
+
+Three sources: a folder of images, a JSON Lines file of {"images": [...], "prompt": ..., "answer"?: ...}, or the
+built-in set of synthetic documents, charts, signs and scenes in two languages, plus text. Which items are taken, and in
+which order, follows from the seed alone.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from internvl_edge.errors import EdgeError
+
+from .texts import IMAGE_PROMPTS, TEXTS
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif", ".jp2"}
+# One built-in item in this many is text alone: decoders meet text without any image too.
+_TEXT_EVERY = 4
+
+
+@dataclass(frozen=True)
+class CalibrationItem:
+    """One sample to be: `prompt` may hold `<image>` marks; an answer counts as tokens of the sequence.
+
+    `problem` is set instead where the source's entry cannot be understood.
+    """
+
+    name: str
+    prompt: str = ""
+    images: tuple[Path | Image.Image, ...] = ()
+    answer: str = ""
+    problem: str = ""
+
+
+def read_items(source: Path | None, seed: int = 0) -> Iterator[CalibrationItem]:
+    """Items of a folder, of a JSON Lines file or (None) of the built-in set, which never ends, in the seed's order.
+
+    Broken entries come out with their `problem`; images are not opened here.
+
+    Raises:
+        EdgeError: no such file or folder, or nothing in it.
+    """
+    if source is None:
+        return _built_in(seed)
+    if not source.exists():
+        raise EdgeError(f"calibration data {source} does not exist; give a folder of images or a .jsonl file")
+    items = _folder(source, seed) if source.is_dir() else _json_lines(source)
+    if not items:
+        wanted = "images" if source.is_dir() else "lines"
+        raise EdgeError(f"calibration data {source} holds no {wanted}; give a folder of images or a .jsonl file")
+    random.Random(seed).shuffle(items)
+    return iter(items)
+
+
+def _folder(folder: Path, seed: int) -> list[CalibrationItem]:
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    prompts = random.Random(f"prompts/{seed}").choices(IMAGE_PROMPTS, k=len(paths))
+    return [CalibrationItem(name, prompt, (path,)) for name, prompt, path in zip(names, prompts, paths, strict=True)]
+
+
+def _json_lines(path: Path) -> list[CalibrationItem]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise EdgeError(f"calibration data {path} cannot be read ({error}); expected UTF-8 JSON Lines") from None
+    return [_one_line(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def _one_line(path: Path, number: int, line: str) -> CalibrationItem:
+    name = f"{path.name}:{number}"
+    try:
+        values: Any = json.loads(line)
+    except ValueError as error:
+        return CalibrationItem(name, problem=f"not JSON ({error})")
+    if not isinstance(values, dict):
+        return CalibrationItem(name, problem=f"a {type(values).__name__}, expected an object")
+    images, prompt, answer = values.get("images", []), values.get("prompt"), values.get("answer", "")
+    if unknown := sorted(set(values) - {"images", "prompt", "answer"}):
+        return CalibrationItem(name, problem=f"unknown field {unknown[0]}, expected images, prompt, answer")
+    if not isinstance(prompt, str) or not isinstance(answer, str):
+        return CalibrationItem(name, problem="prompt or answer is not a text")
+    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        return CalibrationItem(name, problem="images is not a list of file names")
+    return CalibrationItem(name, prompt, tuple(path.parent / image for image in images), answer)
+
+
+def _built_in(seed: int) -> Iterator[CalibrationItem]:
+    from .synthetic import sample  # fonts are packages of an extra; only this source needs them
+
+    chooser = random.Random(f"built-in/{seed}")
+    texts = list(TEXTS)
+    chooser.shuffle(texts)
+    index = 0
+    while True:
+        if index % _TEXT_EVERY == _TEXT_EVERY - 1:
+            prompt, answer = texts[index // _TEXT_EVERY % len(texts)]
+            yield CalibrationItem(f"built-in text {index}", prompt, (), answer)
+        else:
+            drawn = sample("train", index, seed)
+            yield CalibrationItem(f"built-in {drawn.task} {index}", drawn.question, (drawn.image,), drawn.answer)
+        index += 1

@@ -1,0 +1,140 @@
+"""`calibrate`: a checkpoint and data -> a folder with the embedded calibration set and activation statistics."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from internvl_edge.checkpoint import Checkpoint
+from internvl_edge.errors import EdgeError
+
+from .compute import Compute, choose_compute
+from .dataset import CalibrationSet, DataOptions, finish, prepare
+from .decoder_pass import DecoderPass, Statistics
+from .statistics import Wanted
+from .tower import embed, tower_steps
+from .work import WorkFolder, checkpoint_identity
+
+Figures = dict[str, NDArray[Any]]
+
+
+def calibrate(
+    checkpoint: str | Path,
+    out: str | Path,
+    options: DataOptions | None = None,
+    compute: Compute | None = None,
+    *,
+    restart: bool = False,
+    progress: bool = False,
+) -> CalibrationSet:
+    """Embed a calibration set and gather the activation statistics of a checkpoint.
+
+    The state of an unfinished run lies in `OUT.partial`; the same call continues it, with the same result.
+
+    Args:
+        checkpoint: local folder.
+        out: the folder to make.
+        options: which data; default: the built-in set.
+        compute: device and type; default: the best of this machine.
+        restart: discard an unfinished run.
+        progress: bars with the time left, on standard error.
+
+    Raises:
+        EdgeError: the checkpoint or the data is not usable, `out` exists, or activations are not finite.
+    """
+    source, target = Checkpoint(Path(checkpoint)), Path(out)
+    options, compute = options or DataOptions(), compute or choose_compute()
+    if target.exists():
+        raise EdgeError(f"{target} exists; choose another --output or remove it")
+    identity = checkpoint_identity(source.folder)
+    work = WorkFolder(partial_path(target), run_description(identity, options, compute), restart)
+    calibration, figures = embedded_set(work, source, identity, options, compute, progress)
+    handler = _Gatherer(work)
+    steps = DecoderPass.steps(calibration, source.config.decoder.num_hidden_layers)
+    with progress_bar("decoder", steps, progress) as advance:
+        DecoderPass(work, source, calibration, compute, advance).run(Wanted(), handler)
+    finish(work.path, figures | handler.all_layers(source.config.decoder.num_hidden_layers))
+    for path in work.path.iterdir():
+        if path.name.startswith(("hidden-", "layer-", "run.json", "decoder.json", "vision.npz")):
+            path.unlink()
+    work.path.rename(target)
+    return CalibrationSet.open(target)
+
+
+def embedded_set(
+    work: WorkFolder,
+    checkpoint: Checkpoint,
+    identity: str,
+    options: DataOptions,
+    compute: Compute,
+    progress: bool = False,
+) -> tuple[CalibrationSet, Figures]:
+    """The data as the decoder sees it, and the statistics of tower and projector; continues where it was killed."""
+    calibration = prepare(work, checkpoint, identity, options, _say)
+    with progress_bar("vision", tower_steps(calibration, checkpoint.config), progress) as advance:
+        return calibration, embed(work, checkpoint, calibration, compute, advance)
+
+
+def partial_path(target: Path) -> Path:
+    """Where the state of an unfinished run lies: beside what it makes."""
+    return target.with_name(f"{target.name}.partial")
+
+
+def run_description(identity: str, options: DataOptions | None, compute: Compute | None) -> dict[str, Any]:
+    """What decides the result of a run beside its recipe, as JSON values."""
+    return {
+        "version": version("internvl-edge"),
+        "checkpoint": identity,
+        "data": options.describe() if options else None,
+        "compute": str(compute) if compute else None,
+    }
+
+
+def require_same_checkpoint(calibration: CalibrationSet, identity: str) -> None:
+    """Raise EdgeError where a calibration set was made with another checkpoint."""
+    if calibration.checkpoint != identity:
+        raise EdgeError(
+            f"{calibration.folder} was made with another checkpoint; make it again with internvl-edge calibrate"
+        )
+
+
+@contextmanager
+def progress_bar(label: str, total: int, shown: bool) -> Iterator[Callable[[int], object]]:
+    """A bar with the time left; yields the function that moves it."""
+    with tqdm(total=total, desc=label, disable=not shown, leave=False, unit_scale=True, smoothing=0.05) as bar:
+        yield bar.update
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+class _Gatherer:
+    """Stores the per-channel figures of each layer, and changes nothing."""
+
+    def __init__(self, work: WorkFolder) -> None:
+        self._work = work
+
+    def __call__(self, layer: int, statistics: Statistics) -> Mapping[str, Tensor] | None:
+        prefix = f"decoder.layers.{layer}."
+        arrays = {
+            f"{prefix}{name}.{figure}": array
+            for name, inputs in statistics.items()
+            for figure, array in inputs.arrays().items()
+        }
+        self._work.write_arrays(f"layer-{layer}.npz", arrays)
+        return None
+
+    def all_layers(self, count: int) -> Figures:
+        figures: Figures = {}
+        for layer in range(count):
+            figures |= self._work.read_arrays(f"layer-{layer}.npz") or {}
+        return figures

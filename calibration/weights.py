@@ -1,0 +1,51 @@
+"""One block's tensors from a checkpoint, in the type that calibration computes in; nothing else is in memory.
+
+Where the stored type is that type, tensors are views of the mapped file.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from internvl_edge.checkpoint import Checkpoint
+from internvl_edge.errors import CheckpointError
+
+from .compute import Compute, to_torch
+
+
+def load_block(checkpoint: Checkpoint, prefix: str, compute: Compute) -> dict[str, Tensor]:
+    """All tensors below `prefix` ("decoder.layers.3.", "vision.layers.0.", "projector."), by the rest of their name.
+
+    Raises:
+        CheckpointError: a tensor holds NaN or infinity; it is named.
+    """
+    names = [name for name in checkpoint.shapes if name.startswith(prefix)]
+    return {name.removeprefix(prefix): load_tensor(checkpoint, name, compute) for name in names}
+
+
+def load_vision_embedding(checkpoint: Checkpoint, compute: Compute) -> dict[str, Tensor]:
+    """What turns pixels into the tower's first hidden state."""
+    names = [n for n in checkpoint.shapes if n.startswith("vision.") and not n.startswith("vision.layers.")]
+    return {name.removeprefix("vision."): load_tensor(checkpoint, name, compute) for name in names}
+
+
+def load_tensor(checkpoint: Checkpoint, name: str, compute: Compute) -> Tensor:
+    """One tensor by canonical name: weights and biases of linears in the compute type, the rest in float32.
+
+    Raises:
+        CheckpointError: as `load_block`.
+    """
+    stored = to_torch(checkpoint.tensor(name))
+    require_finite(stored, name)
+    multiplied = stored.ndim == 2 or (name.endswith(".bias") and "norm" not in name)
+    return stored.to(compute.device, compute.dtype if multiplied else torch.float32)
+
+
+def require_finite(tensor: Tensor, name: str) -> None:
+    """Raise CheckpointError, naming the tensor, where it holds NaN or infinity."""
+    bad = int((~torch.isfinite(tensor)).sum())
+    if bad:
+        raise CheckpointError(
+            f"tensor {name} holds NaN or infinity in {bad} places; the checkpoint is damaged, download it again"
+        )

@@ -1,0 +1,97 @@
+"""A folder in which a long job keeps its state, so that it continues where it was killed.
+
+Every file appears whole: it is written beside its place and renamed. The folder belongs to one run, described by plain
+values; another run must not continue it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from internvl_edge.errors import EdgeError
+
+_RUN = "run.json"
+_SAMPLED_BYTES = 1 << 20
+WEIGHT_SUFFIXES = {".safetensors", ".bin"}
+
+Arrays = dict[str, NDArray[Any]]
+
+
+class WorkFolder:
+    """One run's folder.
+
+    Args:
+        path: made if absent.
+        run: what decides the result: checkpoint, data, recipe. JSON values.
+        restart: discard what another or the same run left.
+
+    Raises:
+        EdgeError: the folder holds another run's state, or something else.
+    """
+
+    def __init__(self, path: Path, run: Mapping[str, Any], restart: bool = False) -> None:
+        self.path = path
+        if restart and (path / _RUN).is_file():
+            shutil.rmtree(path)
+        path.mkdir(parents=True, exist_ok=True)
+        wanted = json.loads(json.dumps(dict(run)))
+        found = self.read_json(_RUN)
+        if found is None:
+            if any(file.name != f"{_RUN}.new" for file in path.iterdir()):
+                raise EdgeError(f"{path} exists and is no work folder of internvl-edge; move it away")
+            self.write_json(_RUN, wanted)
+        elif found != wanted:
+            names = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
+            raise EdgeError(
+                f"{path} holds the state of a run with another {', '.join(names)}; repeat that command to continue it, "
+                "or discard it with --restart"
+            )
+
+    def read_json(self, name: str) -> Any:
+        """What `write_json` wrote, or None."""
+        path = self.path / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def write_json(self, name: str, values: Any) -> None:
+        """Replace a JSON file as one step."""
+        new = self.path / f"{name}.new"
+        new.write_text(json.dumps(values, indent=1, ensure_ascii=False), encoding="utf-8")
+        os.replace(new, self.path / name)
+
+    def read_arrays(self, name: str) -> Arrays | None:
+        """What `write_arrays` wrote, or None."""
+        path = self.path / name
+        if not path.is_file():
+            return None
+        with np.load(path, allow_pickle=False) as file:
+            return {key: file[key] for key in file.files}
+
+    def write_arrays(self, name: str, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Replace an `.npz` file as one step."""
+        new = self.path / f"{name}.new"
+        with new.open("wb") as file:
+            np.savez(file, **dict(arrays))  # type: ignore[arg-type]  # numpy's stub takes the names for its own options
+        os.replace(new, self.path / name)
+
+
+def checkpoint_identity(folder: Path) -> str:
+    """A digest that tells checkpoints apart: config.json, and names, sizes, first and last megabyte of weight files."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.iterdir()):
+        if path.suffix in WEIGHT_SUFFIXES:
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(_SAMPLED_BYTES))
+                file.seek(max(0, size - _SAMPLED_BYTES))
+                digest.update(file.read())
+    return digest.hexdigest()
