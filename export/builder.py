@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -35,10 +35,17 @@ class Types:
         return ir.DataType.FLOAT16 if self.weights == ir.DataType.BFLOAT16 else self.weights
 
 
+class PackedMatMul(Protocol):
+    """Writes the products with quantised weights; see `quantised.PackedWeights`."""
+
+    def __call__(self, g: GraphBuilder, x: ir.Value, name: str) -> ir.Value | None:
+        """x times the weights of linear `name`; None where they are floats."""
+
+
 class GraphBuilder:
     """One ONNX graph under construction; matrices go to the shared `WeightFile`, small constants into the header.
 
-    `read(name)` returns a tensor by canonical name, `shapes` says which exist.
+    `read(name)` returns a tensor by canonical name, `shapes` says which exist, `packed` writes what is quantised.
     """
 
     def __init__(
@@ -48,11 +55,14 @@ class GraphBuilder:
         file: WeightFile,
         shapes: dict[str, tuple[int, ...]],
         read: Callable[[str], Array],
+        packed: PackedMatMul | None = None,
     ) -> None:
         self.types = types
         self._file = file
         self._shapes = shapes
         self._read = read
+        self._packed = packed
+        self._group_sums: dict[tuple[ir.Value, int], ir.Value] = {}
         self._graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name=name)
         self._constants: dict[bytes, ir.Value] = {}
 
@@ -109,10 +119,18 @@ class GraphBuilder:
             name, self.types.activations, shape or self._shapes[name], read or (lambda: self._read(name))
         )
 
-    def _weight(self, name: str, dtype: ir.DataType, shape: tuple[int, ...], read: Callable[[], Array]) -> ir.Value:
+    def reserve(self, name: str, dtype: ir.DataType, shape: tuple[int, ...], read: Callable[[], Array]) -> None:
+        """A place in the weights file, whether or not this graph uses it."""
+        self._file.add(name, dtype, shape, read)
+
+    def reserved(self, name: str) -> ir.Value:
+        """What stands in such a place, as it is stored."""
         value = self._graph.initializers.get(name)
-        if value is None:
-            value = self._initializer(self._file.add(name, dtype, shape, read))
+        return value or self._initializer(self._file.tensor(name))
+
+    def _weight(self, name: str, dtype: ir.DataType, shape: tuple[int, ...], read: Callable[[], Array]) -> ir.Value:
+        self.reserve(name, dtype, shape, read)
+        value = self.reserved(name)
         return value if dtype == self.types.activations else self.cast(value, self.types.activations)
 
     def _initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
@@ -154,8 +172,19 @@ class GraphBuilder:
 
     def linear(self, x: ir.Value, name: str, folded: bool = False) -> ir.Value:
         """x [..., in] -> [..., out], with the bias where the checkpoint has one."""
-        y = self.op("MatMul", x, self.matrix(f"{name}.weight", folded=folded))
+        y = self._packed(self, x, name) if self._packed else None
+        if y is None:
+            y = self.op("MatMul", x, self.matrix(f"{name}.weight", folded=folded))
         return self.op("Add", y, self.vector(f"{name}.bias")) if self.has(f"{name}.bias") else y
+
+    def group_sums(self, x: ir.Value, groups: int) -> ir.Value:
+        """x [batch, seq, width] -> sums over equal parts of the width [batch, seq, groups], added up in float32."""
+        if (x, groups) not in self._group_sums:
+            wide = self.types.activations == ir.DataType.FLOAT
+            parts = self.reshape(x if wide else self.cast(x, ir.DataType.FLOAT), [0, 0, groups, -1])
+            sums = self.op("ReduceSum", parts, self.constant([-1]), keepdims=0)
+            self._group_sums[x, groups] = sums if wide else self.cast(sums, self.types.activations)
+        return self._group_sums[x, groups]
 
     def rms_norm(self, x: ir.Value, name: str, epsilon: float) -> ir.Value:
         """Root mean square normalisation over the last axis."""

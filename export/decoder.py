@@ -17,17 +17,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import onnx_ir as ir
 
 from internvl_edge.checkpoint import Checkpoint
 from internvl_edge.config import DecoderConfig
 
 from .builder import INT64_MAX, MICROSOFT, GraphBuilder, Types
-from .weights import WeightFile
+from .quantised import PackedWeights
+from .weights import Array, WeightFile
 
 Dialect = str
 DIALECTS: tuple[Dialect, ...] = ("standard", "onnxruntime")
+# Below every logit, within float16.
+_NEVER = -3e4
+# Rows of the head looked at together; as floats the whole would be the largest thing in memory.
+_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -44,10 +51,23 @@ class _Inputs:
 _Attend = Callable[[ir.Value, ir.Value, ir.Value, ir.Value, ir.Value], tuple[ir.Value, ir.Value, ir.Value]]
 
 
-def build_decoder(checkpoint: Checkpoint, types: Types, dialect: Dialect, file: WeightFile) -> ir.Model:
-    """The decoder of a checkpoint in one dialect; weights are placed in `file`, shared between dialects."""
+def build_decoder(
+    checkpoint: Checkpoint,
+    types: Types,
+    dialect: Dialect,
+    file: WeightFile,
+    packed: PackedWeights | None = None,
+    vocabulary: int | None = None,
+) -> ir.Model:
+    """The decoder of a checkpoint in one dialect; weights are placed in `file`, shared between dialects.
+
+    Args:
+        packed: the checkpoint's quantised linears, if they are to stay quantised.
+        vocabulary: tokens that the tokenizer has; rows of a quantised checkpoint beyond them never win an argmax.
+    """
     decoder = checkpoint.config.decoder
-    g = GraphBuilder("decoder", types, file, checkpoint.shapes, checkpoint.tensor)
+    matmul = partial(packed.matmul, native_zero_points=dialect == "onnxruntime") if packed else None
+    g = GraphBuilder("decoder", types, file, checkpoint.shapes, checkpoint.tensor, matmul)
     x = g.input("inputs_embeds", types.activations, ["batch", "seq", decoder.hidden_size])
     half: list[int | str] = ["batch", "seq", decoder.head_dim // 2]
     cos, sin = g.input("cos", types.activations, half), g.input("sin", types.activations, half)
@@ -61,6 +81,9 @@ def build_decoder(checkpoint: Checkpoint, types: Types, dialect: Dialect, file: 
         presents.append(present)
     x = g.slice(x, g.op("Neg", keep), g.constant([INT64_MAX]), axis=1)
     logits = g.linear(g.rms_norm(x, "decoder.norm", decoder.rms_norm_eps), "decoder.lm_head")
+    if checkpoint.quantization:
+        penalty = g.vector("decoder.lm_head.padding", (decoder.vocab_size,), partial(_padding, checkpoint, vocabulary))
+        logits = g.op("Add", logits, penalty)
     if types.activations != ir.DataType.FLOAT:
         logits = g.cast(logits, ir.DataType.FLOAT)
     g.output(logits, "logits", ir.DataType.FLOAT, ["batch", "kept", decoder.vocab_size])
@@ -68,6 +91,19 @@ def build_decoder(checkpoint: Checkpoint, types: Types, dialect: Dialect, file: 
         for kind, value in zip(("key", "value"), pair, strict=True):
             g.output(value, f"present.{n}.{kind}", types.activations, _cache_shape(decoder))
     return g.model()
+
+
+def _padding(checkpoint: Checkpoint, vocabulary: int | None) -> Array:
+    """[vocab] to add to logits: rows beyond the tokenizer's and rows of zeros, both padding, sink below all others."""
+    packed = checkpoint.linear("decoder.lm_head")
+    head = checkpoint.tensor("decoder.lm_head.weight") if packed is None else packed.values
+    penalty = np.zeros(len(head), np.float32)
+    for start in range(0, len(head), _ROWS):
+        rows = np.arange(start, min(start + _ROWS, len(head)))
+        weights = head[rows] if packed is None else packed.rows(rows).dequantise()
+        penalty[rows] = np.where(weights.any(axis=1), 0, _NEVER)
+    penalty[vocabulary or len(head) :] = _NEVER
+    return penalty
 
 
 def _cache_shape(decoder: DecoderConfig) -> list[int | str]:

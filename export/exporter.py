@@ -16,6 +16,7 @@ from types import FrameType
 
 import numpy as np
 import onnx_ir as ir
+import tokenizers
 from tqdm import tqdm
 
 from internvl_edge import bundle
@@ -25,6 +26,7 @@ from internvl_edge.template import template_for
 
 from .builder import Types
 from .decoder import build_decoder
+from .quantised import PackedWeights
 from .tokenizer import build_tokenizer, token_ids
 from .vision import build_vision
 from .weights import NUMPY_DTYPES, WeightFile, convert_blocks
@@ -39,6 +41,7 @@ def export_bundle(
     dtype: str = "float32",
     activations: str = "float32",
     *,
+    asymmetric: str = "exact",
     force: bool = False,
     progress: bool = False,
 ) -> Path:
@@ -49,6 +52,7 @@ def export_bundle(
         out: the bundle to make.
         dtype: how weights are stored: "float32", "float16" or "bfloat16".
         activations: what the graphs compute in; float32 is right for CPUs.
+        asymmetric: what becomes of int4 weights with zero points: "exact", or "requantise" for graphs without them.
         force: replace an existing bundle at `out`.
         progress: show a bar on standard error.
 
@@ -63,17 +67,21 @@ def export_bundle(
             raise EdgeError(f"{name} {value!r} is not one of {', '.join(DTYPES)}")
     source, target = Checkpoint(Path(checkpoint)), Path(out)
     with _atomic_folder(target, force) as folder:
-        _Export(source, folder, Types(DTYPES[dtype], DTYPES[activations]), progress).run(dtype, activations)
+        types = Types(DTYPES[dtype], DTYPES[activations])
+        _Export(source, folder, types, PackedWeights(source, types, asymmetric), progress).run(dtype, activations)
     return target
 
 
 class _Export:
     """One export in progress; collects the SHA-256 of what it writes."""
 
-    def __init__(self, checkpoint: Checkpoint, folder: Path, types: Types, progress: bool) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, folder: Path, types: Types, packed: PackedWeights, progress: bool
+    ) -> None:
         self._checkpoint = checkpoint
         self._folder = folder
         self._types = types
+        self._packed = packed
         self._progress = progress
         self._digests: dict[str, str] = {}
 
@@ -81,10 +89,12 @@ class _Export:
         config = self._checkpoint.config
         tokenizer = build_tokenizer(self._checkpoint.folder, config)
         (self._folder / bundle.TOKENIZER).write_bytes(tokenizer)
+        tokens = tokenizers.Tokenizer.from_buffer(tokenizer).get_vocab().values()
         vision, decoder = WeightFile("vision.data"), WeightFile("decoder.data")
         ir.save(build_vision(self._checkpoint, self._types, vision), self._folder / bundle.VISION)
         for dialect, name in bundle.DECODERS.items():
-            ir.save(build_decoder(self._checkpoint, self._types, dialect, decoder), self._folder / name)
+            graph = build_decoder(self._checkpoint, self._types, dialect, decoder, self._packed, max(tokens) + 1)
+            ir.save(graph, self._folder / name)
         self._write_weights([vision, decoder])
         manifest = bundle.Manifest(
             model=config,
@@ -94,6 +104,7 @@ class _Export:
             tokens=token_ids(tokenizer),
             source=self._checkpoint.folder.resolve().name,
             producer=f"internvl-edge {version('internvl-edge')}",
+            quantization=self._packed.summary(),
             files={path.name: self._entry(path) for path in sorted(self._folder.iterdir())},
         )
         manifest.write(self._folder)

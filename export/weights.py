@@ -7,7 +7,7 @@ two graphs that ask for the same name share the bytes. Memory: one tensor's bloc
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ NUMPY_DTYPES: dict[ir.DataType, np.dtype[Any]] = {
     ir.DataType.FLOAT16: np.dtype(np.float16),
     ir.DataType.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
 }
+# Integers come one per element in int8; int4 is stored two to a byte, the first in the lower half.
+_INTEGER_BITS = {ir.DataType.INT4: 4, ir.DataType.INT8: 8}
 # Page-aligned, so that ONNX Runtime can map each tensor from the file instead of copying it.
 _ALIGNMENT = 4096
 _BLOCK_BYTES = 32 << 20
@@ -34,8 +36,14 @@ _TRANSPOSE_BLOCK = 256
 class _Entry:
     tensor: ir.ExternalTensor
     read: Callable[[], Array]
-    dtype: np.dtype[Any]
     shape: tuple[int, ...]
+
+    def blocks(self, name: str) -> Iterator[Any]:
+        """The bytes to write, in pieces."""
+        bits = _INTEGER_BITS.get(self.tensor.dtype)
+        if bits is None:
+            return convert_blocks(name, self.read(), NUMPY_DTYPES[self.tensor.dtype], self.shape)
+        return pack_blocks(self.read().reshape(self.shape), bits)
 
 
 class WeightFile:
@@ -46,20 +54,22 @@ class WeightFile:
         self.size = 0
         self._entries: dict[str, _Entry] = {}
 
-    def add(
-        self, name: str, dtype: ir.DataType, shape: tuple[int, ...], read: Callable[[], Array]
-    ) -> ir.ExternalTensor:
-        """Reserve a place for a tensor; `read` is called when it is written and may return any float dtype.
+    def add(self, name: str, dtype: ir.DataType, shape: tuple[int, ...], read: Callable[[], Array]) -> None:
+        """Reserve a place for a tensor; `read` is called when it is written and may return any float dtype,
+        or int8 for integers.
 
-        Asking again for the same name returns the same place.
+        Asking again for the same name changes nothing.
         """
         if name not in self._entries:
-            item = NUMPY_DTYPES[dtype]
+            bits = _INTEGER_BITS.get(dtype) or 8 * NUMPY_DTYPES[dtype].itemsize
             offset = -(-self.size // _ALIGNMENT) * _ALIGNMENT
-            length = item.itemsize * int(np.prod(shape, dtype=np.int64))
+            length = -(-bits * int(np.prod(shape, dtype=np.int64)) // 8)
             tensor = ir.ExternalTensor(self.name, offset, length, dtype, shape=ir.Shape(shape), name=name)
-            self._entries[name] = _Entry(tensor, read, item, shape)
+            self._entries[name] = _Entry(tensor, read, shape)
             self.size = offset + length
+
+    def tensor(self, name: str) -> ir.ExternalTensor:
+        """The place reserved for a tensor."""
         return self._entries[name].tensor
 
     def write(self, folder: Path, progress: Callable[[int], None]) -> str:
@@ -79,12 +89,12 @@ class WeightFile:
             for name, entry in self._entries.items():
                 assert entry.tensor.offset is not None
                 put(bytes(entry.tensor.offset - file.tell()))
-                for block in convert_blocks(name, entry.read(), entry.dtype, entry.shape):
+                for block in entry.blocks(name):
                     put(memoryview(block.view(np.uint8)).cast("B"))
         return digest.hexdigest()
 
 
-def convert_blocks(name: str, array: Array, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Any:
+def convert_blocks(name: str, array: Array, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Iterator[Any]:
     """Yield `array` as contiguous blocks of rows in `dtype`; checks that every value survives.
 
     `array` may be a transposed view of a mapped file.
@@ -102,6 +112,18 @@ def convert_blocks(name: str, array: Array, dtype: np.dtype[Any], shape: tuple[i
             raise CheckpointError(
                 f"tensor {name} holds {found}, which {dtype.name} cannot represent; try another --dtype"
             )
+        yield block
+
+
+def pack_blocks(array: Array, bits: int) -> Iterator[Array]:
+    """Yield an int8 `array` of 4- or 8-bit integers as the bytes that ONNX stores, in blocks of rows."""
+    rows = array.reshape(-1, 1) if array.ndim < 2 else array
+    step = 2 * max(_TRANSPOSE_BLOCK, _BLOCK_BYTES // max(1, 2 * rows[0].size))  # even: no byte is shared by two blocks
+    for start in range(0, len(rows), step):
+        block: Array = _contiguous(rows[start : start + step]).reshape(-1).view(np.uint8)
+        if bits == 4:
+            nibbles = np.pad(block, (0, block.size % 2)) & 15
+            block = nibbles[0::2] | nibbles[1::2] << 4
         yield block
 
 

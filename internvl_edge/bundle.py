@@ -41,6 +41,7 @@ class Manifest:
         tokens: ids by role: "image" (the placeholder each image token replaces) and "stop" (end of an answer).
         source: the checkpoint's folder name, for people.
         files: name -> {"bytes", "sha256"}.
+        quantization: method, bits, group size and measured weight error of a quantised decoder; None for floats.
     """
 
     model: ModelConfig
@@ -51,6 +52,7 @@ class Manifest:
     source: str
     producer: str
     files: dict[str, dict[str, Any]]
+    quantization: dict[str, Any] | None = None
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json`, the file that makes a folder a bundle."""

