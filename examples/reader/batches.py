@@ -14,12 +14,13 @@ from functools import cache, lru_cache
 import numpy as np
 import torch
 from dense import dense_tile
-from tiling import tiles
+from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 from vocabulary import SYSTEM, qwen2_tokenizer
 
 from internvl_edge.calibration.synthetic import draw_picture
+from internvl_edge.runtime.preprocess import tile_image
 
 IGNORE = -100
 BLOCKED = -30000.0
@@ -28,6 +29,11 @@ BEFORE = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n<img>"
 AFTER = "</img>\n"
 ASK = "<|im_end|>\n<|im_start|>assistant\n"
 TRANSCRIBE = "Read all the text."
+BOS_STAND_IN = "<|endoftext|>"
+"""The token that plays `<s>`, which the Qwen2 side does not have, while the InternLM2 layout is trained."""
+TILE_SIZE = 112
+MAX_TILES = 6
+IMAGE_TOKENS_PER_TILE = 16
 
 
 @dataclass
@@ -72,10 +78,20 @@ def encode(text: str) -> list[int]:
     return encoder().encode(text, add_special_tokens=False).ids
 
 
-def make_row(pixels: np.ndarray, image_tokens: int, questions: list[tuple[str, str, str]]) -> Row:
-    """Tokens of one picture with its (question, answer, task) triples."""
+def tiles(image: Image.Image) -> np.ndarray:
+    """uint8 [tiles, TILE_SIZE, TILE_SIZE, 3], cut as the runtime cuts them."""
+    return tile_image(image, image_size=TILE_SIZE, max_tiles=MAX_TILES)
+
+
+def make_row(pixels: np.ndarray, questions: list[tuple[str, str, str]], bos: bool = False) -> Row:
+    """Tokens of one picture with its (question, answer, task) triples; `bos` begins with InternLM2's `<s>`."""
     context = encoder().token_to_id("<IMG_CONTEXT>")
-    ids = encode(BEFORE) + [context] * (image_tokens * len(pixels)) + encode(AFTER)
+    ids = (
+        [encoder().token_to_id(BOS_STAND_IN)] * bos
+        + encode(BEFORE)
+        + [context] * (IMAGE_TOKENS_PER_TILE * len(pixels))
+        + encode(AFTER)
+    )
     start = len(ids)
     positions, segments, targets = list(range(start)), [0] * start, [IGNORE] * start
     for number, (question, answer, _) in enumerate(questions, 1):
@@ -123,6 +139,8 @@ class Recipe:
     """Questions asked about one picture, at most."""
     transcribe: float
     """Share of the pictures with text that are also read out in full."""
+    bos: bool
+    """Whether prompts begin with `<s>`, as InternLM2's do."""
 
 
 @lru_cache(maxsize=1)
@@ -136,7 +154,7 @@ def _group(number: int, recipe: Recipe) -> list[list[Row]]:
         triples = [(question, answer, task) for question, answer in asked]
         if picture.transcript and rng.random() < recipe.transcribe:
             triples.append((TRANSCRIBE, picture.transcript, "transcript"))
-        rows.append(make_row(tiles(picture.image), 16, triples))
+        rows.append(make_row(tiles(picture.image), triples, recipe.bos))
     rows.sort(key=lambda row: len(row.ids))
     batches = [rows[i : i + recipe.pictures] for i in range(0, len(rows), recipe.pictures)]
     rng.shuffle(batches)

@@ -10,15 +10,19 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from batches import IGNORE, Batch, join, make_row
-from tiling import tiles
+from batches import IGNORE, Batch, join, make_row, tiles
 from torch import Tensor
 
 from internvl_edge.calibration.synthetic import sample
 
 
 def validation_rows(
-    count: int, split: str = "validation", batch: int = 25, tasks: Sequence[str] | None = None, blank: bool = False
+    count: int,
+    split: str = "validation",
+    batch: int = 25,
+    tasks: Sequence[str] | None = None,
+    blank: bool = False,
+    bos: bool = False,
 ) -> list[Batch]:
     """`count` samples of a split in batches; `blank` replaces every picture by mid-grey."""
     rows = []
@@ -27,7 +31,7 @@ def validation_rows(
         pixels = tiles(s.image)
         if blank:
             pixels = np.full_like(pixels, 128)
-        rows.append(make_row(pixels, 16, [(s.question, s.answer, s.task)]))
+        rows.append(make_row(pixels, [(s.question, s.answer, s.task)], bos))
     return [join(rows[i : i + batch], []) for i in range(0, count, batch)]
 
 

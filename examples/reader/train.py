@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from batches import IGNORE, Batch, Recipe, attention_bias, encoder, training_batch
 from crew import Crew
 from dense import CLASSES
+from export_reader import LAYOUTS, layout_config
 from judge import judge, validation_rows
 from loader import batches
 from model import Reader, ReaderConfig, rotary_table
@@ -26,22 +27,25 @@ from optim import Optimisers
 from torch import Tensor, nn
 from vision_stage import CELLS, slot_loss
 
+TRUNK = ReaderConfig(vocab_size=encoder().get_vocab_size())
+"""What both layouts grow from."""
+
 
 class Student(nn.Module):
     """The reader and the slot head, as one module to make replicas of."""
 
-    def __init__(self, dense_weight: float) -> None:
+    def __init__(self, dense_weight: float, layout: str) -> None:
         super().__init__()
-        self.reader = Reader(ReaderConfig(vocab_size=encoder().get_vocab_size()))
+        self.reader = Reader(TRUNK if layout == "trunk" else layout_config(layout))
         self.slots = nn.Linear(self.reader.config.hidden_size, CELLS * CLASSES)
         self.context = encoder().token_to_id("<IMG_CONTEXT>")
         self.dense_weight = dense_weight
 
-    def answers(self, batch: Batch) -> Tensor:
-        """Logits [n, vocab] at the answer positions, in the order of `batch.targets`."""
+    def answers(self, batch: Batch, bf16: bool = True) -> Tensor:
+        """Float32 logits [n, vocab] at the answer positions, in the order of `batch.targets`."""
         ids, segments = torch.from_numpy(batch.ids), torch.from_numpy(batch.segments)
         cos, sin = rotary_table(self.reader.config, torch.from_numpy(batch.positions))
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             embeds = self.reader.language_model.model.embed_tokens(ids)
             image = self.reader.see(torch.from_numpy(batch.pixels)).to(embeds.dtype)
             embeds = embeds.masked_scatter((ids == self.context)[..., None], image)
@@ -72,21 +76,22 @@ class Trainer:
     def __init__(self, out: Path, arguments: argparse.Namespace) -> None:
         self.out, self.a = out, arguments
         torch.manual_seed(arguments.seed)
-        self.student = Student(arguments.dense_weight)
+        self.student = Student(arguments.dense_weight, arguments.layout)
         self.model = self.student.reader
         self.step = 0
-        self.load_vision()
+        self.load_start()
         named = [(n.removeprefix("reader."), p) for n, p in self.student.named_parameters()]
         self.optimisers = Optimisers(named, arguments.muon_lr, arguments.adam_lr, arguments.vision_rate)
         self.average = {n: p.detach().clone() for n, p in self.model.named_parameters()}
         self.restore()
         self.crew = Crew(self.student, arguments.threads)
 
-    def load_vision(self) -> None:
-        """Start from stage one when its file is there; the text half stays as initialised."""
-        file = self.out / "vision.pt"
-        if file.exists():
-            state = torch.load(file, weights_only=True)
+    def load_start(self) -> None:
+        """Start from another run's weights (--start), or from stage one when its file is there."""
+        if self.a.start:
+            self.student.load_state_dict(torch.load(self.a.start, weights_only=True)["student"], strict=False)
+        elif (self.out / "vision.pt").exists():
+            state = torch.load(self.out / "vision.pt", weights_only=True)
             vision = {k: v for k, v in state["model"].items() if not k.startswith("language_model")}
             self.model.load_state_dict(vision, strict=False)
             self.student.slots.load_state_dict(state["slots"])
@@ -146,9 +151,10 @@ def right_branches(batch: Batch, logits: Tensor) -> list[tuple[str, bool]]:
 
 def run(a: argparse.Namespace) -> None:
     trainer = Trainer(a.out, a)
-    recipe = Recipe(a.seed, a.batch // a.pieces, a.dense // a.pieces, a.questions, a.transcribe)
+    bos = a.layout == "internlm2"
+    recipe = Recipe(a.seed, a.batch // a.pieces, a.dense // a.pieces, a.questions, a.transcribe, bos)
     data = batches(partial(training_batch, recipe=recipe), trainer.step * a.pieces)
-    held = validation_rows(a.validation)
+    held = validation_rows(a.validation, bos=bos)
     started = saved = logged = time.time()
     sums: dict[str, float] = defaultdict(float)
     hits: dict[str, list[bool]] = defaultdict(list)
@@ -179,6 +185,8 @@ def run(a: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of state, log and plot")
+    parser.add_argument("--layout", choices=("trunk", *LAYOUTS), default="trunk", help="trunk: no biases, no <s>")
+    parser.add_argument("--start", type=Path, help="state of another run to begin with")
     parser.add_argument("--steps", type=int, default=30000, help="where the learning rate ends")
     parser.add_argument("--decay", type=int, default=8000, help="steps of linear decay at the end")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop, resumable, after so long")

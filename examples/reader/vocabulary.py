@@ -3,7 +3,8 @@
 A model this small reads best character by character, so answers are not merged. The words of the questions and the
 three role names would be half of every sequence as characters; they get merges, built letter by letter from the left.
 Question words carry their leading space, which no text in the pictures combines with lower case, so pictures are not
-affected. Writes the Qwen2 (byte-level BPE) and the InternLM2 (SentencePiece) side of a checkpoint. Knows no model.
+affected. Writes the Qwen2 side of a checkpoint (byte-level BPE); internlm2_vocabulary.py writes the other. Knows no
+model.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def chinese_characters() -> str:
     return "".join(sorted({*CHINESE_CHARACTERS, *QUESTION_CHARACTERS}))
 
 
-def _byte_letters() -> dict[int, str]:
+def byte_letters() -> dict[int, str]:
     """The printable stand-in of each byte in byte-level BPE."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     table, extra = {b: chr(b) for b in visible}, 256
@@ -64,7 +65,7 @@ def _byte_letters() -> dict[int, str]:
     return table
 
 
-def _chains() -> list[tuple[str, str]]:
+def merge_chains() -> list[tuple[str, str]]:
     """Merges over plain characters (a space is written as a space) that build question words and role names."""
     merges: dict[tuple[str, str], None] = {}
     for role, seed in ROLES.items():
@@ -84,7 +85,7 @@ def _chains() -> list[tuple[str, str]]:
 
 def qwen2_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Token -> id (bytes first, then merged tokens in merge order) and the merges, in byte-level letters."""
-    letters = _byte_letters()
+    letters = byte_letters()
 
     def spelled(text: str) -> str:
         return "".join(letters[b] for b in text.encode())
@@ -94,7 +95,7 @@ def qwen2_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
         first, second, third = (letters[b] for b in character.encode())
         merges[first, second] = None
         merges[first + second, third] = None
-    for left, right in _chains():
+    for left, right in merge_chains():
         merges[spelled(left), spelled(right)] = None
     vocabulary = {letter: i for i, letter in enumerate(letters[b] for b in range(256))}
     for left, right in merges:
@@ -113,15 +114,15 @@ def qwen2_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def write_qwen2(folder: Path) -> None:
-    """vocab.json, merges.txt, added_tokens.json, tokenizer_config.json and special_tokens_map.json."""
+def write_qwen2(folder: Path) -> dict[str, int]:
+    """vocab.json, merges.txt and the added tokens' files; returns the added tokens' ids."""
     vocabulary, merges = qwen2_vocabulary()
     added = {token: len(vocabulary) + i for i, token in enumerate(QWEN2_TOKENS)}
     special = [token for token in QWEN2_TOKENS if token not in QWEN2_PLAIN]
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    _write_json(folder / "added_tokens.json", added)
+    write_json(folder / "added_tokens.json", added)
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     config = {
         "add_bos_token": False,
@@ -140,10 +141,12 @@ def write_qwen2(folder: Path) -> None:
         "tokenizer_class": "Qwen2Tokenizer",
         "unk_token": None,
     }
-    _write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / "tokenizer_config.json", config)
     names = {"additional_special_tokens": special[1:], "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    _write_json(folder / "special_tokens_map.json", names)
+    write_json(folder / "special_tokens_map.json", names)
+    return added
 
 
-def _write_json(path: Path, data: object) -> None:
+def write_json(path: Path, data: object) -> None:
+    """Indented JSON in UTF-8."""
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

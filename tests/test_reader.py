@@ -1,0 +1,121 @@
+"""The demo model's training code: what it computes and writes is what the product reads, in both layouts."""
+
+from __future__ import annotations
+
+import importlib
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from internvl_edge import InternVL, export_bundle
+from internvl_edge.calibration.synthetic import draw_picture, sample
+
+EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "reader"
+QUESTIONS = 8
+NEW_TOKENS = 16
+
+
+class Example:
+    """The example's modules as attributes; they are scripts that import one another by name."""
+
+    def __getattr__(self, name: str) -> Any:
+        return importlib.import_module(name)
+
+
+@pytest.fixture(scope="module")
+def example() -> Iterator[Example]:
+    sys.path.insert(0, str(EXAMPLE))
+    yield Example()
+    sys.path.remove(str(EXAMPLE))
+
+
+def random_weights(example: Example, layout: str) -> dict[str, Tensor]:
+    """A reader that has learned nothing, biases included."""
+    torch.manual_seed(3)
+    reader = example.model.Reader(example.export_reader.layout_config(layout))
+    with torch.no_grad():
+        for name, p in reader.named_parameters():
+            if name.endswith("_proj.bias"):
+                p.normal_()
+    return dict(reader.named_parameters())
+
+
+def greedy(example: Example, reader: Any, row: Any, allowed: Tensor) -> list[int]:
+    """Token ids that plain greedy decoding says after a row's prompt, without a cache."""
+    context, end = (example.batches.encoder().token_to_id(token) for token in ("<IMG_CONTEXT>", "<|im_end|>"))
+    said: list[int] = []
+    with torch.no_grad():
+        image = reader.see(torch.from_numpy(row.pixels.copy()))
+        while len(said) < NEW_TOKENS and end not in said:
+            ids = torch.tensor([row.ids + said])
+            embeds = reader.language_model.model.embed_tokens(ids)
+            embeds = embeds.masked_scatter((ids == context)[..., None], image)
+            table = example.model.rotary_table(reader.config, torch.arange(ids.shape[1])[None])
+            hidden = reader.think(embeds, *table, example.batches.attention_bias(torch.zeros_like(ids)))
+            said.append(int((reader.language_model.lm_head(hidden[0, -1]) + allowed).argmax()))
+    return said
+
+
+@pytest.mark.parametrize("layout", ["qwen2", "internlm2"])
+def test_torch_and_bundle_agree_token_for_token(example: Example, layout: str, tmp_path: Path) -> None:
+    weights = random_weights(example, layout)
+    example.checkpoint.write_checkpoint(
+        weights, example.export_reader.layout_config(layout), layout, tmp_path / "checkpoint"
+    )
+    export_bundle(tmp_path / "checkpoint", tmp_path / "bundle", dtype="float32")
+    bundle, reader = InternVL.load(tmp_path / "bundle"), example.export_reader.rounded_reader(weights, layout)
+    numbers = (
+        example.internlm2_vocabulary.internlm2_row_sources()
+        if layout == "internlm2"
+        else list(range(example.batches.encoder().get_vocab_size()))
+    )
+    allowed = torch.full((example.batches.encoder().get_vocab_size(),), -1e9)
+    allowed[numbers] = 0.0  # the InternLM2 side has no half characters to say
+    for index in range(QUESTIONS):
+        s = sample("test", index)
+        reply = bundle.chat(s.question, images=[s.image], max_new_tokens=NEW_TOKENS)
+        row = example.batches.make_row(
+            example.batches.tiles(s.image), [(s.question, "", s.task)], bos=layout == "internlm2"
+        )
+        assert [numbers[i] for i in reply.prompt_ids] == row.ids
+        expected = greedy(example, reader, row, allowed)
+        assert [numbers[i] for i in reply.output_ids] == [
+            i for i in expected if i != example.batches.encoder().token_to_id("<|im_end|>")
+        ]
+
+
+def test_the_two_tokenizers_cut_every_question_and_answer_at_the_same_places(example: Example, tmp_path: Path) -> None:
+    import sentencepiece
+
+    example.internlm2_vocabulary.write_internlm2(tmp_path)
+    other = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    rows = example.internlm2_vocabulary.internlm2_row_sources()
+    rng = random.Random(0)
+    role = example.batches.ASK.removeprefix("<|im_end|>\n<|im_start|>")
+    texts = ["system\nRead the picture.", "user\n", role]
+    for _ in range(300):
+        picture, _ = draw_picture(rng, "test")
+        texts += [text for pair in picture.questions for text in pair] + [picture.transcript]
+    for text in texts:
+        assert [rows[i] for i in other.encode(text)] == example.batches.encode(text), text
+
+
+def test_questions_that_share_a_picture_do_not_see_one_another(example: Example) -> None:
+    student = example.train.Student(0.5, "trunk")
+    student.reader = example.export_reader.rounded_reader(random_weights(example, "internlm2"), "internlm2")
+    picture, _ = draw_picture(random.Random(5), "train", ["receipt"])
+    triples = [(question, answer, "receipt") for question, answer in picture.questions[:3]]
+    pixels = example.batches.tiles(picture.image)
+    together = student.answers(example.batches.join([example.batches.make_row(pixels, triples)], []), bf16=False)
+    alone = [
+        student.answers(example.batches.join([example.batches.make_row(pixels, [triple])], []), bf16=False)
+        for triple in triples
+    ]
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=1e-4)
+    assert example.batches.attention_bias(torch.tensor([[0, 1, 2]]))[0, 2].tolist() == [0.0, -30000.0, 0.0]
