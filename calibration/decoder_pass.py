@@ -61,7 +61,7 @@ class DecoderPass:
         """Units of progress in all: tokens x layers x 2 (observe, propagate)."""
         return calibration.total * layers * 2
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def run(self, wanted: Wanted, handle: LayerHandler) -> None:
         """Take every layer: gather what is wanted, let `handle` do its work, propagate through what it returns.
 
@@ -77,7 +77,7 @@ class DecoderPass:
             if layer:
                 self._hidden_path(layer).unlink(missing_ok=True)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def observe_head(self, wanted: Wanted) -> InputStatistics:
         """Statistics of the input of lm_head; after `run`."""
         weight = load_tensor(self._checkpoint, "decoder.norm.weight", self._compute)

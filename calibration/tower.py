@@ -34,7 +34,7 @@ def tower_steps(calibration: CalibrationSet, config: ModelConfig) -> int:
     return sum(calibration.tiles) * config.vision_layers_used
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def embed(
     work: WorkFolder, checkpoint: Checkpoint, calibration: CalibrationSet, compute: Compute, progress: Progress
 ) -> dict[str, NDArray[Any]]:

@@ -1,1 +1,7 @@
-"""Statistics and weights -> a quantised checkpoint."""
+"""Calibration and weights -> a quantised checkpoint, again a Hugging Face folder."""
+
+from __future__ import annotations
+
+from .run import QuantisationReport, check_recipe, quantize_checkpoint
+
+__all__ = ["QuantisationReport", "check_recipe", "quantize_checkpoint"]

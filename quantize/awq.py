@@ -1,0 +1,156 @@
+"""Activation-aware scales and clipping: which input channels deserve finer steps, and how much of a range to give up.
+
+Method: AWQ (Lin et al., 2023, arXiv:2306.00978): s = mean|x|^alpha, optionally / mean|w|^(1 - alpha), with alpha from
+a grid, then shrunken ranges per group, both chosen by the squared error of the layers' outputs on calibration tokens.
+Every token counts, those of images like those of text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from internvl_edge.calibration.statistics import InputStatistics
+from internvl_edge.linear import Scheme
+
+from .grid import Grid, minmax_grid
+
+# Coarse alphas, then the neighbours of the best one.
+_ALPHAS = tuple(step / 10 for step in range(11))
+_FINE = (-0.05, 0.05)
+_CLIP_RATIOS = tuple(1 - 0.05 * step for step in range(1, 11))
+# Symmetric 4-bit scales beside max/7: max/7.5 and max/8, which use the lowest integer; then clipping.
+_SYMMETRIC_RATIOS = (7 / 7.5, 7 / 8, *(7 / 8 * ratio for ratio in _CLIP_RATIOS))
+# Outputs of each layer that the choice of a scale looks at, evenly spaced: alpha is one number for all of them.
+_SEARCH_ROWS = 512
+_CLIP_ROWS = 2048
+
+Reduce = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class ScaleChoice:
+    """The chosen scale [in] and what it was chosen by: squared output error relative to scale 1, on the subset."""
+
+    scale: Tensor
+    relative_error: float
+
+
+def search_scale(
+    weights: Sequence[Tensor],
+    inputs: InputStatistics,
+    scheme: Scheme,
+    stored: torch.dtype,
+    spread: Reduce = lambda values: values,
+    reduce: Reduce = lambda values: values,
+) -> ScaleChoice:
+    """The input scale that leaves the least error at the outputs of the consumers together.
+
+    Args:
+        weights: [out, in] float32 of each consumer.
+        inputs: statistics with a subset of the inputs.
+        scheme: how weights will be rounded (without clipping here).
+        stored: type of the stored scales.
+        spread, reduce: between input channels and the producer's channels, where these differ.
+    """
+    rows = [weight[:: max(1, len(weight) // _SEARCH_ROWS)] for weight in weights]
+    error = _output_error(inputs, rows[0].shape[1])
+    x_mean = reduce(inputs.mean_abs).clamp(min=1e-8)
+    w_mean = reduce(torch.cat([_relative_size(weight, scheme) for weight in rows]).mean(0)).clamp(min=1e-8)
+
+    def loss(scale: Tensor) -> float:
+        total = 0.0
+        for weight in rows:
+            scaled = weight * scale
+            grid = minmax_grid(scaled, scheme, stored)
+            total += error(grid.dequantise(grid.round(scaled)) / scale - weight)
+        return total
+
+    def candidate(alpha: float, weighted: bool) -> Tensor:
+        scale = x_mean**alpha
+        if weighted:
+            scale = scale / w_mean ** (1 - alpha)
+        return spread(scale / (scale.max() * scale.min()).sqrt()).clamp(min=1e-4, max=1e4)
+
+    unscaled = torch.ones(rows[0].shape[1], device=rows[0].device)
+    plain = loss(unscaled)
+    best = (plain, 0.0, False, unscaled)
+    for alphas in (_ALPHAS, _FINE):
+        around = best[1] if alphas is _FINE else 0.0
+        kinds = (best[2],) if alphas is _FINE else (False, True)
+        for weighted in kinds:
+            for alpha in (around + step for step in alphas):
+                if 0 <= alpha <= 1:
+                    scale = candidate(alpha, weighted)
+                    found = loss(scale)
+                    if found < best[0]:
+                        best = (found, alpha, weighted, scale)
+    return ScaleChoice(best[3], best[0] / plain if plain else 1.0)
+
+
+def _relative_size(weight: Tensor, scheme: Scheme) -> Tensor:
+    """|w| as a share of its group's largest, [out, in]."""
+    grouped = weight.abs().reshape(len(weight), -1, scheme.group_size or weight.shape[1])
+    return (grouped / grouped.amax(-1, keepdim=True).clamp(min=1e-12)).flatten(1)
+
+
+def _output_error(inputs: InputStatistics, width: int) -> Callable[[Tensor], float]:
+    """Squared error at the outputs that a weight error [rows, in] causes.
+
+    Exact with a Gram matrix no wider than the subset is long, else on the subset.
+    """
+    if inputs.gram is not None and (inputs.subset is None or width <= len(inputs.subset)):
+        gram = inputs.gram
+        return lambda e: float(((e @ gram) * e).sum(dtype=torch.float64))
+    assert inputs.subset is not None
+    tokens = inputs.subset.float().T.contiguous()
+    return lambda e: float((e @ tokens).square().sum(dtype=torch.float64))
+
+
+def block_gram(inputs: InputStatistics, scale: Tensor, group_size: int) -> Tensor:
+    """[groups, size, size] Gram matrices of each group of inputs after division by `scale` [in]."""
+    groups = len(scale) // group_size
+    if inputs.gram is not None:
+        starts = range(0, len(scale), group_size)
+        blocks = torch.stack([inputs.gram[n : n + group_size, n : n + group_size] for n in starts])
+    else:
+        assert inputs.subset is not None
+        tokens = inputs.subset.float().reshape(-1, groups, group_size).transpose(0, 1)
+        blocks = tokens.transpose(1, 2) @ tokens
+    inverse = 1 / scale.reshape(groups, group_size)
+    return blocks * inverse[:, :, None] * inverse[:, None, :]
+
+
+def search_clipping(weight: Tensor, blocks: Tensor, scheme: Scheme, stored: torch.dtype) -> Grid:
+    """The grid of `weight` [out, in] whose range per output and group leaves the least error on that group's inputs.
+
+    Args:
+        weight: float32, already multiplied by its input scale.
+        blocks: Gram matrices of each group, see `block_gram`.
+        scheme: how weights are rounded.
+        stored: type of the stored scales.
+    """
+    parts = [_clip_rows(rows, blocks, scheme, stored) for rows in torch.split(weight, _CLIP_ROWS)]
+    return Grid(scheme, torch.cat([part.scale for part in parts]), torch.cat([part.zero for part in parts]))
+
+
+def _clip_rows(weight: Tensor, blocks: Tensor, scheme: Scheme, stored: torch.dtype) -> Grid:
+    best = minmax_grid(weight, scheme, stored)
+    least = _group_error(weight, best, blocks)
+    for ratio in _SYMMETRIC_RATIOS if scheme.symmetric else _CLIP_RATIOS:
+        grid = minmax_grid(weight, scheme, stored, ratio)
+        error = _group_error(weight, grid, blocks)
+        better = error < least
+        least = torch.where(better, error, least)
+        best = Grid(scheme, torch.where(better, grid.scale, best.scale), torch.where(better, grid.zero, best.zero))
+    return best
+
+
+def _group_error(weight: Tensor, grid: Grid, blocks: Tensor) -> Tensor:
+    """[out, groups] squared error of each group's share of the output."""
+    error = grid.dequantise(grid.round(weight)) - weight
+    grouped = error.reshape(len(weight), len(blocks), -1).transpose(0, 1)  # [groups, out, size]
+    return ((grouped @ blocks) * grouped).sum(-1).T

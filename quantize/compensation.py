@@ -1,0 +1,71 @@
+"""Rounding with error compensation: each column's rounding error is spread over the columns not yet rounded.
+
+Method: GPTQ (Frantar et al., 2022, arXiv:2210.17323) with fixed grids, columns in order of falling activation energy,
+so that a grid found by clipping keeps its place while the order is free.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from internvl_edge.errors import EdgeError
+
+from .grid import Grid
+
+_BLOCK = 128
+_DAMPING = (0.01, 0.03, 0.1, 0.3, 1.0)
+
+
+def inverse_factor(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Order of the columns [in] and the upper Cholesky factor [in, in] of the inverse Gram matrix in that order.
+
+    Damped by 1 % of the mean diagonal, more only where float32 cannot factorise that.
+
+    Raises:
+        EdgeError: the matrix cannot be factorised (activations that are not finite).
+    """
+    diagonal = gram.diagonal()
+    order = torch.argsort(diagonal, descending=True, stable=True)
+    for damping in _DAMPING:
+        h = gram[order][:, order]
+        h.diagonal().add_(damping * float(diagonal.mean()) + 1e-10)
+        factor, failed = torch.linalg.cholesky_ex(h)
+        if int(failed) == 0:
+            del h
+            inverse = torch.cholesky_inverse(factor)
+            del factor
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if int(failed) == 0 and bool(torch.isfinite(upper).all()):
+                return order, upper
+    raise EdgeError("the activations' Gram matrix cannot be factorised; switch off error compensation")
+
+
+def compensated_rounding(weight: Tensor, grid: Grid, order: Tensor, upper: Tensor) -> Tensor:
+    """[out, in] whole numbers on the grid whose error at the outputs is small, not each weight's own error.
+
+    Args:
+        weight: [out, in] float32.
+        grid: what the integers stand for.
+        order, upper: from `inverse_factor` for the same inputs.
+    """
+    low, high = grid.limits
+    size = weight.shape[1] // grid.scale.shape[1]
+    group = order // size
+    w = weight.T[order].contiguous()  # [in, out]: a column of the layer is a contiguous row here
+    scale, zero = grid.scale.T[group], grid.zero.T[group]
+    q = torch.empty_like(w)
+    errors = torch.empty(min(_BLOCK, len(w)), w.shape[1], device=w.device)
+    for start in range(0, len(w), _BLOCK):
+        stop = min(start + _BLOCK, len(w))
+        for column in range(start, stop):
+            step = scale[column]
+            rounded = torch.round(w[column] / step).add_(zero[column]).clamp_(low, high)
+            q[column] = rounded
+            error = (w[column] - (rounded - zero[column]) * step).div_(upper[column, column])
+            errors[column - start] = error
+            w[column + 1 : stop].addr_(upper[column, column + 1 : stop], error, alpha=-1)
+        w[stop:].addmm_(upper[start:stop, stop:].T, errors[: stop - start], alpha=-1)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    return q[back].T.contiguous()

@@ -1,0 +1,92 @@
+"""Integer grids: which values a weight may take, and rounding to them.
+
+A grid has one scale (and zero point) per output and group of inputs. Scales are rounded to the type they will be stored
+in before any weight is rounded, so the integers fit the scales that a reader will see. Knows nothing of activations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from internvl_edge.linear import PackedLinear, Scheme
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The representable weights of one layer: scale * (q - zero), q in [low, high].
+
+    Attributes:
+        scheme: bits, group size, symmetric or not.
+        scale: [out, groups] float32, exact in the stored type.
+        zero: [out, groups] float32 whole numbers; all 0 for symmetric grids.
+    """
+
+    scheme: Scheme
+    scale: Tensor
+    zero: Tensor
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """Lowest and highest integer."""
+        return limits(self.scheme)
+
+    def round(self, weight: Tensor) -> Tensor:
+        """[out, in] float32 weight -> [out, in] float32 whole numbers, nearest on the grid."""
+        grouped = _groups(weight, self.scale.shape[1])
+        q = torch.round(grouped / self.scale[..., None]) + self.zero[..., None]
+        return q.clamp_(*self.limits).flatten(1)
+
+    def dequantise(self, q: Tensor) -> Tensor:
+        """The weights [out, in] that integers stand for."""
+        grouped = _groups(q, self.scale.shape[1])
+        return ((grouped - self.zero[..., None]) * self.scale[..., None]).flatten(1)
+
+    def pack(self, q: Tensor, bias: NDArray[Any] | None = None) -> PackedLinear:
+        """The layer as integers and scales."""
+        symmetric = self.scheme.symmetric
+        return PackedLinear(
+            values=q.to(torch.int8 if symmetric else torch.uint8).cpu().numpy(),
+            scale=self.scale.cpu().numpy(),
+            zero_point=None if symmetric else self.zero.to(torch.uint8).cpu().numpy(),
+            bits=self.scheme.bits,
+            bias=bias,
+        )
+
+
+def limits(scheme: Scheme) -> tuple[int, int]:
+    """Lowest and highest integer of a scheme."""
+    return (
+        (-(1 << (scheme.bits - 1)), (1 << (scheme.bits - 1)) - 1) if scheme.symmetric else (0, (1 << scheme.bits) - 1)
+    )
+
+
+def minmax_grid(weight: Tensor, scheme: Scheme, stored: torch.dtype, ratio: Tensor | float = 1.0) -> Grid:
+    """The grid that spans the weights of each group, shrunk by `ratio` (a number, or [out, groups]).
+
+    Asymmetric grids always hold 0. Symmetric ones span [-max, max] with the highest integer at ratio 1, so that a ratio
+    of 7/8 puts the lowest integer of 4 bits at -max.
+    """
+    grouped = _groups(weight, 1 if scheme.group_size is None else weight.shape[1] // scheme.group_size)
+    low, high = limits(scheme)
+    if scheme.symmetric:
+        scale = round_scale(grouped.abs().amax(-1) * ratio / high, stored)
+        return Grid(scheme, scale, torch.zeros_like(scale))
+    smallest, largest = grouped.amin(-1).clamp(max=0) * ratio, grouped.amax(-1).clamp(min=0) * ratio
+    scale = round_scale((largest - smallest) / high, stored)
+    return Grid(scheme, scale, torch.round(-smallest / scale).clamp_(low, high))
+
+
+def round_scale(scale: Tensor, stored: torch.dtype) -> Tensor:
+    """Scales as the stored type holds them, in float32; where nothing is left (groups of zeros) they are 1."""
+    rounded = scale.clamp(max=torch.finfo(stored).max).to(stored).float()
+    return torch.where(rounded == 0, torch.ones_like(rounded), rounded)
+
+
+def _groups(weight: Tensor, groups: int) -> Tensor:
+    """[out, in] -> [out, groups, in / groups]."""
+    return weight.reshape(len(weight), groups, -1)

@@ -1,0 +1,146 @@
+"""The quantised checkpoint as a Hugging Face folder in the layout of the one it came from.
+
+Packed linears take the place of their weights under the stored names (InternLM2's q, k and v as rows of the fused
+`wqkv`), everything else is carried over, config.json says how weights are packed. Code files are not copied.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from internvl_edge import layouts
+from internvl_edge.checkpoint import Checkpoint
+from internvl_edge.codecs import autoawq, compressed_tensors
+from internvl_edge.config import DecoderConfig
+from internvl_edge.linear import PackedLinear, Scheme
+from internvl_edge.recipe import Recipe
+from internvl_edge.tensor_files import DTYPES, open_tensor_files
+
+from .files import OutTensor
+from .layer import QuantisedBlock, decoder_scheme
+
+_SECTION = {"remote": "llm_config", "native": "text_config"}
+# Modules that keep floats, as substrings of their names.
+_FLOAT_MODULES = {"remote": ("vision_model", "mlp1"), "native": ("vision_tower", "multi_modal_projector")}
+# Code, pickles, and what belongs to the weights that are written anew.
+_LEFT_OUT = {".py", ".pyc", ".bin", ".pt", ".pth", ".pkl", ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx"}
+_PARTS = ("query", "key", "value")
+
+
+class OutputLayout:
+    """Names and forms of one checkpoint's quantised tensors."""
+
+    def __init__(self, checkpoint: Checkpoint, recipe: Recipe) -> None:
+        self._checkpoint = checkpoint
+        self._config = checkpoint.config
+        self._recipe = recipe
+        self._stored = open_tensor_files(checkpoint.folder)
+        self._disk = {self._table_name(name): name for name in self._stored}
+        weight = self._stored[self._disk[self._source("decoder.layers.0.mlp.up_proj.weight").names[0]]]
+        self.float_dtype = DTYPES[weight.dtype]
+
+    def tensors(self, block: QuantisedBlock) -> list[OutTensor]:
+        """The tensors of one quantised block as they will be stored."""
+        out = [OutTensor.of(name, array) for name, array in self._floats(block.tensors)]
+        for module, packed in self._modules(block.linears):
+            out += [OutTensor.of(f"{module}.{part}", array) for part, array in self._pack(packed).items()]
+        return out
+
+    def unchanged(self, replaced: Iterable[str]) -> list[OutTensor]:
+        """Every stored tensor that is neither replaced by name nor the weight of a packed module."""
+        names = set(replaced)
+        modules = {name.rpartition(".")[0] for name in names if name.endswith((".qweight", ".weight_packed"))}
+        gone = names | {f"{module}.weight" for module in modules}
+        return [OutTensor.stored(name, tensor) for name, tensor in self._stored.items() if name not in gone]
+
+    def config(self) -> dict[str, Any]:
+        """config.json with the quantisation, at the top and in the text model's section."""
+        values: dict[str, Any] = json.loads((self._checkpoint.folder / "config.json").read_text(encoding="utf-8"))
+        described = self._description()
+        section = _SECTION[self._config.layout]
+        values[section] = values[section] | {"quantization_config": described}
+        return values | {"quantization_config": described}
+
+    def copy_side_files(self, folder: Path) -> None:
+        """Tokenizer, generation and processor files; never code or pickles."""
+        for path in sorted(self._checkpoint.folder.iterdir()):
+            skipped = path.suffix in _LEFT_OUT or path.name.endswith(".index.json") or path.name == "config.json"
+            if path.is_file() and not skipped and not path.name.startswith("."):
+                shutil.copyfile(path, folder / path.name)
+
+    def _description(self) -> dict[str, Any]:
+        recipe, head = self._recipe, self._disk[self._source("decoder.lm_head.weight").names[0]].split(".")[-2]
+        if recipe.is_autoawq:
+            return autoawq.configuration(recipe.group_size, [*_FLOAT_MODULES[self._config.layout], head])
+        targets = {decoder_scheme(recipe): [r"re:.*language_model.*\.layers\..*"]}
+        ignore = [f"re:.*{name}.*" for name in _FLOAT_MODULES[self._config.layout]]
+        if recipe.lm_head == "fp":
+            ignore.append(f"re:.*{head}")
+        else:
+            scheme = Scheme(8, None, symmetric=True) if recipe.lm_head == "int8" else decoder_scheme(recipe)
+            targets[scheme] = [*targets.get(scheme, []), f"re:.*{head}"]
+        return compressed_tensors.configuration(targets, ignore)
+
+    def _pack(self, linear: PackedLinear) -> dict[str, NDArray[Any]]:
+        if self._recipe.is_autoawq:
+            return autoawq.pack(linear)
+        return compressed_tensors.pack(linear, self.float_dtype)
+
+    def _modules(self, linears: Mapping[str, PackedLinear]) -> Iterable[tuple[str, PackedLinear]]:
+        """(stored module, packed layer), parts of a fused one joined."""
+        fused: dict[str, dict[str, PackedLinear]] = {}
+        for name, linear in linears.items():
+            source = self._source(f"{name}.weight")
+            stored = self._disk[source.names[0]].removesuffix(".weight")
+            if source.part is None:
+                yield stored, linear
+            else:
+                fused.setdefault(stored, {})[source.part] = linear
+        for stored, parts in fused.items():
+            yield stored, fuse_linears([parts[part] for part in _PARTS], self._config.decoder)
+
+    def _floats(self, tensors: Mapping[str, NDArray[Any]]) -> Iterable[tuple[str, NDArray[Any]]]:
+        """(stored name, array); a changed part of a fused tensor comes with the other parts as they were."""
+        for name, array in tensors.items():
+            source = self._source(name)
+            if source.part is not None:
+                names = [name.replace(".v_proj.", f".{part}_proj.") for part in "qkv"]
+                parts = [tensors[n] if n in tensors else self._checkpoint.tensor(n) for n in names]
+                array = fuse_rows(parts, self._config.decoder)
+            yield self._disk[source.names[0]], array
+
+    def _source(self, name: str) -> layouts.Source:
+        return layouts.tensor_source(self._config, name)
+
+    def _table_name(self, disk: str) -> str:
+        """The name that the layout's table knows, for one of the in-memory prefixes that transformers writes."""
+        if self._config.layout == "native":
+            for written, table in layouts.NATIVE_PREFIXES:
+                if disk.startswith(written):
+                    return table + disk.removeprefix(written)
+        return disk
+
+
+def fuse_rows(parts: list[NDArray[Any]], decoder: DecoderConfig) -> NDArray[Any]:
+    """Rows of q, k and v -> rows of a fused wqkv: for each KV head its query heads, then the key, then the value."""
+    heads = [part.reshape(decoder.num_key_value_heads, -1, decoder.head_dim, *part.shape[1:]) for part in parts]
+    fused = np.concatenate(heads, axis=1)
+    return np.ascontiguousarray(fused.reshape(-1, *parts[0].shape[1:]))
+
+
+def fuse_linears(parts: list[PackedLinear], decoder: DecoderConfig) -> PackedLinear:
+    """`fuse_rows` for packed layers."""
+    zeros = [part.zero_point for part in parts if part.zero_point is not None]
+    return PackedLinear(
+        values=fuse_rows([part.values for part in parts], decoder),
+        scale=fuse_rows([part.scale for part in parts], decoder),
+        zero_point=fuse_rows(list(zeros), decoder) if zeros else None,
+        bits=parts[0].bits,
+    )
