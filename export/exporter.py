@@ -25,6 +25,7 @@ from internvl_edge.errors import EdgeError
 from internvl_edge.template import template_for
 
 from .builder import Types
+from .chat_template import check_chat_template
 from .decoder import build_decoder
 from .quantised import PackedWeights
 from .tokenizer import build_tokenizer, token_ids
@@ -87,6 +88,8 @@ class _Export:
 
     def run(self, dtype: str, activations: str) -> None:
         config = self._checkpoint.config
+        if config.layout == "native":
+            check_chat_template(self._checkpoint.folder)
         tokenizer = build_tokenizer(self._checkpoint.folder, config)
         (self._folder / bundle.TOKENIZER).write_bytes(tokenizer)
         tokens = tokenizers.Tokenizer.from_buffer(tokenizer).get_vocab().values()
