@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from internvl_edge.export.tokenizer import build_tokenizer
-from internvl_edge.runtime.text_stream import TextStream
-from internvl_edge.runtime.tokenizer import Tokenizer
 from tiny import write_checkpoint
 
 from internvl_edge.config_reader import read_config
 from internvl_edge.errors import PromptError
+from internvl_edge.export.tokenizer import build_tokenizer
+from internvl_edge.runtime.text_stream import TextStream
+from internvl_edge.runtime.tokenizer import Tokenizer
 
 KINDS = ("qwen2", "internlm2")
 # Stop strings that overlap, contain each other, end in whitespace and begin like much other text.

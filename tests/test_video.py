@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
+from internvl_edge.errors import EdgeError, ImageError
 from internvl_edge.runtime import video
 from internvl_edge.runtime.preprocess import load_image, tile_image
 from internvl_edge.runtime.video import frame_indices, load_video
-
-from internvl_edge.errors import EdgeError, ImageError
 
 
 def original_indices(total: int, count: int, fps: float, bound: tuple[float, float]) -> list[int]:
