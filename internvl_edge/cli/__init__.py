@@ -17,8 +17,11 @@ from ..errors import EdgeError
 COMMANDS = {
     "inspect": "Show what a checkpoint or a bundle is.",
     "export": "Turn a checkpoint into a bundle of ONNX graphs.",
+    "devices": "List what bundles can be planned and built for.",
+    "plan": "Say whether a model fits a device, and how fast it can be.",
     "run": "Ask a bundle one question about images.",
     "chat": "Talk with a bundle in the terminal.",
+    "bench": "Measure a bundle's speed and memory on this machine.",
     "doctor": "Check this machine's installation.",
 }
 

@@ -1,0 +1,41 @@
+"""`internvl-edge devices`: what bundles can be planned and built for."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from ..devices import Devices
+from .columns import print_columns
+from .output import print_json
+
+
+@click.command("devices")
+@click.option("--devices", "table", type=click.Path(path_type=Path), help="A TOML file with more devices.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(table: Path | None, as_json: bool) -> None:
+    """List the devices that bundles can be planned and built for."""
+    devices = Devices(table)
+    if as_json:
+        every = {name: asdict(device) | {"formats": device.formats} for name, device in devices.all.items()}
+        print_json({"devices": every, "groups": {name: asdict(group) for name, group in devices.groups.items()}})
+        return
+    print_columns(
+        ["name", "memory", "bandwidth", "compute", "TensorRT", "formats", "title"],
+        [
+            [
+                device.name,
+                f"{device.memory_gib:g} GiB",
+                f"{device.bandwidth_gbs:g} GB/s",
+                device.compute_capability,
+                f"{device.flavour} {device.versions}",
+                " ".join(device.formats),
+                device.title,
+            ]
+            for device in devices.all.values()
+        ],
+    )
+    for group in devices.groups.values():
+        click.echo(f"build --device {group.name}: {group.title} ({', '.join(group.compute_capabilities)})")

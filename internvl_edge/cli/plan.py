@@ -1,0 +1,152 @@
+"""`internvl-edge plan PATH --device NAME`: does it fit, how fast can it be, what to change."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from internvl_edge.runtime.footprint import RECIPES, Footprint, Precision
+from internvl_edge.runtime.planner import TILE_LIMITS, Plan, make_plan, predict, tile_table, tiles_of
+from internvl_edge.runtime.precision import bundle_precision, checkpoint_precision
+
+from ..bundle import EMBEDDINGS, MANIFEST, Manifest
+from ..config import ModelConfig
+from ..config_reader import read_config
+from ..devices import Device, Devices
+from ..errors import EdgeError
+from ..hub import resolve_checkpoint
+from .columns import print_columns
+from .output import print_json, size
+
+DEFAULT_CONTEXT = 4096
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+
+
+@click.command("plan")
+@click.argument("path")
+@click.option("--device", "name", help="A device of `internvl-edge devices` [default: all, in one table].")
+@click.option("--devices", "table", type=click.Path(path_type=Path), help="A TOML file with more devices.")
+@click.option("--recipe", type=click.Choice([*RECIPES, "all"]), default="all", show_default=True)
+@click.option("--max-tiles", type=click.IntRange(min=1, max=128), help="Most tiles of an image [default: the model's].")
+@click.option("--context", type=click.IntRange(min=2), default=DEFAULT_CONTEXT, show_default=True, help="Tokens.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(
+    path: str, name: str | None, table: Path | None, recipe: str, max_tiles: int | None, context: int, as_json: bool
+) -> None:
+    """Plan PATH, a bundle, a checkpoint, its config.json or a hub id, for a device. Weights are not needed."""
+    devices = Devices(table)
+    chosen = [devices.device(name)] if name else list(devices.all.values())
+    config, fixed, stored = _source(path)
+    recipes = {"as it is": fixed} if fixed else RECIPES
+    if recipe != "all":
+        if fixed:
+            raise EdgeError(f"{path} is quantised already; leave out --recipe, or plan the original checkpoint")
+        recipes = {recipe: RECIPES[recipe]}
+    limit = max_tiles or config.max_tiles
+    plans = [
+        make_plan(config, device, label, precision, context=context, max_tiles=limit)
+        for device in chosen
+        for label, precision in recipes.items()
+    ]
+    if as_json:
+        print_json(
+            {"model": asdict(config), "bundle": stored, "plans": [plan.to_dict() for plan in plans]}
+            | {"tiles": tile_table(config)}
+        )
+        return
+    if stored:
+        print_columns(["bundle", "stored", "counted"], [[part, size(a), size(b)] for part, (a, b) in stored.items()])
+        click.echo()
+    _print_plans(plans)
+    if name:
+        _print_details(plans[-1])
+        _print_tiles(config, chosen[0], list(recipes.values())[-1])
+    click.echo("Speeds are predictions: bounds from nominal bandwidth and arithmetic (roofline), not measurements.")
+
+
+def _source(path: str) -> tuple[ModelConfig, Precision | None, dict[str, tuple[int, int]] | None]:
+    """The model at a path, its precision if that is fixed, and for a bundle bytes by part: stored and counted."""
+    folder = Path(path)
+    if (folder / MANIFEST).is_file():
+        manifest = Manifest.read(folder)
+        precision = bundle_precision(manifest)
+        counted = Footprint(manifest.model, precision).weights
+        files = {name: entry["bytes"] for name, entry in manifest.files.items()}
+        stored = {
+            "vision": (files["vision.data"], counted.vision),
+            "decoder": (files["decoder.data"], counted.decoder + counted.head),
+            "token table": (files[EMBEDDINGS], counted.embeddings),
+        }
+        # Engines hold 16-bit numbers, whatever the bundle stores.
+        return manifest.model, replace(precision, dtype_bytes=2, vector_bytes=2) if precision.body else None, stored
+    folder = _configuration(path)
+    config = read_config(folder)
+    return config, checkpoint_precision(folder, config), None
+
+
+def _configuration(path: str) -> Path:
+    """The folder with a model's config.json; of a hub id only that file is downloaded."""
+    if Path(path).name == "config.json" and Path(path).is_file():
+        return Path(path).parent
+    if Path(path).exists() or not HUB_ID.fullmatch(path):
+        return resolve_checkpoint(path)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(hf_hub_download(path, "config.json")).parent
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise EdgeError(f"{path} is no folder here and its config.json could not be downloaded: {reason}") from None
+
+
+def _print_plans(plans: list[Plan]) -> None:
+    print_columns(
+        ["device", "recipe", "weights", "KV cache", "in all", "usable", "", "first token", "tokens/s"],
+        [
+            [
+                plan.device.name,
+                plan.recipe,
+                size(plan.memory.vision + plan.memory.decoder + plan.memory.head),
+                size(plan.memory.kv_cache),
+                size(plan.memory.total),
+                size(plan.device.usable_memory),
+                "fits" if plan.fits else "too large",
+                f"{plan.speed.first_token_s:.2f} s",
+                f"{plan.speed.decode_tokens_per_s:.0f}",
+            ]
+            for plan in plans
+        ],
+    )
+    for plan in plans:
+        for advice in plan.advice:
+            click.echo(f"{plan.device.name}, {plan.recipe}: {advice}")
+
+
+def _print_details(plan: Plan) -> None:
+    click.echo(f"\n{plan.device.title}, {plan.recipe}, context {plan.context}:")
+    for part, count in asdict(plan.memory).items():
+        click.echo(f"  {part.replace('_', ' '):<20} {size(count):>10}")
+
+
+def _print_tiles(config: ModelConfig, device: Device, precision: Precision) -> None:
+    click.echo(f"\nTiles by limit (each {config.tokens_per_tile} tokens), thumbnail included:")
+    print_columns(
+        ["image", "pixels", *(f"max {limit}" for limit in TILE_LIMITS)],
+        [[row["image"], f"{row['width']}x{row['height']}", *row["tiles"].values()] for row in tile_table(config)],
+    )
+    footprint = Footprint(config, precision)
+    speeds = [predict(footprint, device, tiles_of(config, limit)) for limit in TILE_LIMITS]
+    click.echo(f"\nAt most so fast on {device.title}, for images that use the whole limit:")
+    rows: list[tuple[str, list[Any]]] = [
+        ("tiles", [speed.tiles for speed in speeds]),
+        ("prompt tokens", [speed.prompt_tokens for speed in speeds]),
+        ("vision", [f"{speed.vision_s:.2f} s" for speed in speeds]),
+        ("first token", [f"{speed.first_token_s:.2f} s" for speed in speeds]),
+        ("tokens/s", [f"{speed.decode_tokens_per_s:.0f}" for speed in speeds]),
+    ]
+    print_columns(["limit", *(str(limit) for limit in TILE_LIMITS)], [[label, *cells] for label, cells in rows])

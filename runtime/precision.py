@@ -1,0 +1,37 @@
+"""The precision of what a user has: a bundle's from its manifest, a checkpoint's from its configuration."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from internvl_edge.bundle import Manifest
+from internvl_edge.config import ModelConfig
+from internvl_edge.linear import Scheme
+from internvl_edge.quantization import read_quantization
+
+from .footprint import INT8, Precision
+
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def bundle_precision(manifest: Manifest) -> Precision:
+    """How a bundle stores its weights."""
+    stored = Precision(dtype_bytes=_BYTES[manifest.dtype], vector_bytes=_BYTES[manifest.activations])
+    quantization = manifest.quantization
+    if quantization is None:
+        return stored
+    zeros = not quantization["symmetric"] and quantization["asymmetric"] != "requantise"
+    body = Scheme(quantization["bits"], quantization["group_size"], not zeros)
+    head = {"int4": body, "int8": INT8}.get(str(quantization["lm_head"])[:4])
+    return Precision(stored.dtype_bytes, stored.vector_bytes, body, head)
+
+
+def checkpoint_precision(folder: Path, config: ModelConfig) -> Precision | None:
+    """How a quantised checkpoint's decoder is packed; None for float weights, which any recipe can be made from."""
+    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    quantization = read_quantization(written, config.vision)
+    if quantization is None:
+        return None
+    fewest_first = sorted(quantization.schemes, key=lambda scheme: scheme.bits)
+    return Precision(body=fewest_first[0], head=fewest_first[-1] if len(fewest_first) > 1 else None)
