@@ -119,18 +119,20 @@ class GraphBuilder:
             name, self.types.activations, shape or self._shapes[name], read or (lambda: self._read(name))
         )
 
-    def reserve(self, name: str, dtype: ir.DataType, shape: tuple[int, ...], read: Callable[[], Array]) -> None:
-        """A place in the weights file, whether or not this graph uses it."""
-        self._file.add(name, dtype, shape, read)
-
-    def reserved(self, name: str) -> ir.Value:
-        """What stands in such a place, as it is stored."""
+    def weight(
+        self,
+        name: str,
+        dtype: ir.DataType,
+        shape: tuple[int, ...],
+        read: Callable[[], Array],
+        file: WeightFile | None = None,
+    ) -> ir.Value:
+        """Anything in a weights file, by default the graph's own, as it is stored."""
         value = self._graph.initializers.get(name)
-        return value or self._initializer(self._file.tensor(name))
+        return value or self._initializer((file or self._file).add(name, dtype, shape, read))
 
     def _weight(self, name: str, dtype: ir.DataType, shape: tuple[int, ...], read: Callable[[], Array]) -> ir.Value:
-        self.reserve(name, dtype, shape, read)
-        value = self.reserved(name)
+        value = self.weight(name, dtype, shape, read)
         return value if dtype == self.types.activations else self.cast(value, self.types.activations)
 
     def _initializer(self, tensor: ir.TensorProtocol) -> ir.Value:

@@ -66,7 +66,7 @@ def build_decoder(
         vocabulary: tokens that the tokenizer has; rows of a quantised checkpoint beyond them never win an argmax.
     """
     decoder = checkpoint.config.decoder
-    matmul = partial(packed.matmul, native_zero_points=dialect == "onnxruntime") if packed else None
+    matmul = partial(packed.matmul, dialect=dialect) if packed else None
     g = GraphBuilder("decoder", types, file, checkpoint.shapes, checkpoint.tensor, matmul)
     x = g.input("inputs_embeds", types.activations, ["batch", "seq", decoder.hidden_size])
     half: list[int | str] = ["batch", "seq", decoder.head_dim // 2]

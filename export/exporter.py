@@ -53,7 +53,8 @@ def export_bundle(
         out: the bundle to make.
         dtype: how weights are stored: "float32", "float16" or "bfloat16".
         activations: what the graphs compute in; float32 is right for CPUs.
-        asymmetric: what becomes of int4 weights with zero points: "exact", or "requantise" for graphs without them.
+        asymmetric: what the standard dialect makes of weights with zero points, which TensorRT does not take: "exact"
+            adds their part as a small product, "requantise" rounds again without them.
         force: replace an existing bundle at `out`.
         progress: show a bar on standard error.
 
@@ -98,7 +99,7 @@ class _Export:
         for dialect, name in bundle.DECODERS.items():
             graph = build_decoder(self._checkpoint, self._types, dialect, decoder, self._packed, max(tokens) + 1)
             ir.save(graph, self._folder / name)
-        self._write_weights([vision, decoder])
+        self._write_weights([file for file in (vision, decoder, self._packed.blocks) if file.size])
         manifest = bundle.Manifest(
             model=config,
             dtype=dtype,

@@ -1,13 +1,14 @@
-"""Quantised linears in graphs: integers and scales once in the weights file, zero points in the way the dialect takes.
+"""Quantised linears in graphs, each dialect in the form its engine takes without rewriting weights at load.
 
-Integers are stored [in, out] counted from the middle (int4 or int8), the form that ONNX Runtime fuses to MatMulNBits
-and that TensorRT reads; both dialects share them. With zero points z, counted likewise, W = s (q - z) = s q - s z, so
+onnxruntime: MatMulNBits, integers [out, blocks of the inputs] and zero points as they are.
 
-    onnxruntime   x @ DequantizeLinear(q, s, z)
-    standard      x @ DequantizeLinear(q, s) + R @ C,  R[k] = sum of x over group k,  C[k, n] = -s[k, n] z[k, n]
+standard: DequantizeLinear before MatMul, integers [in, out] counted from the middle (int4 or int8), the form TensorRT
+reads. It takes no zero points, so with z counted likewise, W = s (q - z) = s q - s z and
 
-because TensorRT takes no zero points. R is summed in float32. The second term costs in / group_size rows of a matrix
-product and is exact, where clamping or rounding again would change weights.
+    y = x @ DequantizeLinear(q, s) + R @ C,  R[k] = sum of x over group k,  C[k, n] = -s[k, n] z[k, n]
+
+R is summed in float32. The second term costs in / group_size rows of a matrix product and is exact, where clamping or
+rounding again would change weights.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,11 +26,16 @@ from internvl_edge.checkpoint import Checkpoint
 from internvl_edge.errors import EdgeError
 from internvl_edge.linear import PackedLinear, Scheme
 
-from .builder import GraphBuilder, Types
-from .weights import NUMPY_DTYPES, Array
+from .builder import MICROSOFT, GraphBuilder, Types
+from .weights import NUMPY_DTYPES, Array, WeightFile
 
 ASYMMETRIC = ("exact", "requantise")
-INTEGERS = {4: ir.DataType.INT4, 8: ir.DataType.INT8}
+BLOCKS = "decoder.onnxruntime.data"
+# MatMulNBits takes blocks of a power of two; larger ones gain nothing measurable.
+_LARGEST_BLOCK, _SMALLEST_BLOCK = 128, 16
+# Activations rounded to int8 per block: decodes 1.7 times as fast as float32.
+_ACCURACY_LEVEL = 4
+_INTEGERS = {4: ir.DataType.INT4, 8: ir.DataType.INT8}
 # Rounding again tries scales that put the largest weight of a group on the highest integer, on the lowest, or between.
 _BELOW_MIDDLE = (1.0, 0.5, 0.0)
 # Outputs of each layer on which the weights' error is measured.
@@ -43,7 +48,11 @@ class PackedWeights:
     Args:
         checkpoint: any; without quantised linears nothing here does anything.
         types: of the graphs.
-        asymmetric: "exact", or "requantise" to round weights with zero points again to a symmetric grid.
+        asymmetric: "exact", or "requantise" to round weights with zero points again to a symmetric grid, in the
+            standard dialect only: ONNX Runtime takes zero points at no cost.
+
+    Attributes:
+        blocks: the file with ONNX Runtime's form of the weights; the standard form goes to the builder's own.
     """
 
     def __init__(self, checkpoint: Checkpoint, types: Types, asymmetric: str = "exact") -> None:
@@ -51,73 +60,100 @@ class PackedWeights:
             raise EdgeError(f"asymmetric {asymmetric!r} is not one of {', '.join(ASYMMETRIC)}")
         self._checkpoint = checkpoint
         self._types = types
+        self.blocks = WeightFile(BLOCKS)
         self._requantises = asymmetric == "requantise"
-        self._last: tuple[str, PackedLinear] | None = None
+        self._last: tuple[str, bool, PackedLinear] | None = None
         self._errors: dict[str, tuple[float, float]] = {}
 
-    def scheme(self, name: str) -> Scheme | None:
-        """How the graph rounds a linear, None for floats."""
+    def matmul(self, g: GraphBuilder, x: ir.Value, name: str, dialect: str) -> ir.Value | None:
+        """x [batch, seq, in] times the linear's weights, without its bias; None where they are floats.
+
+        Raises:
+            EdgeError: ONNX Runtime has no blocks that fit the group size; the layer is named.
+        """
         scheme = self._checkpoint.schemes.get(name)
-        return replace(scheme, symmetric=True) if scheme and self._requantises else scheme
-
-    def linear(self, name: str) -> PackedLinear:
-        """The numbers of one linear in that scheme; the last one is kept, as its parts are written one by one."""
-        if self._last is None or self._last[0] != name:
-            source = self._checkpoint.linear(name)
-            assert source is not None
-            linear = requantise(source) if self._requantises and source.zero_point is not None else source
-            self._errors[name] = _squared_errors(source, linear, self._types.activations)
-            self._last = name, linear
-        return self._last[1]
-
-    def matmul(self, g: GraphBuilder, x: ir.Value, name: str, native_zero_points: bool) -> ir.Value | None:
-        """x [batch, seq, in] times the linear's weights, without its bias; None where they are floats."""
-        scheme = self.scheme(name)
         if scheme is None:
             return None
         out, inputs = self._checkpoint.shapes[f"{name}.weight"]
-        stored = INTEGERS[scheme.bits]
+        write = self._in_blocks if dialect == "onnxruntime" else self._dequantised
+        return write(g, x, name, scheme, out, inputs)
+
+    def _in_blocks(self, g: GraphBuilder, x: ir.Value, name: str, scheme: Scheme, out: int, inputs: int) -> ir.Value:
+        block = math.gcd(scheme.group_size or _LARGEST_BLOCK, _LARGEST_BLOCK)
+        if block < _SMALLEST_BLOCK:
+            raise EdgeError(
+                f"{name} has groups of {scheme.group_size}, which ONNX Runtime's blocks of {_SMALLEST_BLOCK} to "
+                f"{_LARGEST_BLOCK} do not divide; quantise with group size 32, 64 or 128"
+            )
+        count = -(-inputs // block)
+        packed, row = block * scheme.bits // 8, -(-count * scheme.bits // 8)
+
+        def part(
+            last: str, dtype: ir.DataType, shape: tuple[int, ...], read: Callable[[PackedLinear], Array]
+        ) -> ir.Value:
+            return g.weight(f"{name}.{last}", dtype, shape, partial(self._part, name, read, False), self.blocks)
+
+        values = part("blocks", ir.DataType.UINT8, (out, count, packed), partial(block_values, block=block))
+        scale = part("block_scale", g.types.activations, (out * count,), partial(block_scales, block=block))
+        inputs_of_node = [x, values, scale]
+        if not scheme.symmetric:
+            zeros = part("block_zero_point", ir.DataType.UINT8, (out * row,), partial(block_zero_points, block=block))
+            inputs_of_node.append(zeros)
+        return g.op(
+            "MatMulNBits",
+            *inputs_of_node,
+            domain=MICROSOFT,
+            K=inputs,
+            N=out,
+            bits=scheme.bits,
+            block_size=block,
+            accuracy_level=_ACCURACY_LEVEL,
+        )
+
+    def _dequantised(self, g: GraphBuilder, x: ir.Value, name: str, scheme: Scheme, out: int, inputs: int) -> ir.Value:
         # One scale per output is DequantizeLinear's per-axis form, anything else its blocked form.
         groups = inputs // scheme.group_size if scheme.group_size else 1
-        grid = (out,) if scheme.group_size is None else (groups, out)
-        form: dict[str, Any] = (
-            {"axis": 1} if scheme.group_size is None else {"axis": 0, "block_size": scheme.group_size}
-        )
-        parts: dict[str, tuple[ir.DataType, tuple[int, ...], Callable[[PackedLinear], Array]]] = {
-            "values": (stored, (inputs, out), lambda linear: linear.signed()[0].T),
-            "scale": (g.types.activations, grid, lambda linear: linear.scale.T),
-        }
-        if not scheme.symmetric:
-            parts["zero_point"] = stored, grid, lambda linear: np.asarray(linear.signed()[1]).T
-            parts["correction"] = g.types.activations, (groups, out), correction_of
-        for last, (dtype, shape, read) in parts.items():  # together, so that a layer is read once for all dialects
-            g.reserve(f"{name}.{last}", dtype, shape, partial(self._part, name, read))
-        values, scale = g.reserved(f"{name}.values"), g.reserved(f"{name}.scale")
-        if scheme.symmetric:
-            return g.op("MatMul", x, g.op("DequantizeLinear", values, scale, **form))
-        if native_zero_points:
-            zeros = g.reserved(f"{name}.zero_point")
-            return g.op("MatMul", x, g.op("DequantizeLinear", values, scale, zeros, **form))
-        y = g.op("MatMul", x, g.op("DequantizeLinear", values, scale, **form))
-        return g.op("Add", y, g.op("MatMul", g.group_sums(x, groups), g.reserved(f"{name}.correction")))
+        grid = (groups, out) if scheme.group_size else (out,)
+        form: dict[str, Any] = {"axis": 0, "block_size": scheme.group_size} if scheme.group_size else {"axis": 1}
 
-    def _part(self, name: str, read: Callable[[PackedLinear], Array]) -> Array:
-        return read(self.linear(name))
+        def part(
+            last: str, dtype: ir.DataType, shape: tuple[int, ...], read: Callable[[PackedLinear], Array]
+        ) -> ir.Value:
+            return g.weight(f"{name}.{last}", dtype, shape, partial(self._part, name, read, self._requantises))
+
+        values = part("values", _INTEGERS[scheme.bits], (inputs, out), lambda linear: linear.signed()[0].T)
+        scale = part("scale", g.types.activations, grid, lambda linear: linear.scale.T)
+        y = g.op("MatMul", x, g.op("DequantizeLinear", values, scale, **form))
+        if scheme.symmetric or self._requantises:
+            return y
+        correction = part("correction", g.types.activations, (groups, out), correction_of)
+        return g.op("Add", y, g.op("MatMul", g.group_sums(x, groups), correction))
+
+    def _part(self, name: str, read: Callable[[PackedLinear], Array], requantised: bool) -> Array:
+        """What `read` makes of a linear; the last one is kept, as parts of one are written one after the other."""
+        if self._last is None or self._last[:2] != (name, requantised):
+            source = self._checkpoint.linear(name)
+            assert source is not None
+            linear = requantise(source) if requantised and source.zero_point is not None else source
+            if requantised or name not in self._errors:
+                self._errors[name] = _squared_errors(source, linear, self._types.activations)
+            self._last = name, requantised, linear
+        return read(self._last[2])
 
     def summary(self) -> dict[str, Any] | None:
         """What the manifest says of a quantised decoder once its weights are written; None for float weights.
 
-        method, asymmetric: of the checkpoint, and what became of its zero points. bits, group_size, symmetric: of most
-        layers. lm_head: the head's. bits_per_weight: over all linears of the decoder with scales and zero points as
-        stored for ONNX Runtime. weight_error: root mean square of what the graphs' weights miss of the checkpoint's,
-        relative to these, on up to 256 outputs of each quantised layer.
+        method: of the checkpoint. bits, group_size, symmetric: of most layers. lm_head: the head's. bits_per_weight:
+        over all linears of the decoder, scales and zero points included, as ONNX Runtime reads them. asymmetric: what
+        the standard dialect makes of zero points. weight_error: root mean square of what its weights miss of the
+        checkpoint's, relative to these, on up to 256 outputs of each quantised layer.
         """
         quantization = self._checkpoint.quantization
         schemes = {name: self._checkpoint.schemes[name] for name in self._errors}
         if quantization is None or not schemes:
             return None
         most = Counter(schemes.values()).most_common(1)[0][0]
-        head = self.scheme("decoder.lm_head")
+        head = schemes.get("decoder.lm_head")
         missed, whole = (sum(error) for error in zip(*self._errors.values(), strict=True))
         no_zeros = all(scheme.symmetric for scheme in schemes.values())
         return {
@@ -137,7 +173,7 @@ class PackedWeights:
             module = name.removesuffix(".weight")
             if not name.startswith("decoder.") or len(shape) != 2 or module == "decoder.embed_tokens":
                 continue
-            scheme, size = self.scheme(module), int(np.prod(shape))
+            scheme, size = self._checkpoint.schemes.get(module), int(np.prod(shape))
             each: float = types.weights.bitwidth
             if scheme:
                 grid = types.activations.bitwidth + (0 if scheme.symmetric else scheme.bits)
@@ -152,6 +188,41 @@ def _squared_errors(source: PackedLinear, linear: PackedLinear, activations: ir.
     expected = source.rows(rows).dequantise().astype(np.float64)
     missed = stored_weights(linear.rows(rows), activations) - expected
     return float(np.square(missed).sum()), float(np.square(expected).sum())
+
+
+def block_values(linear: PackedLinear, block: int) -> Array:
+    """MatMulNBits' B, uint8 [out, blocks, block * bits / 8]: integers counted from the lowest, a last block filled."""
+    packed = _pack_rows(_unsigned(linear), -linear.values.shape[1] % block, linear)
+    return packed.reshape(len(packed), -1, block * linear.bits // 8)
+
+
+def block_scales(linear: PackedLinear, block: int) -> Array:
+    """[out * blocks], groups of several blocks repeated."""
+    return _per_block(linear.scale, linear, block).reshape(-1)
+
+
+def block_zero_points(linear: PackedLinear, block: int) -> Array:
+    """[out * bytes of a row], counted from the lowest, packed like the values."""
+    assert linear.zero_point is not None
+    zeros = _per_block(linear.zero_point, linear, block)
+    return _pack_rows(zeros, -zeros.shape[1] % (8 // linear.bits), linear).reshape(-1)
+
+
+def _per_block(grid: Array, linear: PackedLinear, block: int) -> Array:
+    return np.repeat(grid, -(-linear.group_size // block), axis=1)
+
+
+def _unsigned(linear: PackedLinear) -> Array:
+    if linear.zero_point is not None:
+        return linear.values
+    return linear.values.view(np.uint8) + np.uint8(linear.middle)
+
+
+def _pack_rows(integers: Array, missing: int, linear: PackedLinear) -> Array:
+    """[rows, columns] -> bytes [rows, (columns + missing) * bits / 8], lower half first; the middle fills up."""
+    if missing:
+        integers = np.pad(integers, ((0, 0), (0, missing)), constant_values=linear.middle)
+    return integers if linear.bits == 8 else integers[:, 0::2] | integers[:, 1::2] << 4
 
 
 def correction_of(linear: PackedLinear) -> Array:

@@ -24,8 +24,8 @@ NUMPY_DTYPES: dict[ir.DataType, np.dtype[Any]] = {
     ir.DataType.FLOAT16: np.dtype(np.float16),
     ir.DataType.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
 }
-# Integers come one per element in int8; int4 is stored two to a byte, the first in the lower half.
-_INTEGER_BITS = {ir.DataType.INT4: 4, ir.DataType.INT8: 8}
+# Integers come in one byte each; int4 is stored two to a byte, the first in the lower half.
+_INTEGER_BITS = {ir.DataType.INT4: 4, ir.DataType.INT8: 8, ir.DataType.UINT8: 8}
 # Page-aligned, so that ONNX Runtime can map each tensor from the file instead of copying it.
 _ALIGNMENT = 4096
 _BLOCK_BYTES = 32 << 20
@@ -54,11 +54,13 @@ class WeightFile:
         self.size = 0
         self._entries: dict[str, _Entry] = {}
 
-    def add(self, name: str, dtype: ir.DataType, shape: tuple[int, ...], read: Callable[[], Array]) -> None:
+    def add(
+        self, name: str, dtype: ir.DataType, shape: tuple[int, ...], read: Callable[[], Array]
+    ) -> ir.ExternalTensor:
         """Reserve a place for a tensor; `read` is called when it is written and may return any float dtype,
-        or int8 for integers.
+        or one byte per integer.
 
-        Asking again for the same name changes nothing.
+        Asking again for the same name returns the same place.
         """
         if name not in self._entries:
             bits = _INTEGER_BITS.get(dtype) or 8 * NUMPY_DTYPES[dtype].itemsize
@@ -67,9 +69,6 @@ class WeightFile:
             tensor = ir.ExternalTensor(self.name, offset, length, dtype, shape=ir.Shape(shape), name=name)
             self._entries[name] = _Entry(tensor, read, shape)
             self.size = offset + length
-
-    def tensor(self, name: str) -> ir.ExternalTensor:
-        """The place reserved for a tensor."""
         return self._entries[name].tensor
 
     def write(self, folder: Path, progress: Callable[[int], None]) -> str:
@@ -116,8 +115,8 @@ def convert_blocks(name: str, array: Array, dtype: np.dtype[Any], shape: tuple[i
 
 
 def pack_blocks(array: Array, bits: int) -> Iterator[Array]:
-    """Yield an int8 `array` of 4- or 8-bit integers as the bytes that ONNX stores, in blocks of rows."""
-    rows = array.reshape(-1, 1) if array.ndim < 2 else array
+    """Yield an `array` of 4- or 8-bit integers, a byte each, as the bytes that ONNX stores, in blocks of rows."""
+    rows = array.reshape(-1, 1) if array.ndim < 2 else array.reshape(len(array), -1) if array.ndim > 2 else array
     step = 2 * max(_TRANSPOSE_BLOCK, _BLOCK_BYTES // max(1, 2 * rows[0].size))  # even: no byte is shared by two blocks
     for start in range(0, len(rows), step):
         block: Array = _contiguous(rows[start : start + step]).reshape(-1).view(np.uint8)

@@ -23,7 +23,7 @@ from .errors import BundleError
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 VISION = "vision.onnx"
-# One decoder header per dialect; all share one weights file.
+# One decoder header per dialect; all share one weights file, but for quantised weights.
 DECODERS = {"standard": "decoder.onnx", "onnxruntime": "decoder.onnxruntime.onnx"}
 EMBEDDINGS = "embeddings.bin"
 TOKENIZER = "tokenizer.json"

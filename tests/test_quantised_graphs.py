@@ -22,6 +22,7 @@ from internvl_edge import export_bundle
 from internvl_edge.bundle import DECODERS, Bundle
 from internvl_edge.checkpoint import Checkpoint
 from internvl_edge.errors import EdgeError
+from internvl_edge.export import quantised as quantised_module
 from internvl_edge.export.builder import GraphBuilder, Types
 from internvl_edge.export.quantised import PackedWeights, requantise
 from internvl_edge.export.weights import WeightFile
@@ -29,7 +30,6 @@ from internvl_edge.linear import Scheme
 from internvl_edge.runtime.engines import onnxruntime as engine_module
 from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
 
-ACCURACY_LEVEL = "session.qdq_matmulnbits_accuracy_level"
 COMPRESSED: dict[str, Any] = {"method": "compressed-tensors"}
 INT8 = Scheme(8, None, True)
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -42,6 +42,10 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "int8 groups with zero points": ({}, COMPRESSED | {"body": Scheme(8, 32, False)}),
     "tied, int4 head": ({"layout": "native", "tie": True}, COMPRESSED | {"body": Scheme(4, 32, False)}),
     "int4 per output": ({}, COMPRESSED | {"body": Scheme(4, None, True)}),
+    "int4 groups of 48": (
+        {"hidden_size": 96, "num_attention_heads": 6, "intermediate_size": 144},
+        COMPRESSED | {"body": Scheme(4, 48, False)},
+    ),
 }
 TEXT = [5, 9, 42, 17, 100, 3, 77]
 
@@ -49,7 +53,8 @@ TEXT = [5, 9, 42, 17, 100, 3, 77]
 @pytest.fixture
 def float_activations(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without rounding activations to int8, graphs must compute what the reference computes."""
-    monkeypatch.setitem(engine_module._CONFIG, ACCURACY_LEVEL, "1")
+    monkeypatch.setitem(engine_module._CONFIG, "session.qdq_matmulnbits_accuracy_level", "1")
+    monkeypatch.setattr(quantised_module, "_ACCURACY_LEVEL", 1)
 
 
 def run(bundle: Path, dialect: str, reference: Reference, count: int) -> np.ndarray:
@@ -102,28 +107,32 @@ def test_every_quantised_product_is_fused(tmp_path: Path, kind: str) -> None:
         onnxruntime.InferenceSession(str(bundle / name), options, providers=["CPUExecutionProvider"])
         graph = onnx.load(options.optimized_model_filepath, load_external_data=False).graph
         count = Counter(node.op_type for node in graph.node)
-        assert count["MatMulNBits"] == 7 * 2 + ("head" in choices)
-        assert count["DequantizeLinear"] == 0
+        fused = 7 * 2 + ("head" in choices)
+        unfused = fused if kind == "int4 groups of 48" and name == DECODERS["standard"] else 0
+        assert (count["MatMulNBits"], count["DequantizeLinear"]) == (fused - unfused, unfused)
 
 
-def test_dialects_share_integers_and_scales_and_only_one_has_zero_points(tmp_path: Path) -> None:
+def test_each_dialect_has_its_own_form_of_quantised_weights_and_shares_the_rest(tmp_path: Path) -> None:
     quantised, _ = write_quantised(tiny.write_checkpoint(tmp_path / "float"), tmp_path)
     bundle = export_bundle(quantised, tmp_path / "bundle")
-    places = {}
+    places: dict[str, dict[str, tuple[str, ...]]] = {}
     for dialect, name in DECODERS.items():
         model = onnx.load(bundle / name, load_external_data=False)
-        onnx.checker.check_model(str(bundle / name))
+        if dialect == "standard":
+            onnx.checker.check_model(str(bundle / name), full_check=True)
+            assert {len(node.input) for node in model.graph.node if node.op_type == "DequantizeLinear"} == {2}
+            assert {node.domain for node in model.graph.node} == {""}
         places[dialect] = {
             tensor.name: tuple(entry.value for entry in tensor.external_data)
             for tensor in model.graph.initializer
             if tensor.external_data
         }
-        inputs = {len(node.input) for node in model.graph.node if node.op_type == "DequantizeLinear"}
-        assert inputs == ({2} if dialect == "standard" else {3})
     standard, ours = places["standard"], places["onnxruntime"]
     assert {standard[name] == ours[name] for name in standard.keys() & ours.keys()} == {True}
-    assert {name.rpartition(".")[2] for name in ours.keys() - standard.keys()} == {"zero_point"}
-    assert {name.rpartition(".")[2] for name in standard.keys() - ours.keys()} == {"correction"}
+    assert {name.rpartition(".")[2] for name in standard.keys() - ours.keys()} == {"values", "scale", "correction"}
+    only_ours = {name: place[0] for name, place in ours.items() if name not in standard}
+    assert {name.rpartition(".")[2] for name in only_ours} == {"blocks", "block_scale", "block_zero_point"}
+    assert set(only_ours.values()) == {"decoder.onnxruntime.data"}
 
 
 def product_in_graph(
@@ -135,11 +144,12 @@ def product_in_graph(
     packed = PackedWeights(checkpoint, types, asymmetric)
     g = GraphBuilder("linear", types, file, checkpoint.shapes, checkpoint.tensor)
     out, inputs = checkpoint.shapes[f"{name}.weight"]
-    y = packed.matmul(g, g.input("x", kind, [1, len(x), inputs]), name, native_zero_points=dialect == "onnxruntime")
+    y = packed.matmul(g, g.input("x", kind, [1, len(x), inputs]), name, dialect)
     assert y is not None
     g.output(y, "y", kind, [1, len(x), out])
     ir.save(g.model(), folder / f"{dialect}.onnx")
-    file.write(folder, lambda _: None)
+    for written in (file, packed.blocks):
+        written.write(folder, lambda _: None)
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(str(folder / f"{dialect}.onnx"), options, providers=["CPUExecutionProvider"])
@@ -159,6 +169,7 @@ def relative(error: np.ndarray, of: np.ndarray) -> float:
     return float(np.linalg.norm(error) / np.linalg.norm(of))
 
 
+@pytest.mark.usefixtures("float_activations")
 @pytest.mark.parametrize("skewed", [False, True], ids=["centred", "skewed"])
 def test_zero_points_are_imported_without_loss_where_a_clamp_loses(tmp_path: Path, skewed: bool) -> None:
     """Every weight through the graph, to 1e-6 of itself; and what clamping q - z to int4 would make of it."""
@@ -181,12 +192,15 @@ def test_zero_points_are_imported_without_loss_where_a_clamp_loses(tmp_path: Pat
 
 
 @pytest.mark.usefixtures("float_activations")
-def test_rounding_again_leaves_no_zero_points_and_says_what_it_costs(tmp_path: Path) -> None:
+def test_rounding_again_removes_zero_points_for_tensorrt_and_says_what_it_costs(tmp_path: Path) -> None:
     quantised, twin = write_quantised(tiny.write_checkpoint(tmp_path / "float"), tmp_path, skewed=True)
     bundle = export_bundle(quantised, tmp_path / "bundle", asymmetric="requantise")
-    for name in DECODERS.values():
-        graph = onnx.load(bundle / name, load_external_data=False).graph
-        assert {len(node.input) for node in graph.node if node.op_type == "DequantizeLinear"} == {2}
+    graph = onnx.load(bundle / DECODERS["standard"], load_external_data=False).graph
+    assert {len(node.input) for node in graph.node if node.op_type == "DequantizeLinear"} == {2}
+    assert not any(tensor.name.endswith("correction") for tensor in graph.initializer)
+    name = "decoder.layers.0.mlp.up_proj"
+    exact_still = weights_in_graph(Checkpoint(quantised), name, "onnxruntime", tmp_path, "requantise")
+    np.testing.assert_allclose(exact_still, Checkpoint(twin).tensor(f"{name}.weight"), rtol=1e-6, atol=0)
     summary = Bundle.open(bundle).manifest.quantization
     assert summary is not None
     checkpoint, expected = Checkpoint(quantised), Checkpoint(twin)
@@ -267,6 +281,7 @@ def test_float16_activations_stay_close(tmp_path: Path, dialect: str) -> None:
     assert np.abs(run(bundle, dialect, reference, 1)[0] - expected).max() < 0.02 * expected.std()
 
 
+@pytest.mark.usefixtures("float_activations")
 @pytest.mark.parametrize("skewed", [False, True], ids=["centred", "skewed"])
 @pytest.mark.parametrize("kind", ["large mean", "one huge channel"])
 def test_the_two_terms_do_not_cancel_badly_in_float16(tmp_path: Path, kind: str, skewed: bool) -> None:
@@ -283,4 +298,12 @@ def test_the_two_terms_do_not_cancel_badly_in_float16(tmp_path: Path, kind: str,
         for dialect in DECODERS
     }
     assert errors["onnxruntime"] < 1e-3
-    assert errors["standard"] < 4e-3
+    assert errors["standard"] < 1e-3
+
+
+def test_group_sizes_without_blocks_name_the_layer(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 72, "num_attention_heads": 6, "intermediate_size": 144}
+    choices = COMPRESSED | {"body": Scheme(4, 24, False)}
+    quantised, _ = write_quantised(tiny.write_checkpoint(tmp_path / "float", **sizes), tmp_path, **choices)
+    with pytest.raises(EdgeError, match=r"layers\.0\.self_attn\.q_proj has groups of 24.*32, 64 or 128"):
+        export_bundle(quantised, tmp_path / "bundle")
