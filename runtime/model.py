@@ -104,6 +104,11 @@ class InternVL:
         text = TextStream(self._tokenizer, options.get("stop", ()))
         return ReplyStream(self._answer(request, Sampler(Sampling(**sampling)), text))
 
+    @property
+    def engine(self) -> Engine:
+        """What executes the graphs; using it directly disturbs the reuse of prompts."""
+        return self._session.engine
+
     def close(self) -> None:
         """Release the engine; the object cannot be used afterwards."""
         del self._session, self._images

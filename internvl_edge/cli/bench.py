@@ -1,0 +1,66 @@
+"""`internvl-edge bench BUNDLE`: speed and memory on this machine, beside its limits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from internvl_edge.errors import EdgeError
+from internvl_edge.runtime.bench import Report, bench
+
+from .options import loading_options
+from .output import print_json, print_table, size
+
+
+@click.command("bench")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--repeat", type=int, default=3, show_default=True, help="Runs per figure; the median is shown.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Write a bar plot to this PNG or SVG file.")
+@loading_options
+def command(bundle: Path, repeat: int, as_json: bool, plot: Path | None, **loading: Any) -> None:
+    """Measure BUNDLE: load, vision, prefill, decode, time to first token, memory."""
+    report = bench(bundle, repeat=repeat, **loading)
+    if plot is not None:
+        _plot(report, plot)
+    if as_json:
+        print_json(report.to_dict())
+        return
+    for figure in report.figures:
+        limit = report.decode_limit.get(figure.name)
+        share = "" if limit is None else f"{limit:.0%} of what memory allows"
+        spread = f"± {figure.spread:.0%}" if figure.spread else ""
+        click.echo(f"{figure.name:<26} {figure.value:10.2f} {figure.unit:<9} {spread:<6} {share}".rstrip())
+    print_table(
+        [
+            ("peak memory", size(report.peak_rss_bytes)),
+            ("on disk", size(report.disk_bytes)),
+            ("machine", f"{report.threads} threads, reads {report.bandwidth / 1e9:.1f} GB/s"),
+            ("", f"float32 products {report.matrix_rate / 1e9:.0f} GFLOP/s"),
+        ]
+    )
+
+
+def _plot(report: Report, path: Path) -> None:
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        raise EdgeError("--plot needs matplotlib: pip install 'internvl-edge[report]'") from None
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    units = list(dict.fromkeys(figure.unit for figure in report.figures))
+    chart, axes = pyplot.subplots(1, len(units), figsize=(4 * len(units), 3.2), layout="constrained")
+    for axis, unit in zip(axes, units, strict=True):
+        figures = [figure for figure in report.figures if figure.unit == unit]
+        values = [figure.value for figure in figures]
+        errors = [figure.value * figure.spread for figure in figures]
+        bars = axis.barh([figure.name for figure in figures], values, xerr=errors, color="#4878a8")
+        axis.bar_label(bars, fmt="%.3g", padding=4)
+        axis.invert_yaxis()
+        axis.margins(x=0.2)
+        axis.set_xlabel(unit)
+    chart.suptitle(f"{report.bundle}, {report.threads} threads")
+    chart.savefig(path, dpi=150)

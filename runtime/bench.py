@@ -1,0 +1,173 @@
+"""How fast a bundle is on this machine, each figure beside the limit the machine sets.
+
+Prompts are random embeddings and images random pixels: speed does not depend on values. Decoding is limited by memory:
+the share of the limit is the bytes that one token must read (weights as stored, and the cache up to its position) over
+the time it took and the bandwidth measured in the same run.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from internvl_edge.bundle import Bundle, Manifest
+from internvl_edge.errors import EngineError
+
+from . import machine
+from .footprint import Footprint
+from .model import InternVL
+from .precision import bundle_precision
+
+PROMPTS = (300, 1800)
+CONTEXTS = (300, 2000)
+QUESTIONS = (1, 7)
+QUESTION_TEXT = 300
+_DECODED = 16
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measurement: the median of the runs and their spread (half the range, as a share of it)."""
+
+    name: str
+    value: float
+    unit: str
+    spread: float = 0.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """All figures of one bundle on one machine.
+
+    `bandwidth` is in bytes/s, `matrix_rate` in FLOP/s, sizes in bytes. `decode_limit` gives for each decode figure the
+    share of the speed that the measured bandwidth allows.
+    """
+
+    bundle: str
+    threads: int
+    bandwidth: float
+    matrix_rate: float
+    disk_bytes: int
+    peak_rss_bytes: int
+    figures: list[Figure]
+    decode_limit: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON values."""
+        return asdict(self)
+
+
+def bench(folder: Path, *, repeat: int = 3, threads: int | None = None, **loading: Any) -> Report:
+    """Measure a bundle; `loading` goes to `InternVL.load`.
+
+    Raises:
+        BundleError, EngineError: as `InternVL.load`.
+        EngineError: `repeat` is less than 1.
+    """
+    if repeat < 1:
+        raise EngineError(f"repeat is {repeat}, expected at least 1")
+    threads = threads or machine.cores()
+    manifest = Bundle.open(folder).manifest  # verified before the clock runs, as for every load but the first
+    started = time.perf_counter()
+    with InternVL.load(folder, threads=threads, **loading) as model:
+        load_s = time.perf_counter() - started
+        runs = _Runs(model, repeat)
+        decode = runs.decode()
+        figures = [Figure("load", load_s, "s"), *runs.vision(), *runs.prefill(), *decode.values(), *runs.first_token()]
+    peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    # Last, so that its arrays do not count as the model's memory.
+    bandwidth = machine.read_bandwidth(threads)
+    footprint = _footprint(manifest)
+    return Report(
+        bundle=folder.name,
+        threads=threads,
+        bandwidth=bandwidth,
+        matrix_rate=machine.matrix_rate(),
+        disk_bytes=sum(entry["bytes"] for entry in manifest.files.values()),
+        peak_rss_bytes=peak_rss,
+        figures=figures,
+        decode_limit={
+            figure.name: figure.value * footprint.decode_bytes(context + _DECODED // 2) / bandwidth
+            for context, figure in decode.items()
+        },
+    )
+
+
+def _footprint(manifest: Manifest) -> Footprint:
+    cache_bytes = np.dtype(manifest.activations).itemsize
+    return Footprint(manifest.model, replace(bundle_precision(manifest), cache_bytes=cache_bytes))
+
+
+class _Runs:
+    """Everything that is timed, on one loaded model."""
+
+    def __init__(self, model: InternVL, repeat: int) -> None:
+        self._engine = model.engine
+        self._tokens_per_tile = model.config.tokens_per_tile
+        self._repeat = repeat
+        random = np.random.default_rng(0)
+        size = model.config.vision.image_size
+        self._tiles = random.integers(0, 256, (max(QUESTIONS), size, size, 3), dtype=np.uint8)
+        rows = max(*PROMPTS, *CONTEXTS, max(QUESTIONS) * self._tokens_per_tile + QUESTION_TEXT)
+        self._embeds = random.standard_normal((rows, model.config.decoder.hidden_size)).astype(np.float32) * 0.05
+
+    def vision(self) -> list[Figure]:
+        """Milliseconds per tile, alone and in an image of several."""
+        figures = []
+        for count in QUESTIONS:
+            middle, spread = self._measured(partial(self._engine.encode, self._tiles[:count]))
+            figures.append(Figure(f"vision, {_tiles(count)}", middle * 1e3 / count, "ms/tile", spread))
+        return figures
+
+    def prefill(self) -> list[Figure]:
+        """Prompt tokens per second."""
+        return [self._rate(f"prefill {count}", count, partial(self._prefill, count)) for count in PROMPTS]
+
+    def decode(self) -> dict[int, Figure]:
+        """Answered tokens per second by tokens already in the cache."""
+        figures = {}
+        for context in CONTEXTS:
+            self._prefill(context)
+            figures[context] = self._rate(f"decode at {context}", _DECODED, partial(self._decode_from, context))
+        return figures
+
+    def first_token(self) -> list[Figure]:
+        """Seconds from tiles to the first logits of a question about an image."""
+        figures = []
+        for count in QUESTIONS:
+            middle, spread = self._measured(partial(self._question, count))
+            figures.append(Figure(f"first token, {_tiles(count)} + {QUESTION_TEXT}", middle, "s", spread))
+        return figures
+
+    def _rate(self, name: str, tokens: int, action: Callable[[], object]) -> Figure:
+        middle, spread = self._measured(action)
+        return Figure(name, tokens / middle, "tokens/s", spread)
+
+    def _measured(self, action: Callable[[], object]) -> tuple[float, float]:
+        action()
+        return machine.median_and_spread([machine.timed(action) for _ in range(self._repeat)])
+
+    def _prefill(self, count: int) -> None:
+        self._engine.reset()
+        self._engine.prefill(self._embeds[:count])
+
+    def _decode_from(self, context: int) -> None:
+        self._engine.reset(context)
+        for row in range(_DECODED):
+            self._engine.decode(self._embeds[row])
+
+    def _question(self, tiles: int) -> None:
+        self._engine.encode(self._tiles[:tiles])
+        self._prefill(tiles * self._tokens_per_tile + QUESTION_TEXT)
+
+
+def _tiles(count: int) -> str:
+    return f"{count} tile" if count == 1 else f"{count} tiles"
