@@ -16,6 +16,8 @@ from ..errors import EdgeError
 # Command -> one-line help. Commands are imported when they are called: `run` must not pay for `export`.
 COMMANDS = {
     "inspect": "Show what a checkpoint or a bundle is.",
+    "calibrate": "Run calibration data through a checkpoint, for quantize.",
+    "quantize": "Quantise a checkpoint to 4 or 8 bits.",
     "export": "Turn a checkpoint into a bundle of ONNX graphs.",
     "devices": "List what bundles can be planned and built for.",
     "plan": "Say whether a model fits a device, and how fast it can be.",

@@ -1,0 +1,59 @@
+"""`internvl-edge calibrate CHECKPOINT -o DIR`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..hub import resolve_checkpoint
+from .data_options import calibration_options, compute_options, data_options, missing_package
+from .output import print_json
+
+
+@click.command("calibrate")
+@click.argument("checkpoint")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to make.")
+@calibration_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(checkpoint: str, output: Path, as_json: bool, **values: Any) -> None:
+    """Run calibration data through CHECKPOINT, once for many calls of quantize --stats.
+
+    The folder holds what the decoder sees (image tokens included) and the range of every linear layer's inputs. A
+    killed run continues when the command is repeated.
+    """
+    started = time.perf_counter()
+    try:
+        from internvl_edge.calibration import calibrate
+    except ImportError as error:
+        raise missing_package(error) from None
+    options, compute = data_options(values), compute_options(values)
+    made = calibrate(
+        resolve_checkpoint(checkpoint),
+        output,
+        options,
+        compute,
+        restart=values["restart"],
+        progress=sys.stderr.isatty(),
+    )
+    facts = {
+        "calibration": str(made.folder),
+        "samples": len(made.names),
+        "tokens": made.total,
+        "image_tokens": int(made.is_image.sum()),
+        "broken": made.broken,
+        "computed_in": str(compute),
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+    if as_json:
+        print_json(facts)
+        return
+    skipped = f", {len(made.broken)} broken items skipped" if made.broken else ""
+    click.echo(
+        f"{made.folder}: {facts['samples']} samples, {facts['tokens']} tokens ({facts['image_tokens']} of images) "
+        f"in {facts['seconds']:.1f} s{skipped}"
+    )
+    click.echo(f"Next: internvl-edge quantize {checkpoint} --stats {made.folder} -o OUT")

@@ -1,0 +1,80 @@
+"""Options that `calibrate` and `quantize` share: which data, and what computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import EdgeError
+
+if TYPE_CHECKING:
+    from internvl_edge.calibration import DataOptions
+    from internvl_edge.calibration.compute import Compute
+
+Command = Callable[..., Any]
+
+_OPTIONS = (
+    click.option(
+        "--data",
+        type=click.Path(path_type=Path),
+        help='A folder of images, or a .jsonl file of {"images": [...], "prompt": ..., "answer": ...} [default: '
+        "built-in documents, charts, signs, scenes and texts].",
+    ),
+    click.option("--samples", type=click.IntRange(min=1), default=64, show_default=True, help="Most samples."),
+    click.option("--seed", type=int, default=0, show_default=True, help="Which samples, in which order."),
+    click.option(
+        "--max-tiles",
+        type=click.IntRange(min=1),
+        default=4,
+        show_default=True,
+        help="Most tiles of an image, thumbnail not counted.",
+    ),
+    click.option(
+        "--max-broken",
+        type=click.IntRange(min=0),
+        default=8,
+        show_default=True,
+        help="Broken items that are skipped; one more is an error.",
+    ),
+    click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda."),
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", "bfloat16", "float32"]),
+        default="auto",
+        show_default=True,
+        help="What activations are computed in.",
+    ),
+    click.option("--restart", is_flag=True, help="Discard an unfinished run instead of continuing it."),
+)
+
+
+def calibration_options(command: Command) -> Command:
+    """Adds --data, --samples, --seed, --max-tiles, --max-broken, --device, --dtype, --restart."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def data_options(values: dict[str, Any]) -> DataOptions:
+    """The data that the options describe; takes them out of `values`."""
+    from internvl_edge.calibration import DataOptions
+
+    source = values.pop("data")
+    if source is not None and not source.exists():
+        raise EdgeError(f"calibration data {source} does not exist; give a folder of images or a .jsonl file")
+    return DataOptions(source, **{name: values.pop(name) for name in ("samples", "seed", "max_tiles", "max_broken")})
+
+
+def compute_options(values: dict[str, Any]) -> Compute:
+    """Device and type; takes them out of `values`."""
+    from internvl_edge.calibration import choose_compute
+
+    return choose_compute(values.pop("device"), values.pop("dtype"))
+
+
+def missing_package(error: ImportError) -> EdgeError:
+    """What to install when torch or another package of the extra is not there."""
+    return EdgeError(f"this command needs the package {error.name}: pip install 'internvl-edge[quantize]'")
