@@ -20,8 +20,10 @@ from .engines import Engine
 from .engines.onnxruntime import OnnxRuntimeEngine
 from .generate import generate
 from .image_cache import ImageCache, pixel_key
+from .lookup import PromptLookup
 from .reply import Reply, ReplyStream
 from .request import ChatOptions, Images, Request, RequestBuilder
+from .rope import RotaryAngles
 from .sampling import Sampler, Sampling
 from .session import Session, image_keys
 from .text_stream import TextStream
@@ -102,7 +104,8 @@ class InternVL:
         request = self._requests.build(question, images, options)
         sampling = {name: options[name] for name in Sampling.__dataclass_fields__ if name in options}  # type: ignore[literal-required]
         text = TextStream(self._tokenizer, options.get("stop", ()))
-        return ReplyStream(self._answer(request, Sampler(Sampling(**sampling)), text))
+        lookup = self._lookup(request) if options.get("speculate") else None
+        return ReplyStream(self._answer(request, Sampler(Sampling(**sampling)), text, lookup))
 
     @property
     def engine(self) -> Engine:
@@ -121,7 +124,9 @@ class InternVL:
     ) -> None:
         self.close()
 
-    def _answer(self, request: Request, sampler: Sampler, text: TextStream) -> Iterator[str | Reply]:
+    def _answer(
+        self, request: Request, sampler: Sampler, text: TextStream, lookup: PromptLookup | None
+    ) -> Iterator[str | Reply]:
         clock = _Clock()
         image_embeds = [self._images.encode(tiles).reshape(-1, self._table.shape[1]) for tiles in request.tiles]
         clock.lap("vision_s")
@@ -131,7 +136,7 @@ class InternVL:
         logits, computed = self._session.prefill(self._keys(request), lambda start: embeds[start:])
         clock.lap("prefill_s")
         output_ids: list[int] = []
-        tokens = generate(self._session.engine, logits, self._row, sampler, (self._stop_id,), request.max_new_tokens)
+        tokens = generate(self.engine, logits, self._row, sampler, (self._stop_id,), request.max_new_tokens, lookup)
         try:
             for token in tokens:
                 output_ids.append(token)
@@ -154,6 +159,14 @@ class InternVL:
             finish_reason="stop" if stopped else "length",
             timings=clock.timings(request.seconds, computed, len(output_ids)),
         )
+
+    def _lookup(self, request: Request) -> PromptLookup | None:
+        """None where several tokens at once would be rotated by another base than one by one (dynamic NTK)."""
+        longest = len(request.prompt_ids) + request.max_new_tokens
+        if RotaryAngles(self.config.decoder).scales_at(longest):
+            return None
+        image_ids = set(request.prompt_ids[request.is_image].tolist())
+        return PromptLookup(request.prompt_ids.tolist(), excluded=image_ids)
 
     def _keys(self, request: Request) -> NDArray[np.int64]:
         keys = request.prompt_ids.copy()

@@ -38,6 +38,7 @@ class ChatOptions(TypedDict, total=False):
         max_new_tokens: most tokens of the answer; default 1024.
         temperature, top_k, top_p, repetition_penalty, seed: see `Sampling`; default greedy.
         stop: strings that end the answer and are not part of it.
+        speculate: guess tokens from the prompt and verify several at once; see `lookup`. The answer is the same.
         exif: turn images as their EXIF orientation says; the original does not, which is the default.
     """
 
@@ -51,6 +52,7 @@ class ChatOptions(TypedDict, total=False):
     repetition_penalty: float
     seed: int | None
     stop: Sequence[str]
+    speculate: bool
     exif: bool
 
 

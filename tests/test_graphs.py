@@ -10,11 +10,11 @@ import onnx
 import onnx_ir
 import pytest
 import tiny
-from internvl_edge.runtime.engines.onnxruntime import PREFILL_CHUNK, OnnxRuntimeEngine
 from reference import Reference
 
 from internvl_edge import export_bundle
 from internvl_edge.bundle import DECODERS, VISION, Bundle
+from internvl_edge.runtime.engines.onnxruntime import PREFILL_CHUNK, OnnxRuntimeEngine
 
 KINDS: dict[str, dict[str, Any]] = {
     "qwen2": {},
@@ -122,6 +122,18 @@ def test_the_cache_is_written_in_place_and_can_be_wound_back(tmp_path: Path, dia
     np.testing.assert_allclose(engine.prefill(embeds[25:]), once, atol=1e-5)
     stepwise = [engine.decode(row).copy() for row in (engine.reset(38), embeds[38:])[1]]
     np.testing.assert_allclose(stepwise[-1], once, atol=1e-5)
+
+
+@pytest.mark.parametrize("dialect", DECODERS)
+def test_scores_of_several_tokens_are_those_of_one_after_the_other(tmp_path: Path, dialect: str) -> None:
+    checkpoint = tiny.write_checkpoint(tmp_path / "checkpoint")
+    engine = engine_for(export_bundle(checkpoint, tmp_path / "bundle"), dialect, capacity=64)
+    embeds = np.random.default_rng(0).standard_normal((50, engine._decoder.hidden_size)).astype(np.float32)
+    engine.prefill(embeds[:20])
+    one_by_one = np.stack([engine.decode(row).copy() for row in embeds[20:]])
+    engine.reset(20)
+    np.testing.assert_allclose(engine.score(embeds[20:]), one_by_one, atol=2e-5)
+    assert engine.length == 50
 
 
 @pytest.mark.parametrize("dialect", DECODERS)

@@ -159,6 +159,26 @@ def test_the_whole_context_can_be_used(bundle: Path) -> None:
         assert model.chat("Hello", max_new_tokens=20).output_ids == expected
 
 
+@pytest.mark.parametrize("sampling", [{}, {"repetition_penalty": 1.3}, {"temperature": 0.7, "seed": 3}])
+def test_guessing_changes_no_token(bundle: Path, sampling: dict[str, Any]) -> None:
+    """A prompt and an answer full of repetition, so that guesses are made, accepted and refused."""
+    question = "total 12.50 tax 1.25 total 12.50 tax 1.25 " * 4
+    with InternVL.load(bundle, threads=1) as model:
+        plain = model.chat(question, max_new_tokens=60, **sampling)
+        score, scored = model.engine.score, []
+        model.engine.score = lambda embeds: (scored.append(len(embeds)), score(embeds))[1]  # type: ignore[method-assign,func-returns-value]
+        guessed = model.chat(question, max_new_tokens=60, speculate=True, **sampling)
+        assert guessed.output_ids == plain.output_ids
+        assert model.chat("And now?", max_new_tokens=5).output_ids == fresh_answer(bundle)
+    if not sampling:
+        assert scored
+
+
+def fresh_answer(bundle: Path) -> list[int]:
+    with InternVL.load(bundle, threads=1) as fresh:
+        return fresh.chat("And now?", max_new_tokens=5).output_ids
+
+
 def test_image_cache_is_bounded_and_forgets_the_oldest() -> None:
     calls: list[int] = []
 

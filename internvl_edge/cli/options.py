@@ -35,6 +35,7 @@ _ANSWERING = (
     click.option("--repetition-penalty", type=float, default=1.0),
     click.option("--seed", type=int, help="Makes sampling repeatable."),
     click.option("--stop", multiple=True, help="Text that ends the answer; may be repeated."),
+    click.option("--speculate", is_flag=True, help="Guess tokens from the prompt and verify several at once."),
     click.option("--exif", is_flag=True, help="Turn photos upright; the original model code does not."),
 )
 

@@ -33,6 +33,13 @@ class Engine(Protocol):
         """Append one token [hidden] to the cache; logits [vocab] after it, valid until the next call."""
         ...
 
+    def score(self, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Append tokens [seq, hidden] to the cache; logits [seq, vocab] after each of them.
+
+        Rotated as one prompt: under dynamic NTK beyond the maximum this differs from appending them one by one.
+        """
+        ...
+
     def reset(self, length: int = 0) -> None:
         """Forget everything from position `length` on."""
         ...

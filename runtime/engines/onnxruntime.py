@@ -22,9 +22,11 @@ from ..rope import RotaryAngles
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # Prompt tokens per step: bounds memory, and skips the upper triangle of the attention scores.
 PREFILL_CHUNK = 256
-# For quantised weights of the standard dialect, which ONNX Runtime fuses at load: activations rounded to int8, and blocks
-# of 128 inputs where weights have one scale per output. The onnxruntime dialect says the same in its graph.
+# For quantised weights of the standard dialect, which ONNX Runtime fuses at load: activations rounded to int8, and
+# blocks of 128 inputs where weights have one scale per output. The onnxruntime dialect says the same in its graph.
 _CONFIG = {"session.qdq_matmulnbits_accuracy_level": "4", "session.qdq_matmulnbits_block_size": "128"}
+# Tokens of which all logits are kept at once: 8 x 151674 of them are 5 MB.
+_SCORE_CHUNK = 8
 # Tiles are encoded together while one layer's attention scores stay below this many bytes.
 _SCORES_BYTES = 64 << 20
 
@@ -55,6 +57,8 @@ class OnnxRuntimeEngine:
         self._ort = _import_onnxruntime(device)
         if dialect not in bundle.DECODERS:
             raise EngineError(f"dialect {dialect!r} is not one of {', '.join(bundle.DECODERS)}")
+        if bundle.DECODERS[dialect] not in opened.manifest.files:
+            raise EngineError(f"this bundle has no {dialect} decoder; export it again with --dialect {dialect}")
         if opened.manifest.activations == "bfloat16":
             raise EngineError(
                 "this bundle computes in bfloat16, which ONNX Runtime does not; export with --activations float32"
@@ -106,9 +110,20 @@ class OnnxRuntimeEngine:
         self._step.run(embed[None], self._length + 1)
         return self._last_logits()
 
+    def score(self, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Append tokens [seq, hidden]; logits [seq, vocab] after each of them."""
+        total = self._length + len(embeds)
+        chunks = (embeds[start : start + _SCORE_CHUNK] for start in range(0, len(embeds), _SCORE_CHUNK))
+        return np.concatenate([self._score_chunk(chunk, total) for chunk in chunks])
+
     def reset(self, length: int = 0) -> None:
         """Forget everything from position `length` on; what lies there is overwritten later and masked until then."""
         self._length = min(length, self._length)
+
+    def _score_chunk(self, embeds: NDArray[np.float32], total: int) -> NDArray[np.float32]:
+        logits = self._value(np.zeros((1, len(embeds), self._decoder.vocab_size), np.float32))
+        _Step(self, len(embeds), logits).run(embeds, total)
+        return np.array(logits.numpy()[0])  # a copy: the value's memory ends with it
 
     def _last_logits(self) -> NDArray[np.float32]:
         logits: NDArray[np.float32] = self._logits.numpy()[0, 0]
@@ -137,9 +152,12 @@ class OnnxRuntimeEngine:
 
 
 class _Step:
-    """Bindings for `count` tokens at once; the arrays behind them are filled anew for each run."""
+    """Bindings for `count` tokens at once; the arrays behind them are filled anew for each run.
 
-    def __init__(self, engine: OnnxRuntimeEngine, count: int) -> None:
+    `logits` [1, kept, vocab] receives those of the last positions, by default the engine's own of the last one.
+    """
+
+    def __init__(self, engine: OnnxRuntimeEngine, count: int, logits: Any = None) -> None:
         decoder = engine._decoder
         self._engine = engine
         self._count = count
@@ -148,10 +166,10 @@ class _Step:
             "cos": np.empty((1, count, decoder.head_dim // 2), engine._dtype),
             "sin": np.empty((1, count, decoder.head_dim // 2), engine._dtype),
             "past_length": np.zeros(1, np.int64),
-            "logits_to_keep": np.ones(1, np.int64),
+            "logits_to_keep": np.array([1 if logits is None else count], np.int64),
         }
         self._binding = engine._text.io_binding()
-        self._bind_fixed()
+        self._bind_fixed(engine._logits if logits is None else logits)
 
     def run(self, embeds: NDArray[np.float32], total: int) -> None:
         """Compute tokens [count, hidden] as positions length .. of a sequence of `total` tokens."""
@@ -164,11 +182,11 @@ class _Step:
         engine._text.run_with_iobinding(self._binding)
         engine._length += self._count
 
-    def _bind_fixed(self) -> None:
+    def _bind_fixed(self, logits: Any) -> None:
         for name, value in self._engine._cache.items():
             self._binding.bind_ortvalue_input(f"past_key_values.{name}", value)
             self._binding.bind_ortvalue_output(f"present.{name}", value)
-        self._binding.bind_ortvalue_output("logits", self._engine._logits)
+        self._binding.bind_ortvalue_output("logits", logits)
 
 
 def _import_onnxruntime(device: str) -> Any:

@@ -1,0 +1,111 @@
+"""`engine.json`: what a folder of engines was built from, for what and with what. Written by `build`, read by the engine.
+
+A folder of engines belongs to its bundle: it lies in `engines/NAME/` there and is valid for the recorded inputs alone.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from internvl_edge import bundle
+from internvl_edge.bundle import Bundle
+from internvl_edge.errors import EngineError
+
+RECORD = "engine.json"
+ENGINES = {"vision": "vision.engine", "decoder": "decoder.engine"}
+TIMING_CACHE = "timing.cache"
+RUNTIME_CACHE = "runtime.cache"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """Sizes that are fixed when engines are built.
+
+    Attributes:
+        dtype: "bfloat16" or "float16", what graphs compute in.
+        capacity: tokens in the KV cache, prompt and answer together.
+        chunk: most prompt tokens per step.
+        tiles: most tiles encoded together.
+        profiles: 1, or 2 with one of them for single tokens; two hold 16-bit weights twice.
+    """
+
+    dtype: str
+    capacity: int = 4096
+    chunk: int = 512
+    tiles: int = 4
+    profiles: int = 1
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """One folder of engines.
+
+    Attributes:
+        target: name of the device or group it was built for.
+        flavour, version: the TensorRT that built it and alone can run it.
+        compute_capabilities: like 86, of the devices it runs on.
+        options: the fixed sizes.
+        inputs: SHA-256 of the bundle's files that went in.
+        files: of the folder, name -> {"bytes", "sha256"}.
+        figures: seconds, peak_rss and layers, per engine, for people.
+    """
+
+    target: str
+    flavour: str
+    version: str
+    compute_capabilities: tuple[int, ...]
+    options: BuildOptions
+    inputs: dict[str, str]
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    figures: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def same_build(self, other: EngineRecord) -> bool:
+        """Whether the same inputs, sizes, target and TensorRT went in."""
+        ignored = {"files", "figures"}
+        mine, theirs = ({k: v for k, v in asdict(record).items() if k not in ignored} for record in (self, other))
+        return mine == theirs
+
+    def write(self, folder: Path) -> None:
+        """Write `engine.json`."""
+        text = json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=2)
+        (folder / RECORD).write_text(text + "\n", encoding="utf-8")
+
+    @staticmethod
+    def read(folder: Path) -> EngineRecord:
+        """Read a folder's record; every file must be there in its size.
+
+        Raises:
+            EngineError: no engines, a damaged record or file, or a newer format.
+        """
+        path = folder / RECORD
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if values.pop("format_version") > FORMAT_VERSION:
+                raise EngineError(f"{path} is of a newer version; update internvl-edge or build the engines again")
+            options = BuildOptions(**values.pop("options"))
+            capabilities = tuple(values.pop("compute_capabilities"))
+            record = EngineRecord(options=options, compute_capabilities=capabilities, **values)
+        except FileNotFoundError:
+            raise EngineError(f"no engines in {folder}; make them with internvl-edge build") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise EngineError(f"{path} is damaged ({error}); build the engines again") from None
+        for name, entry in record.files.items():
+            if not (folder / name).is_file() or (folder / name).stat().st_size != entry["bytes"]:
+                raise EngineError(f"{folder / name} is missing or incomplete; build the engines again")
+        return record
+
+
+def engine_folder(opened: Bundle, target: str) -> Path:
+    """Where a target's engines lie."""
+    return opened.folder / "engines" / target
+
+
+def graph_inputs(opened: Bundle) -> dict[str, str]:
+    """SHA-256 of the files that engines are built from, by name."""
+    files = opened.manifest.files
+    names = [bundle.VISION, bundle.DECODERS["standard"], "vision.data", "decoder.data"]
+    return {name: files[name]["sha256"] for name in names if name in files}
