@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -43,6 +43,7 @@ def export_bundle(
     activations: str = "float32",
     *,
     asymmetric: str = "exact",
+    dialects: Sequence[str] = tuple(bundle.DECODERS),
     force: bool = False,
     progress: bool = False,
 ) -> Path:
@@ -55,6 +56,7 @@ def export_bundle(
         activations: what the graphs compute in; float32 is right for CPUs.
         asymmetric: what the standard dialect makes of weights with zero points, which TensorRT does not take: "exact"
             adds their part as a small product, "requantise" rounds again without them.
+        dialects: which decoders to write; quantised weights are stored once for each.
         force: replace an existing bundle at `out`.
         progress: show a bar on standard error.
 
@@ -67,10 +69,14 @@ def export_bundle(
     for name, value in (("dtype", dtype), ("activations", activations)):
         if value not in DTYPES:
             raise EdgeError(f"{name} {value!r} is not one of {', '.join(DTYPES)}")
+    if not dialects or not set(dialects) <= set(bundle.DECODERS):
+        raise EdgeError(f"dialects {list(dialects)} are not some of {', '.join(bundle.DECODERS)}")
     source, target = Checkpoint(Path(checkpoint)), Path(out)
     with _atomic_folder(target, force) as folder:
         types = Types(DTYPES[dtype], DTYPES[activations])
-        _Export(source, folder, types, PackedWeights(source, types, asymmetric), progress).run(dtype, activations)
+        _Export(source, folder, types, PackedWeights(source, types, asymmetric), progress).run(
+            dtype, activations, dialects
+        )
     return target
 
 
@@ -87,7 +93,7 @@ class _Export:
         self._progress = progress
         self._digests: dict[str, str] = {}
 
-    def run(self, dtype: str, activations: str) -> None:
+    def run(self, dtype: str, activations: str, dialects: Sequence[str]) -> None:
         config = self._checkpoint.config
         if config.layout == "native":
             check_chat_template(self._checkpoint.folder)
@@ -96,9 +102,9 @@ class _Export:
         tokens = tokenizers.Tokenizer.from_buffer(tokenizer).get_vocab().values()
         vision, decoder = WeightFile("vision.data"), WeightFile("decoder.data")
         ir.save(build_vision(self._checkpoint, self._types, vision), self._folder / bundle.VISION)
-        for dialect, name in bundle.DECODERS.items():
+        for dialect in dialects:
             graph = build_decoder(self._checkpoint, self._types, dialect, decoder, self._packed, max(tokens) + 1)
-            ir.save(graph, self._folder / name)
+            ir.save(graph, self._folder / bundle.DECODERS[dialect])
         self._write_weights([file for file in (vision, decoder, self._packed.blocks) if file.size])
         manifest = bundle.Manifest(
             model=config,

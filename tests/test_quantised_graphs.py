@@ -307,3 +307,39 @@ def test_group_sizes_without_blocks_name_the_layer(tmp_path: Path) -> None:
     quantised, _ = write_quantised(tiny.write_checkpoint(tmp_path / "float", **sizes), tmp_path, **choices)
     with pytest.raises(EdgeError, match=r"layers\.0\.self_attn\.q_proj has groups of 24.*32, 64 or 128"):
         export_bundle(quantised, tmp_path / "bundle")
+
+
+@pytest.mark.parametrize("only", DECODERS)
+def test_one_dialect_stores_quantised_weights_once(tmp_path: Path, only: str) -> None:
+    """Rows wide enough that weights, not alignment, make up the files."""
+    source = tiny.write_checkpoint(tmp_path / "float", hidden_size=256, intermediate_size=512)
+    quantised, twin = write_quantised(source, tmp_path)
+    both = export_bundle(quantised, tmp_path / "both")
+    one = export_bundle(quantised, tmp_path / "one", dialects=[only])
+    sizes = [sum(path.stat().st_size for path in folder.glob("decoder*.data")) for folder in (both, one)]
+    assert sizes[1] < sizes[0] - 2 * 256 * 512 * 3 / 2
+    np.testing.assert_array_equal(run(one, only, Reference(twin), 1), run(both, only, Reference(twin), 1))
+    (other,) = set(DECODERS) - {only}
+    with pytest.raises(EdgeError, match=f"no {other} decoder; export it again with --dialect {other}"):
+        OnnxRuntimeEngine(Bundle.open(one), dialect=other, capacity=8)
+    with pytest.raises(EdgeError, match=r"dialects \['cuda'\] are not some of"):
+        export_bundle(quantised, tmp_path / "none", dialects=["cuda"])
+
+
+def test_the_command_prints_what_was_quantised_and_what_it_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from internvl_edge import cli
+
+    quantised, _ = write_quantised(tiny.write_checkpoint(tmp_path / "float"), tmp_path)
+    common = ["internvl-edge", "export", str(quantised), "--asymmetric", "requantise"]
+    monkeypatch.setattr("sys.argv", [*common, "-o", str(tmp_path / "text"), "--dialect", "standard"])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    assert "awq: int4, groups of 32" in (printed := capsys.readouterr().out)
+    assert "rounded again, weights off by" in printed
+    monkeypatch.setattr("sys.argv", [*common, "-o", str(tmp_path / "json"), "--json"])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["quantization"] == Bundle.open(tmp_path / "json").manifest.quantization

@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 
+from ..bundle import DECODERS, Manifest
 from ..errors import EdgeError
 from ..hub import resolve_checkpoint
 from .output import print_json, size
@@ -26,9 +28,32 @@ _TYPES = click.Choice(["float32", "float16", "bfloat16"])
     show_default=True,
     help="What graphs compute in; CPUs want float32.",
 )
+@click.option(
+    "--asymmetric",
+    type=click.Choice(["exact", "requantise"]),
+    default="exact",
+    show_default=True,
+    help="Weights with zero points, which TensorRT does not take: as two exact terms, or rounded again without them.",
+)
+@click.option(
+    "--dialect",
+    "dialects",
+    type=click.Choice(list(DECODERS)),
+    multiple=True,
+    help="Only this decoder (repeatable); quantised weights are stored once for each.  [default: both]",
+)
 @click.option("--force", is_flag=True, help="Replace the bundle if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(checkpoint: str, output: Path, dtype: str, activations: str, force: bool, as_json: bool) -> None:
+def command(
+    checkpoint: str,
+    output: Path,
+    dtype: str,
+    activations: str,
+    asymmetric: str,
+    dialects: tuple[str, ...],
+    force: bool,
+    as_json: bool,
+) -> None:
     """Turn CHECKPOINT, a folder or a hub id, into a bundle of ONNX graphs."""
     started = time.perf_counter()
     try:
@@ -36,12 +61,32 @@ def command(checkpoint: str, output: Path, dtype: str, activations: str, force: 
     except ImportError as error:
         raise EdgeError(f"export needs the package {error.name}: pip install 'internvl-edge[export]'") from None
     folder = export_bundle(
-        resolve_checkpoint(checkpoint), output, dtype, activations, force=force, progress=sys.stderr.isatty()
+        resolve_checkpoint(checkpoint),
+        output,
+        dtype,
+        activations,
+        asymmetric=asymmetric,
+        dialects=dialects or tuple(DECODERS),
+        force=force,
+        progress=sys.stderr.isatty(),
     )
     seconds = time.perf_counter() - started
     total = sum(path.stat().st_size for path in folder.iterdir())
+    quantization = Manifest.read(folder).quantization
     if as_json:
-        print_json({"bundle": str(folder), "bytes": total, "seconds": round(seconds, 2)})
+        facts = {"bundle": str(folder), "bytes": total, "seconds": round(seconds, 2)}
+        print_json(facts | ({"quantization": quantization} if quantization else {}))
     else:
         click.echo(f"{folder}: {size(total)} in {seconds:.1f} s")
+        if quantization:
+            click.echo(_quantised(quantization))
         click.echo(f'Try: internvl-edge run {folder} --image PHOTO.jpg "What is this?"')
+
+
+def _quantised(facts: dict[str, Any]) -> str:
+    groups = f"groups of {facts['group_size']}" if facts["group_size"] else "one scale per output"
+    text = f"{facts['method']}: int{facts['bits']}, {groups}, {facts['bits_per_weight']:.2f} bits per decoder weight"
+    if facts["asymmetric"]:
+        how = "as an exact second term" if facts["asymmetric"] == "exact" else "rounded again"
+        text += f"; zero points for TensorRT {how}, weights off by {facts['weight_error']:.1e}"
+    return text
