@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 
 import numpy as np
 import torch
@@ -24,7 +24,8 @@ from internvl_edge.runtime.preprocess import tile_image
 
 IGNORE = -100
 BLOCKED = -30000.0
-_GROUP = 4
+GROUP = 4
+"""Batches that are drawn together."""
 BEFORE = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n<img>"
 AFTER = "</img>\n"
 ASK = "<|im_end|>\n<|im_start|>assistant\n"
@@ -139,37 +140,32 @@ class Recipe:
     """Questions asked about one picture, at most."""
     transcribe: float
     """Share of the pictures with text that are also read out in full."""
+    tasks: tuple[str, ...]
+    """Tasks to draw, by their shares."""
     bos: bool
     """Whether prompts begin with `<s>`, as InternLM2's do."""
 
 
-@lru_cache(maxsize=1)
-def _group(number: int, recipe: Recipe) -> list[list[Row]]:
-    """`_GROUP` batches' worth of pictures, sorted by length before they are dealt out, so that little is padding."""
+def training_group(number: int, recipe: Recipe) -> list[Batch]:
+    """`GROUP` batches of the endless training stream; rows are sorted by length before the cut, to save padding."""
     rng = random.Random(f"reader-{recipe.seed}-{number}")
     rows = []
-    for _ in range(recipe.pictures * _GROUP):
-        picture, task = draw_picture(rng, "train")
+    for _ in range(recipe.pictures * GROUP):
+        picture, task = draw_picture(rng, "train", recipe.tasks)
         asked = rng.sample(picture.questions, min(recipe.questions, len(picture.questions)))
         triples = [(question, answer, task) for question, answer in asked]
         if picture.transcript and rng.random() < recipe.transcribe:
             triples.append((TRANSCRIBE, picture.transcript, "transcript"))
         rows.append(make_row(tiles(picture.image), triples, recipe.bos))
     rows.sort(key=lambda row: len(row.ids))
-    batches = [rows[i : i + recipe.pictures] for i in range(0, len(rows), recipe.pictures)]
-    rng.shuffle(batches)
-    return batches
-
-
-def training_batch(index: int, recipe: Recipe) -> Batch:
-    """Batch `index` of the endless training stream."""
-    rng = random.Random(f"dense-{recipe.seed}-{index}")
-    return join(_group(index // _GROUP, recipe)[index % _GROUP], [dense_tile(rng) for _ in range(recipe.dense)])
+    cut = [rows[i : i + recipe.pictures] for i in range(0, len(rows), recipe.pictures)]
+    rng.shuffle(cut)
+    return [join(part, [dense_tile(rng) for _ in range(recipe.dense)]) for part in cut]
 
 
 def attention_bias(segments: Tensor) -> Tensor:
     """[rows, seq] segments -> additive mask [rows, seq, seq]: causal, own question and prefix only."""
     query, key = segments[:, :, None], segments[:, None, :]
-    causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool).tril()
+    causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
     allowed = causal & ((key == 0) | (key == query))
     return torch.where(allowed, 0.0, BLOCKED)

@@ -21,17 +21,20 @@ class Crew:
     """`threads` replicas of a module; gradients of all micro-batches end up, averaged, on the module itself."""
 
     def __init__(self, module: nn.Module, threads: int) -> None:
-        torch.set_num_threads(1)
+        if threads > 1:
+            torch.set_num_threads(1)
         self.module = module
         self.pool = ThreadPoolExecutor(threads)
         self.free: SimpleQueue[nn.Module] = SimpleQueue()
         self.replicas = []
-        for _ in range(threads):
+        for _ in range(threads if threads > 1 else 0):
             replica = copy.deepcopy(module)
             for mine, shared in zip(replica.parameters(), module.parameters(), strict=True):
                 mine.data = shared.data
             self.replicas.append(replica)
             self.free.put(replica)
+        if threads == 1:
+            self.free.put(module)
 
     def map(self, job: Callable[[nn.Module, Any], Any], pieces: Sequence[Any]) -> list[Any]:
         """job(replica, piece) for every piece, as many at a time as there are threads."""
@@ -54,6 +57,8 @@ class Crew:
             return figures
 
         figures = self.map(work, pieces)
+        if not self.replicas:
+            return figures
         for parameter, *mine in zip(*(m.parameters() for m in (self.module, *self.replicas)), strict=True):
             found = [p.grad for p in mine if p.grad is not None]
             parameter.grad = sum(found[1:], start=found[0]) if found else None

@@ -40,7 +40,7 @@ def judge(rows: list[Batch], answer: Callable[[Batch], Tensor]) -> dict[str, flo
     hits: dict[str, list[bool]] = defaultdict(list)
     with torch.no_grad():
         for batch in rows:
-            logits = answer(batch)
+            logits = answer(batch).cpu()
             where = torch.from_numpy(batch.targets) != IGNORE
             targets = torch.from_numpy(batch.targets)[where]
             wrong_rows = set(where.nonzero()[:, 0][logits.argmax(-1) != targets].tolist())

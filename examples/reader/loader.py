@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 _DEPTH = 6
 
 
 def _work(make: Callable[[int], Any], start: int, stride: int, queue: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the trainer's own handler is inherited
     os.nice(max(0, 19 - os.nice(0)))
     parent = os.getppid()
     index = start
@@ -22,8 +24,8 @@ def _work(make: Callable[[int], Any], start: int, stride: int, queue: Any) -> No
         index += stride
 
 
-def batches(make: Callable[[int], Any], start: int, workers: int = 1) -> Iterator[Any]:
-    """Yield make(start), make(start + 1), ... in order, each made ahead of time by one of `workers` processes."""
+def batches(make: Callable[[int], Iterable[Any]], start: int, workers: int = 1) -> Iterator[Any]:
+    """Yield the elements of make(start), make(start + 1), ... in order, made ahead of time by `workers` processes."""
     context = multiprocessing.get_context("fork")
     queues = [context.Queue(maxsize=_DEPTH) for _ in range(workers)]
     for i, queue in enumerate(queues):
@@ -31,5 +33,5 @@ def batches(make: Callable[[int], Any], start: int, workers: int = 1) -> Iterato
         context.Process(target=_work, args=arguments, daemon=True).start()
     index = 0
     while True:
-        yield queues[index % workers].get()
+        yield from queues[index % workers].get()
         index += 1

@@ -1,22 +1,25 @@
 """Train the reader: `python vision_stage.py` first, then this; both can be stopped and started again at any time.
 
-Stage two teaches the decoder to answer, with the vision tower learning at a lower rate and dense tiles kept in the mix.
-State, log and plot go to --out. The same seed gives the same data in the same order.
+Stage two teaches the decoder to answer, with the vision tower learning at a lower rate and dense tiles kept in the
+mix. State, log and plot go to --out. The same seed gives the same data in the same order. SIGTERM saves and stops.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import signal
+import threading
 import time
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from batches import IGNORE, Batch, Recipe, attention_bias, encoder, training_batch
+from batches import GROUP, IGNORE, Batch, Recipe, attention_bias, encoder, training_group
 from crew import Crew
 from dense import CLASSES
 from export_reader import LAYOUTS, layout_config
@@ -26,6 +29,8 @@ from model import Reader, ReaderConfig, rotary_table
 from optim import Optimisers
 from torch import Tensor, nn
 from vision_stage import CELLS, slot_loss
+
+from internvl_edge.calibration.synthetic import TASKS
 
 TRUNK = ReaderConfig(vocab_size=encoder().get_vocab_size())
 """What both layouts grow from."""
@@ -41,30 +46,36 @@ class Student(nn.Module):
         self.context = encoder().token_to_id("<IMG_CONTEXT>")
         self.dense_weight = dense_weight
 
+    def tensor(self, array: np.ndarray) -> Tensor:
+        """The array on the device of the weights."""
+        return torch.from_numpy(array).to(self.slots.weight.device)
+
     def answers(self, batch: Batch, bf16: bool = True) -> Tensor:
         """Float32 logits [n, vocab] at the answer positions, in the order of `batch.targets`."""
-        ids, segments = torch.from_numpy(batch.ids), torch.from_numpy(batch.segments)
-        cos, sin = rotary_table(self.reader.config, torch.from_numpy(batch.positions))
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        ids, segments, positions, targets, pixels = (
+            self.tensor(a) for a in (batch.ids, batch.segments, batch.positions, batch.targets, batch.pixels)
+        )
+        cos, sin = rotary_table(self.reader.config, positions)
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16):
             embeds = self.reader.language_model.model.embed_tokens(ids)
-            image = self.reader.see(torch.from_numpy(batch.pixels)).to(embeds.dtype)
+            image = self.reader.see(pixels).to(embeds.dtype)
             embeds = embeds.masked_scatter((ids == self.context)[..., None], image)
             out = self.reader.think(embeds, cos, sin, attention_bias(segments))
-            return self.reader.language_model.lm_head(out[torch.from_numpy(batch.targets) != IGNORE]).float()
+            return self.reader.language_model.lm_head(out[targets != IGNORE]).float()
 
 
 def loss_of(student: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
     """Answer loss plus the weighted slot loss of one micro-batch, and the figures to log."""
     assert isinstance(student, Student)
     logits = student.answers(batch)
-    targets = torch.from_numpy(batch.targets)
+    targets = student.tensor(batch.targets)
     targets = targets[targets != IGNORE]
     total = F.cross_entropy(logits, targets)
     figures = {"loss": total.item(), "token": (logits.argmax(-1) == targets).float().mean().item()}
     if len(batch.dense):
-        with torch.autocast("cpu", torch.bfloat16):
-            slots = student.slots(student.reader.see(torch.from_numpy(batch.dense)))
-        dense, accuracy = slot_loss(slots.view(-1, CLASSES), torch.from_numpy(batch.dense_labels).view(-1))
+        with torch.autocast(targets.device.type, torch.bfloat16):
+            slots = student.slots(student.reader.see(student.tensor(batch.dense)))
+        dense, accuracy = slot_loss(slots.view(-1, CLASSES), student.tensor(batch.dense_labels).view(-1))
         total = total + student.dense_weight * dense
         figures["dense"] = accuracy.item()
     return total, figures | {"right": right_branches(batch, logits)}
@@ -76,7 +87,7 @@ class Trainer:
     def __init__(self, out: Path, arguments: argparse.Namespace) -> None:
         self.out, self.a = out, arguments
         torch.manual_seed(arguments.seed)
-        self.student = Student(arguments.dense_weight, arguments.layout)
+        self.student = Student(arguments.dense_weight, arguments.layout).to(arguments.device)
         self.model = self.student.reader
         self.step = 0
         self.load_start()
@@ -89,9 +100,11 @@ class Trainer:
     def load_start(self) -> None:
         """Start from another run's weights (--start), or from stage one when its file is there."""
         if self.a.start:
-            self.student.load_state_dict(torch.load(self.a.start, weights_only=True)["student"], strict=False)
+            self.student.load_state_dict(
+                torch.load(self.a.start, weights_only=True, map_location=self.a.device)["student"], strict=False
+            )
         elif (self.out / "vision.pt").exists():
-            state = torch.load(self.out / "vision.pt", weights_only=True)
+            state = torch.load(self.out / "vision.pt", weights_only=True, map_location=self.a.device)
             vision = {k: v for k, v in state["model"].items() if not k.startswith("language_model")}
             self.model.load_state_dict(vision, strict=False)
             self.student.slots.load_state_dict(state["slots"])
@@ -100,7 +113,7 @@ class Trainer:
         """Continue from reader.pt when it is there."""
         file = self.out / "reader.pt"
         if file.exists():
-            state = torch.load(file, weights_only=True)
+            state = torch.load(file, weights_only=True, map_location=self.a.device)
             self.student.load_state_dict(state["student"])
             self.optimisers.load_state_dict(state["optimisers"])
             self.average, self.step = state["average"], state["step"]
@@ -144,7 +157,7 @@ def right_branches(batch: Batch, logits: Tensor) -> list[tuple[str, bool]]:
     targets = torch.from_numpy(batch.targets)
     where = targets != IGNORE
     segments, rows = torch.from_numpy(batch.segments)[where], where.nonzero()[:, 0]
-    wrong = logits.argmax(-1) != targets[where]
+    wrong = logits.argmax(-1).cpu() != targets[where]
     bad = {(int(r), int(s)) for r, s in zip(rows[wrong], segments[wrong], strict=True)}
     return [(task, (row, segment) not in bad) for row, segment, task in batch.branches]
 
@@ -152,22 +165,26 @@ def right_branches(batch: Batch, logits: Tensor) -> list[tuple[str, bool]]:
 def run(a: argparse.Namespace) -> None:
     trainer = Trainer(a.out, a)
     bos = a.layout == "internlm2"
-    recipe = Recipe(a.seed, a.batch // a.pieces, a.dense // a.pieces, a.questions, a.transcribe, bos)
-    data = batches(partial(training_batch, recipe=recipe), trainer.step * a.pieces)
+    recipe = Recipe(a.seed, a.batch // a.pieces, a.dense // a.pieces, a.questions, a.transcribe, tuple(a.tasks), bos)
+    data = batches(partial(training_group, recipe=recipe), trainer.step * a.pieces // GROUP, a.workers)
     held = validation_rows(a.validation, bos=bos)
     started = saved = logged = time.time()
+    steps = 0
     sums: dict[str, float] = defaultdict(float)
     hits: dict[str, list[bool]] = defaultdict(list)
-    while trainer.step < a.steps and time.time() - started < 60 * a.minutes:
+    asked_to_stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: asked_to_stop.set())
+    while trainer.step < a.steps and time.time() - started < 60 * a.minutes and not asked_to_stop.is_set():
         for figures in trainer.update([next(data) for _ in range(a.pieces)], trainer.multiplier()):
             for task, right in figures.pop("right"):
                 hits[task].append(right)
             for key, value in figures.items():
                 sums[key] += value / a.pieces
+        steps += 1
         if trainer.step % a.log_every == 0:
             entry: dict[str, Any] = {"step": trainer.step, "pictures": trainer.step * a.batch}
-            entry |= {key: round(value / a.log_every, 4) for key, value in sums.items()}
-            entry["pictures_per_s"] = round(a.log_every * a.batch / (time.time() - logged), 1)
+            entry |= {key: round(value / steps, 4) for key, value in sums.items()}
+            entry["pictures_per_s"] = round(steps * a.batch / (time.time() - logged), 1)
             entry["train"] = {task: round(sum(h) / len(h), 3) for task, h in sorted(hits.items())}
             if trainer.step % (a.log_every * a.judge_every) == 0:
                 entry["validation"] = trainer.evaluate(held)
@@ -175,7 +192,7 @@ def run(a: argparse.Namespace) -> None:
                 log.write(json.dumps(entry) + "\n")
             sums.clear()
             hits.clear()
-            logged = time.time()
+            logged, steps = time.time(), 0
         if time.time() - saved > 60 * a.save_every:
             trainer.save()
             saved = time.time()
@@ -195,6 +212,7 @@ def main() -> None:
     parser.add_argument("--dense-weight", type=float, default=0.5)
     parser.add_argument("--questions", type=int, default=2, help="questions a picture, at most")
     parser.add_argument("--transcribe", type=float, default=0.7, help="share of text pictures read out in full")
+    parser.add_argument("--tasks", nargs="+", default=TASKS, help="tasks to train on (default: all)")
     parser.add_argument("--muon-lr", type=float, default=2e-3)
     parser.add_argument("--adam-lr", type=float, default=1e-3)
     parser.add_argument("--vision-rate", type=float, default=0.4, help="learning rate of the vision half, as a factor")
@@ -203,8 +221,10 @@ def main() -> None:
     parser.add_argument("--judge-every", type=int, default=10, help="in log lines")
     parser.add_argument("--save-every", type=float, default=5, help="minutes")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2, help="micro-batches computed at a time")
-    parser.add_argument("--pieces", type=int, default=4, help="micro-batches a step")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=2, help="micro-batches computed at a time (1 on a GPU)")
+    parser.add_argument("--pieces", type=int, default=4, help="micro-batches a step (1 on a GPU)")
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw pictures")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     run(arguments)
