@@ -86,5 +86,8 @@ def font_path(face: Face) -> Path:
 
 @lru_cache(maxsize=4096)
 def load_font(face: Face, size: int) -> ImageFont.FreeTypeFont:
-    """The face at `size` pixels per em, with PIL's basic layout (no shaping library needed, same on every machine)."""
-    return ImageFont.truetype(str(font_path(face)), size, layout_engine=ImageFont.Layout.BASIC)
+    """The face at `size` pixels per em, with PIL's basic layout (no shaping library, so the same on every machine)."""
+    font = ImageFont.truetype(str(font_path(face)), size, layout_engine=ImageFont.Layout.BASIC)
+    if "wght]" in face.path:  # a variable font opens at its default, which for some families is the thinnest
+        font.set_variation_by_name("Regular")
+    return font
