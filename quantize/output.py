@@ -76,7 +76,7 @@ class OutputLayout:
                 shutil.copyfile(path, folder / path.name)
 
     def _description(self) -> dict[str, Any]:
-        recipe, head = self._recipe, self._disk[self._source("decoder.lm_head.weight").names[0]].split(".")[-2]
+        recipe, head = self._recipe, self._source("decoder.lm_head.weight").names[0].split(".")[-2]
         if recipe.is_autoawq:
             return autoawq.configuration(recipe.group_size, [*_FLOAT_MODULES[self._config.layout], head])
         targets = {decoder_scheme(recipe): [r"re:.*language_model.*\.layers\..*"]}
