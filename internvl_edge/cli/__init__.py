@@ -21,6 +21,7 @@ COMMANDS = {
     "export": "Turn a checkpoint into a bundle of ONNX graphs.",
     "devices": "List what bundles can be planned and built for.",
     "plan": "Say whether a model fits a device, and how fast it can be.",
+    "build": "Build TensorRT engines of a bundle for a device.",
     "run": "Ask a bundle one question about images.",
     "chat": "Talk with a bundle in the terminal.",
     "bench": "Measure a bundle's speed and memory on this machine.",

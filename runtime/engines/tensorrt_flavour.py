@@ -119,7 +119,7 @@ def load_flavour(name: str) -> Flavour:
 def make_log(api: Any) -> Any:
     """A logger that keeps what goes wrong: `.errors` and `.warnings`, lists of lines."""
 
-    class Log(api.ILogger):  # type: ignore[misc,name-defined]
+    class Log(api.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             api.ILogger.__init__(self)
             self.errors: list[str] = []

@@ -1,4 +1,4 @@
-"""`engine.json`: what a folder of engines was built from, for what and with what. Written by `build`, read by the engine.
+"""`engine.json`: what a folder of engines was built from, for what, with what. `build` writes it, the engine reads it.
 
 A folder of engines belongs to its bundle: it lies in `engines/NAME/` there and is valid for the recorded inputs alone.
 """

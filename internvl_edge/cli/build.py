@@ -1,0 +1,73 @@
+"""`internvl-edge build BUNDLE --device NAME`: TensorRT engines into the bundle."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from internvl_edge.runtime.engines.tensorrt_record import EngineRecord, engine_folder
+
+from ..bundle import Bundle
+from ..devices import Devices
+from .output import print_json, size
+
+
+@click.command("build")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--device", "name", default="rtx", show_default=True, help="A device, or rtx: one file for RTX cards.")
+@click.option("--devices", "table", type=click.Path(path_type=Path), help="A TOML file with more devices.")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16"]), help="Default: bfloat16 where the device has it.")
+@click.option("--context", "capacity", type=click.IntRange(min=2), help="Tokens of prompt and answer [default: 4096].")
+@click.option("--chunk", type=click.IntRange(min=1), help="Most prompt tokens per step [default: 512].")
+@click.option("--tiles", type=click.IntRange(min=1), help="Most tiles encoded together [default: 4].")
+@click.option("--profiles", type=click.IntRange(1, 2), help="2: prompts get their own; holds 16-bit weights twice.")
+@click.option("--force", is_flag=True, help="Build again even if nothing changed.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(
+    bundle: Path, name: str, table: Path | None, dtype: str | None, force: bool, as_json: bool, **sizes: int | None
+) -> None:
+    """Build TensorRT engines of BUNDLE for a device. Engines for RTX cards need no GPU to be built."""
+    target = Devices(table).target(name)
+    from internvl_edge.runtime.builder.bundle_engines import build_engines, options_for
+
+    opened = Bundle.open(bundle)
+    line = _Line()
+    try:
+        record, built = build_engines(opened, target, options_for(target, dtype, **sizes), force=force, progress=line)
+    finally:
+        line.clear()
+    folder = engine_folder(opened, name)
+    if as_json:
+        print_json({"engines": str(folder), "built": built, **asdict(record)})
+        return
+    click.echo(f"{folder}: {'built' if built else 'nothing changed'}, {_summary(record)}")
+
+
+def _summary(record: EngineRecord) -> str:
+    total = sum(entry["bytes"] for entry in record.files.values())
+    seconds = sum(figures["seconds"] for figures in record.figures.values())
+    peak = max(figures["peak_rss"] for figures in record.figures.values())
+    devices = ", ".join(f"{capability / 10:.1f}" for capability in record.compute_capabilities)
+    return (
+        f"{size(total)} for compute capability {devices} ({record.flavour} {record.version}, {record.options.dtype}), "
+        f"{seconds:.0f} s, at most {size(peak)} of memory"
+    )
+
+
+class _Line:
+    """One line of progress on a terminal, rewritten in place."""
+
+    def __init__(self) -> None:
+        self._shown = sys.stderr.isatty()
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        if self._shown:
+            sys.stderr.write(f"\r\x1b[K{phase} {done}/{total}")
+            sys.stderr.flush()
+
+    def clear(self) -> None:
+        if self._shown:
+            sys.stderr.write("\r\x1b[K")
