@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from .engines import Engine
 from .lookup import PromptLookup
-from .sampling import Sampler
+from .sampling import Chooser
 
 Embed = Callable[[int], NDArray[np.float32]]
 
@@ -18,7 +18,7 @@ def generate(
     engine: Engine,
     logits: NDArray[np.float32],
     embed: Embed,
-    sampler: Sampler,
+    sampler: Chooser,
     stop_ids: Collection[int],
     max_new_tokens: int,
     lookup: PromptLookup | None = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Unpack
@@ -24,10 +24,11 @@ from .lookup import PromptLookup
 from .reply import Reply, ReplyStream
 from .request import ChatOptions, Images, Request, RequestBuilder
 from .rope import RotaryAngles
-from .sampling import Sampler, Sampling
+from .sampling import Chooser, Sampler, Sampling
 from .session import Session, image_keys
 from .text_stream import TextStream
 from .tokenizer import Tokenizer
+from .trace import Recorder, Trace
 
 DEVICES = ("auto", "cpu", "cuda")
 # Tokens of prompt and answer together. Pages of the KV cache that are not used cost no memory.
@@ -112,6 +113,30 @@ class InternVL:
         """What executes the graphs; using it directly disturbs the reuse of prompts."""
         return self._session.engine
 
+    def trace(
+        self, question: str, images: Images = (), answer: Sequence[int] | None = None, **options: Unpack[ChatOptions]
+    ) -> Trace:
+        """Answer greedily, or along the tokens of a given answer, and keep the logits before each token.
+
+        Args:
+            question, images, options: as for `chat`; sampling and stop strings have no effect.
+            answer: tokens to take instead of the most probable ones; a stop token in it ends the answer.
+
+        Raises:
+            PromptError, ImageError: as `chat`.
+        """
+        if answer is not None:
+            options["max_new_tokens"] = len(answer)
+        request = self._requests.build(question, images, options)
+        recorder = Recorder(answer)
+        reply = ReplyStream(self._answer(request, recorder, TextStream(self._tokenizer, ()), None)).reply
+        return Trace(reply, recorder.logits)
+
+    def answer_ids(self, text: str) -> list[int]:
+        """The tokens that would say `text`, its end included."""
+        start = len(self._tokenizer.encode(""))  # InternLM2 puts <s> in front of everything
+        return [*self._tokenizer.encode(text)[start:], self._stop_id]
+
     def close(self) -> None:
         """Release the engine; the object cannot be used afterwards."""
         del self._session, self._images
@@ -125,7 +150,7 @@ class InternVL:
         self.close()
 
     def _answer(
-        self, request: Request, sampler: Sampler, text: TextStream, lookup: PromptLookup | None
+        self, request: Request, sampler: Chooser, text: TextStream, lookup: PromptLookup | None
     ) -> Iterator[str | Reply]:
         clock = _Clock()
         image_embeds = [self._images.encode(tiles).reshape(-1, self._table.shape[1]) for tiles in request.tiles]

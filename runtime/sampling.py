@@ -7,6 +7,7 @@ calls.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +45,14 @@ class Sampling:
         for name, fits, expected in limits:
             if not fits:
                 raise PromptError(f"{name} is {getattr(self, name)}, expected {expected}")
+
+
+class Chooser(Protocol):
+    """What decides on each token of an answer."""
+
+    def choose(self, logits: NDArray[np.float32]) -> int:
+        """The next token for logits [vocab], which are left unchanged and valid only now."""
+        ...
 
 
 class Sampler:

@@ -1,0 +1,42 @@
+"""An answer with the logits that led to it: greedy, or along given tokens. What evaluation looks at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .reply import Reply
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One answer, token by token.
+
+    Attributes:
+        reply: the answer; its `output_ids` are the tokens taken.
+        logits: float32 [len(output_ids), vocab], row i is what the model said before token i was taken.
+    """
+
+    reply: Reply
+    logits: NDArray[np.float32]
+
+
+class Recorder:
+    """Takes the most probable token, or the next of the given ones, and keeps all logits."""
+
+    def __init__(self, forced: Sequence[int] | None = None) -> None:
+        self._forced = None if forced is None else iter(forced)
+        self._logits: list[NDArray[np.float32]] = []
+
+    def choose(self, logits: NDArray[np.float32]) -> int:
+        """The next token for logits [vocab]."""
+        self._logits.append(logits.copy())
+        return int(logits.argmax()) if self._forced is None else next(self._forced)
+
+    @property
+    def logits(self) -> NDArray[np.float32]:
+        """[tokens, vocab], all that was seen."""
+        return np.stack(self._logits)
