@@ -3,7 +3,7 @@
     pixels [tiles, S, S, 3] uint8 -> image_embeds [tiles, tokens_per_tile, hidden]
 
 Exact algebra done at export: pixel normalisation goes into the patch embedding, its bias into the position embedding,
-layer scale into `proj` and `fc2`.
+layer scale into `proj` and `fc2`. Linears that the checkpoint holds as int8 stay int8; all else computes in floats.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from internvl_edge.checkpoint import Checkpoint
 from internvl_edge.config import PROJECTOR_NORM_EPS, ModelConfig
 
 from .builder import GraphBuilder, Types
+from .int8 import IntegerMatMul
 from .weights import Array, WeightFile
 
 # ImageNet statistics of the original transform, in units of pixel / 255.
@@ -36,12 +37,16 @@ class FoldedVision:
     def read(self, name: str) -> Array:
         """One tensor by canonical name; rows of `proj` and `fc2` come multiplied by their layer scale."""
         array = self._checkpoint.tensor(name)
-        scale = self._scale_of.get(name.rpartition(".")[0])
-        if scale is None:
+        factor = self.layer_scale(name.rpartition(".")[0])
+        if factor is None:
             return array
-        factor = self._checkpoint.tensor(scale).astype(np.float64)
         scaled: Array = array.astype(np.float64) * (factor[:, None] if array.ndim == 2 else factor)
         return scaled
+
+    def layer_scale(self, name: str) -> Array | None:
+        """What the outputs [out] of a linear are multiplied by, float64; None but for `proj` and `fc2`."""
+        scale = self._scale_of.get(name)
+        return None if scale is None else self._checkpoint.tensor(scale).astype(np.float64)
 
     def patch_weight(self) -> Array:
         """[patch * patch * 3, hidden] for flattened (row, column, channel) patches of pixel * PIXEL_SCALE."""
@@ -69,7 +74,8 @@ def build_vision(checkpoint: Checkpoint, types: Types, file: WeightFile) -> ir.M
     """The vision model of a checkpoint; weights are placed in `file`."""
     config = checkpoint.config
     folded = FoldedVision(checkpoint)
-    g = GraphBuilder("vision", types, file, checkpoint.shapes, folded.read)
+    integers = IntegerMatMul(checkpoint, folded.layer_scale)
+    g = GraphBuilder("vision", types, file, checkpoint.shapes, folded.read, integers)
     size = config.vision.image_size
     pixels = g.input("pixels", ir.DataType.UINT8, ["tiles", size, size, 3])
     x = _embed(g, config, folded, pixels)

@@ -18,16 +18,23 @@ class Scheme:
         bits: 4 or 8.
         group_size: inputs that share one scale; None for one scale per output.
         symmetric: no zero points.
+        static_inputs: inputs are rounded to symmetric int8 as well, with one scale that calibration found.
     """
 
     bits: int
     group_size: int | None
     symmetric: bool
+    static_inputs: bool = False
 
     def __str__(self) -> str:
         """For messages: int4 in groups of 128, with zero points."""
         groups = "per output" if self.group_size is None else f"in groups of {self.group_size}"
-        return f"int{self.bits} {groups}, {'symmetric' if self.symmetric else 'with zero points'}"
+        inputs = ", int8 inputs" if self.static_inputs else ""
+        return f"int{self.bits} {groups}, {'symmetric' if self.symmetric else 'with zero points'}{inputs}"
+
+
+# Weights and inputs in int8: one scale per output, one for the whole input, no zero points.
+W8A8 = Scheme(8, None, symmetric=True, static_inputs=True)
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,7 @@ class PackedLinear:
         zero_point: [out, groups] uint8, or None for symmetric weights.
         bits: 4 or 8.
         bias: [out] float, or None.
+        input_scale: what one step of the int8 input stands for, or None where inputs stay floats.
     """
 
     values: NDArray[np.uint8] | NDArray[np.int8]
@@ -48,6 +56,7 @@ class PackedLinear:
     zero_point: NDArray[np.uint8] | None
     bits: int
     bias: NDArray[Any] | None = None
+    input_scale: float | None = None
 
     @property
     def group_size(self) -> int:
@@ -87,14 +96,19 @@ class PackedLinear:
 
 
 def concatenate(linears: Sequence[PackedLinear]) -> PackedLinear:
-    """Layers over the same inputs as one, outputs one after the other; all of one scheme, without biases."""
+    """Layers over the same inputs as one, outputs one after the other; all of one scheme, without biases.
+
+    Where their inputs are rounded, the largest of their input scales holds for all: none of them is clipped more.
+    """
     first = linears[0]
     if len(linears) == 1:
         return first
     zeros = [linear.zero_point for linear in linears if linear.zero_point is not None]
+    inputs = [linear.input_scale for linear in linears if linear.input_scale is not None]
     return PackedLinear(
         values=np.concatenate([linear.values for linear in linears]),
         scale=np.concatenate([linear.scale for linear in linears]),
         zero_point=np.concatenate(zeros) if zeros else None,
         bits=first.bits,
+        input_scale=max(inputs, default=None),
     )

@@ -14,7 +14,7 @@ import numpy as np
 
 from .codecs import autoawq, compressed_tensors
 from .errors import CheckpointError
-from .linear import PackedLinear, Scheme
+from .linear import W8A8, PackedLinear, Scheme
 from .quantization import Quantization
 from .tensor_files import StoredTensor
 
@@ -34,7 +34,13 @@ class _Need:
 
 def is_packed(stored: Mapping[str, StoredTensor], module: str) -> bool:
     """Whether a module's weight is stored packed, in any of the formats."""
-    return any(f"{module}.{first}" in stored for first in _FIRST.values())
+    return _is_integer(stored, module) or any(f"{module}.{first}" in stored for first in _FIRST.values())
+
+
+def _is_integer(stored: Mapping[str, StoredTensor], module: str) -> bool:
+    """Whether a module's weight is stored as int8 numbers, one to a byte."""
+    weight = stored.get(f"{module}.weight")
+    return weight is not None and weight.dtype == "I8"
 
 
 def check_packed(
@@ -88,6 +94,9 @@ def read_packed(
 
     if quantization.method == autoawq.METHOD:
         linear = autoawq.unpack(read("qweight"), read("qzeros"), read("scales"))
+    elif scheme.static_inputs:
+        linear = compressed_tensors.unpack_integers(read("weight"), read("weight_scale"), read("input_scale"))
+        _check_input_scale(module, linear)
     else:
         shape = read("weight_shape")
         words = -(-int(shape[1]) * scheme.bits // 32)
@@ -100,20 +109,31 @@ def read_packed(
     return linear
 
 
+def _check_input_scale(module: str, linear: PackedLinear) -> None:
+    assert linear.input_scale is not None
+    if not 0 < linear.input_scale < float("inf"):
+        raise CheckpointError(
+            f"tensor {module}.input_scale holds {linear.input_scale:g}, expected a positive number; download it again"
+        )
+
+
 def _scheme_of(
     quantization: Quantization, stored: Mapping[str, StoredTensor], module: str, shape: tuple[int, int]
 ) -> Scheme:
     """The first scheme that fits the packed weight's width, its scales and whether there are zero points."""
+    if W8A8 in quantization.schemes and _is_integer(stored, module):
+        return W8A8
     first = stored.get(f"{module}.{_FIRST[quantization.method]}")
     if first is None:
         raise CheckpointError(
             f"tensor {module}.{_FIRST[quantization.method]} is missing; config.json says {quantization.method}"
         )
-    if len(quantization.schemes) == 1:
-        return quantization.schemes[0]
+    schemes = [scheme for scheme in quantization.schemes if not scheme.static_inputs]
+    if len(schemes) == 1:
+        return schemes[0]
     scales = stored.get(f"{module}.weight_scale")
     symmetric = f"{module}.weight_zero_point" not in stored
-    for scheme in quantization.schemes:
+    for scheme in schemes:
         groups = _groups(scheme, shape[1])
         width = -(-shape[1] * scheme.bits // 32)
         if (first.shape[-1], scales and scales.shape[-1], symmetric) == (width, groups, scheme.symmetric):
@@ -137,6 +157,11 @@ def _awq_needs(scheme: Scheme, out: int, inputs: int) -> Iterator[_Need]:
 
 def _compressed_needs(scheme: Scheme, out: int, inputs: int) -> Iterator[_Need]:
     groups = _groups(scheme, inputs)
+    if scheme.static_inputs:
+        yield _Need("weight", (out, inputs), ("I8",))
+        yield _Need("weight_scale", (out, 1), FLOATS)
+        yield _Need("input_scale", (1,), FLOATS)
+        return
     yield _Need("weight_packed", (out, -(-inputs * scheme.bits // 32)), ("I32",))
     yield _Need("weight_scale", (out, groups), FLOATS)
     yield _Need("weight_shape", (2,), ("I64", "I32"))

@@ -1,11 +1,16 @@
-"""The `pack-quantized` format of compressed-tensors: 4- or 8-bit weights in int32 words, grouped or one scale per row.
+"""Two formats of compressed-tensors. `pack-quantized`: 4- or 8-bit weights in int32 words, grouped or a scale per row.
 
     weight_packed int32 [out, ceil(in * bits / 32)], weight_scale float [out, groups], weight_shape int64 [2] = out, in
     weight_zero_point int32 [ceil(out * bits / 32), groups], only with zero points
 
 Integers are stored counted from the lowest value (signed value + 2**(bits-1)), in order, lowest bits first; weights are
-packed along the inputs, zero points along the outputs. Field names as compressed-tensors 0.20 writes them and vLLM
-reads them.
+packed along the inputs, zero points along the outputs.
+
+`int-quantized`: int8 weights as they are, with int8 inputs of one static scale.
+
+    weight int8 [out, in], weight_scale float [out, 1], input_scale float [1]
+
+A checkpoint with both is `mixed-precision`. Field names as compressed-tensors 0.20 writes them and vLLM reads them.
 """
 
 from __future__ import annotations
@@ -17,11 +22,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CheckpointError
-from ..linear import PackedLinear, Scheme
+from ..linear import W8A8, PackedLinear, Scheme
 
 METHOD = "compressed-tensors"
 FORMAT = "pack-quantized"
+INTEGER_FORMAT = "int-quantized"
+_MIXED = "mixed-precision"
 BITS = (4, 8)
+_INT8_DEFAULTS: dict[str, Any] = {"type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False}
+_INT8_INPUTS: dict[str, Any] = {"num_bits": 8, **_INT8_DEFAULTS}
 
 Words = NDArray[np.int32]
 
@@ -31,8 +40,11 @@ def pack(linear: PackedLinear, scale_dtype: Any = np.float32) -> dict[str, NDArr
 
     Args:
         linear: any layer of 4 or 8 bits.
-        scale_dtype: how scales are stored; a 16-bit type rounds them.
+        scale_dtype: how scales are stored; a 16-bit type rounds them. Those of `int-quantized` are always float32.
     """
+    if linear.input_scale is not None:
+        scales = {"weight_scale": linear.scale, "input_scale": np.array([linear.input_scale], np.float32)}
+        return {"weight": linear.values, **scales}
     out, inputs = linear.values.shape
     offset = 0 if linear.zero_point is not None else linear.middle
     packed = {
@@ -60,6 +72,12 @@ def unpack(
         return PackedLinear((values - np.uint8(1 << (bits - 1))).view(np.int8), scale, None, bits)
     zeros = _from_words(weight_zero_point.T, bits, out)
     return PackedLinear(values, scale, np.ascontiguousarray(zeros.T), bits)
+
+
+def unpack_integers(weight: NDArray[np.int8], weight_scale: NDArray[Any], input_scale: NDArray[Any]) -> PackedLinear:
+    """The layer behind the stored tensors of `int-quantized`."""
+    scale = np.ascontiguousarray(weight_scale, np.float32)
+    return PackedLinear(weight, scale, None, 8, input_scale=float(input_scale.astype(np.float32).reshape(())))
 
 
 def _to_words(values: NDArray[np.uint8], bits: int) -> Words:
@@ -99,15 +117,18 @@ def configuration(targets: Mapping[Scheme, Iterable[str]], ignore: Iterable[str]
                 "strategy": "channel" if scheme.group_size is None else "group",
                 "dynamic": False,
             },
-            "input_activations": None,
+            "input_activations": {**_INT8_INPUTS, "group_size": None, "observer": "minmax"}
+            if scheme.static_inputs
+            else None,
             "output_activations": None,
-            "format": FORMAT,
+            "format": INTEGER_FORMAT if scheme.static_inputs else FORMAT,
         }
         for index, (scheme, names) in enumerate(targets.items())
     }
+    formats = {str(group["format"]) for group in groups.values()}
     return {
         "quant_method": METHOD,
-        "format": FORMAT,
+        "format": formats.pop() if len(formats) == 1 else _MIXED,
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": list(ignore),
@@ -120,12 +141,13 @@ def read_configuration(config: Mapping[str, Any]) -> tuple[Scheme, ...]:
     """The schemes of a `quantization_config`; which layer has which follows from its stored tensors.
 
     Raises:
-        CheckpointError: another format, quantised activations or cache, or weights other than int4 and int8.
+        CheckpointError: another format, activations quantised while the model runs, a quantised cache, or weights other
+            than int4 and int8.
     """
-    groups = config.get("config_groups")
-    if config.get("format") != FORMAT or not isinstance(groups, dict) or not groups:
+    groups, form = config.get("config_groups"), config.get("format")
+    if form not in (FORMAT, INTEGER_FORMAT, _MIXED) or not isinstance(groups, dict) or not groups:
         raise CheckpointError(
-            f"quantization_config: format {config.get('format')!r} of {METHOD} is not supported, only {FORMAT}; "
+            f"quantization_config: format {form!r} of {METHOD} is not supported, only {FORMAT} and {INTEGER_FORMAT}; "
             "use an AWQ or unquantised checkpoint"
         )
     if config.get("kv_cache_scheme"):
@@ -136,9 +158,11 @@ def read_configuration(config: Mapping[str, Any]) -> tuple[Scheme, ...]:
 def _scheme(name: str, group: Any) -> Scheme:
     if not isinstance(group, dict) or not isinstance(weights := group.get("weights"), dict):
         raise CheckpointError(f"quantization_config: config_groups.{name} has no weights, expected an object")
-    if group.get("input_activations") or group.get("output_activations"):
+    inputs = group.get("input_activations")
+    if group.get("output_activations") or (inputs and not _is_int8_inputs(inputs)):
         raise CheckpointError(
-            f"quantization_config: config_groups.{name} quantises activations; only weights may be quantised"
+            f"quantization_config: config_groups.{name} quantises activations otherwise than to symmetric int8 with "
+            "one static scale per input; only that is supported, or weights alone"
         )
     bits, kind, strategy = weights.get("num_bits"), weights.get("type", "int"), weights.get("strategy")
     if bits not in BITS or kind != "int" or strategy not in ("group", "channel") or weights.get("actorder") == "group":
@@ -147,4 +171,15 @@ def _scheme(name: str, group: Any) -> Scheme:
             "supported: int4 and int8, by group or channel, in the order of the inputs"
         )
     group_size = weights.get("group_size") if strategy == "group" else None
-    return Scheme(bits, group_size, weights.get("symmetric", True) is True)
+    scheme = Scheme(bits, group_size, weights.get("symmetric", True) is True, static_inputs=bool(inputs))
+    if inputs and scheme != W8A8:
+        raise CheckpointError(
+            f"quantization_config: config_groups.{name} is {scheme}; int8 activations are supported with int8 weights "
+            "of one scale per output"
+        )
+    return scheme
+
+
+def _is_int8_inputs(described: Any) -> bool:
+    """Whether `input_activations` are symmetric int8 with one static scale; absent fields have their defaults."""
+    return isinstance(described, dict) and _INT8_INPUTS.items() <= (_INT8_DEFAULTS | described).items()
