@@ -57,6 +57,17 @@ def test_every_weight_is_what_its_integers_stand_for(tmp_path: Path, kind: str) 
     assert expected.linear("decoder.layers.0.mlp.up_proj") is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scales_of_any_float_type_are_read_as_they_are(tmp_path: Path, dtype: torch.dtype) -> None:
+    choices = COMPRESSED | {"body": INT4_SYMMETRIC}
+    quantised, _ = write_quantised(tiny.write_checkpoint(tmp_path / "float"), tmp_path, **choices)
+    scale = torch.rand(128, 1, generator=torch.Generator().manual_seed(0)).to(dtype)
+    edit_tensors(quantised, lambda t: t.update({f"{UP}.weight_scale": scale}))
+    linear = Checkpoint(quantised).linear("decoder.layers.1.mlp.up_proj")
+    assert linear is not None
+    np.testing.assert_array_equal(linear.scale, scale.float().numpy())
+
+
 def edit_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
