@@ -87,8 +87,8 @@ def test_the_decoder_is_attention_layers_over_a_cache_written_in_place(tmp_path:
             assert io[f"past_key_values.{layer}.{part}"] == ("input", kind, cache)
             assert io[f"present.{layer}.{part}"] == ("output", kind, cache)
     assert io["inputs_embeds"] == ("input", kind, (1, -1, decoder.hidden_size))
-    assert io["logits"] == ("output", "FLOAT", (1, 1, decoder.vocab_size))
-    assert io["token"] == ("output", "INT64", (1, 1))
+    assert io["logits"] == ("output", "FLOAT", (1, -1, decoder.vocab_size))
+    assert io["token"] == ("output", "INT64", (1, -1))
     assert shape_inputs(network) == []
 
 

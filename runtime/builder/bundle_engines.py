@@ -113,7 +113,8 @@ def profiles(config: ModelConfig, options: BuildOptions, graph: str) -> tuple[Pr
         shapes: Profile = {
             name: ((1, 1, width), (1, best, width), (1, largest, width)) for name, width in widths.items()
         }
-        return shapes | {"slots": ((1,), (middle,), (options.capacity,))}
+        kept = {"kept": ((1,), (1,), (min(options.kept, largest),))}
+        return shapes | kept | {"slots": ((1,), (middle,), (options.capacity,))}
 
     if options.profiles == 1:
         return (profile(1, options.chunk),)

@@ -4,11 +4,12 @@ Changes, all in the header of a few hundred kilobytes; weights stay in the bundl
 
 - Everything that computes in the bundle's `activations` computes in bfloat16 or float16. Sums over groups, which
   correct zero points, stay in float32, and so do the logits.
-- One row (batch 1), one position of logits, and a KV cache of fixed capacity, as TensorRT's in-place update demands.
+- One row (batch 1) and a KV cache of fixed capacity, as TensorRT's in-place update demands.
 - `slots` [window] int64, 0 to window - 1, becomes an input: how much of the cache attention looks at follows from the
   shape of an input instead of a value, so that no shape depends on device data and a decoding step can be captured as a
   CUDA graph. The mask hides slots behind the present position.
-- `token` [1, 1] int64, the most probable one, becomes an output.
+- `kept` [kept] int64 becomes an input likewise: the positions of this step whose logits are computed.
+- `token` [1, kept] int64, the most probable ones, becomes an output.
 
 Needs onnx-ir; knows the names and forms that `export` writes, and nothing about TensorRT's interfaces.
 """
@@ -52,15 +53,15 @@ def decoder_header(path: Path, activations: str, dtype: str, capacity: int) -> b
     """The standard decoder graph in another type and with fixed sizes, serialised.
 
     inputs_embeds [1, seq, hidden], cos and sin [1, seq, head_dim / 2], past_length [1] int64, slots [window] int64,
-    past_key_values.N.{key,value} [1, kv_heads, capacity, head_dim]
-    -> logits [1, 1, vocab] float32, token [1, 1] int64, present.N.{key,value}, each in the memory of its past
+    kept [kept] int64, past_key_values.N.{key,value} [1, kv_heads, capacity, head_dim]
+    -> logits [1, kept, vocab] float32, token [1, kept] int64, present.N.{key,value}, each in the memory of its past
 
     Args and raises: as `vision_header`; `capacity` is the number of tokens in the KV cache.
     """
     tailor = _Tailor(path, activations, dtype)
-    tailor.keep_one_position()
+    tailor.take_kept()
     tailor.take_slots()
-    tailor.fix_sizes({"batch": 1, "capacity": capacity, "kept": 1})
+    tailor.fix_sizes({"batch": 1, "capacity": capacity})
     tailor.choose_token()
     tailor.retype()
     return tailor.serialise()
@@ -92,15 +93,15 @@ class _Tailor:
         for node, index in consumers:
             node.replace_input_with(index, converted)
 
-    def keep_one_position(self) -> None:
-        """Logits of the last position alone, for a shape that no input's value decides."""
+    def take_kept(self) -> None:
+        """Let an input `kept` name the positions that get logits, in place of a number of last ones."""
         keep = self._input("logits_to_keep")
         negated = [node for node, _ in keep.uses()]
         slices = [node for node in self._graph if node.op_type == "Slice" and node.inputs[1] in _outputs(negated)]
         if len(slices) != 1 or slices[0].inputs[0] is None:
             raise self._unexpected("one Slice that logits_to_keep decides")
-        last = self._constant("last_position", np.array([-1], np.int64))
-        hidden = self._insert_before(slices[0], "Gather", [slices[0].inputs[0], last], axis=1)
+        kept = self._new_input("kept", "kept")
+        hidden = self._insert_before(slices[0], "Gather", [slices[0].inputs[0], kept], axis=1)
         slices[0].outputs[0].replace_all_uses_with(hidden)
         for node in [*slices, *negated]:
             self._graph.remove(node, safe=True)
@@ -114,8 +115,7 @@ class _Tailor:
         masks = [node for node in self._graph if node.op_type == "LessOrEqual"]
         if len(slices) != len(scatters) or len(totals) != 1 or len(masks) != 1 or not slices:
             raise self._unexpected("one TensorScatter and Slice per cache, and one mask")
-        slots = ir.Value(name="slots", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["window"]))
-        self._graph.inputs.append(slots)
+        slots = self._new_input("slots", "window")
         mask, total = masks[0], totals.pop()
         window = self._insert_before(mask, "Shape", [slots])
         mask.replace_input_with(0, slots)
@@ -136,7 +136,7 @@ class _Tailor:
         node = ir.node("ArgMax", [logits], {"axis": -1, "keepdims": 0})
         self._graph.append(node)
         token = node.outputs[0]
-        token.name, token.type, token.shape = "token", ir.TensorType(ir.DataType.INT64), ir.Shape([1, 1])
+        token.name, token.type, token.shape = "token", ir.TensorType(ir.DataType.INT64), ir.Shape([1, "kept"])
         self._graph.outputs.append(token)
 
     def retype(self) -> None:
@@ -228,10 +228,10 @@ class _Tailor:
                 return value
         raise self._unexpected(f"an input {name}")
 
-    def _constant(self, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
-        tensor = ir.tensor(array, name=name)
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)  # type: ignore[arg-type]
-        self._graph.register_initializer(value)
+    def _new_input(self, name: str, dim: str) -> ir.Value:
+        """An int64 vector of varying length."""
+        value = ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([dim]))
+        self._graph.inputs.append(value)
         return value
 
     def _insert_before(self, node: ir.Node, op_type: str, inputs: list[ir.Value], **attributes: Any) -> ir.Value:

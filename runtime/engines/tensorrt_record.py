@@ -29,6 +29,7 @@ class BuildOptions:
         dtype: "bfloat16" or "float16", what graphs compute in.
         capacity: tokens in the KV cache, prompt and answer together.
         chunk: most prompt tokens per step.
+        kept: most positions of one step that get logits, for checking guessed tokens.
         tiles: most tiles encoded together.
         profiles: 1, or 2 with one of them for single tokens; two hold 16-bit weights twice.
     """
@@ -36,6 +37,7 @@ class BuildOptions:
     dtype: str
     capacity: int = 4096
     chunk: int = 512
+    kept: int = 16
     tiles: int = 4
     profiles: int = 1
 
