@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -185,3 +186,13 @@ def test_another_graph_is_refused(tmp_path: Path) -> None:
         decoder_header(bundle.path("decoder.onnxruntime.onnx"), "float32", "float16", CAPACITY)
     with pytest.raises(BundleError, match="an input pixels"):
         vision_header(bundle.path("decoder.onnx"), "float32", "float16")
+
+
+def test_bundles_may_be_links(tmp_path: Path) -> None:
+    """Package caches and copies made with `cp -l` hold hard links."""
+    bundle = opened(tmp_path, "float16")
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in bundle.folder.iterdir():
+        os.link(path, copy / path.name)
+    assert tailored(Bundle.open(copy), "float16") == tailored(bundle, "float16")

@@ -169,11 +169,21 @@ class _Tailor:
                 for node, index in uses:
                     node.replace_input_with(index, converted)
                 continue
-            narrow = tensor.numpy().astype(np.float32).astype(self._to.numpy())
+            narrow = self._read(tensor).astype(np.float32).astype(self._to.numpy())
             if not np.isfinite(narrow.astype(np.float32)).all():
                 raise BundleError(f"{self._path.name}: {value.name} does not fit {self._to.name.lower()}")
             value.const_value = ir.tensor(narrow, dtype=self._to, name=value.name)
             value.type = ir.TensorType(self._to)
+
+    def _read(self, tensor: ir.TensorProtocol) -> np.ndarray[Any, Any]:
+        """A constant's numbers; onnx-ir itself refuses files that are links, as copies of bundles may be."""
+        if not isinstance(tensor, ir.ExternalTensor):
+            return tensor.numpy()
+        if Path(tensor.location).name != str(tensor.location):
+            raise self._unexpected("data in the bundle's own folder")
+        dtype, shape = tensor.dtype.numpy(), tensor.shape.numpy()
+        path = self._path.parent / tensor.location
+        return np.fromfile(path, dtype, count=tensor.size, offset=tensor.offset or 0).reshape(shape)
 
     def _retype_casts(self) -> None:
         for node in list(self._graph):

@@ -1,0 +1,99 @@
+"""Build a bundle's TensorRT engines for several devices, each in its own process: time, peak memory, sizes, layers.
+
+    python benchmarks/tensorrt_build.py BUNDLE NAME [--device rtx-3060 ...] [--dtype bfloat16]
+
+Needs TensorRT for RTX, no GPU. Engines go to a scratch folder that links the bundle's files, and are removed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from record import run_measured, write_results
+
+from internvl_edge.bundle import Bundle
+from internvl_edge.devices import Devices
+from internvl_edge.runtime.builder.bundle_engines import headers, options_for
+from internvl_edge.runtime.builder.network import layer_types, outputs_of_type, parsed_network
+from internvl_edge.runtime.engines.tensorrt_flavour import load_flavour
+
+PROGRAM = [sys.executable, "-c", "from internvl_edge.cli import main; main()"]
+# One card of each generation, and all in one file.
+DEVICES = ("rtx-3060", "rtx-4060", "rtx-5090", "rtx")
+TOLD = ("ATTENTION_OUTPUT", "KV_CACHE_UPDATE", "ROTARY_EMBEDDING", "MATRIX_MULTIPLY", "DEQUANTIZE", "QUANTIZE")
+
+
+def main() -> None:
+    """Build for each device and write `results/tensorrt-build-NAME.json`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("name")
+    parser.add_argument("--device", action="append", help=f"default: {', '.join(DEVICES)}")
+    parser.add_argument("--dtype", default="bfloat16")
+    arguments = parser.parse_args()
+    bundle = Bundle.open(arguments.bundle)
+    scratch = Path(tempfile.mkdtemp(dir=arguments.bundle.resolve().parent))
+    try:
+        for path in bundle.folder.iterdir():
+            if path.is_file():
+                os.link(path, scratch / path.name)
+        builds = [build(scratch, device, arguments.dtype) for device in arguments.device or DEVICES]
+    finally:
+        shutil.rmtree(scratch)
+    files = bundle.manifest.files
+    figures = {
+        "bundle": arguments.name,
+        "stored": bundle.manifest.dtype,
+        "quantization": bundle.manifest.quantization,
+        "dtype": arguments.dtype,
+        "tensorrt_rtx": version("tensorrt-rtx-cu13"),
+        "bundle_bytes": {name: files[name]["bytes"] for name in ("vision.data", "decoder.data")},
+        "networks": networks(bundle, arguments.dtype),
+        "builds": builds,
+    }
+    print(write_results(f"tensorrt-build-{arguments.name}", figures))
+
+
+def build(bundle: Path, device: str, dtype: str) -> dict[str, Any]:
+    """One build in a process of its own."""
+    run = run_measured([*PROGRAM, "build", str(bundle), "--device", device, "--dtype", dtype, "--force", "--json"])
+    made = json.loads(run.stdout)
+    engines = {
+        graph: {**figures, "bytes": made["files"][f"{graph}.engine"]["bytes"]}
+        for graph, figures in made["figures"].items()
+    }
+    shutil.rmtree(made["engines"])
+    result = {"device": device, "compute_capabilities": made["compute_capabilities"], "engines": engines}
+    result |= {"wall_s": round(run.wall_s, 1), "cpu_s": round(run.cpu_s, 1), "peak_rss": run.peak_rss}
+    print(json.dumps(result), flush=True)
+    return result
+
+
+def networks(bundle: Bundle, dtype: str) -> dict[str, Any]:
+    """What TensorRT parsed: layers by type, and the element types of what products and attention put out."""
+    target = Devices().target("rtx")
+    found = {}
+    for graph, (header, path) in headers(bundle, options_for(target, dtype)).items():
+        with parsed_network(load_flavour(target.flavour), header, path) as (_, network):
+            count = layer_types(network)
+            found[graph] = {
+                "header_bytes": len(header),
+                "layers": {kind: count[kind] for kind in TOLD if count[kind]},
+                "product_types": dict(outputs_of_type(network, "MATRIX_MULTIPLY")),
+                "float32_layers": {
+                    kind: floats for kind in count if (floats := outputs_of_type(network, kind)["FLOAT"])
+                },
+            }
+    return found
+
+
+if __name__ == "__main__":
+    main()
