@@ -79,12 +79,7 @@ class PackedWeights:
         return write(g, x, name, scheme, out, inputs)
 
     def _in_blocks(self, g: GraphBuilder, x: ir.Value, name: str, scheme: Scheme, out: int, inputs: int) -> ir.Value:
-        block = math.gcd(scheme.group_size or _LARGEST_BLOCK, _LARGEST_BLOCK)
-        if block < _SMALLEST_BLOCK:
-            raise EdgeError(
-                f"{name} has groups of {scheme.group_size}, which ONNX Runtime's blocks of {_SMALLEST_BLOCK} to "
-                f"{_LARGEST_BLOCK} do not divide; quantise with group size 32, 64 or 128"
-            )
+        block = _block_size(name, scheme, inputs)
         count = -(-inputs // block)
         packed, row = block * scheme.bits // 8, -(-count * scheme.bits // 8)
 
@@ -180,6 +175,19 @@ class PackedWeights:
                 each = scheme.bits + grid / (scheme.group_size or shape[1])
             bits, weights = bits + each * size, weights + size
         return bits / weights
+
+
+def _block_size(name: str, scheme: Scheme, inputs: int) -> int:
+    """A power of two that divides the groups; with one scale per output one that wastes little."""
+    block = math.gcd(scheme.group_size or inputs, _LARGEST_BLOCK)
+    if scheme.group_size is None:
+        return block if block >= _LARGEST_BLOCK // 4 else _LARGEST_BLOCK
+    if block < _SMALLEST_BLOCK:
+        raise EdgeError(
+            f"{name} has groups of {scheme.group_size}, which ONNX Runtime's blocks of {_SMALLEST_BLOCK} to "
+            f"{_LARGEST_BLOCK} do not divide; quantise with group size 32, 64 or 128"
+        )
+    return block
 
 
 def _squared_errors(source: PackedLinear, linear: PackedLinear, activations: ir.DataType) -> tuple[float, float]:

@@ -42,6 +42,10 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "int8 groups with zero points": ({}, COMPRESSED | {"body": Scheme(8, 32, False)}),
     "tied, int4 head": ({"layout": "native", "tie": True}, COMPRESSED | {"body": Scheme(4, 32, False)}),
     "int4 per output": ({}, COMPRESSED | {"body": Scheme(4, None, True)}),
+    "int8, widths without blocks": (
+        {"hidden_size": 72, "num_attention_heads": 3, "num_key_value_heads": 1, "intermediate_size": 200},
+        COMPRESSED | {"body": INT8, "head": Scheme(4, None, False)},
+    ),
     "int4 groups of 48": (
         {"hidden_size": 96, "num_attention_heads": 6, "intermediate_size": 144},
         COMPRESSED | {"body": Scheme(4, 48, False)},
