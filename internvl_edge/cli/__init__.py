@@ -24,6 +24,7 @@ COMMANDS = {
     "build": "Build TensorRT engines of a bundle for a device.",
     "run": "Ask a bundle one question about images.",
     "chat": "Talk with a bundle in the terminal.",
+    "evaluate": "Measure how good a bundle's answers are.",
     "bench": "Measure a bundle's speed and memory on this machine.",
     "doctor": "Check this machine's installation.",
 }

@@ -1,0 +1,84 @@
+"""What a model is asked: questions about images from a user's data, from the built-in set, or of a named suite.
+
+The forms of a user's data are those of `calibrate`: a folder of images, or JSON Lines with prompts and answers. Knows
+no model; pictures are drawn or read when they are needed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from internvl_edge.calibration.items import read_items
+from internvl_edge.calibration.texts import TEXTS
+from internvl_edge.errors import EdgeError
+
+# One built-in case in this many is text alone.
+_TEXT_EVERY = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """One question.
+
+    Attributes:
+        name: for messages.
+        question: may hold `<image>` marks.
+        images: paths or pictures, in the order of the marks.
+        answer: the right answer, "" where none is known.
+        task: what kind of question it is; suites count right answers per task.
+    """
+
+    name: str
+    question: str
+    images: tuple[Path | Image.Image, ...] = ()
+    answer: str = ""
+    task: str = ""
+
+
+def read_cases(source: Path | None, count: int, seed: int = 0) -> list[Case]:
+    """The first `count` cases of a folder, of a JSON Lines file, or (None) of the built-in set.
+
+    Raises:
+        EdgeError: no data, or an entry that cannot be understood (named): figures over what is left would mislead.
+    """
+    if source is None:
+        return list(itertools.islice(_built_in(seed), count))
+    cases = []
+    for item in itertools.islice(read_items(source, seed), count):
+        if item.problem:
+            raise EdgeError(f"{item.name}: {item.problem}; mend or remove it")
+        cases.append(Case(item.name, item.prompt, item.images, item.answer))
+    return cases
+
+
+def _built_in(seed: int) -> Iterator[Case]:
+    """Synthetic pictures with fonts and words that calibration never sees, and short texts in two languages."""
+    from internvl_edge.calibration.synthetic import sample  # fonts are packages of an extra; only this needs them
+
+    texts = list(TEXTS)
+    random.Random(f"evaluate/{seed}").shuffle(texts)
+    for index in itertools.count():
+        if index % _TEXT_EVERY == _TEXT_EVERY - 1:
+            question, answer = texts[index // _TEXT_EVERY % len(texts)]
+            yield Case(f"text {index}", question, (), answer, "text")
+        else:
+            drawn = sample("test", index, seed)
+            yield Case(f"{drawn.task} {index}", drawn.question, (drawn.image,), drawn.answer, drawn.task)
+
+
+def _reader(seed: int) -> Iterator[Case]:
+    from internvl_edge.calibration.synthetic import sample
+
+    for index in itertools.count():
+        drawn = sample("test", index, seed)
+        yield Case(f"{drawn.task} {index}", drawn.question, (drawn.image,), drawn.answer, drawn.task)
+
+
+# A suite is an endless stream of cases with exact answers, made from a seed.
+SUITES: dict[str, Callable[[int], Iterator[Case]]] = {"reader": _reader}

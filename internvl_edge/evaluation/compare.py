@@ -1,0 +1,187 @@
+"""A bundle against a reference: both see the same questions, and the candidate follows the reference's greedy answers.
+
+One model is in memory at a time: the reference answers first, its logits wait in a temporary folder. Both run as they
+would answer a user, each with its own vision tower, decoding one token at a time.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from internvl_edge.errors import EdgeError
+from internvl_edge.runtime.model import InternVL
+from internvl_edge.runtime.request import ChatOptions
+from internvl_edge.runtime.trace import Trace
+
+from .cases import Case
+from .divergence import Divergence, Summary, divergence, summarise
+
+Load = Callable[[], InternVL]
+Progress = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What comparing two models found.
+
+    Attributes:
+        cases: how many questions.
+        image_tokens: of all prompts.
+        greedy: figures along the reference's greedy answers.
+        same_answers: share of answers that are the same, token for token, when both decode greedily.
+        same_prefix: share of all answered tokens that come before the first difference of their answer.
+        answers: figures along the given answers (perplexity among them); None where the data has none.
+        worst: name of the case with the largest divergence.
+    """
+
+    cases: int
+    image_tokens: int
+    greedy: Summary
+    same_answers: float
+    same_prefix: float
+    answers: Summary | None
+    worst: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures as JSON values."""
+        return {
+            "cases": self.cases,
+            "image_tokens": self.image_tokens,
+            "greedy": self.greedy.to_dict(),
+            "same_answers": self.same_answers,
+            "same_prefix": self.same_prefix,
+            "answers": self.answers.to_dict() if self.answers else None,
+            "worst_case": self.worst,
+        }
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """What the reference said to one case, for the candidate to follow."""
+
+    prompt_ids: list[int]
+    greedy: list[int]
+    answer: list[int]
+
+
+def compare(
+    load_candidate: Load,
+    load_reference: Load,
+    cases: Sequence[Case],
+    options: ChatOptions,
+    progress: Progress = lambda done: None,
+) -> Comparison:
+    """Ask both models all cases.
+
+    Args:
+        load_candidate, load_reference: load a model; each is closed before the other is loaded.
+        cases: at least one.
+        options: `max_tiles` and `max_new_tokens` of every question.
+        progress: called with 1 for each case and model.
+
+    Raises:
+        EdgeError: no cases, or models whose prompts differ (another tokenizer, template or tile size).
+    """
+    if not cases:
+        raise EdgeError("there are no cases to compare with; give --samples 1 or more")
+    with tempfile.TemporaryDirectory(prefix="internvl-edge-logits-") as folder:
+        store = _LogitStore(Path(folder))
+        with load_reference() as model:
+            expected = [_ask(model, case, options, store, index, progress) for index, case in enumerate(cases)]
+        with load_candidate() as model:
+            found = [
+                _follow(model, case, options, store, index, expected[index], progress)
+                for index, case in enumerate(cases)
+            ]
+    return _joined(cases, found)
+
+
+class _LogitStore:
+    """Logits of the reference on disk, by case and kind."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def put(self, index: int, kind: str, logits: NDArray[np.float32]) -> None:
+        np.save(self._folder / f"{index}-{kind}.npy", logits)
+
+    def take(self, index: int, kind: str) -> NDArray[np.float32]:
+        """Read once; the file is removed."""
+        path = self._folder / f"{index}-{kind}.npy"
+        logits: NDArray[np.float32] = np.load(path)
+        path.unlink()
+        return logits
+
+
+def _ask(
+    model: InternVL, case: Case, options: ChatOptions, store: _LogitStore, index: int, progress: Progress
+) -> _Expected:
+    trace = _trace(model, case, None, options)
+    store.put(index, "greedy", trace.logits)
+    answer = model.answer_ids(case.answer) if case.answer else []
+    if answer:
+        store.put(index, "answer", _trace(model, case, answer, options).logits)
+    progress(1)
+    return _Expected(trace.reply.prompt_ids, trace.reply.output_ids, answer)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """One case as the candidate took it."""
+
+    greedy: Divergence
+    answer: Divergence | None
+    image_tokens: int
+
+
+def _follow(
+    model: InternVL,
+    case: Case,
+    options: ChatOptions,
+    store: _LogitStore,
+    index: int,
+    expected: _Expected,
+    progress: Progress,
+) -> _Found:
+    trace = _trace(model, case, expected.greedy, options)
+    if trace.reply.prompt_ids != expected.prompt_ids:
+        raise EdgeError(
+            f"{case.name}: {len(trace.reply.prompt_ids)} prompt tokens, the reference has others "
+            f"({len(expected.prompt_ids)}); compare bundles of the same model"
+        )
+    greedy = divergence(store.take(index, "greedy"), trace.logits, expected.greedy)
+    answer = None
+    if expected.answer:
+        logits = _trace(model, case, expected.answer, options).logits
+        answer = divergence(store.take(index, "answer"), logits, expected.answer)
+    progress(1)
+    return _Found(greedy, answer, trace.reply.image_tokens)
+
+
+def _trace(model: InternVL, case: Case, answer: list[int] | None, options: ChatOptions) -> Trace:
+    try:
+        return model.trace(case.question, list(case.images), answer, **options)
+    except EdgeError as error:
+        raise EdgeError(f"{case.name}: {error}") from None
+
+
+def _joined(cases: Sequence[Case], found: list[_Found]) -> Comparison:
+    greedy = [part.greedy for part in found]
+    answers = [part.answer for part in found if part.answer is not None]
+    worst = max(range(len(found)), key=lambda index: greedy[index].kl.max())
+    return Comparison(
+        cases=len(cases),
+        image_tokens=sum(part.image_tokens for part in found),
+        greedy=summarise(greedy),
+        same_answers=sum(part.same_prefix == len(part.kl) for part in greedy) / len(greedy),
+        same_prefix=sum(part.same_prefix for part in greedy) / sum(len(part.kl) for part in greedy),
+        answers=summarise(answers) if answers else None,
+        worst=cases[worst].name,
+    )
