@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Make the environment of one peer: make_env.sh NAME DIR, e.g. make_env.sh autoawq ~/peers/autoawq
+#
+# Peers pin each other's dependencies away, so each gets an environment of its own, outside this tree. What goes into it stands
+# in NAME.txt; packages whose declared dependencies are not wanted (a gigabyte of GPU compiler, for one) in NAME.no-deps.txt;
+# packages whose build needs the installed torch in NAME.no-isolation.txt.
+set -euo pipefail
+if [ $# -ne 2 ] || [ ! -f "$(dirname "$0")/$1.txt" ]; then
+    echo "usage: make_env.sh NAME DIR, NAME one of: $(cd "$(dirname "$0")" && ls ./*.txt | grep -v 'no-' | sed 's,^\./,,; s,\.txt$,,' | xargs)" >&2
+    exit 2
+fi
+here=$(cd "$(dirname "$0")" && pwd)
+"${PYTHON:-python3}" -m venv "$2"
+pip=("$2/bin/pip" install --quiet --no-compile)
+"${pip[@]}" --requirement "$here/$1.txt"
+if [ -f "$here/$1.no-deps.txt" ]; then
+    "${pip[@]}" --no-deps --requirement "$here/$1.no-deps.txt"
+fi
+if [ -f "$here/$1.no-isolation.txt" ]; then
+    "${pip[@]}" --no-build-isolation --requirement "$here/$1.no-isolation.txt"
+fi
+"$2/bin/pip" freeze > "$2/versions.txt"

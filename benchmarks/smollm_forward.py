@@ -1,0 +1,83 @@
+"""SmolLM2's decoder in float32 over given weights, and how far its predictions are from the unquantised model's.
+
+One forward for every method, so that only weights differ. Weights come from a checkpoint of this project (either
+layout, quantised or not), or from a folder under Llama's names: plain tensors, or packed as AutoAWQ does.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from smollm_text import Sequence
+from torch import Tensor
+
+from internvl_edge.calibration.blocks import decoder_block, rms_norm
+from internvl_edge.calibration.compute import to_torch
+from internvl_edge.checkpoint import Checkpoint
+from internvl_edge.codecs import autoawq
+from internvl_edge.config import DecoderConfig
+from internvl_edge.evaluation.divergence import Divergence, divergence
+from internvl_edge.runtime.rope import RotaryAngles
+from internvl_edge.tensor_files import open_tensor_files
+
+Weights = dict[str, Tensor]
+_EMBED, _HEAD = "embed_tokens.weight", "lm_head.weight"
+
+
+def read_weights(folder: Path, vocabulary: int) -> Weights:
+    """Float32 tensors by their name below `decoder.`, the first `vocabulary` rows of the token tables."""
+    config = folder / "config.json"
+    if config.is_file() and json.loads(config.read_text(encoding="utf-8"))["model_type"] == "internvl_chat":
+        checkpoint = Checkpoint(folder)
+        names = [name for name in checkpoint.shapes if name.startswith("decoder.")]
+        weights = {name.removeprefix("decoder."): to_torch(checkpoint.tensor(name)).float() for name in names}
+    else:
+        weights = _llama_names(folder)
+    weights.setdefault(_HEAD, weights[_EMBED])
+    return weights | {name: weights[name][:vocabulary] for name in (_EMBED, _HEAD)}
+
+
+def _llama_names(folder: Path) -> Weights:
+    weights, stored = {}, open_tensor_files(folder)
+    for name, tensor in stored.items():
+        module, _, kind = name.removeprefix("model.").rpartition(".")
+        if kind == "qweight":
+            parts = [stored[name.replace("qweight", part)].read() for part in ("qweight", "qzeros", "scales")]
+            weights[f"{module}.weight"] = torch.from_numpy(autoawq.unpack(*parts).dequantise())
+        elif kind == "weight":
+            weights[f"{module}.weight"] = to_torch(tensor.read()).float()
+    return weights
+
+
+@torch.no_grad()
+def logits(weights: Weights, sequences: list[Sequence], decoder: DecoderConfig) -> list[Tensor]:
+    """Of each sequence float32 [len(ids) - 1 - start, vocab]: predictions of ids[start + 1] and all that follow."""
+    lengths = [len(sequence.ids) for sequence in sequences]
+    ids = torch.tensor([token for sequence in sequences for token in sequence.ids])
+    angles = RotaryAngles(decoder)
+    tables = [angles.at(0, length, length) for length in lengths]
+    rotary = tuple(torch.from_numpy(np.concatenate([table[part] for table in tables])) for part in (0, 1))
+    x = weights[_EMBED][ids].float()
+    for layer in range(decoder.num_hidden_layers):
+        prefix = f"layers.{layer}."
+        block = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        x = decoder_block(block, x, lengths, (rotary[0], rotary[1]), decoder, lambda name, value: None)
+    x = rms_norm(x, weights["norm.weight"], decoder.rms_norm_eps)
+    parts = torch.split(x, lengths)
+    return [
+        F.linear(part[sequence.start : -1], weights[_HEAD]) for part, sequence in zip(parts, sequences, strict=True)
+    ]
+
+
+def compare(reference: Weights, candidate: Weights, test: list[Sequence], decoder: DecoderConfig) -> list[Divergence]:
+    """The divergence of each test sequence, a few at a time: logits of all of them would be gigabytes."""
+    found = []
+    for start in range(0, len(test), 4):
+        few = test[start : start + 4]
+        pairs = zip(few, logits(reference, few, decoder), logits(candidate, few, decoder), strict=True)
+        found += [divergence(a.numpy(), b.numpy(), sequence.ids[sequence.start + 1 :]) for sequence, a, b in pairs]
+    return found
