@@ -139,7 +139,7 @@ class PackedWeights:
         """What the manifest says of a quantised decoder once its weights are written; None for float weights.
 
         method: of the checkpoint. bits, group_size, symmetric: of most layers. lm_head: the head's. bits_per_weight:
-        over all linears of the decoder, scales and zero points included, as ONNX Runtime reads them. asymmetric: what
+        over all linears of the decoder, with scales and zero points. asymmetric: what
         the standard dialect makes of zero points. weight_error: root mean square of what its weights miss of the
         checkpoint's, relative to these, on up to 256 outputs of each quantised layer.
         """
