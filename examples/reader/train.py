@@ -131,8 +131,8 @@ class Trainer:
         self.step += 1
         keep = min(0.998, self.step / (self.step + 20))
         with torch.no_grad():
-            for name, p in self.model.named_parameters():
-                self.average[name].lerp_(p, 1 - keep)
+            named = dict(self.model.named_parameters())
+            torch._foreach_lerp_([self.average[name] for name in named], list(named.values()), 1 - keep)
         return figures
 
     def evaluate(self, rows: list[Batch]) -> dict[str, float]:
@@ -146,9 +146,14 @@ class Trainer:
                 p.copy_(current[n])
         return result
 
-    def multiplier(self) -> float:
-        """Warm-up over 200 steps, then constant, then linear to 5 % over the last `decay` steps."""
+    def multiplier(self, seconds: float) -> float:
+        """Warm-up over 200 steps, then constant, then linear to 5 % over the last `decay` steps or minutes.
+
+        `seconds` is how long this run has lasted; minutes count only with --decay-minutes.
+        """
         left = (self.a.steps - self.step) / max(1, self.a.decay)
+        if self.a.decay_minutes:
+            left = min(left, (self.a.minutes - seconds / 60) / self.a.decay_minutes)
         return min(1.0, (self.step + 1) / 200, max(0.05, left))
 
 
@@ -175,7 +180,7 @@ def run(a: argparse.Namespace) -> None:
     asked_to_stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: asked_to_stop.set())
     while trainer.step < a.steps and time.time() - started < 60 * a.minutes and not asked_to_stop.is_set():
-        for figures in trainer.update([next(data) for _ in range(a.pieces)], trainer.multiplier()):
+        for figures in trainer.update([next(data) for _ in range(a.pieces)], trainer.multiplier(time.time() - started)):
             for task, right in figures.pop("right"):
                 hits[task].append(right)
             for key, value in figures.items():
@@ -207,6 +212,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30000, help="where the learning rate ends")
     parser.add_argument("--decay", type=int, default=8000, help="steps of linear decay at the end")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop, resumable, after so long")
+    parser.add_argument("--decay-minutes", type=float, default=0.0, help="let the rate fall over the last of --minutes")
     parser.add_argument("--batch", type=int, default=48, help="pictures a step")
     parser.add_argument("--dense", type=int, default=16, help="dense tiles a step")
     parser.add_argument("--dense-weight", type=float, default=0.5)
