@@ -56,9 +56,7 @@ class Cuda:
         except EngineError as error:
             raise EngineError(f"{self._free()}{size / 1e6:.0f} MB are needed for {purpose} ({error})") from None
         self._owned.callback(self._release, "cudaFree", pointer)
-        stream = self.stream()
-        self.call("cudaMemsetAsync", pointer, 0, size, stream)
-        self.synchronise(stream)
+        self.call("cudaMemset", pointer, 0, size)
         return pointer
 
     def pinned(self, size: int) -> NDArray[np.uint8]:

@@ -77,22 +77,48 @@ class Flavour:
         cache = None if self.builds_anywhere else config.get_timing_cache()
         return bytes(cache.serialize()) if cache else b""
 
-    def context(self, engine: Any, runtime_cache: bytes) -> tuple[Any, Any]:
-        """An execution context, and with TensorRT for RTX its cache of kernels compiled on this device.
+    def new_cache(self, engine: Any, data: bytes) -> Any:
+        """TensorRT for RTX compiles kernels on the device: its cache of them, from `cache_bytes` of an earlier one.
 
-        `runtime_cache` is what `serialise` of an earlier one returned; one that does not fit is ignored by the library.
+        Data of another device or version are refused by the library, and the cache starts empty. None for TensorRT.
         """
         if not self.builds_anywhere:
-            return engine.create_execution_context(), None
-        config = engine.create_runtime_config()
-        cache = config.create_runtime_cache()
-        if runtime_cache:
-            cache.deserialize(runtime_cache)
-        config.set_runtime_cache(cache)
-        return engine.create_execution_context(config), cache
+            return None
+        cache = engine.create_runtime_config().create_runtime_cache()
+        if data:
+            cache.deserialize(data)
+        return cache
 
-    def context_bytes(self, engine: Any) -> int:
-        """Device memory that a context of this engine takes."""
+    @staticmethod
+    def cache_bytes(cache: Any) -> bytes:
+        """What to keep of a cache for the next start."""
+        data = None if cache is None else cache.serialize()
+        return b"" if data is None else bytes(data)
+
+    def context(self, engine: Any, cache: Any, repeats: bool) -> Any:
+        """An execution context without memory of its own; None where the library fails.
+
+        `repeats`: the same shapes come again and again, so TensorRT for RTX keeps a CUDA graph of them.
+        """
+        owned = self.api.ExecutionContextAllocationStrategy.USER_MANAGED
+        if not self.builds_anywhere:
+            return engine.create_execution_context(owned)
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(owned)
+        if cache is not None:
+            config.set_runtime_cache(cache)
+        if repeats:
+            config.cuda_graph_strategy = self.api.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        return engine.create_execution_context(config)
+
+    @property
+    def captures_itself(self) -> bool:
+        """Whether the library makes CUDA graphs of repeated shapes; otherwise the caller captures them."""
+        return self.builds_anywhere
+
+    @staticmethod
+    def context_bytes(engine: Any) -> int:
+        """Device memory that any context of this engine needs."""
         size = getattr(engine, "device_memory_size_v2", None)
         return int(engine.device_memory_size if size is None else size)
 

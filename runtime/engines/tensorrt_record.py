@@ -111,3 +111,28 @@ def graph_inputs(opened: Bundle) -> dict[str, str]:
     files = opened.manifest.files
     names = [bundle.VISION, bundle.DECODERS["standard"], "vision.data", "decoder.data"]
     return {name: files[name]["sha256"] for name in names if name in files}
+
+
+def find_engines(opened: Bundle, sm: int, target: str | None = None) -> EngineRecord:
+    """The engines of a bundle for a compute capability, or those of a name.
+
+    Raises:
+        EngineError: there are none, or they were built from other files than the bundle's present ones.
+    """
+    found = []
+    for path in sorted((opened.folder / "engines").glob(f"*/{RECORD}")):
+        record = EngineRecord.read(path.parent)
+        if target is None or record.target == target:
+            found.append(record)
+    suitable = [record for record in found if sm in record.compute_capabilities]
+    if not suitable:
+        there = ", ".join(f"{record.target} ({'/'.join(map(str, record.compute_capabilities))})" for record in found)
+        raise EngineError(
+            f"{opened.folder} has no engines for compute capability {sm / 10:.1f} (found: {there or 'none'}); "
+            "make them with internvl-edge build --device NAME"
+        )
+    if suitable[0].inputs != graph_inputs(opened):
+        raise EngineError(
+            f"the engines {suitable[0].target} in {opened.folder} were built from other files; build them again"
+        )
+    return suitable[0]
