@@ -24,8 +24,18 @@ Observe = Callable[[str, Tensor], None]
 
 
 def linear(weights: Weights, name: str, x: Tensor) -> Tensor:
-    """y = x W^T + b in the type of x."""
-    return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+    """y = x W^T + b in the type of x.
+
+    Where `weights` hold an `input_scale` (one number), weights are int8 numbers with a `weight_scale` [out], and x is
+    rounded to such numbers as devices do it.
+    """
+    weight, bias, step = (weights.get(f"{name}.{part}") for part in ("weight", "bias", "input_scale"))
+    assert weight is not None
+    if step is None:
+        return F.linear(x, weight, bias)
+    integers = torch.round(x.float() / step).clamp_(-128, 127).to(weight.dtype)
+    y = F.linear(integers, weight).float() * (step * weights[f"{name}.weight_scale"])
+    return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

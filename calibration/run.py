@@ -20,7 +20,7 @@ from .compute import Compute, choose_compute
 from .dataset import CalibrationSet, DataOptions, finish, prepare
 from .decoder_pass import DecoderPass, Statistics
 from .statistics import Wanted
-from .tower import embed, tower_steps
+from .tower import Replacements, embed, no_replacements, tower_steps
 from .work import WorkFolder, checkpoint_identity
 
 Figures = dict[str, NDArray[Any]]
@@ -76,11 +76,15 @@ def embedded_set(
     options: DataOptions,
     compute: Compute,
     progress: bool = False,
+    replaced: Replacements = no_replacements,
 ) -> tuple[CalibrationSet, Figures]:
-    """The data as the decoder sees it, and the statistics of tower and projector; continues where it was killed."""
-    calibration = prepare(work, checkpoint, identity, options, _say)
+    """The data as the decoder sees it, and the statistics of tower and projector; continues where it was killed.
+
+    `replaced` is that of `tower.embed`.
+    """
+    calibration = prepare(work, checkpoint, identity, options, say)
     with progress_bar("vision", tower_steps(calibration, checkpoint.config), progress) as advance:
-        return calibration, embed(work, checkpoint, calibration, compute, advance)
+        return calibration, embed(work, checkpoint, calibration, compute, advance, replaced)
 
 
 def partial_path(target: Path) -> Path:
@@ -113,7 +117,8 @@ def progress_bar(label: str, total: int, shown: bool) -> Iterator[Callable[[int]
         yield bar.update
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """One line on standard error."""
     print(line, file=sys.stderr)
 
 

@@ -5,7 +5,7 @@ Tiles go through the tower in waves whose hidden states fit in memory; a killed 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,12 @@ _STATE = "vision.npz"
 _WAVE_BYTES = 128 << 20
 _BATCH = 4
 Progress = Callable[[int], object]
+Replacements = Callable[[str], Mapping[str, Tensor]]
+
+
+def no_replacements(block: str) -> Mapping[str, Tensor]:
+    """The tower as the checkpoint holds it."""
+    return {}
 
 
 def tower_steps(calibration: CalibrationSet, config: ModelConfig) -> int:
@@ -36,9 +42,19 @@ def tower_steps(calibration: CalibrationSet, config: ModelConfig) -> int:
 
 @torch.no_grad()
 def embed(
-    work: WorkFolder, checkpoint: Checkpoint, calibration: CalibrationSet, compute: Compute, progress: Progress
+    work: WorkFolder,
+    checkpoint: Checkpoint,
+    calibration: CalibrationSet,
+    compute: Compute,
+    progress: Progress,
+    replaced: Replacements = no_replacements,
 ) -> dict[str, NDArray[Any]]:
     """Fill the image tokens' rows of the embeddings file.
+
+    Args:
+        work, checkpoint, calibration, compute, progress: of the run.
+        replaced: tensors of a block ("vision.layers.0", "projector") that take the place of its own, by their name in
+            the block: those of a quantised tower.
 
     Returns:
         Statistics of the inputs of the tower's and the projector's linears, as `dataset.read_statistics` names them.
@@ -46,7 +62,7 @@ def embed(
     Raises:
         EdgeError: NaN or infinity, named by layer, tensor and sample.
     """
-    run = _Tower(work, checkpoint, calibration, compute, progress)
+    run = _Tower(work, checkpoint, calibration, compute, progress, replaced)
     return run.all_waves()
 
 
@@ -58,7 +74,9 @@ class _Tower:
         calibration: CalibrationSet,
         compute: Compute,
         progress: Progress,
+        replaced: Replacements,
     ) -> None:
+        self._replaced = replaced
         self._work = work
         self._checkpoint = checkpoint
         self._config = checkpoint.config
@@ -96,7 +114,7 @@ class _Tower:
         weights = load_vision_embedding(self._checkpoint, compute)
         x = torch.cat([embed_pixels(weights, self._to_device(batch), vision) for batch in _batches(tiles)])
         for n in range(self._config.vision_layers_used):
-            weights = load_block(self._checkpoint, f"vision.layers.{n}.", compute)
+            weights = self._load(f"vision.layers.{n}")
             observer = self._observer(f"vision.layers.{n}")
             for first in range(0, len(x), _BATCH):
                 rows = slice(first, first + _BATCH)
@@ -107,12 +125,15 @@ class _Tower:
         self._store(self._project(x, start), start)
 
     def _project(self, x: Tensor, start: int) -> Tensor:
-        weights = load_block(self._checkpoint, "projector.", self._compute)
+        weights = self._load("projector")
         observer = self._observer("projector")
         self._announce(observer, start, len(x), self._config.tokens_per_tile)
         embeds = project(weights, x, self._config, observer)
         observer.check("the output", embeds.flatten(0, 1))
         return embeds
+
+    def _load(self, block: str) -> dict[str, Tensor]:
+        return load_block(self._checkpoint, f"{block}.", self._compute) | dict(self._replaced(block))
 
     def _store(self, embeds: Tensor, start: int) -> None:
         """Image tokens of all samples follow one another in the order of the tiles."""

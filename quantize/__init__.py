@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from .run import QuantisationReport, check_recipe, quantize_checkpoint
+from .vision import VisionReport
 
-__all__ = ["QuantisationReport", "check_recipe", "quantize_checkpoint"]
+__all__ = ["QuantisationReport", "VisionReport", "check_recipe", "quantize_checkpoint"]

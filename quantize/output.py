@@ -7,6 +7,7 @@ Packed linears take the place of their weights under the stored names (InternLM2
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,13 +20,21 @@ from internvl_edge import layouts
 from internvl_edge.checkpoint import Checkpoint
 from internvl_edge.codecs import autoawq, compressed_tensors
 from internvl_edge.config import DecoderConfig
-from internvl_edge.linear import PackedLinear, Scheme
+from internvl_edge.linear import W8A8, PackedLinear, Scheme
 from internvl_edge.recipe import Recipe
 from internvl_edge.tensor_files import DTYPES, open_tensor_files
 
 from .files import OutTensor
 from .layer import QuantisedBlock, decoder_scheme
 
+# What a stored vision or projector linear is called, as configurations write it.
+_VISION_TARGETS = {
+    "remote": (r"re:.*vision_model\..*\.(qkv|proj|fc1|fc2)", r"re:.*mlp1\.\d+"),
+    "native": (
+        r"re:.*vision_tower\..*\.(q_proj|k_proj|v_proj|projection_layer|fc1|fc2)",
+        r"re:.*multi_modal_projector\.linear_\d",
+    ),
+}
 _SECTION = {"remote": "llm_config", "native": "text_config"}
 # Modules that keep floats, as substrings of their names.
 _FLOAT_MODULES = {"remote": ("vision_model", "mlp1"), "native": ("vision_tower", "multi_modal_projector")}
@@ -54,16 +63,21 @@ class OutputLayout:
         return out
 
     def unchanged(self, replaced: Iterable[str]) -> list[OutTensor]:
-        """Every stored tensor that is neither replaced by name nor the weight of a packed module."""
+        """Every stored tensor that is neither replaced by name nor the weight of a module packed under another."""
         names = set(replaced)
         modules = {name.rpartition(".")[0] for name in names if name.endswith((".qweight", ".weight_packed"))}
         gone = names | {f"{module}.weight" for module in modules}
         return [OutTensor.stored(name, tensor) for name, tensor in self._stored.items() if name not in gone]
 
-    def config(self) -> dict[str, Any]:
-        """config.json with the quantisation, at the top and in the text model's section."""
+    def config(self, replaced: Iterable[str]) -> dict[str, Any]:
+        """config.json with the quantisation, at the top and, where the text model has a part, in its section.
+
+        `replaced` are the names of all tensors that quantisation has made.
+        """
         values: dict[str, Any] = json.loads((self._checkpoint.folder / "config.json").read_text(encoding="utf-8"))
-        described = self._description()
+        described = self._description(set(replaced))
+        if (self._recipe.decoder, self._recipe.lm_head) == ("fp", "fp"):
+            return values | {"quantization_config": described}
         section = _SECTION[self._config.layout]
         values[section] = values[section] | {"quantization_config": described}
         return values | {"quantization_config": described}
@@ -75,18 +89,38 @@ class OutputLayout:
             if path.is_file() and not skipped and not path.name.startswith("."):
                 shutil.copyfile(path, folder / path.name)
 
-    def _description(self) -> dict[str, Any]:
+    def _description(self, replaced: set[str]) -> dict[str, Any]:
         recipe, head = self._recipe, self._source("decoder.lm_head.weight").names[0].split(".")[-2]
         if recipe.is_autoawq:
             return autoawq.configuration(recipe.group_size, [*_FLOAT_MODULES[self._config.layout], head])
-        targets = {decoder_scheme(recipe): [r"re:.*language_model.*\.layers\..*"]}
-        ignore = [f"re:.*{name}.*" for name in _FLOAT_MODULES[self._config.layout]]
+        layout, ignore = self._config.layout, []
+        targets: dict[Scheme, list[str]] = {}
+        if recipe.vision == "int8":
+            targets[W8A8] = list(_VISION_TARGETS[layout])
+            ignore = [f"re:.*{re.escape(module)}" for module in self._float_linears(replaced)]
+        else:
+            ignore = [f"re:.*{name}.*" for name in _FLOAT_MODULES[layout]]
+        if recipe.decoder == "fp":
+            ignore.append("re:.*language_model.*layers.*")
+        else:
+            targets[decoder_scheme(recipe)] = [r"re:.*language_model.*\.layers\..*"]
         if recipe.lm_head == "fp":
             ignore.append(f"re:.*{head}")
         else:
             scheme = Scheme(8, None, symmetric=True) if recipe.lm_head == "int8" else decoder_scheme(recipe)
             targets[scheme] = [*targets.get(scheme, []), f"re:.*{head}"]
         return compressed_tensors.configuration(targets, ignore)
+
+    def _float_linears(self, replaced: set[str]) -> list[str]:
+        """Stored modules of tower and projector that keep floats though their kind is int8."""
+        names = [name for name, shape in self._checkpoint.shapes.items() if len(shape) == 2]
+        stored = [
+            self._disk[source].removesuffix(".weight")
+            for name in names
+            if name.startswith(("vision.layers.", "projector."))
+            for source in self._source(name).names
+        ]
+        return [module for module in stored if f"{module}.input_scale" not in replaced]
 
     def _pack(self, linear: PackedLinear) -> dict[str, NDArray[Any]]:
         if self._recipe.is_autoawq:
@@ -99,7 +133,11 @@ class OutputLayout:
         for name, linear in linears.items():
             source = self._source(f"{name}.weight")
             stored = self._disk[source.names[0]].removesuffix(".weight")
-            if source.part is None:
+            if len(source.names) > 1:  # query, key and value of the native tower
+                rows = np.split(np.arange(len(linear.values)), len(source.names))
+                for name_of_part, index in zip(source.names, rows, strict=True):
+                    yield self._disk[name_of_part].removesuffix(".weight"), linear.rows(index)
+            elif source.part is None:
                 yield stored, linear
             else:
                 fused.setdefault(stored, {})[source.part] = linear

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from internvl_edge.calibration.compute import Compute, choose_compute
-from internvl_edge.calibration.dataset import CalibrationSet, DataOptions
+from internvl_edge.calibration.dataset import CalibrationSet, DataOptions, prepare
 from internvl_edge.calibration.decoder_pass import DecoderPass, Statistics
 from internvl_edge.calibration.run import (
     embedded_set,
@@ -22,7 +22,9 @@ from internvl_edge.calibration.run import (
     progress_bar,
     require_same_checkpoint,
     run_description,
+    say,
 )
+from internvl_edge.calibration.tower import Replacements, no_replacements
 from internvl_edge.calibration.work import WorkFolder, checkpoint_identity
 from internvl_edge.checkpoint import Checkpoint
 from internvl_edge.errors import EdgeError
@@ -32,6 +34,7 @@ from internvl_edge.tensor_files import open_tensor_files
 from .files import OutTensor, write_file, write_shards
 from .layer import BlockQuantiser, QuantisedBlock
 from .output import OutputLayout
+from .vision import VisionQuantiser, VisionReport
 
 _OUT = "out"
 _ERRORS = "errors.json"
@@ -46,6 +49,7 @@ class QuantisationReport:
         recipe: what was asked for.
         bytes: size of its weight files.
         errors: relative output error of each linear on calibration tokens; empty without data.
+        vision: what became of the tower; None where it keeps its floats.
         samples, tokens, image_tokens: of the calibration set; 0 without data.
         broken: items that were skipped.
     """
@@ -58,6 +62,7 @@ class QuantisationReport:
     tokens: int = 0
     image_tokens: int = 0
     broken: tuple[str, ...] = ()
+    vision: VisionReport | None = None
 
 
 def quantize_checkpoint(
@@ -80,7 +85,7 @@ def quantize_checkpoint(
         out: the folder to make.
         recipe: how; default w4a16-awq in groups of 128.
         data: calibration data for recipes that need it; default: the built-in set.
-        stats: instead of data, what `calibrate` made with this checkpoint.
+        stats: instead of data, what `calibrate` made with this checkpoint; not for int8 vision, which needs images.
         compute: device and type of the calibration; default: the best of this machine.
         restart: discard an unfinished run.
         progress: bars with the time left, on standard error.
@@ -94,6 +99,10 @@ def quantize_checkpoint(
         raise EdgeError(f"{target} exists; choose another --output or remove it")
     if data is not None and stats is not None:
         raise EdgeError("both data and statistics were given; statistics already hold their data")
+    if stats is not None and recipe.vision == "int8":
+        raise EdgeError(
+            "int8 vision needs the images, which statistics no longer hold; give data instead of statistics"
+        )
     check_recipe(source, recipe)
     run = _Run(source, target, recipe, compute, progress)
     return run.finish(run.quantise(data, None if stats is None else Path(stats), restart))
@@ -112,7 +121,7 @@ def check_recipe(checkpoint: Checkpoint, recipe: Recipe) -> None:
     shapes: dict[str, tuple[int, ...]] = {
         name.removesuffix(".weight"): shape
         for name, shape in checkpoint.shapes.items()
-        if name.startswith("decoder.layers.") and len(shape) == 2
+        if name.startswith("decoder.layers.") and len(shape) == 2 and recipe.decoder != "fp"
     }
     if recipe.lm_head != "fp":
         if decoder.tie_word_embeddings:
@@ -140,12 +149,13 @@ class _Run:
         self._progress = progress
         self._layout = OutputLayout(checkpoint, recipe)
         scale_dtype = torch.float16 if recipe.is_autoawq else _TORCH[self._layout.float_dtype.name]
+        self._vision: VisionReport | None = None
         self._quantiser = BlockQuantiser(checkpoint, recipe, compute, scale_dtype)
 
     def quantise(self, data: DataOptions | None, stats: Path | None, restart: bool) -> CalibrationSet | None:
         """All blocks into the work folder; returns the calibration set where one was used."""
         identity = checkpoint_identity(self._checkpoint.folder)
-        needed = self._recipe.needs_data
+        needed = self._recipe.needs_data or self._recipe.vision == "int8"
         options = (data or DataOptions()) if needed and stats is None else None
         run = run_description(identity, options, self._compute if needed else None)
         run |= {"recipe": self._recipe.to_dict(), "stats": str(stats.resolve()) if needed and stats else None}
@@ -158,10 +168,14 @@ class _Run:
             require_same_checkpoint(calibration, identity)
         else:
             assert options is not None
-            calibration, _ = embedded_set(
-                self._work, self._checkpoint, identity, options, self._compute, self._progress
-            )
-        self._with_data(calibration)
+            calibration = prepare(self._work, self._checkpoint, identity, options, say)
+            replaced = self._quantise_vision(calibration) if self._recipe.vision == "int8" else no_replacements
+            if self._recipe.needs_data:  # image tokens as the device will compute them
+                embedded_set(self._work, self._checkpoint, identity, options, self._compute, self._progress, replaced)
+        if self._recipe.needs_data:
+            self._with_data(calibration)
+        else:
+            self._without_data()
         return calibration
 
     def finish(self, calibration: CalibrationSet | None) -> QuantisationReport:
@@ -179,14 +193,14 @@ class _Run:
         folder.mkdir()
         _require_space(folder, total)
         self._layout.copy_side_files(folder)
-        config = json.dumps(self._layout.config(), indent=2, ensure_ascii=False)
+        config = json.dumps(self._layout.config(tensor.name for tensor in quantised), indent=2, ensure_ascii=False)
         (folder / "config.json").write_text(config + "\n", encoding="utf-8")
         with progress_bar("write", total, self._progress) as advance:
             write_shards(folder, tensors, progress=advance)
         image_tokens = int(calibration.is_image.sum()) if calibration else 0
         folder.rename(self._target)
         shutil.rmtree(self._work.path)
-        report = QuantisationReport(self._target, self._recipe, total, errors)
+        report = QuantisationReport(self._target, self._recipe, total, errors, vision=self._vision)
         if calibration is None:
             return report
         return replace(
@@ -197,8 +211,16 @@ class _Run:
             broken=tuple(calibration.broken),
         )
 
+    def _quantise_vision(self, calibration: CalibrationSet) -> Replacements:
+        how = self._recipe.vision_int8
+        quantiser = VisionQuantiser(self._work, self._checkpoint, calibration, self._compute, how)
+        self._vision = quantiser.run(lambda label, steps: progress_bar(label, steps, self._progress))
+        for block in quantiser.blocks:
+            self._once(f"block-{block}", partial(quantiser.block, block))
+        return quantiser.replacements
+
     def _without_data(self) -> None:
-        layers = self._checkpoint.config.decoder.num_hidden_layers
+        layers = self._checkpoint.config.decoder.num_hidden_layers if self._recipe.decoder != "fp" else 0
         with progress_bar("quantize", layers, self._progress) as advance:
             for layer in range(layers):
                 self._once(f"block-{layer:03}", partial(self._quantiser.layer, layer, None))

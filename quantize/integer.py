@@ -1,0 +1,141 @@
+"""One float linear and what its input looks like -> int8 weights, int8 input: strength of smoothing and range chosen.
+
+Choices are judged by the error of the layer's output on a sample of its inputs. Does not know where the layer stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from internvl_edge.calibration.statistics import InputStatistics
+from internvl_edge.linear import PackedLinear
+
+from .calibrators import CALIBRATORS, HIGHEST, find_range, histogram
+from .smoothing import STRENGTHS, smoothing_scale
+
+# Strengths of smoothing are compared with the range that this finds.
+_FOR_STRENGTH = "mse"
+_ARRAYS = ("values", "scale", "input_scale", "smoothing")
+
+
+@dataclass(frozen=True)
+class IntegerLinear:
+    """A quantised layer, and how it came about.
+
+    Attributes:
+        packed: int8 weights with their scales, and the input's scale.
+        smoothing: [in] float32, by what the norm before it must be divided; None for nothing.
+        calibrator: the method that found the range.
+        strength: of smoothing, 0 for none.
+        error: relative output error on the sample of inputs: sqrt(|Y' - Y|^2 / |Y|^2).
+    """
+
+    packed: PackedLinear
+    smoothing: NDArray[np.float32] | None
+    calibrator: str
+    strength: float
+    error: float
+
+    @property
+    def range(self) -> float:
+        """The largest |x|, after smoothing, that is not clipped."""
+        assert self.packed.input_scale is not None
+        return self.packed.input_scale * HIGHEST
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """For storing, with `facts`."""
+        packed = self.packed
+        smoothing = np.empty(0, np.float32) if self.smoothing is None else self.smoothing
+        return dict(zip(_ARRAYS, (packed.values, packed.scale, np.array(packed.input_scale), smoothing), strict=True))
+
+    def facts(self) -> dict[str, Any]:
+        """JSON values."""
+        return {"calibrator": self.calibrator, "strength": self.strength, "range": self.range, "error": self.error}
+
+    @staticmethod
+    def stored(arrays: Mapping[str, NDArray[Any]], facts: Mapping[str, Any]) -> IntegerLinear:
+        """What `arrays` and `facts` were made from."""
+        values, scale, step, smoothing = (arrays[name] for name in _ARRAYS)
+        packed = PackedLinear(values, scale, None, bits=8, input_scale=float(step))
+        kept = smoothing if len(smoothing) else None
+        return IntegerLinear(packed, kept, facts["calibrator"], facts["strength"], facts["error"])
+
+
+def quantise_linear(
+    weight: Tensor, inputs: InputStatistics, calibrator: str, norm: Sequence[Tensor] | None
+) -> IntegerLinear:
+    """Quantise weight [out, in] float32 for these inputs, of which a token subset must have been kept.
+
+    Args:
+        weight: the linear.
+        inputs: statistics of its input, before smoothing.
+        calibrator: one of `CALIBRATORS`, or "best": whichever gives the smallest output error.
+        norm: vectors in their stored type into which smoothing folds; None where it may not be applied.
+    """
+    assert inputs.subset is not None
+    layer = _Layer(weight, inputs)
+    rounded = layer.rounded(0.0, None)
+    best = rounded.with_range(_FOR_STRENGTH)
+    for strength in STRENGTHS if norm is not None else ():
+        tried = layer.rounded(strength, smoothing_scale(inputs.max_abs, weight, strength, norm or ()))
+        found = tried.with_range(_FOR_STRENGTH)
+        if found.error < best.error:
+            rounded, best = tried, found
+    methods = CALIBRATORS if calibrator == "best" else (calibrator,)
+    return min((rounded.with_range(method) for method in methods), key=lambda choice: choice.error)
+
+
+class _Layer:
+    """A float linear on the sample of its inputs."""
+
+    def __init__(self, weight: Tensor, inputs: InputStatistics) -> None:
+        assert inputs.subset is not None
+        self._weight, self._x, self._largest = weight, inputs.subset.float(), inputs.max_abs
+        self.expected = self._x @ weight.T
+        self.energy = self.expected.square().sum(dtype=torch.float64).clamp(min=1e-30)
+
+    def rounded(self, strength: float, smoothing: Tensor | None) -> _Rounded:
+        if smoothing is None:
+            return _Rounded(self, strength, None, self._x, self._weight, float(self._largest.max()))
+        largest = float((self._largest / smoothing).max())
+        return _Rounded(self, strength, smoothing, self._x / smoothing, self._weight * smoothing, largest)
+
+
+class _Rounded:
+    """Weights in int8 for smoothed inputs x, whose range is to be found."""
+
+    def __init__(
+        self, layer: _Layer, strength: float, smoothing: Tensor | None, x: Tensor, weight: Tensor, largest: float
+    ) -> None:
+        self._layer, self._strength, self._smoothing = layer, strength, smoothing
+        self._x, self._largest = x, largest or 1.0
+        self._counts = histogram(x, self._largest)
+        self._scale = weight.abs().amax(1, keepdim=True) / HIGHEST
+        self._scale[self._scale == 0] = 1
+        self._values = torch.round(weight / self._scale)
+
+    def with_range(self, calibrator: str) -> IntegerLinear:
+        """The layer with the range that one method finds, and the error of its output."""
+        step = float(np.float32(find_range(calibrator, self._counts, self._largest) / HIGHEST))
+        y = (round_inputs(self._x, step) @ self._values.T).mul_(self._scale[:, 0] * step)
+        error = y.sub_(self._layer.expected).square_().sum(dtype=torch.float64) / self._layer.energy
+        values = self._values.to(torch.int8).cpu().numpy()
+        return IntegerLinear(
+            packed=PackedLinear(values, self._scale.cpu().numpy(), None, bits=8, input_scale=step),
+            smoothing=None if self._smoothing is None else self._smoothing.cpu().numpy(),
+            calibrator=calibrator,
+            strength=self._strength,
+            error=float(error.sqrt()),
+        )
+
+
+def round_inputs(x: Tensor, step: float) -> Tensor:
+    """The int8 numbers of an input, as floats."""
+    return (x / step).round_().clamp_(-HIGHEST - 1, HIGHEST)

@@ -1,0 +1,182 @@
+"""A resumable pass of tiles through tower and projector, block by block, one block in memory at a time.
+
+Hidden states lie in memory-mapped files. After each block the state is saved: a killed run continues with the block it
+was in. Those of a few tiles are kept for all blocks, for the way back (`sensitivity`). Knows nothing of rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from internvl_edge.calibration.blocks import Observe, Weights, embed_pixels, project, vision_block
+from internvl_edge.calibration.compute import Compute
+from internvl_edge.calibration.dataset import TILES, CalibrationSet
+from internvl_edge.calibration.statistics import InputStatistics, Observer, Wanted
+from internvl_edge.calibration.tower import Replacements, no_replacements
+from internvl_edge.calibration.weights import load_block, load_vision_embedding
+from internvl_edge.calibration.work import WorkFolder
+from internvl_edge.checkpoint import Checkpoint
+from internvl_edge.config import ModelConfig
+
+PROJECTOR = "projector"
+_BATCH = 4
+
+Progress = Callable[[int], object]
+# (block, statistics of its inputs): stores its own results, and may be called again for a block it has stored already.
+BlockHandler = Callable[[str, Mapping[str, InputStatistics]], None]
+
+
+def blocks_of(config: ModelConfig) -> list[str]:
+    """Canonical names of the tower's blocks that run, in order, and the projector."""
+    return [*(f"vision.layers.{n}" for n in range(config.vision_layers_used)), PROJECTOR]
+
+
+def run_block(config: ModelConfig, block: str, weights: Weights, x: Tensor, observe: Observe) -> Tensor:
+    """float32 x [tiles, 1 + patches, hidden] through one block; the projector gives [tiles, tokens, decoder hidden]."""
+    if block == PROJECTOR:
+        return project(weights, x, config, observe)
+    return vision_block(weights, x, config.vision, observe)
+
+
+@dataclass(frozen=True)
+class TileSample:
+    """Some of a calibration set's tiles.
+
+    Attributes:
+        pixels: uint8 [tiles, S, S, 3].
+        owners: the sample each tile comes from.
+        probes: places among them of the few whose hidden states are kept for all blocks.
+    """
+
+    pixels: NDArray[np.uint8]
+    owners: list[str]
+    probes: NDArray[np.intp]
+
+    @staticmethod
+    def of(calibration: CalibrationSet, config: ModelConfig, most: int, probes: int) -> TileSample:
+        """At most `most` tiles of a set whose tiles still lie in its folder, evenly spaced; `probes` of these."""
+        owners = [name for name, count in zip(calibration.names, calibration.tiles, strict=True) for _ in range(count)]
+        size = config.vision.image_size
+        chosen = _evenly(len(owners), most)
+        shape = (len(owners), size, size, 3)
+        pixels = np.memmap(calibration.folder / TILES, np.uint8, "r", shape=shape)[chosen] if owners else _none(size)
+        return TileSample(pixels, [owners[index] for index in chosen], _evenly(len(chosen), probes))
+
+
+def _none(size: int) -> NDArray[np.uint8]:
+    return np.empty((0, size, size, 3), np.uint8)
+
+
+def _evenly(count: int, most: int) -> NDArray[np.intp]:
+    kept = min(count, most)
+    return (np.arange(kept) * count // max(kept, 1)).astype(np.intp)
+
+
+class VisionPass:
+    """One pass; `label` keeps the files of several passes in one work folder apart."""
+
+    def __init__(
+        self,
+        work: WorkFolder,
+        label: str,
+        checkpoint: Checkpoint,
+        tiles: TileSample,
+        compute: Compute,
+        progress: Progress,
+        replaced: Replacements = no_replacements,
+    ) -> None:
+        self._work = work
+        self._label = label
+        self._checkpoint = checkpoint
+        self._config = checkpoint.config
+        self._tiles = tiles
+        self._compute = compute
+        self._progress = progress
+        self._replaced = replaced
+        self._blocks = blocks_of(self._config)
+
+    @torch.no_grad()
+    def run(self, wanted: Wanted, handle: BlockHandler) -> None:
+        """Take every block: gather what is wanted, let `handle` do its work.
+
+        Raises:
+            EdgeError: NaN or infinity, named by block, tensor and sample.
+        """
+        state = f"vision-{self._label}.json"
+        done = int((self._work.read_json(state) or {"blocks": 0})["blocks"])
+        if not self._path(0).exists() and not done:
+            self._embed()
+        self._progress(done * len(self._tiles.pixels))
+        for index in range(done, len(self._blocks)):
+            handle(self._blocks[index], self._forward(index, wanted))
+            self._work.write_json(state, {"blocks": index + 1})
+            self._path(index).unlink(missing_ok=True)
+
+    def embeddings(self) -> NDArray[np.float32]:
+        """What came out, [tiles, tokens, decoder hidden]; after `run`."""
+        return self._open(len(self._blocks), "r")
+
+    def probes(self, index: int) -> NDArray[np.float32]:
+        """Input of block `index` for the probes, [probes, tokens, width]; behind the last, what came out."""
+        return np.asarray(np.load(self._work.path / self._probe_name(index)), np.float32)
+
+    def remove_probes(self) -> None:
+        """Delete what was kept for the way back."""
+        for index in range(len(self._blocks) + 1):
+            (self._work.path / self._probe_name(index)).unlink(missing_ok=True)
+
+    def _embed(self) -> None:
+        weights = load_vision_embedding(self._checkpoint, self._compute)
+        out = self._open(0, "w+", new=True)
+        for rows in self._batches():
+            pixels = torch.from_numpy(np.array(self._tiles.pixels[rows])).to(self._compute.device)
+            out[rows] = embed_pixels(weights, pixels, self._config.vision).cpu().numpy()
+        self._finish(0, out)
+
+    def _forward(self, index: int, wanted: Wanted) -> Mapping[str, InputStatistics]:
+        block = self._blocks[index]
+        weights = load_block(self._checkpoint, f"{block}.", self._compute) | dict(self._replaced(block))
+        tokens = self._config.tokens_per_tile if block == PROJECTOR else self._config.vision.grid_size**2 + 1
+        observer = Observer(block, len(self._tiles.pixels) * tokens, wanted)
+        source, out = self._open(index, "r"), self._open(index + 1, "w+", new=True)
+        for rows in self._batches():
+            x = torch.from_numpy(np.array(source[rows])).to(self._compute.device)
+            observer.begin(rows.start * tokens, [(name, tokens) for name in self._tiles.owners[rows]])
+            x = run_block(self._config, block, weights, x, observer)
+            observer.check("the output", x.flatten(0, 1))
+            out[rows] = x.cpu().numpy()
+            self._progress(len(x))
+        self._finish(index + 1, out)
+        return observer.inputs
+
+    def _batches(self) -> list[slice]:
+        count = len(self._tiles.pixels)
+        return [slice(start, min(start + _BATCH, count)) for start in range(0, count, _BATCH)]
+
+    def _open(self, index: int, mode: str, new: bool = False) -> NDArray[np.float32]:
+        vision, config = self._config.vision, self._config
+        shape = (len(self._tiles.pixels), vision.grid_size**2 + 1, vision.hidden_size)
+        if index == len(self._blocks):
+            shape = (len(self._tiles.pixels), config.tokens_per_tile, config.decoder.hidden_size)
+        path = self._path(index)
+        where = path.with_suffix(".new") if new else path
+        return np.memmap(where, np.float32, mode, shape=shape)  # type: ignore[call-overload,no-any-return]
+
+    def _finish(self, index: int, out: NDArray[np.float32]) -> None:
+        """Probes first: where the file of all tiles is whole, theirs is."""
+        np.save(self._work.path / self._probe_name(index), out[self._tiles.probes])
+        out.flush()  # type: ignore[attr-defined]  # a memmap
+        self._path(index).with_suffix(".new").replace(self._path(index))
+
+    def _path(self, index: int) -> Path:
+        return self._work.path / f"vision-{self._label}-{index}.f32"
+
+    def _probe_name(self, index: int) -> str:
+        return f"vision-{self._label}-probes-{index}.npy"
