@@ -9,9 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .run import calibrate
     from .compute import choose_compute
     from .dataset import CalibrationSet, DataOptions, read_statistics
+    from .run import calibrate
 
 __all__ = ["CalibrationSet", "DataOptions", "calibrate", "choose_compute", "read_statistics"]
 

@@ -6,6 +6,8 @@ Matrix products of bfloat16 accumulate in float32. float16 is never used: activa
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,17 @@ def _cpu_multiplies_bfloat16() -> bool:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
     return bool(_CPU_FLAGS & set(flags.split()))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For loops of small operations: threads would cost more at their barriers than they save."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def to_torch(array: np.ndarray[Any, Any]) -> Tensor:

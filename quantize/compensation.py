@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from internvl_edge.calibration.compute import one_thread
 from internvl_edge.errors import EdgeError
 
 from .grid import Grid
@@ -58,13 +59,14 @@ def compensated_rounding(weight: Tensor, grid: Grid, order: Tensor, upper: Tenso
     errors = torch.empty(min(_BLOCK, len(w)), w.shape[1], device=w.device)
     for start in range(0, len(w), _BLOCK):
         stop = min(start + _BLOCK, len(w))
-        for column in range(start, stop):
-            step = scale[column]
-            rounded = torch.round(w[column] / step).add_(zero[column]).clamp_(low, high)
-            q[column] = rounded
-            error = (w[column] - (rounded - zero[column]) * step).div_(upper[column, column])
-            errors[column - start] = error
-            w[column + 1 : stop].addr_(upper[column, column + 1 : stop], error, alpha=-1)
+        with one_thread():
+            for column in range(start, stop):
+                step = scale[column]
+                rounded = torch.round(w[column] / step).add_(zero[column]).clamp_(low, high)
+                q[column] = rounded
+                error = (w[column] - (rounded - zero[column]) * step).div_(upper[column, column])
+                errors[column - start] = error
+                w[column + 1 : stop].addr_(upper[column, column + 1 : stop], error, alpha=-1)
         w[stop:].addmm_(upper[start:stop, stop:].T, errors[: stop - start], alpha=-1)
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from ..hub import resolve_checkpoint
-from .data_options import calibration_options, compute_options, data_options, missing_package
+from .data_options import calibration_options, compute_options, data_options, missing_package, wait_politely
 from .output import print_json
 
 
@@ -26,6 +26,7 @@ def command(checkpoint: str, output: Path, as_json: bool, **values: Any) -> None
     killed run continues when the command is repeated.
     """
     started = time.perf_counter()
+    wait_politely()
     try:
         from internvl_edge.calibration import calibrate
     except ImportError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,15 @@ _OPTIONS = (
     ),
     click.option("--restart", is_flag=True, help="Discard an unfinished run instead of continuing it."),
 )
+
+
+def wait_politely() -> None:
+    """Before torch is imported: its threads sleep at barriers instead of spinning.
+
+    A quantiser's many small operations meet a barrier each; with spinning threads they cost a multiple of their work
+    as soon as another program uses a core.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def calibration_options(command: Command) -> Command:

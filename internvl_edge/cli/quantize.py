@@ -13,7 +13,7 @@ import click
 from ..errors import EdgeError
 from ..hub import resolve_checkpoint
 from ..recipe import CALIBRATORS, DECODER_SCHEMES, LM_HEADS, Recipe, VisionInt8
-from .data_options import calibration_options, compute_options, data_options, missing_package
+from .data_options import calibration_options, compute_options, data_options, missing_package, wait_politely
 from .output import print_json, size
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ def command(checkpoint: str, output: Path, stats: Path | None, as_json: bool, **
             keep=values.pop("vision_float"),
         ),
     )
+    wait_politely()
     try:
         from internvl_edge.quantize import quantize_checkpoint
     except ImportError as error:
