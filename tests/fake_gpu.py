@@ -35,7 +35,7 @@ class FakeCuda:
 
     cudaError_t = cudaError_t  # noqa: N815
     cudaHostAllocDefault, cudaStreamNonBlocking = 0, 1  # noqa: N815
-    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)  # noqa: N815
+    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3)  # noqa: N815
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)  # noqa: N815
     cudaDeviceAttr = SimpleNamespace(  # noqa: N815
         cudaDevAttrComputeCapabilityMajor="major", cudaDevAttrComputeCapabilityMinor="minor"
@@ -130,6 +130,10 @@ class FakeCuda:
         return (0,)
 
     def cudaMemcpyAsync(self, target: int, source: int, size: int, kind: int, stream: int) -> Any:  # noqa: N802
+        if kind == 3:
+            there, here = self.at(target, size), self.at(source, size)
+            self.queue(stream, lambda: np.copyto(there, here))
+            return (0,)
         to_device = kind == 1
         device, host = (
             self.at(target if to_device else source, size),
