@@ -1,18 +1,36 @@
-# One file for both targets; the wheel is built first, so that every step can be repeated without this repository:
+# One file for every target; the wheel is built first, so that every step can be repeated without this repository:
+#
 #   pip wheel --no-deps -w dist .
-#   docker build -t internvl-edge .                                   CPU, any x86-64 or Arm machine
-# Base images for NVIDIA devices are arguments: --build-arg BASE=... --build-arg EXTRA=...
+#   docker build -t internvl-edge .                                              CPU, x86-64 or Arm
+#   docker build -t internvl-edge:rtx --build-arg EXTRA=rtx \
+#       --build-arg BASE=nvidia/cuda:13.0.2-base-ubuntu24.04 .                   GeForce and RTX cards
+#   docker build -t internvl-edge:jetson --build-arg EXTRA=jetson \
+#       --build-arg BASE=IMAGE .                                                 Jetson; IMAGE: JetPack 7.2 or newer with
+#                                                                                TensorRT 10.15 or newer for python3
+#
+#   docker run --rm -v "$PWD:/data" internvl-edge run /data/bundle --image /data/receipt.jpg "What is the total?"
+#   docker run --rm --gpus all -v "$PWD:/data" internvl-edge:rtx build /data/bundle
+#   docker run --rm --runtime nvidia -v "$PWD:/data" internvl-edge:jetson build /data/bundle --device orin-nano-8gb
 ARG BASE=python:3.11-slim-bookworm
+# hadolint ignore=DL3006
 FROM ${BASE}
 
 ARG EXTRA=cpu
-ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PATH=/opt/internvl-edge/bin:$PATH
 
-RUN useradd --create-home --uid 1000 edge
+# CUDA images come without Python. hadolint would have versions pinned, which differ from base to base.
+# hadolint ignore=DL3008
+RUN python3 -c "import ensurepip" 2>/dev/null \
+    || { apt-get update && apt-get install -y --no-install-recommends python3 python3-venv && rm -rf /var/lib/apt/lists/*; }
+
+# JetPack's TensorRT belongs to the system's Python, so the environment looks there too.
 COPY dist/*.whl /tmp/
-RUN python3 -m pip install "$(ls /tmp/internvl_edge-*.whl)[${EXTRA}]" && rm /tmp/*.whl
+RUN python3 -m venv --system-site-packages /opt/internvl-edge \
+    && pip install "$(ls /tmp/internvl_edge-*.whl)[${EXTRA}]" \
+    && rm /tmp/*.whl \
+    && useradd --create-home --uid 10001 edge
 
-USER edge
+USER 10001
 WORKDIR /home/edge
 HEALTHCHECK --interval=60s --timeout=20s CMD ["internvl-edge", "doctor"]
 ENTRYPOINT ["internvl-edge"]

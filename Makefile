@@ -7,7 +7,7 @@ JOBS ?= 2
 # ONNX Runtime and torch both use all cores; tests run side by side instead.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test slow lint format wheel clean help
+.PHONY: demo test slow gpu-acceptance lint format wheel clean help
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -20,6 +20,9 @@ test: $(VENV)/ready ## Fast tests
 
 slow: $(VENV)/ready ## Tests that need minutes
 	$(BIN)/pytest -n $(JOBS) -m slow
+
+gpu-acceptance: $(VENV)/ready ## Build, compare and time on this machine's NVIDIA GPU, within 8 minutes
+	$(BIN)/python benchmarks/gpu_acceptance.py
 
 lint: $(VENV)/ready ## Style and types
 	$(BIN)/ruff check .
@@ -36,7 +39,7 @@ wheel: $(VENV)/ready ## Build the wheel and import every module of it in a clean
 $(VENV)/ready: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/pip install --quiet --group dev --editable ".[cpu,export,video]"
+	$(BIN)/pip install --quiet --group dev --editable ".[cpu,export,rtx,video]"
 	touch $@
 
 $(DEMO_VENV)/ready: pyproject.toml setup.py

@@ -1,0 +1,60 @@
+"""What `plan` counts against what a bundle really holds and the engine really allocates.
+
+    python benchmarks/plan_agreement.py NAME=BUNDLE ...          e.g. 1B=bundles/1B 2B=bundles/2B
+
+Writes results/plan-agreement.json; exit status 1 where they differ by more than 5 %.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from record import write_results
+
+from internvl_edge.bundle import EMBEDDINGS, Bundle
+from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from internvl_edge.runtime.footprint import Footprint
+from internvl_edge.runtime.precision import bundle_precision
+
+CONTEXT = 512
+ALLOWED = 0.05
+
+
+def main() -> None:
+    """Compare, write, judge."""
+    named = [argument.partition("=") for argument in sys.argv[1:]]
+    if not named or not all(folder for _, _, folder in named):
+        sys.exit(__doc__)
+    found = {name: compare(Bundle.open(Path(folder))) for name, _, folder in named}
+    print(write_results("plan-agreement", {"context": CONTEXT, "allowed": ALLOWED, "bundles": found}))
+    off = [
+        f"{name}: {part} is {sizes['off']:+.1%}"
+        for name, parts in found.items()
+        for part, sizes in parts.items()
+        if abs(sizes["off"]) > ALLOWED
+    ]
+    sys.exit("; ".join(off) or 0)
+
+
+def compare(bundle: Bundle) -> dict[str, dict[str, Any]]:
+    """Part -> bytes counted and real, and how far the first is off."""
+    precision = bundle_precision(bundle.manifest)
+    footprint = Footprint(bundle.manifest.model, precision)
+    counted, files = footprint.weights, bundle.manifest.files
+    # The CPU engine's cache holds what its graphs compute in, the planned one 16 bits.
+    cache = OnnxRuntimeEngine(bundle, capacity=CONTEXT)._cache
+    width = {"float32": 4, "float16": 2, "bfloat16": 2}[bundle.manifest.activations]
+    allocated = sum(value.numpy().nbytes for value in cache.values()) * precision.cache_bytes // width
+    pairs = {
+        "vision": (counted.vision, files["vision.data"]["bytes"]),
+        "decoder": (counted.decoder + counted.head, files["decoder.data"]["bytes"]),
+        "token table": (counted.embeddings, files[EMBEDDINGS]["bytes"]),
+        "KV cache": (footprint.cache_bytes(CONTEXT), allocated),
+    }
+    return {part: {"counted": a, "real": b, "off": round(a / b - 1, 5)} for part, (a, b) in pairs.items()}
+
+
+if __name__ == "__main__":
+    main()
