@@ -1,0 +1,171 @@
+"""AutoAWQ 0.2.9 as another search for scales and clipping, for comparison with this project's own.
+
+    python -m internvl_edge.adapters.autoawq CHECKPOINT CALIBRATION OUT --group-size 128
+
+Qwen2 models only. AutoAWQ by itself sees text; here it gets what `calibrate` embedded, image tokens included. The whole
+decoder is in memory in float32. Needs the extra `autoawq` (archived upstream; works with transformers 5.5 to 5.23).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from torch import Tensor
+
+from internvl_edge.calibration.compute import to_numpy, to_torch
+from internvl_edge.calibration.dataset import CalibrationSet
+from internvl_edge.calibration.run import require_same_checkpoint
+from internvl_edge.calibration.work import checkpoint_identity
+from internvl_edge.quantize import check_recipe
+from internvl_edge.quantize.files import write_shards
+from internvl_edge.quantize.layer import QuantisedBlock
+from internvl_edge.quantize.output import OutputLayout
+
+from ..checkpoint import Checkpoint
+from ..codecs import autoawq
+from ..errors import EdgeError
+from ..recipe import Recipe
+
+# AutoAWQ joins its samples and cuts them into sequences of one length; this is its own default.
+SEQUENCE_LENGTH = 512
+_PARTS = ("qweight", "qzeros", "scales")
+
+
+def quantize_with_autoawq(
+    checkpoint: str | Path, calibration: str | Path, out: str | Path, group_size: int = 128
+) -> Path:
+    """Quantise the decoder of a Qwen2 checkpoint to 4 bits with AutoAWQ's search.
+
+    Args:
+        checkpoint: local folder with float weights.
+        calibration: what `calibrate` made with this checkpoint.
+        out: the checkpoint folder to make, in AutoAWQ's GEMM format.
+        group_size: inputs that share one scale.
+
+    Raises:
+        EdgeError: another text model, AutoAWQ missing or broken, too little data, or anything `check_recipe` refuses.
+    """
+    source, target = Checkpoint(Path(checkpoint)), Path(out)
+    if source.config.decoder.architecture != "qwen2":
+        raise EdgeError(
+            f"AutoAWQ is wrong for {source.config.decoder.architecture}: it scales the last rows of the fused wqkv, "
+            "which are not the value rows; use internvl-edge quantize"
+        )
+    if target.exists():
+        raise EdgeError(f"{target} exists; choose another folder or remove it")
+    recipe = Recipe(group_size=group_size)
+    check_recipe(source, recipe)
+    data = CalibrationSet.open(Path(calibration))
+    require_same_checkpoint(data, checkpoint_identity(source.folder))
+    state = _search(source, _sequences(data), group_size)
+    layout = OutputLayout(source, recipe)
+    quantised = layout.tensors(_as_block(source, state))
+    target.mkdir(parents=True)
+    tensors = [*quantised, *layout.unchanged(tensor.name for tensor in quantised)]
+    write_shards(target, sorted(tensors, key=lambda tensor: tensor.name))
+    layout.copy_side_files(target)
+    config = layout.config(tensor.name for tensor in quantised)
+    (target / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return target
+
+
+def _sequences(data: CalibrationSet) -> Tensor:
+    """[sequences, length, hidden] float32 of the embedded samples, joined and cut."""
+    length = min(SEQUENCE_LENGTH, data.total)
+    count = data.total // length
+    return torch.from_numpy(np.array(data.embeddings()[: count * length])).reshape(count, length, -1)
+
+
+def _search(checkpoint: Checkpoint, sequences: Tensor, group_size: int) -> dict[str, Tensor]:
+    """AutoAWQ's tensors of the decoder's layers by their name below `decoder.`."""
+    try:
+        from awq.models.qwen2 import Qwen2AWQForCausalLM
+        from awq.quantize.quantizer import AwqQuantizer
+    except ImportError as error:
+        raise EdgeError(f"AutoAWQ cannot be imported ({error}): pip install 'internvl-edge[autoawq]'") from None
+
+    class Embedded(AwqQuantizer):  # type: ignore[misc]  # the library has no types
+        """Starts from embeddings instead of token ids."""
+
+        def init_quant(self, n_samples: int = 0, max_seq_len: int = 0) -> tuple[Any, dict[str, Any], Tensor]:
+            positions = torch.arange(sequences.shape[1])[None]
+            rotary = self.model.model.rotary_emb(sequences, positions)
+            given = {"attention_mask": None, "position_ids": positions, "position_embeddings": rotary}
+            return self.awq_model.get_model_layers(self.model), given, sequences
+
+    model = _text_model(checkpoint)
+    wrapped = Qwen2AWQForCausalLM(model, "qwen2", False, model.config, None, None)
+    wanted = {"zero_point": True, "q_group_size": group_size, "w_bit": 4, "version": "GEMM"}
+    wrapped.quantize(None, quant_config=wanted, quantizer_cls=Embedded)
+    state = model.state_dict()
+    return {name.removeprefix("model."): tensor for name, tensor in state.items() if ".layers." in name}
+
+
+def _text_model(checkpoint: Checkpoint) -> Any:
+    """transformers' Qwen2ForCausalLM with the checkpoint's decoder, float32."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    decoder = checkpoint.config.decoder
+    config = Qwen2Config(
+        vocab_size=decoder.vocab_size,
+        hidden_size=decoder.hidden_size,
+        intermediate_size=decoder.intermediate_size,
+        num_hidden_layers=decoder.num_hidden_layers,
+        num_attention_heads=decoder.num_attention_heads,
+        num_key_value_heads=decoder.num_key_value_heads,
+        rms_norm_eps=decoder.rms_norm_eps,
+        max_position_embeddings=decoder.max_position_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": decoder.rope.theta},
+        tie_word_embeddings=False,
+        attn_implementation="sdpa",
+    )
+    with torch.device("meta"):
+        model = Qwen2ForCausalLM(config)
+    names = [name for name in checkpoint.shapes if name.startswith("decoder.")]
+    # Copies: AutoAWQ scales weights in place, and those of a float32 checkpoint are views of its file.
+    tensors = {name: to_torch(checkpoint.tensor(name)).to(torch.float32, copy=True) for name in names}
+    prefixes = {"decoder.lm_head": "lm_head", "decoder.": "model."}
+    renamed = {_renamed(name, prefixes): tensor for name, tensor in tensors.items()}
+    model.load_state_dict(renamed, assign=True)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffers are not in the checkpoint
+    return model.eval()
+
+
+def _renamed(name: str, prefixes: dict[str, str]) -> str:
+    return next(new + name.removeprefix(old) for old, new in prefixes.items() if name.startswith(old))
+
+
+def _as_block(checkpoint: Checkpoint, state: dict[str, Tensor]) -> QuantisedBlock:
+    """AutoAWQ's result in this project's terms; norms and biases are rounded to the type they were stored in."""
+    block = QuantisedBlock()
+    for name, tensor in state.items():
+        module, _, kind = f"decoder.{name}".rpartition(".")
+        if kind == "qweight":
+            parts = (state[f"{name.removesuffix(kind)}{part}"].numpy() for part in _PARTS)
+            block.linears[module] = autoawq.unpack(*parts)
+        elif kind not in _PARTS:
+            stored = to_torch(checkpoint.tensor(f"{module}.{kind}")).dtype
+            block.tensors[f"{module}.{kind}"] = to_numpy(tensor.to(stored))
+    return block
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("calibration", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--group-size", type=int, default=128, show_default=True)
+def main(checkpoint: Path, calibration: Path, out: Path, group_size: int) -> None:
+    """Quantise CHECKPOINT with AutoAWQ on CALIBRATION, the folder that `internvl-edge calibrate` made, into OUT."""
+    try:
+        click.echo(quantize_with_autoawq(checkpoint, calibration, out, group_size))
+    except EdgeError as error:
+        raise click.ClickException(str(error)) from None
+
+
+if __name__ == "__main__":
+    main()
