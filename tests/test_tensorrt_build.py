@@ -135,6 +135,22 @@ def test_int4_stays_weight_only_with_its_correction_beside_it(tmp_path: Path, na
     assert outputs_of_type(network, "REDUCE")["FLOAT"] == norms + sums
 
 
+def test_int8_towers_keep_their_quantised_products(tmp_path: Path) -> None:
+    """Inputs and weights of every product in the blocks are quantised; attention and the rest have 16 bits."""
+    source, checkpoint = tiny.write_checkpoint(tmp_path / "plain"), tmp_path / "int8"
+    script = Path(__file__).resolve().parent.parent / "benchmarks" / "int8_tower.py"
+    subprocess.run([sys.executable, str(script), str(source), str(checkpoint)], check=True)
+    bundle = Bundle.open(export_bundle(checkpoint, tmp_path / "bundle", "float16"))
+    vision, _ = networks(bundle)
+    products = 4 * bundle.manifest.model.vision_layers_used
+    assert layer_types(vision)["QUANTIZE"] == products
+    assert layer_types(vision)["DEQUANTIZE"] == 2 * products
+    assert outputs_of_type(vision, "QUANTIZE") == {"INT8": products}
+    assert outputs_of_type(vision, "DEQUANTIZE") == {"BF16": 2 * products}
+    assert set(outputs_of_type(vision, "MATRIX_MULTIPLY")) == {"BF16"}
+    assert build_engines(bundle, RTX, options_for(RTX, **SIZES))[1]
+
+
 # -- engines -----------------------------------------------------------------------------------------------------------
 
 
