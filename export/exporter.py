@@ -29,7 +29,7 @@ from .chat_template import check_chat_template
 from .decoder import build_decoder
 from .quantised import PackedWeights
 from .tokenizer import build_tokenizer, token_ids
-from .vision import build_vision
+from .vision import build_vision, vision_summary
 from .weights import NUMPY_DTYPES, WeightFile, convert_blocks
 
 DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
@@ -115,6 +115,7 @@ class _Export:
             source=self._checkpoint.folder.resolve().name,
             producer=f"internvl-edge {version('internvl-edge')}",
             quantization=self._packed.summary(),
+            vision_quantization=vision_summary(self._checkpoint),
             files={path.name: self._entry(path) for path in sorted(self._folder.iterdir())},
         )
         manifest.write(self._folder)

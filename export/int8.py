@@ -10,8 +10,6 @@ scale, its sign into the integers, so the integers of the checkpoint are those o
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -22,6 +20,8 @@ from internvl_edge.linear import PackedLinear
 from .builder import GraphBuilder
 from .weights import NUMPY_DTYPES, Array
 
+# Graphs in float32 become float16 ones for some devices.
+_SMALLEST_SCALE = 2.0**-24
 # A linear's name -> the factor [out] its output is multiplied by, or None.
 OutputScale = Callable[[str], Array | None]
 
@@ -44,20 +44,14 @@ class IntegerMatMul:
         if scheme is None or not scheme.static_inputs:
             return None
         linear = self._linear(name)
-        factor = self._output_scale(name)
-        folds = factor is not None and is_foldable(linear, factor, NUMPY_DTYPES[g.types.activations])
         out, inputs = linear.values.shape
-        read = partial(self._read, name, folds)
-        values = g.weight(f"{name}.int8", ir.DataType.INT8, (inputs, out), lambda: read().values.T)
-        scale = g.vector(f"{name}.int8_scale", (out,), lambda: read().scale[:, 0])
-        y = g.op("MatMul", _rounded(g, x, linear), g.op("DequantizeLinear", values, scale, axis=1))
-        if factor is None or folds:
-            return y
-        return g.op("Mul", y, g.vector(f"{name}.output_scale", (out,), lambda: factor))
+        values = g.weight(f"{name}.int8", ir.DataType.INT8, (inputs, out), lambda: self._scaled(name).values.T)
+        scale = g.vector(f"{name}.int8_scale", (out,), lambda: self._scaled(name).scale[:, 0])
+        return g.op("MatMul", _rounded(g, x, linear), g.op("DequantizeLinear", values, scale, axis=1))
 
-    def _read(self, name: str, folds: bool) -> PackedLinear:
+    def _scaled(self, name: str) -> PackedLinear:
         linear, factor = self._linear(name), self._output_scale(name)
-        return scale_outputs(linear, factor) if folds and factor is not None else linear
+        return linear if factor is None else scale_outputs(linear, factor)
 
     def _linear(self, name: str) -> PackedLinear:
         linear = self._checkpoint.linear(name)
@@ -72,24 +66,21 @@ def _rounded(g: GraphBuilder, x: ir.Value, linear: PackedLinear) -> ir.Value:
     return g.op("DequantizeLinear", g.op("QuantizeLinear", x, scale, zero), scale, zero)
 
 
-def is_foldable(linear: PackedLinear, factor: Array, dtype: np.dtype[Any]) -> bool:
-    """Whether `scale_outputs` loses nothing in `dtype`: scales stay normal numbers, and -128 need not change sign."""
-    tiny = float(np.finfo(np.float16 if dtype == np.float16 else np.float32).tiny)
-    scales = np.abs(linear.scale[:, 0] * factor)
-    negative = linear.values[factor < 0]
-    return bool((scales[factor != 0] >= tiny).all() and not (negative == -128).any())
-
-
 def scale_outputs(linear: PackedLinear, factor: Array) -> PackedLinear:
     """Multiply every output by a factor [out]: integers change sign at most, scales stay positive.
 
-    Where the factor is 0 the integers become 0 and the scale 1.
+    Scales that float16 could not tell from 0 are raised to the smallest that it can, and their integers rounded again:
+    an error of 3e-8 per weight. So is -128 where its sign would change, to 127.
     """
-    sign = np.sign(factor).astype(np.int8)
-    scale = linear.scale * np.abs(factor)[:, None]
+    scale = linear.scale[:, 0].astype(np.float64) * np.abs(factor)
+    stored = np.maximum(scale, _SMALLEST_SCALE)
+    values = linear.values.astype(np.int8)
+    negative, raised = factor < 0, stored > scale
+    values[negative] = -np.maximum(values[negative], -127)
+    values[raised] = np.rint(values[raised] * (scale / stored)[raised, None])
     return PackedLinear(
-        values=(linear.values * sign[:, None]).astype(np.int8),
-        scale=np.where(sign[:, None] == 0, 1, scale).astype(np.float32),
+        values=values,
+        scale=stored[:, None].astype(np.float32),
         zero_point=None,
         bits=linear.bits,
         input_scale=linear.input_scale,

@@ -42,6 +42,8 @@ class Manifest:
         source: the checkpoint's folder name, for people.
         files: name -> {"bytes", "sha256"}.
         quantization: method, bits, group size and measured weight error of a quantised decoder; None for floats.
+        vision_quantization: of tower and projector, "method", how many linears are "int8" (weights and inputs) and
+            the names of those that keep "floats"; None where all do.
     """
 
     model: ModelConfig
@@ -53,6 +55,7 @@ class Manifest:
     producer: str
     files: dict[str, dict[str, Any]]
     quantization: dict[str, Any] | None = None
+    vision_quantization: dict[str, Any] | None = None
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json`, the file that makes a folder a bundle."""

@@ -72,14 +72,19 @@ def command(
     )
     seconds = time.perf_counter() - started
     total = sum(path.stat().st_size for path in folder.iterdir())
-    quantization = Manifest.read(folder).quantization
+    manifest = Manifest.read(folder)
+    quantization, vision = manifest.quantization, manifest.vision_quantization
     if as_json:
         facts = {"bundle": str(folder), "bytes": total, "seconds": round(seconds, 2)}
-        print_json(facts | ({"quantization": quantization} if quantization else {}))
+        facts |= {"quantization": quantization} if quantization else {}
+        print_json(facts | ({"vision_quantization": vision} if vision else {}))
     else:
         click.echo(f"{folder}: {size(total)} in {seconds:.1f} s")
         if quantization:
             click.echo(_quantised(quantization))
+        if vision:
+            floats = f"; floats in {', '.join(vision['floats'])}" if vision["floats"] else ""
+            click.echo(f"{vision['method']}: {vision['int8']} linears of the tower in int8{floats}")
         click.echo(f'Try: internvl-edge run {folder} --image PHOTO.jpg "What is this?"')
 
 
