@@ -2,7 +2,7 @@
 
     python benchmarks/int8_tower.py CHECKPOINT OUT
 
-Weights are rounded to the nearest, input scales are guessed, so such a model's answers mean nothing. One-file safetensors.
+Weights are rounded to the nearest and input scales guessed: such a model's answers mean nothing. One-file safetensors.
 """
 
 from __future__ import annotations
