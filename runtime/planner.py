@@ -13,7 +13,7 @@ from typing import Any
 from internvl_edge.config import ModelConfig
 from internvl_edge.devices import Device
 
-from .footprint import RECIPES, Footprint, Precision
+from .footprint import RECIPES, Footprint, Precision, builder_bytes
 from .preprocess import tile_grid
 
 # What a camera, a screen or a scanner gives: label -> width, height in pixels.
@@ -125,6 +125,9 @@ def make_plan(
         advice += tuple(_advice(footprint, device, context, memory))
     if (needed := speed.prompt_tokens + ANSWER_TOKENS) > context:
         advice += (f"--context {needed} or more, or fewer tiles: {speed.tiles} are {speed.prompt_tokens} tokens",)
+    building = builder_bytes(max(memory.vision, memory.decoder + memory.head))
+    if device.flavour == "tensorrt" and memory.total <= device.usable_memory < building:
+        advice += (f"engines are built on the device, which takes about {building / 1e9:.1f} GB: add swap for that",)
     return Plan(device, recipe, context, max_tiles, memory, speed, advice)
 
 

@@ -139,6 +139,17 @@ def test_a_context_too_short_for_the_tiles_is_said(published: dict[str, ModelCon
     assert "13 are 3408 tokens" in plan.advice[0]
 
 
+def test_a_board_too_small_to_build_on_is_told(published: dict[str, ModelConfig]) -> None:
+    """8B in int4 fits 8 GB, building its engine does not; cards take engines built elsewhere."""
+    plans = {
+        name: make_plan(published["8B"], device(name), "w4a16", RECIPES["w4a16"], context=4096, max_tiles=12)
+        for name in ("orin-nano-8gb", "rtx-4060", "agx-orin-32gb")
+    }
+    assert all(plan.fits for plan in plans.values())
+    told = {name: any("add swap" in advice for advice in plan.advice) for name, plan in plans.items()}
+    assert told == {"orin-nano-8gb": True, "rtx-4060": False, "agx-orin-32gb": False}
+
+
 def test_tile_table_is_what_the_cutter_does(published: dict[str, ModelConfig]) -> None:
     table = {row["image"]: row for row in tile_table(published["1B"])}
     assert table["VGA camera"]["tiles"] == {1: 1, 2: 1, 4: 1, 6: 7, 9: 7, 12: 13}

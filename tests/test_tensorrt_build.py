@@ -26,7 +26,7 @@ from internvl_edge.bundle import Bundle
 from internvl_edge.devices import Devices, Target
 from internvl_edge.errors import EdgeError, EngineError
 from internvl_edge.linear import Scheme
-from internvl_edge.runtime.builder import build_engines
+from internvl_edge.runtime.builder import build_engines, bundle_engines
 from internvl_edge.runtime.builder.bundle_engines import headers, options_for
 from internvl_edge.runtime.builder.network import (
     layer_types,
@@ -226,6 +226,20 @@ def test_a_graph_the_parser_rejects_is_one_line_that_names_the_node(tmp_path: Pa
 def test_sizes_that_cannot_be(bundle: Bundle, sizes: dict[str, int], fragment: str) -> None:
     with pytest.raises(EngineError, match=fragment):
         build_engines(bundle, RTX, options_for(RTX, **sizes))
+
+
+def test_a_bundle_for_onnx_runtime_alone_is_refused(tmp_path: Path) -> None:
+    bundle = export(tmp_path)
+    files = {name: entry for name, entry in bundle.manifest.files.items() if name != "decoder.onnx"}
+    bare = replace(bundle, manifest=replace(bundle.manifest, files=files))
+    with pytest.raises(EngineError, match=r"has no decoder\.onnx, which TensorRT reads"):
+        build_engines(bare, RTX, options_for(RTX, **SIZES))
+
+
+def test_too_little_memory_is_said_before_anything_starts(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle_engines, "_available_memory", lambda: 10**6)
+    with pytest.raises(EngineError, match=r"needs about 0\.4 GB of memory, 0\.0 GB are available"):
+        build_engines(bundle, RTX, options_for(RTX, **SIZES), force=True)
 
 
 def test_compute_capabilities_that_the_library_does_not_know(bundle: Bundle) -> None:

@@ -76,11 +76,12 @@ def _source(path: str) -> tuple[ModelConfig, Precision | None, dict[str, tuple[i
         precision = bundle_precision(manifest)
         counted = Footprint(manifest.model, precision).weights
         files = {name: entry["bytes"] for name, entry in manifest.files.items()}
-        stored = {
-            "vision": (files["vision.data"], counted.vision),
-            "decoder": (files["decoder.data"], counted.decoder + counted.head),
-            "token table": (files[EMBEDDINGS], counted.embeddings),
+        pairs = {
+            "vision": ("vision.data", counted.vision),
+            "decoder": ("decoder.data", counted.decoder + counted.head),
+            "token table": (EMBEDDINGS, counted.embeddings),
         }
+        stored = {part: (files[name], count) for part, (name, count) in pairs.items() if name in files}
         # Engines hold 16-bit numbers, whatever the bundle stores.
         return manifest.model, replace(precision, dtype_bytes=2, vector_bytes=2) if precision.body else None, stored
     folder = _configuration(path)

@@ -29,10 +29,8 @@ from ..engines.tensorrt_record import (
     engine_folder,
     graph_inputs,
 )
+from ..footprint import builder_bytes
 from .engine import Build, Built, Profile, Progress, build_engine, interruptible
-
-# Host memory that a build takes for each byte of a graph's weights in 16 bits; measured, see docs/performance.md.
-_BUILDER_FACTOR = 3.5
 
 
 def build_engines(
@@ -54,6 +52,7 @@ def build_engines(
         EngineError: TensorRT is missing, too old or refuses a graph; another device is needed; sizes do not fit.
     """
     _check_options(opened.manifest.model, target, options)
+    _check_graphs(opened)
     flavour = load_flavour(target.flavour)
     folder = engine_folder(opened, target.name)
     wanted = EngineRecord(target.name, flavour.name, flavour.version, target.sms, options, graph_inputs(opened))
@@ -195,10 +194,18 @@ def _check_device(target: Target) -> None:
         )
 
 
+def _check_graphs(opened: Bundle) -> None:
+    for name in (bundle.VISION, bundle.DECODERS["standard"]):
+        if name not in opened.manifest.files:
+            raise EngineError(
+                f"{opened.folder} has no {name}, which TensorRT reads; export it with the standard dialect"
+            )
+
+
 def _check_memory(opened: Bundle) -> None:
     files = opened.manifest.files
     largest = max(files[name]["bytes"] for name in ("vision.data", "decoder.data"))
-    needed = int(largest * _BUILDER_FACTOR * (0.5 if opened.manifest.dtype == "float32" else 1))
+    needed = builder_bytes(largest // (2 if opened.manifest.dtype == "float32" else 1))
     available = _available_memory()
     if available is not None and needed > available:
         raise EngineError(
