@@ -17,7 +17,7 @@ from torch import Tensor
 from internvl_edge.checkpoint import Checkpoint
 from internvl_edge.runtime.rope import RotaryAngles
 
-from .blocks import decoder_block, rms_norm
+from .blocks import decoder_block, rms_norm, unseen
 from .compute import Compute
 from .dataset import CalibrationSet
 from .statistics import InputStatistics, Observer, Wanted
@@ -112,7 +112,7 @@ class DecoderPass:
             x = self._read(layer, chunk)
             self._announce(observer, chunk)
             lengths = [self._calibration.lengths[index] for index in chunk]
-            x = decoder_block(weights, x, lengths, self._rotary(lengths), self._config, _unseen)
+            x = decoder_block(weights, x, lengths, self._rotary(lengths), self._config, unseen)
             observer.check("the output", x)
             out[self._rows(chunk)] = x.cpu().numpy()
             self._progress(len(x))
@@ -144,7 +144,3 @@ class DecoderPass:
         tables = [self._angles.at(0, length, length) for length in lengths]
         cos, sin = (np.concatenate([table[part] for table in tables]) for part in (0, 1))
         return torch.from_numpy(cos).to(self._compute.device), torch.from_numpy(sin).to(self._compute.device)
-
-
-def _unseen(name: str, x: Tensor) -> None:
-    """The observer of a pass that only propagates."""

@@ -56,7 +56,7 @@ def calibrate(
         raise EdgeError(f"{target} exists; choose another --output or remove it")
     identity = checkpoint_identity(source.folder)
     work = WorkFolder(partial_path(target), run_description(identity, options, compute), restart)
-    calibration, figures = embedded_set(work, source, identity, options, compute, progress)
+    calibration, figures = embedded_set(work, source, identity, options, compute, progress, gather=True)
     handler = _Gatherer(work)
     steps = DecoderPass.steps(calibration, source.config.decoder.num_hidden_layers)
     with progress_bar("decoder", steps, progress) as advance:
@@ -77,14 +77,15 @@ def embedded_set(
     compute: Compute,
     progress: bool = False,
     replaced: Replacements = no_replacements,
+    gather: bool = False,
 ) -> tuple[CalibrationSet, Figures]:
-    """The data as the decoder sees it, and the statistics of tower and projector; continues where it was killed.
+    """The data as the decoder sees it and, with `gather`, the statistics of tower and projector.
 
-    `replaced` is that of `tower.embed`.
+    Continues where it was killed. `replaced` is that of `tower.embed`.
     """
     calibration = prepare(work, checkpoint, identity, options, say)
     with progress_bar("vision", tower_steps(calibration, checkpoint.config), progress) as advance:
-        return calibration, embed(work, checkpoint, calibration, compute, advance, replaced)
+        return calibration, embed(work, checkpoint, calibration, compute, advance, replaced, gather)
 
 
 def partial_path(target: Path) -> Path:
