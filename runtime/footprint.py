@@ -29,6 +29,7 @@ class Precision:
         head: how `lm_head` is rounded, None for floats.
         vision: how vision linears are rounded, None for floats.
         cache_bytes: of one number in the KV cache.
+        floats: linears that stay floats whatever the scheme of their part, by canonical name.
     """
 
     dtype_bytes: int = 2
@@ -37,6 +38,7 @@ class Precision:
     head: Scheme | None = None
     vision: Scheme | None = None
     cache_bytes: int = 2
+    floats: tuple[str, ...] = ()
 
     def matrix_bytes(self, inputs: int, outputs: int, scheme: Scheme | None) -> int:
         """One linear's weights in the standard dialect: integers, scales and, for zero points, the exact correction."""
@@ -155,7 +157,8 @@ class Footprint:
         part, precision = _part(name), self.precision
         if len(shape) == 2:
             schemes = {"vision": precision.vision, "decoder": precision.body, "head": precision.head}
-            return precision.matrix_bytes(shape[1], shape[0], schemes.get(part))
+            scheme = None if name.removesuffix(".weight") in precision.floats else schemes.get(part)
+            return precision.matrix_bytes(shape[1], shape[0], scheme)
         if name == "vision.patch_embedding.weight":
             return math.prod(shape) * precision.dtype_bytes
         return math.prod(shape) * precision.vector_bytes

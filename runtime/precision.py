@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from internvl_edge.bundle import Manifest
 from internvl_edge.config import ModelConfig
-from internvl_edge.linear import Scheme
+from internvl_edge.linear import W8A8, Scheme
 from internvl_edge.quantization import read_quantization
 
 from .footprint import INT8, Precision
@@ -18,13 +19,15 @@ _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 def bundle_precision(manifest: Manifest) -> Precision:
     """How a bundle stores its weights."""
     stored = Precision(dtype_bytes=_BYTES[manifest.dtype], vector_bytes=_BYTES[manifest.activations])
+    if tower := manifest.vision_quantization:
+        stored = replace(stored, vision=W8A8, floats=tuple(tower["floats"]))
     quantization = manifest.quantization
     if quantization is None:
         return stored
     zeros = not quantization["symmetric"] and quantization["asymmetric"] != "requantise"
     body = Scheme(quantization["bits"], quantization["group_size"], not zeros)
     head = {"int4": body, "int8": INT8}.get(str(quantization["lm_head"])[:4])
-    return Precision(stored.dtype_bytes, stored.vector_bytes, body, head)
+    return replace(stored, body=body, head=head)
 
 
 def checkpoint_precision(folder: Path, config: ModelConfig) -> Precision | None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import tiny
 from click.testing import CliRunner
 from PIL import Image
+from tiny_quantised import write_quantised
 
 from internvl_edge import export_bundle
 from internvl_edge.bundle import EMBEDDINGS, Bundle
@@ -20,6 +24,7 @@ from internvl_edge.cli.plan import command
 from internvl_edge.config import ModelConfig
 from internvl_edge.config_reader import read_config
 from internvl_edge.devices import Device, Devices
+from internvl_edge.linear import Scheme
 from internvl_edge.runtime.footprint import INT4, RECIPES, Footprint, Precision
 from internvl_edge.runtime.planner import IMAGE_SIZES, TILE_LIMITS, make_plan, memory_of, predict, tile_table, tiles_of
 from internvl_edge.runtime.precision import bundle_precision
@@ -41,6 +46,7 @@ PUBLISHED = {
         "architecture": "internlm2",
     },
 }
+INT8_TOWER = Path(__file__).resolve().parent.parent / "benchmarks" / "int8_tower.py"
 TOWER = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 
 
@@ -77,6 +83,28 @@ def test_counted_bytes_are_those_of_a_written_bundle(tmp_path: Path, text: str, 
         # Every tensor starts on a page, which only models as small as this one notice.
         tensors = len(Checkpoint(folder).shapes)
         assert counted <= stored <= counted + 4096 * tensors
+
+
+@pytest.mark.parametrize("kind", ["int4, zero points", "int4 and int8 head", "int8 tower"])
+def test_counted_bytes_are_those_of_a_quantised_bundle(tmp_path: Path, kind: str) -> None:
+    source = tiny.write_checkpoint(tmp_path / "plain", hidden_size=128, vision_hidden_size=128)
+    if kind == "int8 tower":
+        checkpoint = tmp_path / "int8"
+        subprocess.run([sys.executable, str(INT8_TOWER), str(source), str(checkpoint)], check=True)
+    else:
+        symmetric = {"method": "compressed-tensors", "body": Scheme(4, 32, True), "head": Scheme(8, None, True)}
+        checkpoint, _ = write_quantised(source, tmp_path / "made", **({} if "zero" in kind else symmetric))
+    bundle = Bundle.open(export_bundle(checkpoint, tmp_path / "bundle", "float16"))
+    weights = Footprint(bundle.manifest.model, bundle_precision(bundle.manifest)).weights
+    for counted, name in ((weights.vision, "vision.data"), (weights.decoder + weights.head, "decoder.data")):
+        assert counted == pytest.approx(_used_bytes(bundle.path(name.replace("data", "onnx"))), rel=0.05)
+
+
+def _used_bytes(header: Path) -> int:
+    """Bytes of the tensors a graph keeps in its data file, without what aligns them."""
+    initializers = ir.load(header).graph.initializers.values()
+    tensors = (value.const_value for value in initializers)
+    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, ir.ExternalTensor))
 
 
 def test_cache_is_what_the_engine_allocates(checkpoint: Path, tmp_path: Path) -> None:
