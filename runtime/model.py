@@ -57,7 +57,7 @@ class InternVL:
         folder: str | Path,
         device: str = "auto",
         *,
-        dialect: str = "onnxruntime",
+        dialect: str | None = None,
         context: int = DEFAULT_CONTEXT,
         threads: int | None = None,
     ) -> InternVL:
@@ -66,7 +66,7 @@ class InternVL:
         Args:
             folder: the bundle.
             device: "cpu", "cuda", or "auto", which is the CPU.
-            dialect: the decoder graph that ONNX Runtime runs, "onnxruntime" (faster) or "standard".
+            dialect: the decoder graph to run, "onnxruntime" or "standard"; default: the fastest that the bundle has.
             context: tokens that prompt and answer may have together.
             threads: CPU threads; default: all available cores.
 

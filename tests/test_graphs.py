@@ -124,6 +124,20 @@ def test_the_cache_is_written_in_place_and_can_be_wound_back(tmp_path: Path, dia
     np.testing.assert_allclose(stepwise[-1], once, atol=1e-5)
 
 
+def test_the_fastest_dialect_that_fits_is_taken(tmp_path: Path) -> None:
+    """GroupQueryAttention takes heads of a multiple of 8; others run in the standard dialect, or are refused by name."""
+    from internvl_edge.errors import EngineError
+
+    odd = tiny.write_checkpoint(tmp_path / "checkpoint", hidden_size=80, num_attention_heads=4)  # heads of 20
+    opened = Bundle.open(export_bundle(odd, tmp_path / "bundle"))
+    reference = Reference(odd)
+    engine = OnnxRuntimeEngine(opened, capacity=64, threads=1)
+    expected = reference.logits(TEXT)[-1].numpy()
+    np.testing.assert_allclose(engine.prefill(reference.embed(TEXT).numpy()), expected, atol=1e-4)
+    with pytest.raises(EngineError, match="multiple of 8, this model has 20"):
+        OnnxRuntimeEngine(opened, dialect="onnxruntime", capacity=64)
+
+
 @pytest.mark.parametrize("dialect", DECODERS)
 def test_scores_of_several_tokens_are_those_of_one_after_the_other(tmp_path: Path, dialect: str) -> None:
     checkpoint = tiny.write_checkpoint(tmp_path / "checkpoint")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ def _bundle_facts(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
         "computes in": manifest.activations,
         "size": size(total),
     }
+    if manifest.quantization:
+        facts["quantised"] = _quantised(manifest.quantization)
     return facts, manifest.model
 
 
@@ -58,7 +61,18 @@ def _checkpoint_facts(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
         "parameters": f"{checkpoint.parameters / 1e9:.3f} billion",
         "tensors": dtypes,
     }
+    if checkpoint.quantization:
+        schemes = Counter(map(str, checkpoint.schemes.values())).most_common()
+        facts["quantised"] = f"{checkpoint.quantization.method}: " + "; ".join(
+            f"{n} x {scheme}" for scheme, n in schemes
+        )
     return facts, checkpoint.config
+
+
+def _quantised(quantization: dict[str, Any]) -> str:
+    zeros = "symmetric" if quantization["symmetric"] else "with zero points"
+    groups = f"groups of {quantization['group_size']}" if quantization["group_size"] else "one scale per output"
+    return f"{quantization['bits']} bits, {groups}, {zeros}, lm_head {quantization['lm_head']}"
 
 
 def _config_rows(config: ModelConfig) -> list[tuple[str, object]]:

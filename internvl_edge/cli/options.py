@@ -17,7 +17,7 @@ Command = Callable[..., Any]
 
 _LOADING = (
     click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True),
-    click.option("--dialect", type=click.Choice(list(DECODERS)), default="onnxruntime", help="Decoder graph to run."),
+    click.option("--dialect", type=click.Choice(list(DECODERS)), help="Decoder graph to run [default: the fastest]."),
     click.option(
         "--context", type=int, default=DEFAULT_CONTEXT, show_default=True, help="Tokens of prompt and answer."
     ),

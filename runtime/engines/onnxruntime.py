@@ -27,6 +27,8 @@ PREFILL_CHUNK = 256
 _CONFIG = {"session.qdq_matmulnbits_accuracy_level": "4", "session.qdq_matmulnbits_block_size": "128"}
 # Tokens of which all logits are kept at once: 8 x 151674 of them are 5 MB.
 _SCORE_CHUNK = 8
+# ONNX Runtime's GroupQueryAttention takes heads whose width is a multiple of this.
+_GROUPED_HEAD = 8
 # Tiles are encoded together while one layer's attention scores stay below this many bytes.
 _SCORES_BYTES = 64 << 20
 
@@ -37,7 +39,7 @@ class OnnxRuntimeEngine:
     Args:
         opened: the bundle.
         device: "cpu" or "cuda".
-        dialect: decoder graph, "onnxruntime" (default) or "standard".
+        dialect: decoder graph, "onnxruntime" or "standard"; by default the fastest that the bundle has.
         capacity: tokens in the KV cache.
         threads: CPU threads; all available cores by default.
 
@@ -50,15 +52,13 @@ class OnnxRuntimeEngine:
         opened: Bundle,
         *,
         device: str = "cpu",
-        dialect: str = "onnxruntime",
+        dialect: str | None = None,
         capacity: int,
         threads: int | None = None,
     ) -> None:
         self._ort = _import_onnxruntime(device)
-        if dialect not in bundle.DECODERS:
-            raise EngineError(f"dialect {dialect!r} is not one of {', '.join(bundle.DECODERS)}")
-        if bundle.DECODERS[dialect] not in opened.manifest.files:
-            raise EngineError(f"this bundle has no {dialect} decoder; export it again with --dialect {dialect}")
+        dialect = dialect or _fastest_dialect(opened)
+        _check_dialect(opened, dialect)
         if opened.manifest.activations == "bfloat16":
             raise EngineError(
                 "this bundle computes in bfloat16, which ONNX Runtime does not; export with --activations float32"
@@ -187,6 +187,27 @@ class _Step:
             self._binding.bind_ortvalue_input(f"past_key_values.{name}", value)
             self._binding.bind_ortvalue_output(f"present.{name}", value)
         self._binding.bind_ortvalue_output("logits", logits)
+
+
+def _runs_grouped_attention(opened: Bundle) -> bool:
+    return opened.manifest.model.decoder.head_dim % _GROUPED_HEAD == 0
+
+
+def _fastest_dialect(opened: Bundle) -> str:
+    has_own = bundle.DECODERS["onnxruntime"] in opened.manifest.files
+    return "onnxruntime" if has_own and _runs_grouped_attention(opened) else "standard"
+
+
+def _check_dialect(opened: Bundle, dialect: str) -> None:
+    if dialect not in bundle.DECODERS:
+        raise EngineError(f"dialect {dialect!r} is not one of {', '.join(bundle.DECODERS)}")
+    if bundle.DECODERS[dialect] not in opened.manifest.files:
+        raise EngineError(f"this bundle has no {dialect} decoder; export it again with --dialect {dialect}")
+    if dialect == "onnxruntime" and not _runs_grouped_attention(opened):
+        raise EngineError(
+            f"ONNX Runtime's GroupQueryAttention takes heads of a multiple of {_GROUPED_HEAD}, this model has "
+            f"{opened.manifest.model.decoder.head_dim}; use --dialect standard"
+        )
 
 
 def _import_onnxruntime(device: str) -> Any:
