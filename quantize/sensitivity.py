@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from internvl_edge.calibration.blocks import Weights
+from internvl_edge.calibration.blocks import Weights, unseen
 from internvl_edge.calibration.compute import Compute
 from internvl_edge.calibration.weights import load_block
 from internvl_edge.calibration.work import WorkFolder
@@ -80,7 +80,7 @@ class SensitivityPass:
             before.append(gradients)
             with torch.no_grad():
                 for name, tensors in rounded.items():
-                    change = run_block(self._config, block, weights | dict(tensors), x[None], _unseen)[0] - y
+                    change = run_block(self._config, block, weights | dict(tensors), x[None], unseen)[0] - y
                     totals[name] += self._squared(block, change, behind[tile])
         if index:
             self._work.write_arrays(self._gradient_name(index), {"g": torch.stack(before).cpu().numpy()})
@@ -90,7 +90,7 @@ class SensitivityPass:
         """The block's output, and the gradients [directions, tokens, width] one block further to the front."""
         with torch.enable_grad():
             x = x.clone().requires_grad_()
-            y = run_block(self._config, block, weights, x, _unseen)
+            y = run_block(self._config, block, weights, x, unseen)
             pulled = [torch.autograd.grad(y, x, g[None], retain_graph=True)[0][0] for g in behind]
         return y.detach()[0], torch.stack(pulled)
 
@@ -130,7 +130,3 @@ def choose_floats(parts: Mapping[str, float], costs: Mapping[str, float], limit:
             taken.remove(name)
             left += parts[name]
     return taken
-
-
-def _unseen(name: str, x: Tensor) -> None:
-    """Nothing is observed."""

@@ -106,7 +106,7 @@ class VisionQuantiser:
             rounded = VisionPass(
                 self._work, "int8", self._checkpoint, self._tiles, self._compute, advance, self.replacements
             )
-            rounded.run(Wanted(), lambda block, statistics: None)
+            rounded.run(None, lambda block, statistics: None)
         rounded.remove_probes()
         return self._report(parts, cosines(forward.embeddings(), rounded.embeddings()))
 
