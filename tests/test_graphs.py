@@ -125,7 +125,7 @@ def test_the_cache_is_written_in_place_and_can_be_wound_back(tmp_path: Path, dia
 
 
 def test_the_fastest_dialect_that_fits_is_taken(tmp_path: Path) -> None:
-    """GroupQueryAttention takes heads of a multiple of 8; others run in the standard dialect, or are refused by name."""
+    """GroupQueryAttention takes heads of a multiple of 8; others run in the standard dialect, or are refused."""
     from internvl_edge.errors import EngineError
 
     odd = tiny.write_checkpoint(tmp_path / "checkpoint", hidden_size=80, num_attention_heads=4)  # heads of 20
