@@ -25,7 +25,7 @@ import smollm_checkpoint
 import smollm_text
 from numpy.typing import NDArray
 from record import run_measured, write_results
-from smollm_forward import compare, read_weights
+from smollm_forward import compare, read_weights, write_logits
 
 from internvl_edge.calibration import dataset
 from internvl_edge.calibration.work import checkpoint_identity
@@ -156,8 +156,10 @@ class Bench:
         """Divergence of the weights in a folder from the model's own, over all test text and per kind."""
         test = self.test()
         decoder = Checkpoint(self.checkpoint).config.decoder
-        own, changed = (read_weights(folder, VOCABULARY) for folder in (self.work / "llama", weights))
-        parts = compare(own, changed, test, decoder)
+        reference = self.work / "reference-logits.npy"
+        if not reference.exists():
+            write_logits(reference, read_weights(self.work / "llama", VOCABULARY), test, decoder)
+        parts = compare(reference, read_weights(weights, VOCABULARY), test, decoder)
         kinds = sorted({sequence.kind for sequence in test})
         per_kind = {
             kind: _round([part for part, sequence in zip(parts, test, strict=True) if sequence.kind == kind])

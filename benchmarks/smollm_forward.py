@@ -73,11 +73,33 @@ def logits(weights: Weights, sequences: list[Sequence], decoder: DecoderConfig) 
     ]
 
 
-def compare(reference: Weights, candidate: Weights, test: list[Sequence], decoder: DecoderConfig) -> list[Divergence]:
-    """The divergence of each test sequence, a few at a time: logits of all of them would be gigabytes."""
-    found = []
-    for start in range(0, len(test), 4):
-        few = test[start : start + 4]
-        pairs = zip(few, logits(reference, few, decoder), logits(candidate, few, decoder), strict=True)
-        found += [divergence(a.numpy(), b.numpy(), sequence.ids[sequence.start + 1 :]) for sequence, a, b in pairs]
+def write_logits(path: Path, weights: Weights, test: list[Sequence], decoder: DecoderConfig) -> None:
+    """All logits of the test sequences, one behind the other, as `.npy`: the reference is computed once."""
+    positions = sum(len(sequence.ids) - 1 - sequence.start for sequence in test)
+    new = path.with_suffix(".new")
+    out = np.lib.format.open_memmap(new, "w+", np.float32, (positions, len(weights[_HEAD])))
+    start = 0
+    for few in _few(test):
+        for part in logits(weights, few, decoder):
+            out[start : start + len(part)] = part.numpy()
+            start += len(part)
+    out.flush()
+    new.replace(path)
+
+
+def compare(reference: Path, weights: Weights, test: list[Sequence], decoder: DecoderConfig) -> list[Divergence]:
+    """The divergence of each test sequence from the logits that `write_logits` wrote."""
+    expected = np.load(reference, mmap_mode="r")
+    found: list[Divergence] = []
+    start = 0
+    for few in _few(test):
+        for sequence, part in zip(few, logits(weights, few, decoder), strict=True):
+            rows = np.array(expected[start : start + len(part)])
+            found.append(divergence(rows, part.numpy(), sequence.ids[sequence.start + 1 :]))
+            start += len(part)
     return found
+
+
+def _few(test: list[Sequence]) -> list[list[Sequence]]:
+    """A few sequences at a time: logits of all of them would be gigabytes."""
+    return [test[start : start + 4] for start in range(0, len(test), 4)]
