@@ -72,7 +72,12 @@ def build(bundle: Path, device: str, dtype: str) -> dict[str, Any]:
     }
     shutil.rmtree(made["engines"])
     result = {"device": device, "compute_capabilities": made["compute_capabilities"], "engines": engines}
-    result |= {"wall_s": round(run.wall_s, 1), "cpu_s": round(run.cpu_s, 1), "peak_rss": run.peak_rss}
+    result |= {
+        "wall_s": round(run.wall_s, 1),
+        "cpu_s": round(run.cpu_s, 1),
+        "peak_rss": run.peak_rss,
+        "peak_anonymous": run.peak_anonymous,
+    }
     print(json.dumps(result), flush=True)
     return result
 

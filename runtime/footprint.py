@@ -63,11 +63,11 @@ RECIPES = {
 
 
 def builder_bytes(graph_weights: int) -> int:
-    """An estimate of the memory that building a TensorRT engine takes, from the bytes of a graph's weights.
+    """An estimate of the memory that must be free to build a TensorRT engine, from the bytes of a graph's weights.
 
-    Measured with TensorRT for RTX 1.7 (docs/performance.md): 2.7 GB for 0.62, 3.9 GB for 0.99.
+    Measured with TensorRT for RTX 1.7: 2.8 GB for 0.99 GB of weights, beside the mapped file (docs/performance.md).
     """
-    return int(0.4e9 + 3.7 * graph_weights)
+    return int(0.2e9 + 2.7 * graph_weights)
 
 
 @dataclass(frozen=True)
