@@ -25,7 +25,7 @@ _CLIP_RATIOS = tuple(1 - 0.05 * step for step in range(1, 11))
 # Symmetric 4-bit scales beside max/7: max/7.5 and max/8, which use the lowest integer; then clipping.
 _SYMMETRIC_RATIOS = (7 / 7.5, 7 / 8, *(7 / 8 * ratio for ratio in _CLIP_RATIOS))
 # Outputs of each layer that the choice of a scale looks at, evenly spaced: alpha is one number for all of them.
-_SEARCH_ROWS = 512
+_SEARCH_ROWS = 256
 _CLIP_ROWS = 2048
 
 Reduce = Callable[[Tensor], Tensor]
