@@ -35,7 +35,7 @@ class VisionInt8:
 
     calibrator: str = "best"
     smoothing: bool = True
-    cosine: float = 0.999
+    cosine: float = 0.9995
     keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

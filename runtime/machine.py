@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import os
+import platform
 import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 
 _STREAM_BYTES = 512 << 20
 _MATRIX = 2048
 _ROUNDS = 5
+_VNNI = {"avx512_vnni", "avx_vnni", "avx_vnni_int8"}
 
 
 def cores() -> int:
     """CPU cores this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def multiplies_int8_exactly() -> bool:
+    """Whether this CPU adds up products of bytes without loss: x86 needs VNNI for it, others always do.
+
+    Without it, two products are added in 16 bits, where large ones saturate. False where the CPU cannot be asked.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    path = Path("/proc/cpuinfo")
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    flags = next((line for line in text.splitlines() if line.startswith("flags")), "")
+    return bool(_VNNI & set(flags.split()))
 
 
 def read_bandwidth(threads: int) -> float:

@@ -28,6 +28,7 @@ from internvl_edge.export import export_bundle
 from internvl_edge.linear import W8A8
 from internvl_edge.quantize import QuantisationReport, quantize_checkpoint, vision
 from internvl_edge.recipe import Recipe, VisionInt8
+from internvl_edge.runtime.engines import onnxruntime as engine_module
 
 KINDS: dict[str, dict[str, Any]] = {
     "300m": {},
@@ -136,6 +137,24 @@ def test_onnx_runtime_multiplies_integers(tmp_path: Path) -> None:
     assert count["MatMulIntegerToFloat"] == 10
     assert count["DequantizeLinear"] == 0
     assert count["MatMul"] + count["FusedMatMul"] == 1  # pixels
+
+
+def test_cpus_that_saturate_add_in_32_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = write_checkpoint(tmp_path / "checkpoint")
+    quantize(original, tmp_path / "int8")
+    opened = Bundle.open(export_bundle(tmp_path / "int8", tmp_path / "bundle"))
+    key, found = "session.x64quantprecision", []
+    for exact in (True, False):
+        monkeypatch.setattr(engine_module, "multiplies_int8_exactly", lambda exact=exact: exact)
+        engine = engine_module.OnnxRuntimeEngine(opened, capacity=64, threads=1)
+        options = engine._vision.get_session_options()
+        if exact:
+            with pytest.raises(RuntimeError, match=key):
+                options.get_session_config_entry(key)
+        else:
+            assert options.get_session_config_entry(key) == "1"
+        found.append(engine.encode(tiles(56)))
+    np.testing.assert_allclose(found[0], found[1], atol=1e-5)
 
 
 @pytest.mark.parametrize("vision_kind", ["300m", "6b"])
@@ -278,6 +297,7 @@ from internvl_edge.calibration import DataOptions, choose_compute
 from internvl_edge.calibration.work import WorkFolder
 from internvl_edge.quantize import quantize_checkpoint
 from internvl_edge.recipe import Recipe, VisionInt8
+from internvl_edge.runtime.engines import onnxruntime as engine_module
 moment, checkpoint, data, out = sys.argv[1:]
 name, values = {
     "float": ("vision-float.json", {"blocks": 2}),

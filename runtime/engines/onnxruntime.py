@@ -17,6 +17,7 @@ from internvl_edge import bundle
 from internvl_edge.bundle import Bundle
 from internvl_edge.errors import EngineError
 
+from ..machine import multiplies_int8_exactly
 from ..rope import RotaryAngles
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -25,6 +26,8 @@ PREFILL_CHUNK = 256
 # For quantised weights of the standard dialect, which ONNX Runtime fuses at load: activations rounded to int8, and
 # blocks of 128 inputs where weights have one scale per output. The onnxruntime dialect says the same in its graph.
 _CONFIG = {"session.qdq_matmulnbits_accuracy_level": "4", "session.qdq_matmulnbits_block_size": "128"}
+# Products of int8 towers added up in 32 bits where the CPU's fast way would saturate in 16 (twice as slow, and exact).
+_WIDE_SUMS = ("session.x64quantprecision", "1")
 # Tokens of which all logits are kept at once: 8 x 151674 of them are 5 MB.
 _SCORE_CHUNK = 8
 # ONNX Runtime's GroupQueryAttention takes heads whose width is a multiple of this.
@@ -135,6 +138,8 @@ class OnnxRuntimeEngine:
         options.log_severity_level = 3
         for key, value in _CONFIG.items():
             options.add_session_config_entry(key, value)
+        if opened.manifest.vision_quantization and not multiplies_int8_exactly():
+            options.add_session_config_entry(*_WIDE_SUMS)
         try:
             return self._ort.InferenceSession(str(opened.path(name)), options, providers=[PROVIDERS[self._device]])
         except Exception as error:  # onnxruntime raises its own kinds, all derived from Exception
