@@ -1,6 +1,6 @@
 """`internvl-edge bench` in a fresh process, kept as `results/bench-NAME.json` with machine, versions and commit.
 
-    python benchmarks/bench_bundle.py BUNDLE [--repeat 5] [--threads 2] [--dialect standard]
+python benchmarks/bench_bundle.py BUNDLE [--repeat 5] [--threads 2] [--dialect standard]
 """
 
 from __future__ import annotations

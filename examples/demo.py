@@ -1,7 +1,7 @@
-"""The main job, end to end: export a small checkpoint, ask it about a picture, print the answer and where the bundle lies.
+"""The main job, end to end: export a small checkpoint, ask it about a picture, print the answer.
 
-The checkpoint has InternVL 2.5's architecture and random weights (it is the one the tests hold to transformers' outputs), so
-the answer is no sense, but exactly the original's nonsense.
+The checkpoint has InternVL 2.5's architecture and random weights (it is the one that the tests hold to transformers'
+outputs), so the answer is no sense, but exactly the original's nonsense.
 """
 
 from __future__ import annotations
