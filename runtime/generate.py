@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from .engines import Engine
+from .engines import ChoosingEngine, Engine
 from .lookup import PromptLookup
 from .sampling import Chooser
 
@@ -38,6 +38,7 @@ def generate(
         max_new_tokens: most tokens to yield. The last one need not be in the cache.
         lookup: holds the prompt's tokens; None guesses nothing.
     """
+    choosing = engine if isinstance(engine, ChoosingEngine) and sampler.takes_the_best else None
     token = sampler.choose(logits)
     answered = 0
     while True:
@@ -49,6 +50,9 @@ def generate(
             lookup.push(token)
         # One token less than may still come, so that what follows the guess has room too.
         guess = lookup.guess(max_new_tokens - answered - 1) if lookup is not None else []
+        if choosing is not None and not guess:
+            token = choosing.decode_token(embed(token))
+            continue
         rows = (
             engine.score(np.stack([embed(t) for t in (token, *guess)])) if guess else engine.decode(embed(token))[None]
         )

@@ -30,7 +30,7 @@ from .text_stream import TextStream
 from .tokenizer import Tokenizer
 from .trace import Recorder, Trace
 
-DEVICES = ("auto", "cpu", "cuda")
+DEVICES = ("auto", "cpu", "cuda", "tensorrt")
 # Tokens of prompt and answer together. Pages of the KV cache that are not used cost no memory.
 DEFAULT_CONTEXT = 32768
 
@@ -65,7 +65,8 @@ class InternVL:
 
         Args:
             folder: the bundle.
-            device: "cpu", "cuda", or "auto", which is the CPU.
+            device: "cpu", "cuda" (ONNX Runtime), "tensorrt" (engines that `build` made; the context is theirs), or
+                "auto", which is the CPU.
             dialect: the decoder graph to run, "onnxruntime" or "standard"; default: the fastest that the bundle has.
             context: tokens that prompt and answer may have together.
             threads: CPU threads; default: all available cores.
@@ -79,6 +80,10 @@ class InternVL:
         if context < 2:
             raise EngineError(f"a context of {context} tokens has no room for a question and an answer; give more")
         opened = Bundle.open(Path(folder))
+        if device == "tensorrt":
+            from .engines.tensorrt import TensorRTEngine
+
+            return cls(opened, TensorRTEngine(opened))
         device = "cpu" if device == "auto" else device
         return cls(opened, OnnxRuntimeEngine(opened, device=device, dialect=dialect, capacity=context, threads=threads))
 
@@ -138,8 +143,10 @@ class InternVL:
         return [*self._tokenizer.encode(text)[start:], self._stop_id]
 
     def close(self) -> None:
-        """Release the engine; the object cannot be used afterwards."""
-        del self._session, self._images
+        """Release the engine; the object cannot be used afterwards. Closing twice is no mistake."""
+        if hasattr(self, "_session"):
+            self.engine.close()
+            del self._session, self._images
 
     def __enter__(self) -> InternVL:
         return self

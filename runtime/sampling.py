@@ -50,6 +50,11 @@ class Sampling:
 class Chooser(Protocol):
     """What decides on each token of an answer."""
 
+    @property
+    def takes_the_best(self) -> bool:
+        """Whether it always takes the most probable token, so that an engine may choose by itself."""
+        ...
+
     def choose(self, logits: NDArray[np.float32]) -> int:
         """The next token for logits [vocab], which are left unchanged and valid only now."""
         ...
@@ -62,6 +67,11 @@ class Sampler:
         self._sampling = sampling
         self._random = np.random.default_rng(sampling.seed)
         self._answered: set[int] = set()
+
+    @property
+    def takes_the_best(self) -> bool:
+        """Greedy, and without a penalty that changes logits."""
+        return self._sampling.temperature == 0 and self._sampling.repetition_penalty == 1
 
     def choose(self, logits: NDArray[np.float32]) -> int:
         """The next token for logits [vocab], which are left unchanged."""

@@ -31,6 +31,11 @@ class Recorder:
         self._forced = None if forced is None else iter(forced)
         self._logits: list[NDArray[np.float32]] = []
 
+    @property
+    def takes_the_best(self) -> bool:
+        """Never: logits are what is recorded."""
+        return False
+
     def choose(self, logits: NDArray[np.float32]) -> int:
         """The next token for logits [vocab]."""
         self._logits.append(logits.copy())

@@ -107,6 +107,11 @@ def test_conversation_is_the_same_as_passing_history(model: InternVL, bundle: Pa
     assert conversation.ask("Hi").tiles == []
 
 
+def test_closing_twice_is_no_mistake(bundle: Path) -> None:
+    with InternVL.load(bundle, threads=1) as model:
+        model.close()
+
+
 def test_an_abandoned_stream_does_not_disturb_the_next_answer(model: InternVL, bundle: Path) -> None:
     expected = model.chat("Tell me more", max_new_tokens=8)
     stream = model.stream("Tell me everything", max_new_tokens=20)

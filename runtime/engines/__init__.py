@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,4 +42,17 @@ class Engine(Protocol):
 
     def reset(self, length: int = 0) -> None:
         """Forget everything from position `length` on."""
+        ...
+
+    def close(self) -> None:
+        """Release the device's memory; the engine cannot be used afterwards."""
+        ...
+
+
+@runtime_checkable
+class ChoosingEngine(Engine, Protocol):
+    """An engine that finds the most probable token where the logits are, and returns that alone."""
+
+    def decode_token(self, embed: NDArray[np.float32]) -> int:
+        """Append one token [hidden] to the cache; the most probable next one."""
         ...

@@ -123,6 +123,10 @@ class OnnxRuntimeEngine:
         """Forget everything from position `length` on; what lies there is overwritten later and masked until then."""
         self._length = min(length, self._length)
 
+    def close(self) -> None:
+        """Release sessions and cache."""
+        del self._step, self._vision, self._text, self._cache, self._logits
+
     def _score_chunk(self, embeds: NDArray[np.float32], total: int) -> NDArray[np.float32]:
         logits = self._value(np.zeros((1, len(embeds), self._decoder.vocab_size), np.float32))
         _Step(self, len(embeds), logits).run(embeds, total)
