@@ -106,18 +106,15 @@ class DecoderPass:
         observer = Observer(name, self._calibration.total, Wanted())
         path = self._hidden_path(layer + 1)
         new = path.with_suffix(".new")
-        shape = (self._calibration.total, self._config.hidden_size)
-        out = np.memmap(new, np.float32, "w+", shape=shape)
-        for chunk in self._chunks:
-            x = self._read(layer, chunk)
-            self._announce(observer, chunk)
-            lengths = [self._calibration.lengths[index] for index in chunk]
-            x = decoder_block(weights, x, lengths, self._rotary(lengths), self._config, unseen)
-            observer.check("the output", x)
-            out[self._rows(chunk)] = x.cpu().numpy()
-            self._progress(len(x))
-        out.flush()
-        del out
+        with new.open("wb") as file:  # written, not mapped: a full disk is then an error and not a crash
+            for chunk in self._chunks:
+                x = self._read(layer, chunk)
+                self._announce(observer, chunk)
+                lengths = [self._calibration.lengths[index] for index in chunk]
+                x = decoder_block(weights, x, lengths, self._rotary(lengths), self._config, unseen)
+                observer.check("the output", x)
+                file.write(x.cpu().numpy().data)
+                self._progress(len(x))
         new.replace(path)
 
     def _hidden_path(self, layer: int) -> Path:

@@ -21,7 +21,7 @@ from .dataset import CalibrationSet, DataOptions, finish, prepare
 from .decoder_pass import DecoderPass, Statistics
 from .statistics import Wanted
 from .tower import Replacements, embed, no_replacements, tower_steps
-from .work import WorkFolder, checkpoint_identity
+from .work import WorkFolder, checkpoint_identity, readable_disk_errors
 
 Figures = dict[str, NDArray[Any]]
 
@@ -54,6 +54,14 @@ def calibrate(
     options, compute = options or DataOptions(), compute or choose_compute()
     if target.exists():
         raise EdgeError(f"{target} exists; choose another --output or remove it")
+    with readable_disk_errors(target):
+        _calibrate(source, target, options, compute, restart, progress)
+    return CalibrationSet.open(target)
+
+
+def _calibrate(
+    source: Checkpoint, target: Path, options: DataOptions, compute: Compute, restart: bool, progress: bool
+) -> None:
     identity = checkpoint_identity(source.folder)
     work = WorkFolder(partial_path(target), run_description(identity, options, compute), restart)
     calibration, figures = embedded_set(work, source, identity, options, compute, progress, gather=True)
@@ -66,7 +74,6 @@ def calibrate(
         if path.name.startswith(("hidden-", "layer-", "run.json", "decoder.json", "vision.npz")):
             path.unlink()
     work.path.rename(target)
-    return CalibrationSet.open(target)
 
 
 def embedded_set(

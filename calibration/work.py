@@ -6,11 +6,13 @@ values; another run must not continue it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,21 @@ class WorkFolder:
         with new.open("wb") as file:
             np.savez(file, **dict(arrays))  # type: ignore[arg-type]  # numpy's stub takes the names for its own options
         os.replace(new, self.path / name)
+
+
+@contextmanager
+def readable_disk_errors(target: Path) -> Iterator[None]:
+    """What the disk refuses becomes one line; state that was saved stays."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            reason = "make room and repeat the command, which continues where it was"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            reason = "choose another --output"
+        else:
+            raise
+        raise EdgeError(f"cannot write {target} ({os.strerror(error.errno)}); {reason}") from None
 
 
 def checkpoint_identity(folder: Path) -> str:

@@ -25,7 +25,7 @@ from internvl_edge.calibration.run import (
     say,
 )
 from internvl_edge.calibration.tower import Replacements, no_replacements
-from internvl_edge.calibration.work import WorkFolder, checkpoint_identity
+from internvl_edge.calibration.work import WorkFolder, checkpoint_identity, readable_disk_errors
 from internvl_edge.checkpoint import Checkpoint
 from internvl_edge.errors import EdgeError
 from internvl_edge.recipe import GROUP_SIZES, Recipe
@@ -104,8 +104,9 @@ def quantize_checkpoint(
             "int8 vision needs the images, which statistics no longer hold; give data instead of statistics"
         )
     check_recipe(source, recipe)
-    run = _Run(source, target, recipe, compute, progress)
-    return run.finish(run.quantise(data, None if stats is None else Path(stats), restart))
+    with readable_disk_errors(target):
+        run = _Run(source, target, recipe, compute, progress)
+        return run.finish(run.quantise(data, None if stats is None else Path(stats), restart))
 
 
 def check_recipe(checkpoint: Checkpoint, recipe: Recipe) -> None:

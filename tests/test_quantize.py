@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from internvl_edge.checkpoint import Checkpoint
 from internvl_edge.cli import cli
 from internvl_edge.errors import EdgeError
 from internvl_edge.export import export_bundle
-from internvl_edge.quantize import quantize_checkpoint
+from internvl_edge.quantize import quantize_checkpoint, run
 from internvl_edge.recipe import Recipe
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -245,6 +246,22 @@ def test_an_infinite_weight_is_named_and_nothing_is_left_at_the_output(tmp_path:
     with pytest.raises(EdgeError, match=r"decoder.layers.1.self_attn.o_proj.weight holds NaN or infinity"):
         quantize(checkpoint, tmp_path / "out", RECIPES[recipe])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("number", "message"), [(errno.ENOSPC, "make room and repeat"), (errno.EROFS, "--output")])
+def test_what_the_disk_refuses_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, message: str
+) -> None:
+    def refuse(*ignored: Any, **also: Any) -> None:
+        raise OSError(number, "refused")
+
+    checkpoint, data = write_checkpoint(tmp_path / "checkpoint"), write_data(tmp_path / "data")
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "write_shards", refuse)
+        with pytest.raises(EdgeError, match=message):
+            quantize(checkpoint, tmp_path / "out", RECIPES["awq"], data)
+    quantize(checkpoint, tmp_path / "out", RECIPES["awq"], data)  # continues
+    Checkpoint(tmp_path / "out")
 
 
 # ---- command line ----
