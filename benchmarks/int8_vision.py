@@ -2,12 +2,14 @@
 
     python benchmarks/int8_vision.py quality CHECKPOINT     -> results/int8-vision-quality-NAME.json
     python benchmarks/int8_vision.py speed CHECKPOINT       -> results/int8-vision-speed-NAME.json
+    python benchmarks/int8_vision.py cost CHECKPOINT        -> results/int8-vision-cost-NAME.json
 
 quality: each way of calibrating, with and without SmoothQuant and fallback, quantises CHECKPOINT with the built-in set,
 exports it and compares its image embeddings, computed by ONNX Runtime, with those of the float bundle. Photographs are
 those of scikit-image, documents are drawn with words, fonts and seeds that calibration does not see. Last come towers
 that compute the same with some channels much larger than others, which is what SmoothQuant is for.
-speed: for checkpoints in published shapes, whose weights may be random. Both graphs run in turn, one tile at a time.
+speed, cost: of running and of quantising, for checkpoints in published shapes whose weights may be random. Both graphs
+run in turn, one tile at a time.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -24,17 +27,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime
 import torch
 from record import run_measured, write_results
 from safetensors.torch import load_file, save_file
 
-from internvl_edge.bundle import VISION, Bundle
+from internvl_edge.bundle import VISION
 from internvl_edge.calibration import DataOptions, choose_compute
 from internvl_edge.calibration.synthetic import sample
 from internvl_edge.checkpoint import Checkpoint
 from internvl_edge.config import ModelConfig
 from internvl_edge.export import export_bundle
+from internvl_edge.export.builder import Types
+from internvl_edge.export.exporter import DTYPES
+from internvl_edge.export.vision import build_vision
+from internvl_edge.export.weights import WeightFile
 from internvl_edge.quantize import VisionReport, quantize_checkpoint
 from internvl_edge.recipe import CALIBRATORS, Recipe, VisionInt8
 from internvl_edge.runtime.preprocess import load_image, tile_image
@@ -189,25 +197,13 @@ def agreement(expected: np.ndarray, found: np.ndarray) -> dict[str, float]:
 
 
 def speed(checkpoint: Path, work: Path) -> dict[str, Any]:
-    """Milliseconds per tile and bytes of float32, float16-stored and int8 towers; time and memory of quantising."""
-    out = str(work / "int8")
-    command = [sys.executable, "-c", "from internvl_edge.cli import main; main()", "quantize", str(checkpoint)]
-    run = run_measured([*command, "--vision", "int8", "--samples", "8", "--max-tiles", "1", "--json", "-o", out])
-    sources = {
-        "float32": (checkpoint, "float32"),
-        "float16": (checkpoint, "float16"),
-        "int8": (work / "int8", "float16"),
-    }
-    sizes, sessions = {}, {}
-    for name, (source, dtype) in sources.items():
-        bundle = Bundle.open(export_bundle(source, work / name.replace("int8", "int8-bundle"), dtype))
-        files = bundle.manifest.files
-        sizes[name] = {
-            "vision_bytes": sum(entry["bytes"] for file, entry in files.items() if file.startswith("vision")),
-            "bundle_bytes": sum(entry["bytes"] for entry in files.values()),
-        }
-        if name != "float16":
-            sessions[name] = vision_session(bundle.folder, THREADS)
+    """Milliseconds per tile and bytes of the vision graph with float32 and int8 weights; float16 for its size."""
+    maker = Path(__file__).with_name("int8_tower.py")
+    subprocess.run([sys.executable, str(maker), str(checkpoint), str(work / "int8")], check=True)
+    sources = {"float32": (checkpoint, "float32"), "float16": (checkpoint, "float16")}
+    sources["int8"] = (work / "int8", "float16")
+    sizes = {name: write_vision(source, work / f"{name}-graph", dtype) for name, (source, dtype) in sources.items()}
+    sessions = {name: vision_session(work / f"{name}-graph", THREADS) for name in ("float32", "int8")}
     size = Checkpoint(checkpoint).config.vision.image_size
     tile = np.random.default_rng(0).integers(0, 256, (1, size, size, 3), np.uint8)
     times: dict[str, list[float]] = {name: [] for name in sessions}
@@ -221,23 +217,46 @@ def speed(checkpoint: Path, work: Path) -> dict[str, Any]:
     return {
         "checkpoint": checkpoint.name,
         "threads": THREADS,
-        "quantise_tiles": json.loads(run.stdout)["vision"]["tiles"],
-        "quantise_s": round(run.wall_s, 1),
-        "quantise_cpu_s": round(run.cpu_s, 1),
-        "quantise_peak_anonymous_bytes": run.peak_anonymous,
         "ms_per_tile": {name: {"median": statistics.median(t), "best": min(t)} for name, t in times.items()},
         "float32_over_int8": {"median": statistics.median(ratios), "each": [round(ratio, 2) for ratio in ratios]},
-        "sizes": sizes,
+        "vision_bytes": sizes,
     }
+
+
+def write_vision(checkpoint: Path, out: Path, dtype: str) -> int:
+    """The vision graph alone; its size in bytes."""
+    out.mkdir()
+    file = WeightFile("vision.data")
+    types = Types(DTYPES[dtype], DTYPES["float32"])
+    ir.save(build_vision(Checkpoint(checkpoint), types, file), out / VISION)
+    file.write(out, lambda size: None)
+    return sum(path.stat().st_size for path in out.iterdir())
+
+
+def cost(checkpoint: Path, work: Path) -> dict[str, Any]:
+    """Time and memory of quantising a tower with few tiles."""
+    command = [sys.executable, "-c", "from internvl_edge.cli import main; main()", "quantize", str(checkpoint)]
+    options = ["--vision", "int8", "--samples", "8", "--max-tiles", "1", "--json", "-o", str(work / "int8")]
+    run = run_measured([*command, *options])
+    return {
+        "checkpoint": checkpoint.name,
+        "tiles": json.loads(run.stdout)["vision"]["tiles"],
+        "wall_s": round(run.wall_s, 1),
+        "cpu_s": round(run.cpu_s, 1),
+        "peak_anonymous_bytes": run.peak_anonymous,
+    }
+
+
+_COMMANDS = {"quality": quality, "speed": speed, "cost": cost}
 
 
 def main() -> None:
     """Command line."""
-    if len(sys.argv) != 3 or sys.argv[1] not in ("quality", "speed"):
+    if len(sys.argv) != 3 or sys.argv[1] not in _COMMANDS:
         sys.exit(__doc__)
     checkpoint = Path(sys.argv[2])
     with tempfile.TemporaryDirectory() as folder:
-        values = {"quality": quality, "speed": speed}[sys.argv[1]](checkpoint, Path(folder))
+        values = _COMMANDS[sys.argv[1]](checkpoint, Path(folder))
     print(write_results(f"int8-vision-{sys.argv[1]}-{checkpoint.resolve().name}", values))
 
 
