@@ -158,8 +158,11 @@ class Checkpoint:
 
     def _check_packed(self, name: str, module: str, shape: tuple[int, ...]) -> list[str]:
         if self.quantization is None:
+            parts = ((n, tensor.dtype) for n, tensor in self._stored.items() if n.startswith(f"{module}."))
+            stored, dtype = next(((n, dtype) for n, dtype in parts if dtype not in FLOATS), (module, "packed"))
             raise CheckpointError(
-                f"{self.folder}: {module} is quantised, but config.json has no quantization_config; download it again"
+                f"{self.folder}: tensor {stored} has dtype {dtype}, expected {', '.join(FLOATS)}: it looks quantised, "
+                "but config.json has no quantization_config; download it again"
             )
         try:
             scheme, used = check_packed(self.quantization, self._stored, module, (shape[0], shape[-1]))
