@@ -135,7 +135,10 @@ class Bench:
             command = self.command(method, group_size, out)
             if command is None:
                 return None
-            run = run_measured(command, interval_s=0.5)
+            # Output into a file: peers print more than a pipe holds before it is read, and leave logs where they are.
+            shell = f"cd '{self.work}' && exec \"$@\" > '{cost.with_suffix('.log')}' 2>&1"
+            logged = ["sh", "-c", shell, "sh", *command]
+            run = run_measured(logged, interval_s=0.5)
             seconds = {"wall_s": round(run.wall_s), "cpu_s": round(run.cpu_s), "peak_anonymous": run.peak_anonymous}
             cost.write_text(json.dumps(seconds), encoding="utf-8")
         figures = self.figures(out)
@@ -166,6 +169,21 @@ class Bench:
             for kind in kinds
         }
         return {"all": _round(parts), "kinds": per_kind}
+
+    def write(self, sizes: Sequence[int]) -> None:
+        """Write what has been measured so far, and what has not."""
+        _, _, digest = smollm_text.read(self.work / "text.npz")
+        names = [f"{method.name}-{size}" for size in sizes for method in METHODS]
+        files = {name: self.work / "figures" / f"{name}.json" for name in names}
+        found = [json.loads(file.read_text(encoding="utf-8")) for file in files.values() if file.exists()]
+        scope = {
+            "calibration_tokens": int(self.calibration_tokens().size),
+            "test_sequences": len(self.test()),
+            "test_positions": int(found[0]["all"]["positions"]),
+            "tokens_sha256": digest,
+            "not_measured": [name for name, file in files.items() if not file.exists()],
+        }
+        write_results("smollm-awq", {**scope, "results": found})
 
 
 def _evenly(length: int, count: int) -> list[int]:
@@ -214,26 +232,21 @@ def main(work: Path, peers: Path | None, sizes: tuple[int, ...], names: tuple[st
     work.mkdir(parents=True, exist_ok=True)
     bench = Bench(work.absolute(), peers.absolute() if peers else None)
     bench.prepare()
-    _, _, digest = smollm_text.read(work / "text.npz")
-    tokens, test = bench.calibration_tokens(), bench.test()
-    results = []
     for size in sizes:
         for method in METHODS:
-            if names and method.name not in names:
-                continue
-            values = bench.measure(method, size)
-            if values is None:
-                click.echo(f"{method.name:16} g{size}: no environment for it")
-                continue
-            results.append(values)
-            figures = values["all"]
-            click.echo(
-                f"{method.name:16} g{size}: KL {figures['kl_mean']:.5f}, top-1 {figures['top1_agreement']:.2%}, "
-                f"perplexity {figures['candidate_perplexity']:.4f}, {values['cost']['cpu_s']} CPU s"
-            )
-    if not names:
-        scope = {"calibration_tokens": int(tokens.size), "test_positions": int(results[0]["all"]["positions"])}
-        write_results("smollm-awq", {**scope, "test_sequences": len(test), "tokens_sha256": digest, "results": results})
+            if not names or method.name in names:
+                click.echo(_line(method, size, bench.measure(method, size)))
+    bench.write(sizes)
+
+
+def _line(method: Method, size: int, values: dict[str, Any] | None) -> str:
+    if values is None:
+        return f"{method.name:16} g{size}: no environment for it"
+    figures = values["all"]
+    return (
+        f"{method.name:16} g{size}: KL {figures['kl_mean']:.5f}, top-1 {figures['top1_agreement']:.2%}, "
+        f"perplexity {figures['candidate_perplexity']:.4f}, {values['cost']['cpu_s']} CPU s"
+    )
 
 
 if __name__ == "__main__":

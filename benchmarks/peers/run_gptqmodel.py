@@ -15,8 +15,7 @@ os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "3")  # with fewer cores it refus
 import numpy as np
 import torch
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
 
 
 def main() -> None:
@@ -28,12 +27,15 @@ def main() -> None:
     parser.add_argument("--asymmetric", action="store_true")
     options = parser.parse_args()
     tokens = np.load(options.tokens).tolist()
-    config = QuantizeConfig(bits=4, group_size=options.group_size, sym=not options.asymmetric, device="cpu")
+    config = QuantizeConfig(
+        bits=4, group_size=options.group_size, sym=not options.asymmetric, device="cpu", offload_to_disk=False
+    )
     model = GPTQModel.load(options.model, config, dtype=torch.float32, backend=BACKEND.TORCH)
     model.quantize([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in tokens], batch_size=1)
     packed = {name: module for name, module in model.model.named_modules() if hasattr(module, "dequantize_weight")}
-    state = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).state_dict()
-    state.pop("lm_head.weight", None)  # the token table again
+    state = load_file(
+        Path(options.model) / "model.safetensors"
+    )  # what is not quantised; transformers is patched by now
     for name, module in packed.items():
         weight = module.dequantize_weight().float()
         state[f"{name}.weight"] = weight.reshape(module.in_features, module.out_features).T
