@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+import tempfile
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -36,13 +37,17 @@ def run_measured(command: list[str], interval_s: float = 0.02) -> Run:
     """
     started = time.perf_counter()
     before = os.times()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    peaks = {"VmHWM": 0, "RssAnon": 0}
-    while process.poll() is None:
-        for name, size in _memory(process.pid).items():
-            peaks[name] = max(peaks[name], size)
-        time.sleep(interval_s)
-    stdout, stderr = process.communicate()
+    # Into files: nobody empties a pipe while memory is sampled, and a full one would stop the program.
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=out, stderr=errors)
+        peaks = {"VmHWM": 0, "RssAnon": 0}
+        while process.poll() is None:
+            for name, size in _memory(process.pid).items():
+                peaks[name] = max(peaks[name], size)
+            time.sleep(interval_s)
+        out.seek(0)
+        errors.seek(0)
+        stdout, stderr = out.read(), errors.read()
     after = os.times()
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} failed: {stderr.strip()}")
