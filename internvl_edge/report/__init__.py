@@ -1,0 +1,6 @@
+"""What is known of a quantised model, as `report.json` for programs and a self-contained `report.html` for people.
+
+Pure data in, files out: nothing here measures, loads a model or touches the network. The page needs the extra `report`.
+"""
+
+from __future__ import annotations
