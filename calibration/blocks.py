@@ -21,6 +21,8 @@ PIXEL_STD = (0.229, 0.224, 0.225)
 
 Weights = Mapping[str, Tensor]
 Observe = Callable[[str, Tensor], None]
+# Sees keys before their rotation and values, both [tokens, kv_heads, head_dim].
+ObserveCache = Callable[[Tensor, Tensor], None]
 
 
 def linear(weights: Weights, name: str, x: Tensor) -> Tensor:
@@ -52,6 +54,10 @@ def layer_norm(x: Tensor, weights: Weights, name: str, eps: float) -> Tensor:
 
 def unseen(name: str, x: Tensor) -> None:
     """The observer of a pass that only propagates."""
+
+
+def unseen_cache(key: Tensor, value: Tensor) -> None:
+    """The observer of a pass that does not look at the KV cache."""
 
 
 # ---- vision ----
@@ -124,6 +130,7 @@ def decoder_block(
     decoder: DecoderConfig,
     observe: Observe,
     output: bool = True,
+    observe_cache: ObserveCache = unseen_cache,
 ) -> Tensor:
     """One decoder layer over whole sequences laid one behind the other.
 
@@ -135,11 +142,13 @@ def decoder_block(
         decoder: the decoder's numbers.
         observe: sees the inputs of q_proj (for q, k, v), o_proj, gate_proj (for gate, up) and down_proj.
         output: False leaves the last product out and returns x; for passes that only observe.
+        observe_cache: sees what goes into the KV cache.
     """
     dtype = weights["self_attn.q_proj.weight"].dtype
     h = rms_norm(x, weights["input_layernorm.weight"], decoder.rms_norm_eps).to(dtype)
     observe("self_attn.q_proj", h)
     q, k, v = (linear(weights, f"self_attn.{part}_proj", h).reshape(len(h), -1, decoder.head_dim) for part in "qkv")
+    observe_cache(k, v)
     attended = _causal_attention(_rotate(q, *rotary), _rotate(k, *rotary), v, lengths)
     observe("self_attn.o_proj", attended)
     x = x + linear(weights, "self_attn.o_proj", attended)

@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from internvl_edge.checkpoint import Checkpoint
+from internvl_edge.kv_cache import KvScales
 from internvl_edge.runtime.rope import RotaryAngles
 
 from .blocks import decoder_block, rms_norm, unseen
+from .cache_ranges import CacheRanges
 from .compute import Compute
 from .dataset import CalibrationSet
 from .statistics import InputStatistics, Observer, Wanted
@@ -88,6 +90,13 @@ class DecoderPass:
             observer("lm_head", rms_norm(x, weight, self._config.rms_norm_eps).to(self._compute.dtype))
         return observer.inputs["lm_head"]
 
+    def kv_scales(self) -> KvScales:
+        """Scales of an int8 KV cache that reach what went into it; after `run`."""
+        layers = (self._work.read_arrays(f"cache-{n}.npz") for n in range(self._config.num_hidden_layers))
+        ranges = [(layer["keys"], layer["values"]) for layer in layers if layer]
+        keys, values = (np.stack(arrays) for arrays in zip(*ranges, strict=True))
+        return KvScales.from_ranges(keys, values)
+
     def _observe(self, layer: int, wanted: Wanted) -> Statistics:
         name = f"decoder.layers.{layer}"
         weights = load_block(self._checkpoint, f"{name}.", self._compute)
@@ -104,6 +113,7 @@ class DecoderPass:
         name = f"decoder.layers.{layer}"
         weights = load_block(self._checkpoint, f"{name}.", self._compute) | dict(replaced)
         observer = Observer(name, self._calibration.total, Wanted())
+        ranges = CacheRanges(self._config, self._compute.device)
         path = self._hidden_path(layer + 1)
         new = path.with_suffix(".new")
         with new.open("wb") as file:  # written, not mapped: a full disk is then an error and not a crash
@@ -111,10 +121,12 @@ class DecoderPass:
                 x = self._read(layer, chunk)
                 self._announce(observer, chunk)
                 lengths = [self._calibration.lengths[index] for index in chunk]
-                x = decoder_block(weights, x, lengths, self._rotary(lengths), self._config, unseen)
+                rotary = self._rotary(lengths)
+                x = decoder_block(weights, x, lengths, rotary, self._config, unseen, observe_cache=ranges.add)
                 observer.check("the output", x)
                 file.write(x.cpu().numpy().data)
                 self._progress(len(x))
+        self._work.write_arrays(f"cache-{layer}.npz", ranges.arrays())
         new.replace(path)
 
     def _hidden_path(self, layer: int) -> Path:

@@ -71,7 +71,7 @@ def _calibrate(
         DecoderPass(work, source, calibration, compute, advance).run(Wanted(), handler)
     finish(work.path, figures | handler.all_layers(source.config.decoder.num_hidden_layers))
     for path in work.path.iterdir():
-        if path.name.startswith(("hidden-", "layer-", "run.json", "decoder.json", "vision.npz")):
+        if path.name.startswith(("hidden-", "layer-", "cache-", "run.json", "decoder.json", "vision.npz")):
             path.unlink()
     work.path.rename(target)
 

@@ -88,6 +88,14 @@ class GraphBuilder:
             self._constants[key] = self._initializer(ir.tensor(array, name=f"constant_{len(self._constants)}"))
         return self._constants[key]
 
+    def floats(self, values: Any) -> ir.Value:
+        """A small constant in the activations' type."""
+        return self.constant(values, self.types.activations.numpy())
+
+    def unit_scale(self) -> tuple[ir.Value, ir.Value]:
+        """Scale 1 and zero point 0 of int8 numbers that are multiplied elsewhere."""
+        return self.floats(1), self.constant(0, np.int8)
+
     def model(self) -> ir.Model:
         """The finished model."""
         return ir.Model(self._graph, ir_version=11, producer_name="internvl-edge")

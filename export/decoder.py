@@ -5,18 +5,12 @@
     -> logits [batch, kept, vocab] float32, present.N.{key,value}
 
 `past_length` counts the tokens already in the cache; rows are not padded. The cache has a fixed capacity and is written
-in
-place: bind each `present` to its `past`. Rotary angles come from the host, so the graph has no length limit and dynamic
-NTK needs no state in it.
-
-`standard` uses ONNX operators alone, in the form that TensorRT takes: TensorScatter into the cache, Slice to the used
-part, single-output Attention with an explicit mask. `onnxruntime` uses GroupQueryAttention over the shared cache.
+in place: bind each `present` to its `past`; it holds int8 numbers where the checkpoint brings scales for them. Rotary
+angles come from the host, so the graph has no length limit and dynamic NTK needs no state in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -25,30 +19,16 @@ import onnx_ir as ir
 from internvl_edge.checkpoint import Checkpoint
 from internvl_edge.config import DecoderConfig
 
-from .builder import INT64_MAX, MICROSOFT, GraphBuilder, Types
+from .attention import ATTENTION, Attend, Dialect, Inputs, LayerCache
+from .builder import INT64_MAX, GraphBuilder, Types
 from .quantised import PackedWeights
 from .weights import Array, WeightFile
 
-Dialect = str
-DIALECTS: tuple[Dialect, ...] = ("standard", "onnxruntime")
+DIALECTS: tuple[Dialect, ...] = tuple(ATTENTION)
 # Below every logit, within float16.
 _NEVER = -3e4
 # Rows of the head looked at together; as floats the whole would be the largest thing in memory.
 _ROWS = 4096
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """What every layer's attention needs beside the hidden state."""
-
-    cos: ir.Value
-    sin: ir.Value
-    past_length: ir.Value
-    seq: ir.Value  # [1] int64
-
-
-# (q, k, v [batch, seq, width], past key, past value) -> (attended [batch, seq, width], present key, present value)
-_Attend = Callable[[ir.Value, ir.Value, ir.Value, ir.Value, ir.Value], tuple[ir.Value, ir.Value, ir.Value]]
 
 
 def build_decoder(
@@ -73,11 +53,15 @@ def build_decoder(
     cos, sin = g.input("cos", types.activations, half), g.input("sin", types.activations, half)
     past_length = g.input("past_length", ir.DataType.INT64, ["batch"])
     keep = g.input("logits_to_keep", ir.DataType.INT64, [1])
-    inputs = _Inputs(cos, sin, past_length, g.op("Shape", x, start=1, end=2))
-    attend = _ATTENTION[dialect](g, decoder, inputs)
+    inputs = Inputs(cos, sin, past_length, g.op("Shape", x, start=1, end=2))
+    attend = ATTENTION[dialect](g, decoder, inputs)
+    scales = checkpoint.kv_scales
+    stored = types.activations if scales is None else ir.DataType.INT8
     presents = []
     for n in range(decoder.num_hidden_layers):
-        x, present = _block(g, decoder, attend, x, n)
+        past = (g.input(f"past_key_values.{n}.{kind}", stored, _cache_shape(decoder)) for kind in ("key", "value"))
+        cache = LayerCache(*past, scales=(scales.key[n], scales.value[n]) if scales else None)
+        x, present = _block(g, decoder, attend, x, n, cache)
         presents.append(present)
     x = g.slice(x, g.op("Neg", keep), g.constant([INT64_MAX]), axis=1)
     logits = g.linear(g.rms_norm(x, "decoder.norm", decoder.rms_norm_eps), "decoder.lm_head")
@@ -89,7 +73,7 @@ def build_decoder(
     g.output(logits, "logits", ir.DataType.FLOAT, ["batch", "kept", decoder.vocab_size])
     for n, pair in enumerate(presents):
         for kind, value in zip(("key", "value"), pair, strict=True):
-            g.output(value, f"present.{n}.{kind}", types.activations, _cache_shape(decoder))
+            g.output(value, f"present.{n}.{kind}", stored, _cache_shape(decoder))
     return g.model()
 
 
@@ -111,69 +95,13 @@ def _cache_shape(decoder: DecoderConfig) -> list[int | str]:
 
 
 def _block(
-    g: GraphBuilder, decoder: DecoderConfig, attend: _Attend, x: ir.Value, n: int
+    g: GraphBuilder, decoder: DecoderConfig, attend: Attend, x: ir.Value, n: int, cache: LayerCache
 ) -> tuple[ir.Value, tuple[ir.Value, ir.Value]]:
     block = f"decoder.layers.{n}"
-    past_key = g.input(f"past_key_values.{n}.key", g.types.activations, _cache_shape(decoder))
-    past_value = g.input(f"past_key_values.{n}.value", g.types.activations, _cache_shape(decoder))
     h = g.rms_norm(x, f"{block}.input_layernorm", decoder.rms_norm_eps)
     q, k, v = (g.linear(h, f"{block}.self_attn.{name}_proj") for name in "qkv")
-    attended, key, value = attend(q, k, v, past_key, past_value)
+    attended, key, value = attend(q, k, v, cache)
     x = g.op("Add", x, g.linear(attended, f"{block}.self_attn.o_proj"))
     h = g.rms_norm(x, f"{block}.post_attention_layernorm", decoder.rms_norm_eps)
     gated = g.op("Mul", g.silu(g.linear(h, f"{block}.mlp.gate_proj")), g.linear(h, f"{block}.mlp.up_proj"))
     return g.op("Add", x, g.linear(gated, f"{block}.mlp.down_proj")), (key, value)
-
-
-def _standard_attention(g: GraphBuilder, decoder: DecoderConfig, inputs: _Inputs) -> _Attend:
-    zero, axis = g.constant([0]), g.constant([1])
-    steps = g.op("Range", g.constant(0), g.op("Squeeze", inputs.seq), g.constant(1))
-    positions = g.op("Add", g.op("Unsqueeze", inputs.past_length, axis), steps)  # [batch, seq]
-    total = g.op("Add", g.op("ReduceMax", inputs.past_length, zero, keepdims=1), inputs.seq)  # [1]
-    slots = g.op("Range", g.constant(0), g.op("Squeeze", total), g.constant(1))
-    mask = g.op("LessOrEqual", slots, g.op("Unsqueeze", positions, g.constant([1, 3])))  # [batch, 1, seq, total]
-
-    def attend(
-        q: ir.Value, k: ir.Value, v: ir.Value, past_key: ir.Value, past_value: ir.Value
-    ) -> tuple[ir.Value, ir.Value, ir.Value]:
-        q, k, v = (g.heads(x, decoder.head_dim) for x in (q, k, v))
-        q, k = (g.op("RotaryEmbedding", x, inputs.cos, inputs.sin) for x in (q, k))
-        key, value = (
-            g.op("TensorScatter", past, new, inputs.past_length, axis=2)
-            for past, new in ((past_key, k), (past_value, v))
-        )
-        used_key, used_value = (g.slice(x, zero, total, axis=2) for x in (key, value))
-        attended = g.op("Attention", q, used_key, used_value, mask)
-        return g.merge_heads(attended, decoder.num_attention_heads * decoder.head_dim), key, value
-
-    return attend
-
-
-def _onnxruntime_attention(g: GraphBuilder, decoder: DecoderConfig, inputs: _Inputs) -> _Attend:
-    heads, kv_heads = decoder.num_attention_heads, decoder.num_key_value_heads
-    totals = g.op("Add", inputs.past_length, inputs.seq)
-    last = g.cast(g.op("Sub", totals, g.constant([1])), ir.DataType.INT32)  # [batch]
-    total = g.cast(g.op("ReduceMax", totals, keepdims=0), ir.DataType.INT32)  # []
-
-    def attend(
-        q: ir.Value, k: ir.Value, v: ir.Value, past_key: ir.Value, past_value: ir.Value
-    ) -> tuple[ir.Value, ir.Value, ir.Value]:
-        q = g.op("RotaryEmbedding", q, inputs.cos, inputs.sin, num_heads=heads)
-        k = g.op("RotaryEmbedding", k, inputs.cos, inputs.sin, num_heads=kv_heads)
-        attended, key, value = g.ops(
-            "GroupQueryAttention",
-            *(q, k, v, past_key, past_value, last, total),
-            outputs=3,
-            domain=MICROSOFT,
-            num_heads=heads,
-            kv_num_heads=kv_heads,
-        )
-        return attended, key, value
-
-    return attend
-
-
-_ATTENTION: dict[Dialect, Callable[[GraphBuilder, DecoderConfig, _Inputs], _Attend]] = {
-    "standard": _standard_attention,
-    "onnxruntime": _onnxruntime_attention,
-}

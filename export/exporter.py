@@ -116,6 +116,7 @@ class _Export:
             producer=f"internvl-edge {version('internvl-edge')}",
             quantization=self._packed.summary(),
             vision_quantization=vision_summary(self._checkpoint),
+            kv_cache="int8" if self._checkpoint.kv_scales else None,
             files={path.name: self._entry(path) for path in sorted(self._folder.iterdir())},
         )
         manifest.write(self._folder)

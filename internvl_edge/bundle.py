@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,6 +45,9 @@ class Manifest:
         quantization: method, bits, group size and measured weight error of a quantised decoder; None for floats.
         vision_quantization: of tower and projector, "method", how many linears are "int8" (weights and inputs) and
             the names of those that keep "floats"; None where all do.
+        kv_cache: "int8", or None for a cache in `activations`.
+        components: size of each part of the model, as `internvl_edge.components` counts it; None in older bundles.
+        quality: what evaluation found, a `internvl_edge.quality.Quality` as values; None where nobody has looked.
     """
 
     model: ModelConfig
@@ -56,11 +60,32 @@ class Manifest:
     files: dict[str, dict[str, Any]]
     quantization: dict[str, Any] | None = None
     vision_quantization: dict[str, Any] | None = None
+    kv_cache: str | None = None
+    components: list[dict[str, Any]] | None = None
+    quality: dict[str, Any] | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """One SHA-256 for the names and contents of all files: what figures about a bundle are tied to."""
+        digests = sorted((name, entry["sha256"]) for name, entry in self.files.items())
+        return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether anything has fewer bits than a float."""
+        return any((self.quantization, self.vision_quantization, self.kv_cache))
 
     def write(self, folder: Path) -> None:
-        """Write `manifest.json`, the file that makes a folder a bundle."""
+        """Write `manifest.json`, the file that makes a folder a bundle; one that is there is replaced in one step."""
         values = {"format_version": FORMAT_VERSION, **asdict(self)}
-        (folder / MANIFEST).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        path, temporary = folder / MANIFEST, folder / f".{MANIFEST}.{os.getpid()}"
+        try:
+            temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            if path.exists():
+                shutil.copymode(path, temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @staticmethod
     def read(folder: Path) -> Manifest:

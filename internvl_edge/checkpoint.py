@@ -17,6 +17,7 @@ from . import layouts
 from .config import ModelConfig
 from .config_reader import read_config
 from .errors import CheckpointError
+from .kv_cache import KvScales
 from .linear import PackedLinear, Scheme, concatenate
 from .packed_tensors import FLOATS, check_packed, is_packed, read_packed
 from .quantization import Quantization, read_quantization, refuse_bitsandbytes_tensors, refuse_vision_bits
@@ -32,6 +33,7 @@ class Checkpoint:
         shapes: canonical tensor name -> shape, all tensors of the model.
         quantization: how linears are packed, None for float weights.
         schemes: canonical name of each quantised linear (without `.weight`) -> how it is rounded.
+        kv_scales: of an int8 KV cache, None for one of floats.
 
     Raises:
         CheckpointError: from the constructor, when files, configuration and tensors do not fit together.
@@ -49,6 +51,7 @@ class Checkpoint:
         self.shapes = layouts.tensor_shapes(self.config)
         self._sources = {name: self._source(name) for name in self.shapes}
         self.schemes: dict[str, Scheme] = {}
+        self.kv_scales = KvScales.read(folder, self.config.decoder)
         self._last_packed: tuple[tuple[str, ...], PackedLinear] | None = None
         self._check()
 

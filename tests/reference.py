@@ -137,8 +137,12 @@ class Numbers:
 
 @dataclass
 class Cache:
-    """Keys and values of each layer, [kv_heads, length, head_dim], rotated when they were written and never again."""
+    """Keys and values of each layer, [kv_heads, length, head_dim], rotated when they were written and never again.
 
+    With `scales`, of keys and of values [layers, kv_heads, head_dim], they are rounded to multiples of these.
+    """
+
+    scales: tuple[Tensor, Tensor] | None = None
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
 
@@ -149,6 +153,11 @@ class Cache:
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Add new positions to a layer and return all of that layer."""
+        if self.scales is not None:
+            steps = (scale[layer][:, None] for scale in self.scales)
+            key, value = (
+                (x / step).round().clamp(-128, 127) * step for x, step in zip((key, value), steps, strict=True)
+            )
         if layer == len(self.keys):
             self.keys.append(key)
             self.values.append(value)
@@ -163,6 +172,7 @@ class Reference:
 
     def __init__(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
         self.folder, self.dtype = Path(folder), dtype
+        self.kv_scales: tuple[Tensor, Tensor] | None = None
         self.numbers = Numbers.read(self.folder)
         self.weights = {name: tensor.to(dtype) for name, tensor in _read_weights(self.folder).items()}
         self._split_wqkv()
@@ -328,7 +338,7 @@ class Reference:
     @torch.no_grad()
     def logits(self, ids: Sequence[int], tiles: np.ndarray | None = None) -> Tensor:
         """Logits [len(ids), vocab] of one uncached forward (with dynamic NTK this differs from cached decoding)."""
-        return self._linear(self._decoder(self.embed(ids, tiles), Cache()), "language_model.lm_head")
+        return self._linear(self._decoder(self.embed(ids, tiles), Cache(self.kv_scales)), "language_model.lm_head")
 
     @torch.no_grad()
     def generate(
@@ -344,7 +354,7 @@ class Reference:
         `forced` feeds these tokens instead of the argmax, so that another implementation's logits can be compared
         step by step after a near-tie; the ids returned are the forced ones.
         """
-        cache, x = Cache(), self.embed(ids, tiles)
+        cache, x = Cache(self.kv_scales), self.embed(ids, tiles)
         new: list[int] = []
         steps: list[Tensor] = []
         limit = max_new_tokens if forced is None else len(forced)

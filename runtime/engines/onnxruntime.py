@@ -71,6 +71,7 @@ class OnnxRuntimeEngine:
         self._decoder = model.decoder
         self._angles = RotaryAngles(model.decoder)
         self._dtype = np.dtype(opened.manifest.activations)
+        self._cache_dtype = np.dtype(opened.manifest.kv_cache or self._dtype)
         self._capacity = capacity
         self._length = 0
         self._vision = self._session(opened, bundle.VISION, threads)
@@ -154,7 +155,7 @@ class OnnxRuntimeEngine:
 
     def _allocate_cache(self) -> Any:
         shape = (1, self._decoder.num_key_value_heads, self._capacity, self._decoder.head_dim)
-        return self._value(np.zeros(shape, self._dtype))
+        return self._value(np.zeros(shape, self._cache_dtype))
 
     def _value(self, array: NDArray[Any]) -> Any:
         return self._ort.OrtValue.ortvalue_from_numpy(array, self._device, 0)

@@ -1,0 +1,124 @@
+"""Attention over the KV cache, in the two dialects: all that tells their decoder graphs apart.
+
+The cache has a fixed capacity and is written in place. `standard` uses ONNX operators alone, in the form that TensorRT
+takes: TensorScatter into the cache, Slice to the used part, single-output Attention with an explicit mask.
+`onnxruntime` uses GroupQueryAttention over the shared cache.
+
+A cache may hold int8 numbers with one scale per KV head and channel. GroupQueryAttention takes them so. In the standard
+dialect keys and values are divided by their scales and rounded; scores are then made from queries multiplied by the
+keys' scales, and what values add up to is multiplied by theirs: two small products a layer, and a cache whose one
+scale is 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from internvl_edge.config import DecoderConfig
+
+from .builder import MICROSOFT, GraphBuilder
+from .weights import Array
+
+Dialect = str
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What every layer's attention needs beside the hidden state."""
+
+    cos: ir.Value
+    sin: ir.Value
+    past_length: ir.Value
+    seq: ir.Value  # [1] int64
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer's keys and values so far, [batch, kv_heads, capacity, head_dim], and the scales of int8 ones."""
+
+    key: ir.Value
+    value: ir.Value
+    scales: tuple[Array, Array] | None = None  # of keys and of values, [kv_heads, head_dim] float32
+
+
+# (q, k, v [batch, seq, width], cache) -> (attended [batch, seq, width], present key, present value)
+Attend = Callable[[ir.Value, ir.Value, ir.Value, LayerCache], tuple[ir.Value, ir.Value, ir.Value]]
+
+
+def _standard_attention(g: GraphBuilder, decoder: DecoderConfig, inputs: Inputs) -> Attend:
+    zero, axis = g.constant([0]), g.constant([1])
+    steps = g.op("Range", g.constant(0), g.op("Squeeze", inputs.seq), g.constant(1))
+    positions = g.op("Add", g.op("Unsqueeze", inputs.past_length, axis), steps)  # [batch, seq]
+    total = g.op("Add", g.op("ReduceMax", inputs.past_length, zero, keepdims=1), inputs.seq)  # [1]
+    slots = g.op("Range", g.constant(0), g.op("Squeeze", total), g.constant(1))
+    mask = g.op("LessOrEqual", slots, g.op("Unsqueeze", positions, g.constant([1, 3])))  # [batch, 1, seq, total]
+
+    def scatter_and_slice(past: ir.Value, new: ir.Value) -> tuple[ir.Value, ir.Value]:
+        present = g.op("TensorScatter", past, new, inputs.past_length, axis=2)
+        return present, g.slice(present, zero, total, axis=2)
+
+    def attend(q: ir.Value, k: ir.Value, v: ir.Value, cache: LayerCache) -> tuple[ir.Value, ir.Value, ir.Value]:
+        q, k, v = (g.heads(x, decoder.head_dim) for x in (q, k, v))
+        q, k = (g.op("RotaryEmbedding", x, inputs.cos, inputs.sin) for x in (q, k))
+        if cache.scales is not None:
+            key_scale, value_scale = cache.scales
+            k, v = (_round(g, x, scale) for x, scale in ((k, key_scale), (v, value_scale)))
+            q = g.op("Mul", q, _query_heads(g, decoder, key_scale))
+        (key, used_key), (value, used_value) = scatter_and_slice(cache.key, k), scatter_and_slice(cache.value, v)
+        if cache.scales is not None:
+            used_key, used_value = (g.op("DequantizeLinear", x, *g.unit_scale()) for x in (used_key, used_value))
+        attended = g.op("Attention", q, used_key, used_value, mask)
+        if cache.scales is not None:
+            attended = g.op("Mul", attended, _query_heads(g, decoder, cache.scales[1]))
+        return g.merge_heads(attended, decoder.num_attention_heads * decoder.head_dim), key, value
+
+    return attend
+
+
+def _round(g: GraphBuilder, x: ir.Value, scale: Array) -> ir.Value:
+    """x [batch, kv_heads, seq, head_dim] as int8 numbers that stand for multiples of `scale`."""
+    return g.op("QuantizeLinear", g.op("Mul", x, g.floats((1 / scale)[None, :, None])), *g.unit_scale())
+
+
+def _query_heads(g: GraphBuilder, decoder: DecoderConfig, scale: Array) -> ir.Value:
+    """Scales of KV heads as those of the query heads that read them, [1, heads, 1, head_dim]."""
+    return g.floats(np.repeat(scale, decoder.num_query_groups, axis=0)[None, :, None])
+
+
+def _onnxruntime_attention(g: GraphBuilder, decoder: DecoderConfig, inputs: Inputs) -> Attend:
+    heads, kv_heads = decoder.num_attention_heads, decoder.num_key_value_heads
+    totals = g.op("Add", inputs.past_length, inputs.seq)
+    last = g.cast(g.op("Sub", totals, g.constant([1])), ir.DataType.INT32)  # [batch]
+    total = g.cast(g.op("ReduceMax", totals, keepdims=0), ir.DataType.INT32)  # []
+
+    def attend(q: ir.Value, k: ir.Value, v: ir.Value, cache: LayerCache) -> tuple[ir.Value, ir.Value, ir.Value]:
+        q = g.op("RotaryEmbedding", q, inputs.cos, inputs.sin, num_heads=heads)
+        k = g.op("RotaryEmbedding", k, inputs.cos, inputs.sin, num_heads=kv_heads)
+        scales: list[ir.Value | None] = []
+        attributes = {}
+        if cache.scales is not None:
+            skipped = [None] * 5  # cos and sin, positions, bias and sinks
+            scales = [*skipped, *(g.constant(scale[None, :, None], np.float32) for scale in cache.scales)]
+            attributes = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+        attended, key, value = g.ops(
+            "GroupQueryAttention",
+            *(q, k, v, cache.key, cache.value, last, total, *scales),
+            outputs=3,
+            domain=MICROSOFT,
+            num_heads=heads,
+            kv_num_heads=kv_heads,
+            **attributes,
+        )
+        return attended, key, value
+
+    return attend
+
+
+ATTENTION: dict[Dialect, Callable[[GraphBuilder, DecoderConfig, Inputs], Attend]] = {
+    "standard": _standard_attention,
+    "onnxruntime": _onnxruntime_attention,
+}

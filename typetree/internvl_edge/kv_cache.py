@@ -1,0 +1,1 @@
+../../internvl_edge/kv_cache.py
