@@ -59,8 +59,10 @@ def build_decoder(
     stored = types.activations if scales is None else ir.DataType.INT8
     presents = []
     for n in range(decoder.num_hidden_layers):
-        past = (g.input(f"past_key_values.{n}.{kind}", stored, _cache_shape(decoder)) for kind in ("key", "value"))
-        cache = LayerCache(*past, scales=(scales.key[n], scales.value[n]) if scales else None)
+        key, value = (
+            g.input(f"past_key_values.{n}.{kind}", stored, _cache_shape(decoder)) for kind in ("key", "value")
+        )
+        cache = LayerCache(key, value, (scales.key[n], scales.value[n]) if scales else None)
         x, present = _block(g, decoder, attend, x, n, cache)
         presents.append(present)
     x = g.slice(x, g.op("Neg", keep), g.constant([INT64_MAX]), axis=1)
