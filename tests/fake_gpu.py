@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ Work = Callable[[], None]
 NUMPY = {
     "tensor(float16)": np.float16,
     "tensor(int64)": np.int64,
+    "tensor(int8)": np.int8,
     "tensor(uint8)": np.uint8,
     "tensor(float)": np.float32,
 }
@@ -145,6 +147,17 @@ class FakeCuda:
             (device if to_device else host)[:] = host if to_device else device
 
         self.queue(stream, copy)
+        return (0,)
+
+    def cudaMemcpy2DAsync(  # noqa: N802
+        self, target: int, pitch: int, source: int, source_pitch: int, width: int, rows: int, kind: int, stream: int
+    ) -> Any:
+        assert kind == 3
+        assert width <= min(pitch, source_pitch)
+        assert stream not in self.captures, "a captured copy would keep its place"
+        for row in range(rows):
+            there, here = self.at(target + row * pitch, width), self.at(source + row * source_pitch, width)
+            self.queue(stream, partial(np.copyto, there, here))
         return (0,)
 
     def cudaStreamBeginCapture(self, stream: int, mode: int) -> Any:  # noqa: N802

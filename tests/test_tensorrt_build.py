@@ -19,6 +19,7 @@ from typing import Any
 import onnx
 import pytest
 import tiny
+from test_kv_cache import write_scales
 from tiny_quantised import write_quantised
 
 from internvl_edge import export_bundle
@@ -90,6 +91,29 @@ def test_the_decoder_is_attention_layers_over_a_cache_written_in_place(tmp_path:
     assert io["logits"] == ("output", "FLOAT", (1, -1, decoder.vocab_size))
     assert io["token"] == ("output", "INT64", (1, -1))
     assert shape_inputs(network) == []
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_an_int8_cache_is_read_as_int8_and_what_is_new_comes_out(tmp_path: Path, dtype: str) -> None:
+    checkpoint = tiny.write_checkpoint(tmp_path / "plain")
+    write_scales(checkpoint)
+    bundle = Bundle.open(export_bundle(checkpoint, tmp_path / "bundle", "float16"))
+    decoder = bundle.manifest.model.decoder
+    _, network = networks(bundle, dtype)
+    count = layer_types(network)
+    assert count["ATTENTION_INPUT"] == decoder.num_hidden_layers
+    assert count["QUANTIZE"] == 2 * decoder.num_hidden_layers
+    assert count["DEQUANTIZE"] == 4 * decoder.num_hidden_layers
+    assert count["KV_CACHE_UPDATE"] == 0
+    io = tensors(network)
+    cache = (1, decoder.num_key_value_heads, SIZES["capacity"], decoder.head_dim)
+    assert {io[name] for name in io if name.startswith("past_key_values")} == {("input", "INT8", cache)}
+    rows = 2 * decoder.num_hidden_layers * decoder.num_key_value_heads
+    assert io["new_entries"] == ("output", "INT8", (1, rows, -1, decoder.head_dim))
+    assert shape_inputs(network) == []
+    record, built = build_engines(bundle, RTX, options_for(RTX, dtype, **SIZES))
+    assert built
+    assert record.files[ENGINES["decoder"]]["bytes"] > 0
 
 
 def test_no_float32_but_norms_and_logits(bundle: Bundle) -> None:

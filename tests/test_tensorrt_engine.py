@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny
 from fake_gpu import FakeCuda, FakeTensorRT
+from test_kv_cache import write_scales
 
 from internvl_edge import export_bundle
 from internvl_edge.bundle import Bundle, sha256
@@ -43,6 +44,15 @@ FLAVOURS = {"tensorrt": "10.16.1", "tensorrt_rtx": "1.7.1"}
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp("gpu")
     return Bundle.open(export_bundle(tiny.write_checkpoint(folder / "checkpoint"), folder / "bundle", "float16"))
+
+
+@pytest.fixture(scope="module")
+def rounded(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The same with an int8 KV cache."""
+    folder = tmp_path_factory.mktemp("rounded")
+    checkpoint = tiny.write_checkpoint(folder / "checkpoint")
+    write_scales(checkpoint)
+    return Bundle.open(export_bundle(checkpoint, folder / "bundle", "float16"))
 
 
 @pytest.fixture(autouse=True)
@@ -85,8 +95,15 @@ def rows(bundle: Bundle, count: int, seed: int = 3) -> np.ndarray[Any, Any]:
 
 @pytest.mark.parametrize("flavour", list(FLAVOURS))
 @pytest.mark.parametrize("profiles", [1, 2])
-def test_every_call_puts_the_right_numbers_in_the_right_places(exported: Bundle, flavour: str, profiles: int) -> None:
-    """Prompts in chunks, single tokens, guessed tokens and a shortened cache follow the CPU engine step by step."""
+@pytest.mark.parametrize(("cache", "tolerance"), [("exported", 0.03), ("rounded", 0.2)])
+def test_every_call_puts_the_right_numbers_in_the_right_places(
+    request: pytest.FixtureRequest, flavour: str, cache: str, tolerance: float, profiles: int
+) -> None:
+    """Prompts in chunks, single tokens, guessed tokens and a shortened cache follow the CPU engine step by step.
+
+    In 16 bits some keys fall to the other side of the middle between two integers: 0.02 to 0.12 of the deviation here.
+    """
+    exported: Bundle = request.getfixturevalue(cache)
     write_engines(exported, flavour, profiles)
     expected = OnnxRuntimeEngine(exported, capacity=CAPACITY)
     embeds = rows(exported, CAPACITY)
@@ -95,7 +112,7 @@ def test_every_call_puts_the_right_numbers_in_the_right_places(exported: Bundle,
 
         def same(mine: np.ndarray[Any, Any], theirs: np.ndarray[Any, Any]) -> None:
             assert mine.shape == theirs.shape
-            assert np.abs(mine - theirs).max() < 0.03 * theirs.std()
+            assert np.abs(mine - theirs).max() < tolerance * theirs.std()
             assert engine.length == expected.length
 
         same(engine.prefill(embeds[:37]), expected.prefill(embeds[:37]))

@@ -10,13 +10,15 @@ Changes, all in the header of a few hundred kilobytes; weights stay in the bundl
   CUDA graph. The mask hides slots behind the present position.
 - `kept` [kept] int64 becomes an input likewise: the positions of this step whose logits are computed.
 - `token` [1, kept] int64, the most probable ones, becomes an output.
+- TensorRT's cache update takes no int8: an int8 cache is only read, what is new becomes one output `new_entries`
+  [1, 2 x layers x kv_heads, seq, head_dim], and attention sees both, one behind the other.
 
 Needs onnx-ir; knows the names and forms that `export` writes, and nothing about TensorRT's interfaces.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ import numpy as np
 import onnx_ir as ir
 
 from internvl_edge.errors import BundleError
+
+from ..engines.tensorrt_cache import NEW_ENTRIES
 
 DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 # Float matrices above this many elements stay in their file and are converted by the builder; below, here.
@@ -54,13 +58,15 @@ def decoder_header(path: Path, activations: str, dtype: str, capacity: int) -> b
 
     inputs_embeds [1, seq, hidden], cos and sin [1, seq, head_dim / 2], past_length [1] int64, slots [window] int64,
     kept [kept] int64, past_key_values.N.{key,value} [1, kv_heads, capacity, head_dim]
-    -> logits [1, kept, vocab] float32, token [1, kept] int64, present.N.{key,value}, each in the memory of its past
+    -> logits [1, kept, vocab] float32, token [1, kept] int64, present.N.{key,value}, each in the memory of its past,
+       or new_entries int8 in their place
 
     Args and raises: as `vision_header`; `capacity` is the number of tokens in the KV cache.
     """
     tailor = _Tailor(path, activations, dtype)
     tailor.take_kept()
     tailor.take_slots()
+    tailor.put_out_new_entries()
     tailor.fix_sizes({"batch": 1, "capacity": capacity})
     tailor.choose_token()
     tailor.retype()
@@ -122,6 +128,60 @@ class _Tailor:
         assert total is not None
         for node in slices:
             node.replace_input_with(2, window)
+
+    def put_out_new_entries(self) -> None:
+        """Replace the in-place update of an int8 cache; one of floats stays as it is."""
+        caches = {value for value in self._graph.inputs if value.dtype == ir.DataType.INT8}
+        scatters = [node for node in self._graph if node.op_type == "TensorScatter" and node.inputs[0] in caches]
+        if not scatters:
+            return
+        new = [node.inputs[1] for node in scatters]
+        for node in scatters:
+            self._read_past_and_new(node)
+        self._mask_past_and_new()
+        for node in scatters:
+            self._graph.outputs.remove(node.outputs[0])
+            self._graph.remove(node, safe=True)
+        joined = ir.node("Concat", new, {"axis": 1})
+        self._graph.append(joined)
+        entries, cache = joined.outputs[0], next(iter(caches))
+        assert cache.shape is not None
+        _, heads, _, width = cache.shape
+        assert isinstance(heads, int)
+        entries.name, entries.type = NEW_ENTRIES, ir.TensorType(ir.DataType.INT8)
+        entries.shape = ir.Shape([1, len(new) * heads, "seq", width])
+        self._graph.outputs.append(entries)
+
+    def _read_past_and_new(self, scatter: ir.Node) -> None:
+        """Let attention read the cache as it was and, behind it, what this step adds."""
+        past, new = scatter.inputs[:2]
+        slices = [node for node, _ in scatter.outputs[0].uses()]
+        used = [node for node, _ in slices[0].outputs[0].uses()] if len(slices) == 1 else []
+        if len(used) != 1 or used[0].op_type != "DequantizeLinear":
+            raise self._unexpected("one Slice and DequantizeLinear for each int8 cache")
+        slices[0].replace_input_with(0, past)
+        dequantised = used[0].outputs[0]
+        attention, index = next(iter(dequantised.uses()))
+        added = self._insert_before(attention, "DequantizeLinear", [new, *used[0].inputs[1:]])
+        both = self._insert_before(attention, "Concat", [dequantised, added], axis=2)
+        attention.replace_input_with(index, both)
+
+    def _mask_past_and_new(self) -> None:
+        """Slots before this step's first position, then this step's positions up to each one's own."""
+        mask = next(node for node in self._graph if node.op_type == "LessOrEqual")
+        slots, rows = mask.inputs  # [window], [1, 1, seq, 1]
+        positions = rows.producer().inputs[0] if rows is not None and rows.producer() else None  # type: ignore[union-attr]
+        uses = list(mask.outputs[0].uses())
+        first = _first(self._graph, [node for node, _ in uses])
+        before = self._insert_before(first, "Less", [slots, self._input("past_length")])
+        past = self._insert_before(first, "And", [mask.outputs[0], before])
+        axes = ir.Value(name="row_axes", const_value=ir.tensor(np.array([1, 2]), name="row_axes"))
+        self._graph.register_initializer(axes)
+        columns = self._insert_before(first, "Unsqueeze", [positions, axes])
+        new = self._insert_before(first, "LessOrEqual", [columns, rows])
+        both = self._insert_before(first, "Concat", [past, new], axis=3)
+        for node, index in uses:
+            node.replace_input_with(index, both)
 
     def fix_sizes(self, sizes: dict[str, int]) -> None:
         """Give symbolic dimensions of inputs and outputs a size."""
@@ -244,7 +304,9 @@ class _Tailor:
         self._graph.inputs.append(value)
         return value
 
-    def _insert_before(self, node: ir.Node, op_type: str, inputs: list[ir.Value], **attributes: Any) -> ir.Value:
+    def _insert_before(
+        self, node: ir.Node, op_type: str, inputs: Sequence[ir.Value | None], **attributes: Any
+    ) -> ir.Value:
         new = ir.node(op_type, inputs, attributes)
         self._graph.insert_before(node, new)
         return new.outputs[0]

@@ -1,6 +1,6 @@
 """The TensorRT engine: a bundle's built engines on the present GPU, through cuda-bindings alone (see `Engine`).
 
-The KV cache stays on the device and is written in place. A decoding step sends one embedding and gets one token id
+The KV cache stays on the device. A decoding step sends one embedding and gets one token id
 back; logits follow only when asked for. Its work is one CUDA graph: kept by TensorRT for RTX itself, captured here
 otherwise.
 Vision has a stream and memory of its own, so `encode` may run in one thread while another decodes.
@@ -21,6 +21,7 @@ from internvl_edge.errors import EngineError
 
 from ..rope import RotaryAngles
 from .tensorrt_buffers import HALVES, Block
+from .tensorrt_cache import DeviceCache
 from .tensorrt_cuda import Cuda
 from .tensorrt_flavour import Flavour, load_flavour
 from .tensorrt_program import Context, Program
@@ -82,6 +83,8 @@ class TensorRTEngine:
             },
             "logits",
         )
+        itemsize = np.dtype(opened.manifest.kv_cache or self._half.stored).itemsize
+        self._cache = DeviceCache(self._cuda, model.decoder, record.options.capacity, itemsize, record.options.chunk)
         shared = self._shared_addresses(record.options.capacity)
         self._decode = self._step(text, 0, 1, shared)
         self._prefill = self._step(text, text.profiles() - 1, record.options.chunk, shared)
@@ -168,6 +171,7 @@ class TensorRTEngine:
         total = self._room_for(1)
         self._decode.fill(embed[None], self._length, total, [0])
         self._graph.run(self._decode.shapes(1, 1, self._window(total)))
+        self._cache.store(self._length, 1, self._stream)
         self._cuda.synchronise(self._stream)
         self._length = total
 
@@ -175,6 +179,7 @@ class TensorRTEngine:
         step.fill(embeds, self._length, total, kept)
         step.context.reshape(step.shapes(len(embeds), len(kept), self._window(self._length + len(embeds))))
         step.enqueue(self._stream)
+        self._cache.store(self._length, len(embeds), self._stream)
         self._cuda.synchronise(self._stream)  # the host's block is filled anew for the next step
         self._length += len(embeds)
 
@@ -217,21 +222,13 @@ class TensorRTEngine:
         return context
 
     def _shared_addresses(self, capacity: int) -> dict[str, int]:
-        """What all steps use: the cache, bound as past and present, the slots' numbers, and the results."""
-        decoder = self._decoder
+        """What all steps use: the cache, the slots' numbers, and the results."""
         slots = Block(self._cuda, {"slots": ((capacity,), np.int64)}, "slot numbers")
         slots.arrays["slots"][:] = np.arange(capacity)
         slots.upload(self._stream)
         self._cuda.synchronise(self._stream)
-        addresses = {"slots": slots.address("slots")}
-        addresses |= {name: self._results.address(name) for name in ("token", "logits")}
-        size = decoder.num_key_value_heads * capacity * decoder.head_dim * self._half.stored.itemsize
-        for layer in range(decoder.num_hidden_layers):
-            for part in ("key", "value"):
-                # Zeros: what is masked is still multiplied, and rubbish could be NaN.
-                cache = self._cuda.device_memory(size, "the KV cache (a smaller --context needs less)")
-                addresses[f"past_key_values.{layer}.{part}"] = addresses[f"present.{layer}.{part}"] = cache
-        return addresses
+        results = {name: self._results.address(name) for name in ("token", "logits")}
+        return {"slots": slots.address("slots")} | results | self._cache.addresses()
 
     def _keep_kernels(self) -> None:
         """A folder that cannot be written only costs time at the next start."""

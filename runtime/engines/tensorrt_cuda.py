@@ -86,6 +86,11 @@ class Cuda:
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         self.call("cudaMemcpyAsync", target, source, size, kind, stream)
 
+    def within_device_rows(self, target: int, pitch: int, source: int, size: int, rows: int, stream: Any) -> None:
+        """Start copying `rows` rows of `size` bytes, one behind the other, to places `pitch` bytes apart."""
+        kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self.call("cudaMemcpy2DAsync", target, pitch, source, size, size, rows, kind, stream)
+
     def free_memory(self) -> int:
         """Bytes of device memory that nobody uses."""
         status, free, _ = self._runtime.cudaMemGetInfo()
