@@ -59,6 +59,7 @@ RECIPES = {
     "w4a16": Precision(body=INT4),
     "w4a16, int8 head": Precision(body=INT4, head=INT8),
     "w4a16, int8 head and vision": Precision(body=INT4, head=INT8, vision=INT8),
+    "w4a16, int8 head, vision and cache": Precision(body=INT4, head=INT8, vision=INT8, cache_bytes=1),
 }
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from internvl_edge.bundle import Manifest
 from internvl_edge.config import ModelConfig
+from internvl_edge.kv_cache import KV_CACHE_SCALES
 from internvl_edge.linear import W8A8, Scheme
 from internvl_edge.quantization import read_quantization
 
@@ -19,6 +20,8 @@ _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 def bundle_precision(manifest: Manifest) -> Precision:
     """How a bundle stores its weights."""
     stored = Precision(dtype_bytes=_BYTES[manifest.dtype], vector_bytes=_BYTES[manifest.activations])
+    if manifest.kv_cache == "int8":
+        stored = replace(stored, cache_bytes=1)
     if tower := manifest.vision_quantization:
         stored = replace(stored, vision=W8A8, floats=tuple(tower["floats"]))
     quantization = manifest.quantization
@@ -37,4 +40,5 @@ def checkpoint_precision(folder: Path, config: ModelConfig) -> Precision | None:
     if quantization is None:
         return None
     fewest_first = sorted(quantization.schemes, key=lambda scheme: scheme.bits)
-    return Precision(body=fewest_first[0], head=fewest_first[-1] if len(fewest_first) > 1 else None)
+    head = fewest_first[-1] if len(fewest_first) > 1 else None
+    return Precision(body=fewest_first[0], head=head, cache_bytes=1 if (folder / KV_CACHE_SCALES).is_file() else 2)
