@@ -21,7 +21,9 @@ from tqdm import tqdm
 
 from internvl_edge import bundle
 from internvl_edge.checkpoint import Checkpoint
+from internvl_edge.components import Component, components
 from internvl_edge.errors import EdgeError
+from internvl_edge.report.files import dump, making_of
 from internvl_edge.template import template_for
 
 from .builder import Types
@@ -105,6 +107,8 @@ class _Export:
         for dialect in dialects:
             graph = build_decoder(self._checkpoint, self._types, dialect, decoder, self._packed, max(tokens) + 1)
             ir.save(graph, self._folder / bundle.DECODERS[dialect])
+        if making := making_of(self._checkpoint.folder):
+            (self._folder / bundle.QUANTIZATION).write_text(dump(making), encoding="utf-8")
         self._write_weights([file for file in (vision, decoder, self._packed.blocks) if file.size])
         manifest = bundle.Manifest(
             model=config,
@@ -117,9 +121,15 @@ class _Export:
             quantization=self._packed.summary(),
             vision_quantization=vision_summary(self._checkpoint),
             kv_cache="int8" if self._checkpoint.kv_scales else None,
+            components=[part.to_dict() for part in self._components()],
             files={path.name: self._entry(path) for path in sorted(self._folder.iterdir())},
         )
         manifest.write(self._folder)
+
+    def _components(self) -> list[Component]:
+        types = self._types
+        name, bits = types.weights.name.lower(), types.weights.bitwidth
+        return components(self._checkpoint.shapes, self._checkpoint.schemes, name, bits, types.activations.bitwidth)
 
     def _write_weights(self, files: list[WeightFile]) -> None:
         item = NUMPY_DTYPES[self._types.weights]

@@ -10,18 +10,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .errors import QualityWarning
     from .export import export_bundle
     from .runtime.conversation import Conversation
     from .runtime.model import InternVL
     from .runtime.reply import Reply
 
-__all__ = ["Conversation", "InternVL", "Reply", "export_bundle"]
+__all__ = ["Conversation", "InternVL", "QualityWarning", "Reply", "export_bundle"]
 
 # Loaded on first use: a device that only runs bundles has no export packages, and `--help` should be quick.
 _HOMES = {
     "InternVL": "runtime.model",
     "Reply": "runtime.reply",
     "Conversation": "runtime.conversation",
+    "QualityWarning": "errors",
     "export_bundle": "export",
 }
 

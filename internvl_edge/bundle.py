@@ -28,6 +28,8 @@ VISION = "vision.onnx"
 DECODERS = {"standard": "decoder.onnx", "onnxruntime": "decoder.onnxruntime.onnx"}
 EMBEDDINGS = "embeddings.bin"
 TOKENIZER = "tokenizer.json"
+# How the checkpoint was quantised, where its quantiser left word: a `report.content.Making`.
+QUANTIZATION = "quantization.json"
 
 
 @dataclass(frozen=True)

@@ -23,3 +23,7 @@ class PromptError(EdgeError):
 
 class EngineError(EdgeError):
     """The device or its libraries cannot run the bundle."""
+
+
+class QualityWarning(UserWarning):
+    """A bundle is used that failed its quality gate, or that is quantised and has none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +14,8 @@ from numpy.typing import NDArray
 
 from internvl_edge import bundle
 from internvl_edge.bundle import Bundle
-from internvl_edge.errors import EngineError
+from internvl_edge.errors import EngineError, QualityWarning
+from internvl_edge.quality import quality_warning
 from internvl_edge.template import PromptTemplate
 
 from .engines import Engine
@@ -74,12 +76,17 @@ class InternVL:
         Raises:
             BundleError: the bundle is damaged or too new.
             EngineError: the device is not available.
+
+        Warns:
+            QualityWarning: the bundle failed its quality gate, or is quantised and has none.
         """
         if device not in DEVICES:
             raise EngineError(f"device {device!r} is not one of {', '.join(DEVICES)}")
         if context < 2:
             raise EngineError(f"a context of {context} tokens has no room for a question and an answer; give more")
         opened = Bundle.open(Path(folder))
+        if warning := quality_warning(Path(folder), opened.manifest):
+            warnings.warn(warning, QualityWarning, stacklevel=2)
         if device == "tensorrt":
             from .engines.tensorrt import TensorRTEngine
 

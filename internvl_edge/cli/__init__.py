@@ -1,6 +1,7 @@
 """The command line: `internvl-edge COMMAND`. Each command is one file here; this one turns mistakes into one line each.
 
-Exit status: 0 done, 2 a mistake of the user's (one line on standard error), 130 interrupted.
+Exit status: 0 done, 1 a bundle failed a condition of `evaluate --fail-if`, 2 a mistake of the user's (one line on
+standard error), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -8,10 +9,13 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 import click
 
-from ..errors import EdgeError
+from ..errors import EdgeError, QualityWarning
 
 # Command -> one-line help. Commands are imported when they are called: `run` must not pay for `export`.
 COMMANDS = {
@@ -53,6 +57,7 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point of the `internvl-edge` program."""
+    warnings.showwarning = _one_line(warnings.showwarning)
     try:
         status = cli.main(prog_name="internvl-edge", standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)
@@ -67,6 +72,18 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _one_line(others: Callable[..., None]) -> Callable[..., None]:
+    """Our own warnings as one line like errors; all others as before."""
+
+    def show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+        if issubclass(category, QualityWarning):
+            click.echo(f"internvl-edge: warning: {' '.join(str(message).split())}", err=True)
+        else:
+            others(message, category, *rest)
+
+    return show
 
 
 def _fail(message: str) -> None:

@@ -1,11 +1,17 @@
-"""`internvl-edge evaluate BUNDLE --reference CHECKPOINT|BUNDLE`, or `--suite NAME`."""
+"""`internvl-edge evaluate BUNDLE --reference CHECKPOINT|BUNDLE`, `--suite NAME`, or both; the gate; the report.
+
+Exit status 1 where a condition of --fail-if holds.
+"""
 
 from __future__ import annotations
 
 import itertools
 import sys
+import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +20,24 @@ import click
 from internvl_edge.runtime.model import InternVL
 from internvl_edge.runtime.request import ChatOptions
 
-from ..errors import EdgeError
-from ..evaluation import SUITES, Comparison, SuiteScore, compare, read_cases, reference_bundle, run_suite
+from ..bundle import Bundle
+from ..errors import EdgeError, QualityWarning
+from ..evaluation import SUITES, Case, Comparison, SuiteScore, compare, read_cases, reference_bundle, run_suite
 from ..evaluation.divergence import Summary
+from ..gate import METRICS, Condition, parse_condition, require_measurable
+from ..quality import Quality, quality_of, record
+from ..report.content import ComparisonFacts, SuiteFacts
+from ..report.files import Written, read_report, write_report
+from ..report.judging import Asked, bundle_report, comparison_facts, suite_facts
+from ..report.run import run_of
 from .options import load_model, loading_options
 from .output import print_json, print_table
 
 _SUITE_ANSWER_TOKENS = 256
+_SHOWN = 6
 
 
-@click.command("evaluate")
+@click.command("evaluate", epilog=f"Metrics of --fail-if: {', '.join(METRICS)}.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--reference", help="What to compare with: a checkpoint (folder or hub id) or a bundle.")
 @click.option("--suite", type=click.Choice(list(SUITES)), help="Count exact answers to a suite's questions.")
@@ -36,71 +50,230 @@ _SUITE_ANSWER_TOKENS = 256
 @click.option(
     "--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Compared per answer."
 )
+@click.option(
+    "--fail-if",
+    "fail_if",
+    multiple=True,
+    metavar="CONDITION",
+    help='A condition such as "kl>0.05" or "exact_match<0.95", of which none may hold (repeatable).',
+)
+@click.option("--accept", metavar="REASON", help="Use the bundle although its gate failed or is missing: no warnings.")
+@click.option("--record/--no-record", default=True, show_default=True, help="Put the figures into the manifest.")
+@click.option(
+    "--report", type=click.Path(path_type=Path), help="Folder for report.json and report.html [default: BUNDLE.report]."
+)
+@click.option("--no-report", is_flag=True, help="Write no report.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @loading_options
-def command(
-    bundle: Path,
-    reference: str | None,
-    suite: str | None,
-    data: Path | None,
-    samples: int | None,
-    seed: int,
-    max_tiles: int | None,
-    max_new_tokens: int,
-    as_json: bool,
-    **values: Any,
-) -> None:
+def command(bundle: Path, as_json: bool, **values: Any) -> int:
     """Measure how good BUNDLE is.
 
     With --reference, both answer the same questions: how far do predictions and answers differ? With --suite, answers
-    are compared with the right ones.
+    are compared with the right ones; with both, those of the reference too. Figures and conditions go into the bundle's
+    manifest and into a report.
     """
-    if (reference is None) == (suite is None):
-        raise EdgeError("give either --reference, a checkpoint or a bundle to compare with, or --suite")
-    options: ChatOptions = {"max_tiles": max_tiles, "max_new_tokens": max_new_tokens}
-    if suite is not None:
-        if data is not None:
-            raise EdgeError("--suite brings its own questions; leave --data out")
-        options["max_new_tokens"] = _SUITE_ANSWER_TOKENS
-        score = _suite(bundle, suite, samples or 500, seed, options, values)
-        _print(as_json, {"bundle": str(bundle), "suite": suite, "seed": seed, **score.to_dict()}, _suite_rows(score))
-        return
-    assert reference is not None
-    found = _compare(bundle, reference, data, samples or 32, seed, options, values)
-    facts = {"bundle": str(bundle), "reference": reference, "data": str(data or "built-in"), "seed": seed}
-    _print(as_json, {**facts, **found.to_dict()}, _comparison_rows(found))
-
-
-def _compare(
-    bundle: Path,
-    reference: str,
-    data: Path | None,
-    samples: int,
-    seed: int,
-    options: ChatOptions,
-    values: dict[str, Any],
-) -> Comparison:
-    cases = read_cases(data, samples, seed)
-    with reference_bundle(reference, progress=sys.stderr.isatty()) as folder, _bar(2 * len(cases)) as advance:
-
-        def load(path: Path) -> Callable[[], InternVL]:
-            return lambda: load_model(path, dict(values))
-
-        return compare(load(bundle), load(folder), cases, options, advance)
-
-
-def _suite(
-    bundle: Path, suite: str, samples: int, seed: int, options: ChatOptions, values: dict[str, Any]
-) -> SuiteScore:
-    with load_model(bundle, values) as model, _bar(samples) as advance:
-        return run_suite(model, itertools.islice(SUITES[suite](seed), samples), options, advance)
-
-
-def _print(as_json: bool, values: dict[str, Any], rows: list[tuple[str, object]]) -> None:
+    accept = values.pop("accept")
+    request = _request(bundle, values)
+    if request.reference is None and request.suite is None:
+        if accept is None:
+            raise EdgeError("give --reference, a checkpoint or a bundle to compare with, or --suite, or both")
+        _accept(bundle, accept)
+        return 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", QualityWarning)
+        found = _measure(request)
+    manifest = Bundle.open(bundle).manifest
+    quality = quality_of(manifest).with_figures(found.figures, found.measured(request), request.conditions)
+    quality = replace(quality, accepted=accept or "")
     if as_json:
-        print_json(values)
+        print_json(_as_json(request, found, quality))
     else:
-        print_table(rows)
+        print_table([*found.rows(), *_gate_rows(quality)])
+    asked_for = {str(condition) for condition in request.conditions}
+    failed = [verdict for verdict in quality.failed if verdict.condition in asked_for]
+    for verdict in failed:
+        click.echo(f"failed: {verdict}", err=True)
+    if request.record:
+        record(bundle, quality)
+    if request.report is not None:
+        content = bundle_report(bundle, manifest, quality, found.comparison_facts, found.suite_facts)
+        _say(write_report(content.completed_by(read_report(request.report)), request.report))
+    return 1 if failed else 0
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What the user asked for, checked as far as it can be before anything is loaded."""
+
+    bundle: Path
+    reference: str | None
+    suite: str | None
+    data: Path | None
+    cases: list[Case]
+    suite_cases: int
+    seed: int
+    options: ChatOptions
+    conditions: tuple[Condition, ...]
+    record: bool
+    report: Path | None
+    loading: dict[str, Any]
+
+    @property
+    def asked(self) -> Asked:
+        """For people: names instead of paths."""
+        return Asked(
+            reference=Path(self.reference or "").name,
+            data=self.data.name if self.data else "built-in pictures and texts",
+            seed=self.seed,
+            max_tiles=self._max_tiles,
+            max_new_tokens=self.options["max_new_tokens"],
+        )
+
+    @property
+    def _max_tiles(self) -> int | None:
+        tiles = self.options["max_tiles"]
+        assert tiles is None or isinstance(tiles, int)
+        return tiles
+
+    def load(self, folder: Path) -> InternVL:
+        return load_model(folder, dict(self.loading))
+
+
+def _request(bundle: Path, values: dict[str, Any]) -> _Request:
+    reference, suite, data, samples = (values.pop(name) for name in ("reference", "suite", "data", "samples"))
+    conditions = tuple(map(parse_condition, values.pop("fail_if")))
+    if reference is None and data is not None:
+        raise EdgeError("--data is compared with a --reference; a --suite brings its own questions")
+    if reference is None and suite is None and conditions:
+        raise EdgeError("--fail-if needs figures; give --reference, --suite or both")
+    seed = values.pop("seed")
+    cases = read_cases(data, samples or 32, seed) if reference is not None else []
+    available = {"reference": reference, "suite": suite, "answers": any(case.answer for case in cases)}
+    require_measurable(conditions, [name for name, there in available.items() if there])
+    report, no_report = values.pop("report"), values.pop("no_report")
+    return _Request(
+        bundle=bundle,
+        reference=reference,
+        suite=suite,
+        data=data,
+        cases=cases,
+        suite_cases=samples or 500,
+        seed=seed,
+        options={"max_tiles": values.pop("max_tiles"), "max_new_tokens": values.pop("max_new_tokens")},
+        conditions=conditions,
+        record=values.pop("record"),
+        report=None if no_report else report or default_report(bundle),
+        loading=values,
+    )
+
+
+def default_report(bundle: Path) -> Path:
+    """Beside the bundle, whose own files are verified: BUNDLE.report."""
+    named = bundle if bundle.name else bundle.resolve()
+    return named.with_name(f"{named.name}.report")
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What was measured, as found and as the report shows it."""
+
+    comparison: Comparison | None = None
+    comparison_facts: ComparisonFacts | None = None
+    suite: SuiteScore | None = None
+    reference_suite: SuiteScore | None = None
+    suite_facts: SuiteFacts | None = None
+
+    @property
+    def figures(self) -> dict[str, float]:
+        figures = self.comparison.figures() if self.comparison else {}
+        if self.suite:
+            figures["exact_match"] = self.suite.total
+        if self.suite and self.reference_suite:
+            figures["exact_match_loss"] = self.reference_suite.total - self.suite.total
+        return figures
+
+    def measured(self, request: _Request) -> dict[str, dict[str, Any]]:
+        """How, for the manifest."""
+        where = {"device": request.loading["device"], "dialect": request.loading["dialect"]}
+        measured = {}
+        if facts := self.comparison_facts:
+            asked = {"reference": facts.reference, "data": facts.data, "cases": facts.cases, "seed": facts.seed}
+            measured["comparison"] = {**asked, **where, "date": facts.run.date}
+        if score := self.suite_facts:
+            asked = {"suite": score.name, "questions": score.total.asked, "seed": score.seed}
+            measured["suite"] = {**asked, **where, "date": score.run.date}
+        return measured
+
+    def rows(self) -> list[tuple[str, object]]:
+        """For the terminal."""
+        rows = _comparison_rows(self.comparison) if self.comparison else []
+        return rows + (_suite_rows(self.suite, self.reference_suite) if self.suite else [])
+
+
+def _measure(request: _Request) -> _Found:
+    if request.reference is None:
+        return _suite(request, None)
+    with reference_bundle(request.reference, progress=sys.stderr.isatty()) as folder:
+        found = _suite(request, folder) if request.suite else _Found()
+        started = time.perf_counter()
+        with _bar(2 * len(request.cases)) as advance:
+            comparison = compare(
+                lambda: request.load(request.bundle),
+                lambda: request.load(folder),
+                request.cases,
+                request.options,
+                advance,
+                shown=_SHOWN if request.report else 0,
+            )
+        facts = comparison_facts(comparison, request.asked, run_of(time.perf_counter() - started))
+        return replace(found, comparison=comparison, comparison_facts=facts)
+
+
+def _suite(request: _Request, reference: Path | None) -> _Found:
+    """A suite's score, and that of the reference where there is one."""
+    assert request.suite is not None
+    started = time.perf_counter()
+    options: ChatOptions = {**request.options, "max_new_tokens": _SUITE_ANSWER_TOKENS}
+    scores = []
+    folders = [folder for folder in (request.bundle, reference) if folder is not None]
+    with _bar(len(folders) * request.suite_cases) as advance:
+        for folder in folders:
+            cases = itertools.islice(SUITES[request.suite](request.seed), request.suite_cases)
+            with request.load(folder) as model:
+                scores.append(run_suite(model, cases, options, advance))
+    score, expected = scores[0], scores[1] if reference else None
+    run = run_of(time.perf_counter() - started)
+    facts = suite_facts(request.suite, request.seed, score, expected, run)
+    return _Found(suite=score, reference_suite=expected, suite_facts=facts)
+
+
+def _accept(bundle: Path, reason: str) -> None:
+    manifest = Bundle.open(bundle).manifest
+    quality = replace(quality_of(manifest), accepted=reason.strip())
+    if not quality.accepted:
+        raise EdgeError("--accept needs a reason; it is kept in the bundle for whoever uses it next")
+    record(bundle, quality)
+    click.echo(f"{bundle}: accepted, {quality.state}: {quality.accepted}")
+
+
+def _as_json(request: _Request, found: _Found, quality: Quality) -> dict[str, Any]:
+    values: dict[str, Any] = {"bundle": str(request.bundle), "seed": request.seed}
+    if found.comparison:
+        values |= {"reference": request.reference, "data": str(request.data or "built-in")}
+        values |= found.comparison.to_dict()
+    if found.suite:
+        values |= {"suite": request.suite, **found.suite.to_dict()}
+    if found.reference_suite:
+        values["reference_exact_match"] = found.reference_suite.total
+    gate = [verdict.to_dict() for verdict in quality.gate]
+    return values | {"figures": found.figures, "gate": gate, "report": request.report and str(request.report)}
+
+
+def _say(written: Written) -> None:
+    """Where the report is, on standard error: standard output belongs to figures."""
+    click.echo(f"report: {written.html or written.json}", err=True)
+    if written.hint:
+        click.echo(written.hint, err=True)
 
 
 def _comparison_rows(found: Comparison) -> list[tuple[str, object]]:
@@ -134,9 +307,21 @@ def _answer_rows(summary: Summary | None) -> list[tuple[str, object]]:
     ]
 
 
-def _suite_rows(score: SuiteScore) -> list[tuple[str, object]]:
-    tasks = [(task, f"{score.share(task):.1%} of {count}") for task, count in score.asked.items()]
-    return [("exact answers", f"{score.total:.1%} of {sum(score.asked.values())}"), *tasks]
+def _suite_rows(score: SuiteScore, reference: SuiteScore | None) -> list[tuple[str, object]]:
+    def row(name: str, count: int, share: Callable[[SuiteScore], float]) -> tuple[str, object]:
+        beside = f", reference {share(reference):.1%}" if reference else ""
+        return name, f"{share(score):.1%} of {count}{beside}"
+
+    def of_task(task: str) -> Callable[[SuiteScore], float]:
+        return lambda found: found.share(task)
+
+    total = row("exact answers", sum(score.asked.values()), lambda found: found.total)
+    return [total, *(row(task, count, of_task(task)) for task, count in score.asked.items())]
+
+
+def _gate_rows(quality: Quality) -> list[tuple[str, object]]:
+    conditions = [(f"  {'failed' if verdict.failed else 'passed'}", verdict) for verdict in quality.gate]
+    return [("gate", quality.state), *conditions] if quality.gate else []
 
 
 @contextmanager

@@ -9,9 +9,10 @@ from typing import Any
 
 import click
 
-from ..bundle import MANIFEST, Bundle
+from ..bundle import MANIFEST, Bundle, Manifest
 from ..config import ModelConfig
 from ..hub import resolve_checkpoint
+from ..quality import figure_rows, quality_of
 from .output import print_json, print_table, size
 
 
@@ -43,7 +44,19 @@ def _bundle_facts(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
     }
     if manifest.quantization:
         facts["quantised"] = _quantised(manifest.quantization)
-    return facts, manifest.model
+    return facts | _quality(manifest), manifest.model
+
+
+def _quality(manifest: Manifest) -> dict[str, Any]:
+    quality, facts = quality_of(manifest), {}
+    if quality.figures:
+        facts["quality"] = ", ".join(f"{metric} {value}" for metric, value in figure_rows(quality.figures))
+    if quality.gate or manifest.is_quantised:
+        conditions = "; ".join(map(str, quality.failed or quality.gate))
+        facts["gate"] = f"{quality.state}: {conditions}" if conditions else quality.state
+    if quality.accepted:
+        facts["accepted"] = quality.accepted
+    return facts
 
 
 def _checkpoint_facts(folder: Path) -> tuple[dict[str, Any], ModelConfig]:

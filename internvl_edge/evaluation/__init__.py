@@ -6,8 +6,18 @@ Uses the runtime and nothing of how a bundle was made; only a reference that is 
 from __future__ import annotations
 
 from .cases import SUITES, Case, read_cases
-from .compare import Comparison, compare
+from .compare import Answered, Comparison, compare
 from .reference import reference_bundle
 from .suite import SuiteScore, run_suite
 
-__all__ = ["SUITES", "Case", "Comparison", "SuiteScore", "compare", "read_cases", "reference_bundle", "run_suite"]
+__all__ = [
+    "SUITES",
+    "Answered",
+    "Case",
+    "Comparison",
+    "SuiteScore",
+    "compare",
+    "read_cases",
+    "reference_bundle",
+    "run_suite",
+]

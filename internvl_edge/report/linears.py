@@ -20,7 +20,7 @@ class ActivationRange:
         channels: (channel, its largest |x|) of the few channels with the largest values, largest first.
     """
 
-    largest: float
+    largest: float | None = None
     p9999: float | None = None
     typical: float | None = None
     clipped_at: float | None = None
@@ -36,6 +36,7 @@ class LinearFacts:
         scheme: how it is stored, for people: "int4 in groups of 128, symmetric", "bfloat16".
         bits_per_weight: scales and zero points included.
         error: relative output error on calibration tokens, sqrt(|Y' - Y|^2 / |Y|^2).
+        sqnr_db: the same in decibels, -20 log10(error).
         cosine: between the outputs Y' and Y, all tokens as one vector.
         part: its share of the error that is predicted for the whole model (of the image embeddings, or of the KL).
         reason: why it got what it got, where that was a choice.
@@ -47,6 +48,7 @@ class LinearFacts:
     scheme: str
     bits_per_weight: float
     error: float | None = None
+    sqnr_db: float | None = None
     cosine: float | None = None
     part: float | None = None
     reason: str = ""

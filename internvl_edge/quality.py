@@ -1,0 +1,135 @@
+"""What a bundle's manifest says of its quality: figures, the gate they were held against, and who accepted what.
+
+Tied to the bundle's files: figures under a manifest with other files are nobody's and do not count. Measures nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from .bundle import Manifest
+from .errors import BundleError, EdgeError
+from .gate import METRICS, Condition, Verdict, judge, parse_condition
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What is known of one bundle.
+
+    Attributes:
+        files: `Manifest.fingerprint` of the bundle that was measured.
+        figures: by metric, as `gate.METRICS` names them.
+        measured: how, by what was measured ("comparison", "suite"): reference, data, samples, device and so on.
+        gate: conditions, each held against its newest figure.
+        accepted: why the bundle is used although its gate failed or is missing; "" where nobody said so.
+    """
+
+    files: str
+    figures: dict[str, float] = field(default_factory=dict)
+    measured: dict[str, dict[str, Any]] = field(default_factory=dict)
+    gate: tuple[Verdict, ...] = ()
+    accepted: str = ""
+
+    @property
+    def failed(self) -> tuple[Verdict, ...]:
+        """The conditions that were not met."""
+        return tuple(verdict for verdict in self.gate if verdict.failed)
+
+    @property
+    def state(self) -> str:
+        """In one word: "failed", "passed", or "no gate"; accepted or not."""
+        return "failed" if self.failed else "passed" if self.gate else "no gate"
+
+    def with_figures(
+        self, figures: Mapping[str, float], measured: Mapping[str, dict[str, Any]], conditions: Iterable[Condition]
+    ) -> Quality:
+        """Newer figures and conditions added.
+
+        A condition replaces an earlier one on the same side of the same metric; earlier ones are held against the newer
+        figures. What was accepted was accepted of the older figures.
+        """
+        together = {**self.figures, **figures}
+        kept = {_side(parsed): parsed for parsed in (parse_condition(verdict.condition) for verdict in self.gate)}
+        kept |= {_side(condition): condition for condition in conditions}
+        return replace(
+            self,
+            figures=together,
+            measured={**self.measured, **measured},
+            gate=judge(kept.values(), together),
+            accepted="",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self) | {"gate": [verdict.to_dict() for verdict in self.gate]}
+
+
+def quality_of(manifest: Manifest) -> Quality:
+    """What is known of the bundle with this manifest: nothing where the figures belong to other files.
+
+    Raises:
+        BundleError: the entry cannot be read.
+    """
+    empty = Quality(manifest.fingerprint)
+    if manifest.quality is None:
+        return empty
+    try:
+        gate = tuple(map(Verdict.from_dict, manifest.quality["gate"]))
+        for verdict in gate:
+            parse_condition(verdict.condition)
+        found = Quality(**(manifest.quality | {"gate": gate}))
+    except (EdgeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BundleError(f"the manifest's quality figures are damaged ({error}); evaluate the bundle again") from None
+    return found if found.files == empty.files else empty
+
+
+def record(folder: Path, quality: Quality) -> None:
+    """Put the figures into the bundle's manifest, in one step.
+
+    Raises:
+        BundleError: the bundle's files are not those that were measured, or the manifest cannot be written.
+    """
+    manifest = Manifest.read(folder)
+    if manifest.fingerprint != quality.files:
+        raise BundleError(f"{folder} was changed while it was evaluated; the figures were not recorded, evaluate again")
+    try:
+        replace(manifest, quality=quality.to_dict()).write(folder)
+    except OSError as error:
+        raise BundleError(
+            f"the figures cannot be written into {folder} ({error.strerror}); make it writable, or pass --no-record"
+        ) from None
+
+
+def quality_warning(folder: Path, manifest: Manifest) -> str | None:
+    """One line about a gate that failed, or that a quantised bundle does not have; None where there is no reason."""
+    quality = quality_of(manifest)
+    if quality.accepted or quality.state == "passed":
+        return None
+    how = f"internvl-edge evaluate {folder}"
+    if quality.failed:
+        failed = "; ".join(map(str, quality.failed))
+        return f'{folder} failed its quality gate: {failed}; use another bundle, or accept it: {how} --accept "REASON"'
+    if not manifest.is_quantised:
+        return None
+    if quality.figures:
+        return (
+            f"{folder} is quantised and its figures passed no gate yet; set one: "
+            f'{how} --reference MODEL --fail-if "kl>0.05"'
+        )
+    return (
+        f"{folder} is quantised and nobody has measured what that cost; do so: "
+        f'{how} --reference MODEL --fail-if "kl>0.05"'
+    )
+
+
+def figure_rows(figures: Mapping[str, float]) -> list[tuple[str, str]]:
+    """(metric, value) for people, in the order of `METRICS`; metrics that this version does not know are left out."""
+    return [(name, metric.show(figures[name])) for name, metric in METRICS.items() if name in figures]
+
+
+def _side(condition: Condition) -> tuple[str, str]:
+    """What two conditions share when one replaces the other."""
+    return condition.metric, condition.sign[0]
