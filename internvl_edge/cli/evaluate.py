@@ -27,11 +27,11 @@ from ..evaluation.divergence import Summary
 from ..gate import METRICS, Condition, parse_condition, require_measurable
 from ..quality import Quality, quality_of, record
 from ..report.content import ComparisonFacts, SuiteFacts
-from ..report.files import Written, read_report, write_report
+from ..report.files import read_report, write_report
 from ..report.judging import Asked, bundle_report, comparison_facts, suite_facts
 from ..report.run import run_of
 from .options import load_model, loading_options
-from .output import print_json, print_table
+from .output import print_json, print_table, say_written
 
 _SUITE_ANSWER_TOKENS = 256
 _SHOWN = 6
@@ -97,7 +97,7 @@ def command(bundle: Path, as_json: bool, **values: Any) -> int:
         record(bundle, quality)
     if request.report is not None:
         content = bundle_report(bundle, manifest, quality, found.comparison_facts, found.suite_facts)
-        _say(write_report(content.completed_by(read_report(request.report)), request.report))
+        say_written(write_report(content.completed_by(read_report(request.report)), request.report))
     return 1 if failed else 0
 
 
@@ -267,13 +267,6 @@ def _as_json(request: _Request, found: _Found, quality: Quality) -> dict[str, An
         values["reference_exact_match"] = found.reference_suite.total
     gate = [verdict.to_dict() for verdict in quality.gate]
     return values | {"figures": found.figures, "gate": gate, "report": request.report and str(request.report)}
-
-
-def _say(written: Written) -> None:
-    """Where the report is, on standard error: standard output belongs to figures."""
-    click.echo(f"report: {written.html or written.json}", err=True)
-    if written.hint:
-        click.echo(written.hint, err=True)
 
 
 def _comparison_rows(found: Comparison) -> list[tuple[str, object]]:

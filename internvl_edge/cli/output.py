@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from ..report.files import Written
 
 
 def print_json(values: Any) -> None:
@@ -20,6 +23,13 @@ def print_table(rows: Iterable[tuple[str, object]]) -> None:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         click.echo(f"{name:<{width}}  {value}")
+
+
+def say_written(written: Written) -> None:
+    """Where a report is, on standard error: standard output belongs to figures."""
+    click.echo(f"report: {written.html or written.json}", err=True)
+    if written.hint:
+        click.echo(written.hint, err=True)
 
 
 def size(count: float) -> str:

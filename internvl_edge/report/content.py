@@ -57,6 +57,8 @@ class Making:
         components: sizes of its parts.
         linears: what was quantised or was to be.
         tower: where it is int8.
+        bits_per_weight: of the decoder's layers on average, as devices hold them.
+        predicted_kl: in nats, where precision was chosen by sensitivity.
         run: of the quantiser.
     """
 
@@ -70,6 +72,8 @@ class Making:
     components: tuple[Component, ...]
     linears: tuple[LinearFacts, ...]
     tower: TowerFacts | None
+    bits_per_weight: float
+    predicted_kl: float | None
     run: Run
 
 

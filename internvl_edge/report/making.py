@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from internvl_edge.checkpoint import Checkpoint
 from internvl_edge.components import Component, bits_per_weight, components
@@ -46,6 +46,8 @@ def report_quantisation(report: QuantisationReport, source: Path, seconds: float
         components=sizes,
         linears=_linears(report, made),
         tower=_tower(report),
+        bits_per_weight=report.bits_per_weight,
+        predicted_kl=report.predicted_kl,
         run=run_of(seconds),
     )
     content = Report(
@@ -74,31 +76,28 @@ def _floats(checkpoint: Checkpoint) -> tuple[str, int]:
 
 
 def _linears(report: QuantisationReport, made: Checkpoint) -> tuple[LinearFacts, ...]:
-    tower: dict[str, dict[str, Any]] = report.vision.layers if report.vision else {}
+    """Those of the tower, then those of the decoder."""
+    if report.vision is None:
+        return report.linears
     floats, float_bits = _floats(made)
-    facts = []
-    for name in dict.fromkeys([*tower, *made.schemes]):
-        scheme, layer = made.schemes.get(name), tower.get(name, {})
-        error = layer.get("error", report.errors.get(name))
-        inputs = made.shapes[f"{name}.weight"][-1]
-        facts.append(
+    tower = []
+    for name, layer in report.vision.layers.items():
+        scheme, inputs = made.schemes.get(name), made.shapes[f"{name}.weight"][-1]
+        error: float = layer["error"]
+        tower.append(
             LinearFacts(
                 name=name,
                 scheme=str(scheme) if scheme else floats,
                 bits_per_weight=round(bits_per_weight(scheme, inputs, float_bits), 3) if scheme else float_bits,
                 error=error,
                 sqnr_db=-20 * math.log10(error) if error else None,
-                part=layer.get("part"),
+                part=layer["part"],
                 reason=layer.get("reason", ""),
-                fallback=layer.get("stored") == "float",
-                inputs=_range(layer),
+                fallback=scheme is None,
+                inputs=ActivationRange(clipped_at=layer["range"]),
             )
         )
-    return tuple(facts)
-
-
-def _range(layer: dict[str, Any]) -> ActivationRange | None:
-    return ActivationRange(clipped_at=layer["range"]) if "range" in layer else None
+    return (*tower, *report.linears)
 
 
 def _tower(report: QuantisationReport) -> TowerFacts | None:

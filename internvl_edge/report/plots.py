@@ -117,7 +117,7 @@ def layers_plot(linears: Sequence[LinearFacts], value: Value, label: str) -> Plo
 
 def ranges_plot(linears: Sequence[LinearFacts]) -> Plot | None:
     """Largest input, 99.99th percentile, what int8 represents and the median channel, one place for each linear."""
-    known = [linear for linear in linears if linear.inputs and linear.inputs.largest]
+    known = [linear for linear in linears if linear.inputs and (linear.inputs.largest or linear.inputs.clipped_at)]
     if not known:
         return None
     rows = {
