@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from dataclasses import replace
@@ -29,6 +30,7 @@ from internvl_edge.errors import EdgeError, EngineError
 from internvl_edge.linear import Scheme
 from internvl_edge.runtime.builder import build_engines, bundle_engines
 from internvl_edge.runtime.builder.bundle_engines import headers, options_for
+from internvl_edge.runtime.builder.engine import Build, build_engine
 from internvl_edge.runtime.builder.network import (
     layer_types,
     layers,
@@ -43,6 +45,7 @@ from internvl_edge.runtime.engines.tensorrt_record import ENGINES, RECORD, Engin
 pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed (pip install tensorrt-rtx-cu13)")
 
 RTX = Devices().target("rtx")
+NEWER = {"ATTENTION_INPUT", "ATTENTION_OUTPUT", "ROTARY_EMBEDDING", "KV_CACHE_UPDATE", "NORMALIZATION_RMS"}
 SIZES = {"capacity": 256, "chunk": 64, "tiles": 2}
 SYMMETRIC = {"method": "compressed-tensors", "body": Scheme(4, 64, True), "head": Scheme(8, None, True)}
 
@@ -59,9 +62,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return export(tmp_path_factory.mktemp("built"))
 
 
-def networks(bundle: Bundle, dtype: str = "bfloat16") -> Any:
+def networks(bundle: Bundle, dtype: str = "bfloat16", decomposed: bool = False) -> Any:
     flavour = load_flavour("tensorrt_rtx")
-    for header, path in headers(bundle, options_for(RTX, dtype, **SIZES)).values():
+    for header, path in headers(bundle, options_for(RTX, dtype, **SIZES), decomposed).values():
         with parsed_network(flavour, header, path) as (_, network):
             yield network
 
@@ -114,6 +117,25 @@ def test_an_int8_cache_is_read_as_int8_and_what_is_new_comes_out(tmp_path: Path,
     record, built = build_engines(bundle, RTX, options_for(RTX, dtype, **SIZES))
     assert built
     assert record.files[ENGINES["decoder"]]["bytes"] > 0
+
+
+@pytest.mark.parametrize("kind", [{}, {"text": "internlm2", "vision": "6b"}])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_decomposed_graphs_need_no_newer_layers(tmp_path: Path, kind: dict[str, Any], dtype: str) -> None:
+    """What TensorRT 10.3 is given; its own parser is not here, that of TensorRT for RTX takes it and builds it."""
+    bundle = export(tmp_path, **kind)
+    model = bundle.manifest.model
+    seeing, reading = (
+        layer_types(network) & Counter(dict.fromkeys(NEWER | {"SOFTMAX"}, 1000))
+        for network in networks(bundle, dtype, decomposed=True)
+    )
+    assert seeing == {"SOFTMAX": model.vision_layers_used}
+    assert reading == {"SOFTMAX": model.decoder.num_hidden_layers}
+    flavour, options = load_flavour("tensorrt_rtx"), options_for(RTX, dtype, **SIZES)
+    for graph, (header, path) in headers(bundle, options, decomposed=True).items():
+        shapes = bundle_engines.profiles(model, options, graph)
+        build = Build(header, path, RTX.sms, shapes, tmp_path / f"{graph}.engine")
+        assert build_engine(flavour, build, lambda phase, done, total: None, threading.Event()).bytes > 0
 
 
 def test_no_float32_but_norms_and_logits(bundle: Bundle) -> None:

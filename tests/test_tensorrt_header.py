@@ -17,9 +17,11 @@ from tiny_quantised import write_quantised
 from internvl_edge import export_bundle
 from internvl_edge.bundle import Bundle
 from internvl_edge.errors import BundleError
+from internvl_edge.runtime.builder.bundle_engines import headers
 from internvl_edge.runtime.builder.header import decoder_header, vision_header
 from internvl_edge.runtime.engines import onnxruntime as engine_module
 from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from internvl_edge.runtime.engines.tensorrt_record import BuildOptions
 from internvl_edge.runtime.rope import RotaryAngles
 
 CAPACITY = 64
@@ -42,10 +44,10 @@ def opened(folder: Path, dtype: str, activations: str = "float32", **choices: An
     return Bundle.open(export_bundle(checkpoint, folder / "bundle", dtype, activations))
 
 
-def tailored(bundle: Bundle, dtype: str) -> tuple[bytes, bytes]:
-    activations = bundle.manifest.activations
-    vision = vision_header(bundle.path("vision.onnx"), activations, dtype)
-    return vision, decoder_header(bundle.path("decoder.onnx"), activations, dtype, CAPACITY)
+def tailored(bundle: Bundle, dtype: str, decomposed: bool = False) -> tuple[bytes, bytes]:
+    options = BuildOptions(dtype, capacity=CAPACITY)
+    made = headers(bundle, options, decomposed)
+    return made["vision"][0], made["decoder"][0]
 
 
 def session(bundle: Bundle, header: bytes, name: str) -> onnxruntime.InferenceSession:
@@ -82,7 +84,12 @@ class Steps:
         } | self._past
         names = [value.name for value in self._session.get_outputs()]
         outputs = dict(zip(names, self._session.run(None, feeds), strict=True))
-        self._past = {name: outputs[name.replace("past_key_values", "present")] for name in self._past}
+        if "new_entries" in outputs:
+            new = np.split(outputs["new_entries"], len(self._past), axis=1)
+            for past, entries in zip(self._past.values(), new, strict=True):
+                past[:, :, self._length : self._length + len(embeds)] = entries
+        else:
+            self._past = {name: outputs[name.replace("past_key_values", "present")] for name in self._past}
         self._length += len(embeds)
         return outputs["logits"][0], outputs["token"][0].tolist()
 
@@ -92,6 +99,17 @@ class Steps:
 def test_float16_headers_compute_what_the_bundle_computes(tmp_path: Path, kind: str, stored: str) -> None:
     bundle = opened(tmp_path, stored, **KINDS[kind])
     _assert_same_numbers(bundle, 0.03)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_decomposed_headers_compute_the_same_with_operators_of_opset_21(tmp_path: Path, kind: str) -> None:
+    bundle = opened(tmp_path, "float16", **KINDS[kind])
+    for header in tailored(bundle, "float16", decomposed=True):
+        model = onnx.load_from_string(header)
+        assert [entry.version for entry in model.opset_import] == [21]
+        for node in model.graph.node:
+            assert onnx.defs.get_schema(node.op_type, 21)  # raises where the operator is newer
+    _assert_same_numbers(bundle, 0.03, decomposed=True)
 
 
 def test_quantised_decoders_keep_their_correction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,9 +131,9 @@ def test_quantised_decoders_keep_their_correction(tmp_path: Path, monkeypatch: p
     _assert_same_numbers(bundle, 0.03)
 
 
-def _assert_same_numbers(bundle: Bundle, tolerance: float) -> None:
+def _assert_same_numbers(bundle: Bundle, tolerance: float, decomposed: bool = False) -> None:
     """Vision and eight decoder steps, a prompt in two chunks included, in shares of the standard deviation."""
-    vision, decoder = tailored(bundle, "float16")
+    vision, decoder = tailored(bundle, "float16", decomposed)
     config, random = bundle.manifest.model, np.random.default_rng(5)
     engine = OnnxRuntimeEngine(bundle, dialect="standard", capacity=CAPACITY)
     size = config.vision.image_size

@@ -77,21 +77,28 @@ def build_engines(
     return record, True
 
 
-def headers(opened: Bundle, options: BuildOptions) -> dict[str, tuple[bytes, Path]]:
+def headers(opened: Bundle, options: BuildOptions, decomposed: bool = False) -> dict[str, tuple[bytes, Path]]:
     """Graph -> its header as TensorRT takes it, and the path its data lies beside.
+
+    `decomposed`: for a TensorRT without layers for attention, rotary embedding and the cache (before 10.15).
 
     Raises:
         EngineError: onnx-ir is not installed.
     """
     try:
+        from .decompose import Heads
         from .header import decoder_header, vision_header
     except ImportError as error:
         raise EngineError(f"build needs the package {error.name}: pip install onnx-ir") from None
     activations = opened.manifest.activations
     vision, decoder = opened.path(bundle.VISION), opened.path(bundle.DECODERS["standard"])
+    text, tower = opened.manifest.model.decoder, opened.manifest.model.vision
+    width = tower.hidden_size // tower.num_attention_heads
+    seeing = Heads(tower.num_attention_heads, tower.num_attention_heads, width) if decomposed else None
+    reading = Heads(text.num_attention_heads, text.num_key_value_heads, text.head_dim) if decomposed else None
     return {
-        "vision": (vision_header(vision, activations, options.dtype), vision),
-        "decoder": (decoder_header(decoder, activations, options.dtype, options.capacity), decoder),
+        "vision": (vision_header(vision, activations, options.dtype, seeing), vision),
+        "decoder": (decoder_header(decoder, activations, options.dtype, options.capacity, reading), decoder),
     }
 
 
@@ -129,7 +136,7 @@ def _build(
     progress: Progress | None,
     stop: threading.Event,
 ) -> Built:
-    header, path = headers(opened, record.options)[graph]
+    header, path = headers(opened, record.options, decomposed=not flavour.has_attention)[graph]
 
     def show(phase: str, done: int, total: int) -> None:
         if progress:

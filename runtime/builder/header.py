@@ -10,8 +10,9 @@ Changes, all in the header of a few hundred kilobytes; weights stay in the bundl
   CUDA graph. The mask hides slots behind the present position.
 - `kept` [kept] int64 becomes an input likewise: the positions of this step whose logits are computed.
 - `token` [1, kept] int64, the most probable ones, becomes an output.
-- TensorRT's cache update takes no int8: an int8 cache is only read, what is new becomes one output `new_entries`
-  [1, 2 x layers x kv_heads, seq, head_dim], and attention sees both, one behind the other.
+- TensorRT's cache update takes no int8, and before 10.15 there is none: such a cache is only read, what is new becomes
+  one output `new_entries` [1, 2 x layers x kv_heads, seq, head_dim], and attention sees both, one behind the other.
+- For TensorRT before 10.15 newer operators are written as older ones (`decompose`).
 
 Needs onnx-ir; knows the names and forms that `export` writes, and nothing about TensorRT's interfaces.
 """
@@ -28,13 +29,14 @@ import onnx_ir as ir
 from internvl_edge.errors import BundleError
 
 from ..engines.tensorrt_cache import NEW_ENTRIES
+from .decompose import Heads, decompose
 
 DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 # Float matrices above this many elements stay in their file and are converted by the builder; below, here.
 _SMALL = 1 << 16
 
 
-def vision_header(path: Path, activations: str, dtype: str) -> bytes:
+def vision_header(path: Path, activations: str, dtype: str, heads: Heads | None = None) -> bytes:
     """The vision graph in another type, serialised.
 
     pixels [tiles, S, S, 3] uint8 -> image_embeds [tiles, tokens_per_tile, hidden] in `dtype`
@@ -43,6 +45,7 @@ def vision_header(path: Path, activations: str, dtype: str) -> bytes:
         path: the bundle's graph; its external data is referred to, not read.
         activations: what the graph computes in: "float32", "float16" or "bfloat16".
         dtype: what it is to compute in: "float16" or "bfloat16".
+        heads: given, the header is written for TensorRT before 10.15.
 
     Raises:
         BundleError: not a graph of the expected form.
@@ -50,26 +53,28 @@ def vision_header(path: Path, activations: str, dtype: str) -> bytes:
     tailor = _Tailor(path, activations, dtype)
     tailor.cast_bytes_at_once("pixels")
     tailor.retype()
+    tailor.decompose(heads)
     return tailor.serialise()
 
 
-def decoder_header(path: Path, activations: str, dtype: str, capacity: int) -> bytes:
+def decoder_header(path: Path, activations: str, dtype: str, capacity: int, heads: Heads | None = None) -> bytes:
     """The standard decoder graph in another type and with fixed sizes, serialised.
 
     inputs_embeds [1, seq, hidden], cos and sin [1, seq, head_dim / 2], past_length [1] int64, slots [window] int64,
     kept [kept] int64, past_key_values.N.{key,value} [1, kv_heads, capacity, head_dim]
     -> logits [1, kept, vocab] float32, token [1, kept] int64, present.N.{key,value}, each in the memory of its past,
-       or new_entries int8 in their place
+       or new_entries in their place
 
     Args and raises: as `vision_header`; `capacity` is the number of tokens in the KV cache.
     """
     tailor = _Tailor(path, activations, dtype)
     tailor.take_kept()
     tailor.take_slots()
-    tailor.put_out_new_entries()
+    tailor.put_out_new_entries(always=heads is not None)
     tailor.fix_sizes({"batch": 1, "capacity": capacity})
     tailor.choose_token()
     tailor.retype()
+    tailor.decompose(heads)
     return tailor.serialise()
 
 
@@ -129,11 +134,12 @@ class _Tailor:
         for node in slices:
             node.replace_input_with(2, window)
 
-    def put_out_new_entries(self) -> None:
-        """Replace the in-place update of an int8 cache; one of floats stays as it is."""
-        caches = {value for value in self._graph.inputs if value.dtype == ir.DataType.INT8}
-        scatters = [node for node in self._graph if node.op_type == "TensorScatter" and node.inputs[0] in caches]
-        if not scatters:
+    def put_out_new_entries(self, always: bool) -> None:
+        """Replace the in-place update of an int8 cache, or of `always` any."""
+        scatters = [node for node in self._graph if node.op_type == "TensorScatter"]
+        caches = [node.inputs[0] for node in scatters]
+        dtype = caches[0].dtype if caches and caches[0] else None
+        if not (always or dtype == ir.DataType.INT8):
             return
         new = [node.inputs[1] for node in scatters]
         for node in scatters:
@@ -144,11 +150,13 @@ class _Tailor:
             self._graph.remove(node, safe=True)
         joined = ir.node("Concat", new, {"axis": 1})
         self._graph.append(joined)
-        entries, cache = joined.outputs[0], next(iter(caches))
+        entries, cache = joined.outputs[0], caches[0]
+        assert cache is not None
         assert cache.shape is not None
+        assert dtype is not None
         _, heads, _, width = cache.shape
         assert isinstance(heads, int)
-        entries.name, entries.type = NEW_ENTRIES, ir.TensorType(ir.DataType.INT8)
+        entries.name, entries.type = NEW_ENTRIES, ir.TensorType(dtype)
         entries.shape = ir.Shape([1, len(new) * heads, "seq", width])
         self._graph.outputs.append(entries)
 
@@ -156,15 +164,16 @@ class _Tailor:
         """Let attention read the cache as it was and, behind it, what this step adds."""
         past, new = scatter.inputs[:2]
         slices = [node for node, _ in scatter.outputs[0].uses()]
-        used = [node for node, _ in slices[0].outputs[0].uses()] if len(slices) == 1 else []
-        if len(used) != 1 or used[0].op_type != "DequantizeLinear":
-            raise self._unexpected("one Slice and DequantizeLinear for each int8 cache")
+        if [node.op_type for node in slices] != ["Slice"]:
+            raise self._unexpected("one Slice for each cache")
         slices[0].replace_input_with(0, past)
-        dequantised = used[0].outputs[0]
-        attention, index = next(iter(dequantised.uses()))
-        added = self._insert_before(attention, "DequantizeLinear", [new, *used[0].inputs[1:]])
-        both = self._insert_before(attention, "Concat", [dequantised, added], axis=2)
-        attention.replace_input_with(index, both)
+        used = slices[0].outputs[0]
+        reader, index = next(iter(used.uses()))
+        if reader.op_type == "DequantizeLinear":
+            added = self._insert_before(reader, "DequantizeLinear", [new, *reader.inputs[1:]])
+            used, new = reader.outputs[0], added
+            reader, index = next(iter(used.uses()))
+        reader.replace_input_with(index, self._insert_before(reader, "Concat", [used, new], axis=2))
 
     def _mask_past_and_new(self) -> None:
         """Slots before this step's first position, then this step's positions up to each one's own."""
@@ -216,6 +225,11 @@ class _Tailor:
             else:
                 value.type = ir.TensorType(self._to)
         self._drop_unused()
+
+    def decompose(self, heads: Heads | None) -> None:
+        """Write newer operators as older ones where `heads` are given; after `retype`."""
+        if heads is not None:
+            decompose(self._model, heads, self._to)
 
     def _retype_initializers(self) -> None:
         for value in list(self._graph.initializers.values()):

@@ -21,7 +21,7 @@ from internvl_edge.errors import EngineError
 
 from ..rope import RotaryAngles
 from .tensorrt_buffers import HALVES, Block
-from .tensorrt_cache import DeviceCache
+from .tensorrt_cache import NEW_ENTRIES, DeviceCache
 from .tensorrt_cuda import Cuda
 from .tensorrt_flavour import Flavour, load_flavour
 from .tensorrt_program import Context, Program
@@ -84,7 +84,8 @@ class TensorRTEngine:
             "logits",
         )
         itemsize = np.dtype(opened.manifest.kv_cache or self._half.stored).itemsize
-        self._cache = DeviceCache(self._cuda, model.decoder, record.options.capacity, itemsize, record.options.chunk)
+        chunk = record.options.chunk if NEW_ENTRIES in text.outputs() else 0
+        self._cache = DeviceCache(self._cuda, model.decoder, record.options.capacity, itemsize, chunk)
         shared = self._shared_addresses(record.options.capacity)
         self._decode = self._step(text, 0, 1, shared)
         self._prefill = self._step(text, text.profiles() - 1, record.options.chunk, shared)

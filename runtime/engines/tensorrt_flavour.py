@@ -1,4 +1,4 @@
-"""Where `tensorrt` (JetPack, 10.15 to 11.x) and `tensorrt_rtx` differ; everything else uses what they share.
+"""Where `tensorrt` (JetPack, 10.3 to 11.x) and `tensorrt_rtx` differ; everything else uses what they share.
 
 Knows their Python interfaces, no bundle and no model.
 """
@@ -13,10 +13,11 @@ from typing import Any
 
 from internvl_edge.errors import EngineError
 
+_OLDEST = {"tensorrt": (10, 3), "tensorrt_rtx": (1, 7)}
 # Attention came with 10.14, rotary embedding and the cache update with 10.15 (release notes).
-_OLDEST = {"tensorrt": (10, 15), "tensorrt_rtx": (1, 7)}
+_ATTENTION = {"tensorrt": (10, 15), "tensorrt_rtx": (1, 7)}
 _INSTALL = {
-    "tensorrt": "it comes with JetPack 7.2 or newer (make the environment with --system-site-packages)",
+    "tensorrt": "it comes with JetPack 6.2 or newer (make the environment with --system-site-packages)",
     "tensorrt_rtx": "pip install 'internvl-edge[rtx]'",
 }
 # What a library without a driver says again and again while it builds; building needs none.
@@ -40,6 +41,11 @@ class Flavour:
     def builds_anywhere(self) -> bool:
         """Whether engines can be built for other devices than the present one, or with none."""
         return self.name == "tensorrt_rtx"
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether it has layers for attention, rotary embedding and the cache; without, graphs are decomposed."""
+        return _numbers(self.version) >= _ATTENTION[self.name]
 
     def network(self, builder: Any) -> Any:
         """An empty network whose types are those of the graph; version 11 knows no other kind."""
@@ -135,11 +141,15 @@ def load_flavour(name: str) -> Flavour:
         raise EngineError(f"{name} cannot be imported ({error}): {_INSTALL[name]}") from None
     except OSError as error:  # the shared library is missing or does not fit
         raise EngineError(f"{name} cannot be loaded ({error}): {_INSTALL[name]}") from None
-    found = tuple(int(part) for part in re.findall(r"\d+", str(api.__version__))[:2])
-    if found < _OLDEST[name]:
+    if _numbers(str(api.__version__)) < _OLDEST[name]:
         wanted = ".".join(map(str, _OLDEST[name]))
         raise EngineError(f"{name} {api.__version__} is too old for these graphs, {wanted} is needed: {_INSTALL[name]}")
     return Flavour(name, api, make_log(api))
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Major and minor."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
 def make_log(api: Any) -> Any:
