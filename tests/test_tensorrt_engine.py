@@ -6,6 +6,7 @@ import gc
 import json
 import logging
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,26 @@ def test_tiles_are_encoded_in_batches(exported: Bundle) -> None:
     assert [context.runs for context in api.contexts] == [0, 0, 3]
     with pytest.raises(EngineError, match="expected uint8"):
         engine.encode(pixels.astype(np.float32))
+
+
+def test_an_image_is_encoded_while_another_answer_is_decoded(exported: Bundle) -> None:
+    """Each in a thread of its own, as a program with a queue of images would: streams and memory are not shared."""
+    write_engines(exported, "tensorrt")
+    size = exported.manifest.model.vision.image_size
+    pixels = np.random.default_rng(4).integers(0, 256, (6, size, size, 3), np.uint8)
+    embeds = rows(exported, 30)
+    cuda = FakeCuda()
+    with open_engine(exported, cuda)[0] as engine:
+        expected = engine.encode(pixels), [engine.decode(row).copy() for row in embeds]
+        engine.reset()
+        with ThreadPoolExecutor(2) as pool:
+            seeing = pool.submit(lambda: [engine.encode(pixels) for _ in range(5)])
+            answering = pool.submit(lambda: [engine.decode(row).copy() for row in embeds])
+        for found in seeing.result():
+            np.testing.assert_array_equal(found, expected[0])
+        np.testing.assert_array_equal(answering.result(), expected[1])
+        assert engine._stream != engine._vision._stream
+    assert cuda.leaks == {}
 
 
 def test_attention_sees_multiples_of_the_window(exported: Bundle) -> None:
