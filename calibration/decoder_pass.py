@@ -38,7 +38,7 @@ Progress = Callable[[int], object]
 
 
 class DecoderPass:
-    """A resumable pass of a calibration set through a decoder."""
+    """A resumable pass of a calibration set through a decoder; `label` keeps several in one work folder apart."""
 
     def __init__(
         self,
@@ -47,8 +47,10 @@ class DecoderPass:
         calibration: CalibrationSet,
         compute: Compute,
         progress: Progress,
+        label: str = "",
     ) -> None:
         self._work = work
+        self._label = label
         self._checkpoint = checkpoint
         self._config = checkpoint.config.decoder
         self._calibration = calibration
@@ -70,12 +72,13 @@ class DecoderPass:
         Raises:
             EdgeError: NaN or infinity, named by layer, tensor and sample.
         """
-        done = int((self._work.read_json(_STATE) or {"layers": 0})["layers"])
+        state = self._label + _STATE
+        done = int((self._work.read_json(state) or {"layers": 0})["layers"])
         self._progress(done * self._calibration.total * 2)
         for layer in range(done, self._config.num_hidden_layers):
             replaced = handle(layer, self._observe(layer, wanted))
             self._propagate(layer, replaced or {})
-            self._work.write_json(_STATE, {"layers": layer + 1})
+            self._work.write_json(state, {"layers": layer + 1})
             if layer:
                 self._hidden_path(layer).unlink(missing_ok=True)
 
@@ -89,6 +92,18 @@ class DecoderPass:
             self._announce(observer, chunk)
             observer("lm_head", rms_norm(x, weight, self._config.rms_norm_eps).to(self._compute.dtype))
         return observer.inputs["lm_head"]
+
+    def inputs(self, layer: int, sample: int) -> Tensor:
+        """Input of a layer for one sample, [tokens, hidden] float32; while `handle` has it, or behind the last."""
+        return self._read(layer, range(sample, sample + 1))
+
+    def rotary(self, sample: int) -> tuple[Tensor, Tensor]:
+        """cos and sin of one sample's positions, [tokens, head_dim / 2] float32."""
+        return self._rotary([self._calibration.lengths[sample]])
+
+    def forget(self) -> None:
+        """Delete the hidden states behind the last layer."""
+        self._hidden_path(self._config.num_hidden_layers).unlink(missing_ok=True)
 
     def kv_scales(self) -> KvScales:
         """Scales of an int8 KV cache that reach what went into it; after `run`."""
@@ -130,7 +145,7 @@ class DecoderPass:
         new.replace(path)
 
     def _hidden_path(self, layer: int) -> Path:
-        return self._work.path / f"hidden-{layer}.f32"
+        return self._work.path / f"{self._label}hidden-{layer}.f32"
 
     def _rows(self, chunk: range) -> slice:
         return slice(self._starts[chunk.start], self._starts[chunk.stop])

@@ -3,8 +3,10 @@
     x -> Q -> DQ -> MatMul -> (+ bias),  weights int8 [in, out] -> DQ (one scale per output)
 
 ONNX Runtime makes one integer product of it, TensorRT too: symmetric, zero points 0, scales positive constants, nothing
-between MatMul and bias. A scale per output that the graph would apply afterwards (layer scale) goes into the weights'
-scale, its sign into the integers, so the integers of the checkpoint are those of the product. Knows nothing of towers.
+between MatMul and bias. On x86 ONNX Runtime needs unsigned inputs and makes them so itself, but not where several
+linears share an input; a graph for it alone can have them unsigned from the start, the same numbers counted from 128.
+A scale per output that the graph would apply afterwards (layer scale) goes into the weights' scale, its sign into the
+integers, so the integers of the checkpoint are those of the product. Knows nothing of towers.
 """
 
 from __future__ import annotations
@@ -37,9 +39,13 @@ class IntegerMatMul:
     def __init__(self, checkpoint: Checkpoint, output_scale: OutputScale) -> None:
         self._checkpoint = checkpoint
         self._output_scale = output_scale
+        self._inputs: dict[tuple[ir.Value, float], ir.Value] = {}
 
-    def __call__(self, g: GraphBuilder, x: ir.Value, name: str) -> ir.Value | None:
-        """x [..., in] times the linear's weights, without its bias; None where they are not of this kind."""
+    def __call__(self, g: GraphBuilder, x: ir.Value, name: str, unsigned: bool = False) -> ir.Value | None:
+        """x [..., in] times the linear's weights, without its bias; None where they are not of this kind.
+
+        `unsigned` is for graphs that only ONNX Runtime will read.
+        """
         scheme = self._checkpoint.schemes.get(name)
         if scheme is None or not scheme.static_inputs:
             return None
@@ -47,7 +53,17 @@ class IntegerMatMul:
         out, inputs = linear.values.shape
         values = g.weight(f"{name}.int8", ir.DataType.INT8, (inputs, out), lambda: self._scaled(name).values.T)
         scale = g.vector(f"{name}.int8_scale", (out,), lambda: self._scaled(name).scale[:, 0])
-        return g.op("MatMul", _rounded(g, x, linear), g.op("DequantizeLinear", values, scale, axis=1))
+        return g.op("MatMul", self._rounded(g, x, linear, unsigned), g.op("DequantizeLinear", values, scale, axis=1))
+
+    def _rounded(self, g: GraphBuilder, x: ir.Value, linear: PackedLinear, unsigned: bool) -> ir.Value:
+        """x as its int8 numbers stand for, once for all linears that take it; the zero point gives them their type."""
+        assert linear.input_scale is not None
+        key = x, linear.input_scale
+        if key not in self._inputs:
+            scale = g.constant(linear.input_scale, NUMPY_DTYPES[g.types.activations])
+            zero = g.constant(128, np.uint8) if unsigned else g.constant(0, np.int8)
+            self._inputs[key] = g.op("DequantizeLinear", g.op("QuantizeLinear", x, scale, zero), scale, zero)
+        return self._inputs[key]
 
     def _scaled(self, name: str) -> PackedLinear:
         linear, factor = self._linear(name), self._output_scale(name)
@@ -57,13 +73,6 @@ class IntegerMatMul:
         linear = self._checkpoint.linear(name)
         assert linear is not None
         return linear
-
-
-def _rounded(g: GraphBuilder, x: ir.Value, linear: PackedLinear) -> ir.Value:
-    """x as its int8 numbers stand for; the zero point says that they are signed."""
-    scale = g.constant(linear.input_scale, NUMPY_DTYPES[g.types.activations])
-    zero = g.constant(0, np.int8)
-    return g.op("DequantizeLinear", g.op("QuantizeLinear", x, scale, zero), scale, zero)
 
 
 def scale_outputs(linear: PackedLinear, factor: Array) -> PackedLinear:

@@ -1,5 +1,7 @@
 """Quantised linears in graphs, each dialect in the form its engine takes without rewriting weights at load.
 
+Linears whose inputs are int8 too are written the same way in both, see `int8`. Of the others:
+
 onnxruntime: MatMulNBits, integers [out, blocks of the inputs] and zero points as they are.
 
 standard: DequantizeLinear before MatMul, integers [in, out] counted from the middle (int4 or int8), the form TensorRT
@@ -27,6 +29,7 @@ from internvl_edge.errors import EdgeError
 from internvl_edge.linear import PackedLinear, Scheme
 
 from .builder import MICROSOFT, GraphBuilder, Types
+from .int8 import IntegerMatMul
 from .weights import NUMPY_DTYPES, Array, WeightFile
 
 ASYMMETRIC = ("exact", "requantise")
@@ -62,6 +65,8 @@ class PackedWeights:
         self._types = types
         self.blocks = WeightFile(BLOCKS)
         self._requantises = asymmetric == "requantise"
+        # A factor of 1 is no change but for scales that float16 cannot tell from 0.
+        self._integers = IntegerMatMul(checkpoint, lambda name: np.ones(checkpoint.shapes[f"{name}.weight"][0]))
         self._last: tuple[str, bool, PackedLinear] | None = None
         self._errors: dict[str, tuple[float, float]] = {}
 
@@ -74,6 +79,8 @@ class PackedWeights:
         scheme = self._checkpoint.schemes.get(name)
         if scheme is None:
             return None
+        if scheme.static_inputs:
+            return self._integers(g, x, name, unsigned=dialect == "onnxruntime")
         out, inputs = self._checkpoint.shapes[f"{name}.weight"]
         write = self._in_blocks if dialect == "onnxruntime" else self._dequantised
         return write(g, x, name, scheme, out, inputs)
@@ -138,24 +145,26 @@ class PackedWeights:
     def summary(self) -> dict[str, Any] | None:
         """What the manifest says of a quantised decoder once its weights are written; None for float weights.
 
-        method: of the checkpoint. bits, group_size, symmetric: of most layers. lm_head: the head's. bits_per_weight:
-        over all linears of the decoder, with scales and zero points. asymmetric: what
-        the standard dialect makes of zero points. weight_error: root mean square of what its weights miss of the
-        checkpoint's, relative to these, on up to 256 outputs of each quantised layer.
+        method: of the checkpoint. bits, group_size, symmetric: of most layers. linears: how many have which scheme,
+        head included. lm_head: the head's. bits_per_weight: over all linears of the decoder, with scales and zero
+        points. asymmetric: what the standard dialect makes of zero points. weight_error: root mean square of what its
+        weights miss of the checkpoint's, relative to these, on up to 256 outputs of each layer with float inputs.
         """
-        quantization = self._checkpoint.quantization
-        schemes = {name: self._checkpoint.schemes[name] for name in self._errors}
+        quantization, found = self._checkpoint.quantization, self._checkpoint.schemes
+        schemes = {name: scheme for name, scheme in found.items() if name.startswith("decoder.")}
         if quantization is None or not schemes:
             return None
-        most = Counter(schemes.values()).most_common(1)[0][0]
         head = schemes.get("decoder.lm_head")
-        missed, whole = (sum(error) for error in zip(*self._errors.values(), strict=True))
+        counts = Counter(schemes.values())
+        most = counts.most_common(1)[0][0]
+        missed, whole = (sum(error) for error in zip((0.0, 0.0), *self._errors.values(), strict=True))
         no_zeros = all(scheme.symmetric for scheme in schemes.values())
         return {
             "method": quantization.method,
             "bits": most.bits,
             "group_size": most.group_size,
             "symmetric": most.symmetric,
+            "linears": {str(scheme): count for scheme, count in counts.most_common()},
             "lm_head": str(head) if head else self._types.weights.name.lower(),
             "bits_per_weight": round(self._bits_per_weight(), 3),
             "asymmetric": None if no_zeros else "requantise" if self._requantises else "exact",

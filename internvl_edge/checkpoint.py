@@ -172,8 +172,6 @@ class Checkpoint:
         except CheckpointError as error:
             raise CheckpointError(f"{self.folder}: {error}") from None
         refuse_vision_bits(name, scheme)
-        if scheme.static_inputs and name.startswith("decoder."):
-            raise CheckpointError(f"{self.folder}: {module} is {scheme}; a decoder may have quantised weights only")
         if self.schemes.setdefault(name, scheme) != scheme:
             raise CheckpointError(f"{self.folder}: {module} is quantised unlike the layers it is one with")
         return used

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .run import QuantisationReport, check_recipe, quantize_checkpoint
+from .plan import check_recipe
+from .run import QuantisationReport, quantize_checkpoint
 from .vision import VisionReport
 
 __all__ = ["QuantisationReport", "VisionReport", "check_recipe", "quantize_checkpoint"]

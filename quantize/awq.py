@@ -42,7 +42,7 @@ class ScaleChoice:
 def search_scale(
     weights: Sequence[Tensor],
     inputs: InputStatistics,
-    scheme: Scheme,
+    schemes: Scheme | Sequence[Scheme],
     stored: torch.dtype,
     spread: Reduce = lambda values: values,
     reduce: Reduce = lambda values: values,
@@ -52,18 +52,20 @@ def search_scale(
     Args:
         weights: [out, in] float32 of each consumer.
         inputs: statistics with a subset of the inputs.
-        scheme: how weights will be rounded (without clipping here).
+        schemes: how weights will be rounded (without clipping here), all of them or each.
         stored: type of the stored scales.
         spread, reduce: between input channels and the producer's channels, where these differ.
     """
+    each = [schemes] * len(weights) if isinstance(schemes, Scheme) else schemes
     rows = [weight[:: max(1, len(weight) // _SEARCH_ROWS)] for weight in weights]
     error = _output_error(inputs, rows[0].shape[1])
     x_mean = reduce(inputs.mean_abs).clamp(min=1e-8)
-    w_mean = reduce(torch.cat([_relative_size(weight, scheme) for weight in rows]).mean(0)).clamp(min=1e-8)
+    sizes = [_relative_size(weight, scheme) for weight, scheme in zip(rows, each, strict=True)]
+    w_mean = reduce(torch.cat(sizes).mean(0)).clamp(min=1e-8)
 
     def loss(scale: Tensor) -> float:
         total = 0.0
-        for weight in rows:
+        for weight, scheme in zip(rows, each, strict=True):
             scaled = weight * scale
             grid = minmax_grid(scaled, scheme, stored)
             total += error(grid.dequantise(grid.round(scaled)) / scale - weight)

@@ -41,12 +41,13 @@ SCALE_GROUPS: dict[str, tuple[ScaleGroup, ...]] = {"qwen2": _LLAMA, "internlm2":
 HEAD_GROUP = ScaleGroup("norm", ("lm_head",))
 
 
-def reduce_channels(values: Tensor, group: ScaleGroup, decoder: DecoderConfig) -> Tensor:
-    """Figures per input channel [in] -> per producer channel: the mean over the channels that one of them feeds."""
+def reduce_channels(values: Tensor, group: ScaleGroup, decoder: DecoderConfig, largest: bool = False) -> Tensor:
+    """Figures per input channel [in] -> per producer channel: mean or largest over the channels that it feeds."""
     if not group.through_heads:
         return values
     shape = (decoder.num_key_value_heads, decoder.num_query_groups, decoder.head_dim)
-    return values.reshape(shape).mean(1).flatten()
+    heads = values.reshape(shape)
+    return (heads.amax(1) if largest else heads.mean(1)).flatten()
 
 
 def spread_channels(values: Tensor, group: ScaleGroup, decoder: DecoderConfig) -> Tensor:

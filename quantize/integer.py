@@ -79,17 +79,24 @@ def quantise_linear(
         calibrator: one of `CALIBRATORS`, or "best": whichever gives the smallest output error.
         norm: vectors in their stored type into which smoothing folds; None where it may not be applied.
     """
-    assert inputs.subset is not None
-    layer = _Layer(weight, inputs)
-    rounded = layer.rounded(0.0, None)
-    best = rounded.with_range(_FOR_STRENGTH)
-    for strength in STRENGTHS if norm is not None else ():
-        tried = layer.rounded(strength, smoothing_scale(inputs.max_abs, weight, strength, norm or ()))
-        found = tried.with_range(_FOR_STRENGTH)
-        if found.error < best.error:
-            rounded, best = tried, found
+    scales: dict[float, Tensor] = {}
+    if norm is not None:
+        largest = weight.abs().amax(0)
+        scales = {strength: smoothing_scale(inputs.max_abs, largest, strength, norm) for strength in STRENGTHS}
+    strength = best_strength(weight, inputs, scales)
+    rounded = _Layer(weight, inputs).rounded(strength, scales.get(strength))
     methods = CALIBRATORS if calibrator == "best" else (calibrator,)
     return min((rounded.with_range(method) for method in methods), key=lambda choice: choice.error)
+
+
+def best_strength(weight: Tensor, inputs: InputStatistics, scales: Mapping[float, Tensor]) -> float:
+    """Of scales [in] by strength the one that leaves the smallest output error; 0 where none is better without any."""
+    if not scales:
+        return 0.0
+    layer = _Layer(weight, inputs)
+    tried: list[tuple[float, Tensor | None]] = [(0.0, None), *scales.items()]
+    errors = {strength: layer.rounded(strength, scale).with_range(_FOR_STRENGTH).error for strength, scale in tried}
+    return min(errors, key=lambda strength: errors[strength])
 
 
 class _Layer:

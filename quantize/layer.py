@@ -1,4 +1,4 @@
-"""One decoder layer (or lm_head) -> its packed linears, by the recipe.
+"""One decoder layer (or lm_head) -> its packed linears, each with the precision that the plan gives it.
 
 Knows the order of steps: choose all input scales, fold them into their producers, clip, round. Does not know files.
 """
@@ -6,173 +6,331 @@ Knows the order of steps: choose all input scales, fold them into their producer
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from internvl_edge.calibration.compute import Compute, to_numpy, to_torch
 from internvl_edge.calibration.statistics import InputStatistics, Wanted, whole_gram
 from internvl_edge.calibration.weights import require_finite
 from internvl_edge.checkpoint import Checkpoint
-from internvl_edge.linear import PackedLinear, Scheme
-from internvl_edge.recipe import Recipe
+from internvl_edge.components import bits_per_weight
+from internvl_edge.linear import PackedLinear
+from internvl_edge.recipe import Precision, Recipe
+from internvl_edge.report.linears import LinearFacts
 
 from .awq import block_gram, search_clipping, search_scale
+from .block import QuantisedBlock, computed
 from .compensation import compensated_rounding, inverse_factor
+from .facts import OutputComparison, activation_range
 from .folding import HEAD_GROUP, SCALE_GROUPS, ScaleGroup, reduce_channels, spread_channels, storable_scale
-from .grid import minmax_grid
+from .grid import Grid, minmax_grid
+from .integer import best_strength, quantise_linear, round_inputs
+from .plan import Choice, Plan, plan_decoder
+from .smoothing import STRENGTHS, power_of_two, smoothing_scale
 
 _SUBSET_TOKENS = 1024
 _REPORT_ROWS = 256
+# Outputs on which strengths of smoothing are compared.
+_SMOOTHING_ROWS = 1024
 # lm_head has as many outputs as there are tokens; they are rounded this many at a time.
 _ROWS = 16384
+_COMPENSATED = ("w4a16-awq", "w8a16")
 
 
-@dataclass
-class QuantisedBlock:
-    """What becomes of one block's tensors, by canonical name.
+@dataclass(frozen=True)
+class _Shared:
+    """What the consumers of one input have in common.
 
     Attributes:
-        linears: the packed linears, by module ("decoder.layers.0.mlp.up_proj").
-        tensors: float tensors that change (norms, biases), in their stored type.
-        errors: relative output error on calibration tokens, by module: sqrt(|X (W' - W)|^2 / |X W|^2).
+        inputs: statistics, before scaling.
+        scale: [in] that weights are multiplied by, or None.
+        blocks: Gram matrices of scaled inputs by group size, for clipping.
+        factor: for error compensation, or None.
+        integers: packed w8a8 consumers by name, rounded together.
     """
 
-    linears: dict[str, PackedLinear] = field(default_factory=dict)
-    tensors: dict[str, NDArray[Any]] = field(default_factory=dict)
-    errors: dict[str, float] = field(default_factory=dict)
-
-    def replacements(self, prefix: str, compute: Compute) -> dict[str, Tensor]:
-        """The block's changed tensors as calibration computes with them, by their name below `prefix`."""
-        floats = {name: to_torch(array).float() for name, array in self.tensors.items()}
-        weights = {f"{name}.weight": to_torch(packed.dequantise()) for name, packed in self.linears.items()}
-        biases = {name: tensor for name, tensor in floats.items() if name.endswith(".bias")}
-        multiplied = {name: tensor.to(compute.dtype) for name, tensor in (weights | biases).items()}
-        return {name.removeprefix(prefix): tensor.to(compute.device) for name, tensor in (floats | multiplied).items()}
+    inputs: InputStatistics
+    scale: Tensor | None
+    blocks: Mapping[int, Tensor]
+    factor: tuple[Tensor, Tensor] | None
+    integers: Mapping[str, PackedLinear]
 
 
 class BlockQuantiser:
-    """Quantises blocks of one checkpoint by one recipe; `scale_dtype` is how scales will be stored."""
+    """Quantises blocks of one checkpoint; `scale_dtype` is how scales will be stored.
 
-    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, compute: Compute, scale_dtype: torch.dtype) -> None:
+    Args:
+        checkpoint: with float weights.
+        recipe: how to round.
+        compute: device.
+        scale_dtype: of scales of packed weights.
+        plan: what each linear gets; default: the recipe's, without an automatic choice.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        recipe: Recipe,
+        compute: Compute,
+        scale_dtype: torch.dtype,
+        plan: Plan | None = None,
+    ) -> None:
         self._checkpoint = checkpoint
+        self._decoder = checkpoint.config.decoder
         self._recipe = recipe
         self._device = compute.device
         self._scale_dtype = scale_dtype
-        self._scheme = decoder_scheme(recipe)
+        self._plan = {**(plan or plan_decoder(checkpoint, recipe)), "decoder.lm_head": Choice(recipe.head)}
 
     @property
     def wanted(self) -> Wanted:
         """The statistics that `layer` and `head` need."""
-        return Wanted(gram=self._recipe.error_compensation, tokens=_SUBSET_TOKENS)
+        return Wanted(gram=self._recipe.error_compensation and self._compensates(self._plan), tokens=_SUBSET_TOKENS)
+
+    @property
+    def wanted_of_head(self) -> Wanted:
+        """The statistics that `head` needs."""
+        precision = self._precision("decoder.lm_head")
+        gram = self._recipe.error_compensation and precision.method == "w4a16-awq"
+        return Wanted(gram=gram, tokens=_SUBSET_TOKENS)
 
     def layer(self, number: int, statistics: Mapping[str, InputStatistics] | None) -> QuantisedBlock:
-        """One decoder layer; w4a16-awq needs the statistics of its inputs."""
-        prefix = f"decoder.layers.{number}."
-        groups = SCALE_GROUPS[self._checkpoint.config.decoder.architecture]
-        if not self._recipe.needs_data:
-            block = QuantisedBlock()
-            for name in (name for group in groups for name in group.consumers):
-                block.linears[prefix + name] = self._rounded(prefix + name, self._scheme)
-            return block
-        assert statistics is not None
-        return self._activation_aware(prefix, groups, statistics, self._scheme)
+        """One decoder layer; without statistics of its inputs by rounding alone."""
+        groups = SCALE_GROUPS[self._decoder.architecture]
+        return self._block(f"decoder.layers.{number}.", groups, statistics)
 
     def head(self, inputs: InputStatistics | None) -> QuantisedBlock:
-        """lm_head; as int4 of w4a16-awq it needs the statistics of its input."""
-        if self._recipe.lm_head == "int4" and self._recipe.needs_data:
-            assert inputs is not None
-            return self._activation_aware("decoder.", [HEAD_GROUP], {"lm_head": inputs}, self._scheme)
-        scheme = Scheme(8, None, symmetric=True) if self._recipe.lm_head == "int8" else self._scheme
-        return QuantisedBlock({"decoder.lm_head": self._rounded("decoder.lm_head", scheme)})
+        """lm_head, likewise."""
+        return self._block("decoder.", [HEAD_GROUP], None if inputs is None else {"lm_head": inputs})
 
-    def _rounded(self, name: str, scheme: Scheme) -> PackedLinear:
-        """Rounding alone."""
-        weight = self._float(f"{name}.weight")
-        grid = minmax_grid(weight, scheme, self._scale_dtype)
-        return grid.pack(grid.round(weight))
+    def alone(self, prefix: str, group: ScaleGroup, block: QuantisedBlock) -> dict[str, Tensor]:
+        """Of a block that `layer` made, what rounds the consumers of one input and nothing else.
 
-    def _activation_aware(
-        self,
-        prefix: str,
-        groups: Sequence[ScaleGroup],
-        statistics: Mapping[str, InputStatistics],
-        scheme: Scheme,
+        Float32 tensors by their name below `prefix`: the consumers as they are computed, with rows that were divided
+        for other inputs as they were, and what produces their input divided, exact in float32.
+        """
+        tensors: dict[str, Tensor] = {}
+        for name in group.consumers:
+            if prefix + name not in block.linears:
+                continue
+            parts = {k: v.to(self._device) for k, v in computed(block.linears[prefix + name], torch.float32).items()}
+            if (rows := block.scales.get(prefix + name)) is not None:
+                last = "weight_scale" if "weight_scale" in parts else "weight"
+                parts[last] = parts[last] * (rows if parts[last].ndim == 1 else rows[:, None])
+            tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+        produced = block.scales.get(prefix + group.producer)
+        if produced is not None:
+            for part in ("weight", "bias"):
+                if self._checkpoint.has(f"{prefix}{group.producer}.{part}"):
+                    tensor = self._float(f"{prefix}{group.producer}.{part}")
+                    divisor = produced if tensor.ndim == 1 else produced[:, None]
+                    tensors[f"{group.producer}.{part}"] = tensor / divisor
+        return tensors
+
+    def _compensates(self, names: Sequence[str] | Plan) -> bool:
+        layers = [name for name in names if name.startswith("decoder.layers.")]
+        return any(self._precision(name).method in _COMPENSATED for name in layers)
+
+    def _precision(self, name: str) -> Precision:
+        return self._plan[name].precision
+
+    def _block(
+        self, prefix: str, groups: Sequence[ScaleGroup], statistics: Mapping[str, InputStatistics] | None
     ) -> QuantisedBlock:
         block = QuantisedBlock()
-        input_scales: dict[str, Tensor] = {}
-        output_scales: dict[str, Tensor] = {}
+        if statistics is None:
+            for name in (prefix + name for group in groups for name in group.consumers):
+                self._round_alone(name, block)
+            return block
         for group in groups:
             inputs = statistics[group.consumers[0]]
             if inputs.gram is not None:
                 whole_gram(inputs.gram)
-            scale = self._search(prefix, group, inputs, scheme)
-            producer_scale = self._fold(prefix, group, scale, block)
-            input_scales[group.consumers[0]] = spread_channels(producer_scale, group, self._checkpoint.config.decoder)
-            output_scales[group.producer] = producer_scale
+            scale = self._search(prefix, group, inputs)
+            if scale is not None:
+                block.scales[prefix + group.producer] = self._fold(prefix, group, scale, block)
         for group in groups:
-            inputs, scale = statistics[group.consumers[0]], input_scales[group.consumers[0]]
-            self._round_group(prefix, group, inputs, scale, output_scales, scheme, block)
+            self._round_group(prefix, group, statistics[group.consumers[0]], block)
         return block
 
-    def _search(self, prefix: str, group: ScaleGroup, inputs: InputStatistics, scheme: Scheme) -> Tensor:
-        """The scale per producer channel."""
-        decoder = self._checkpoint.config.decoder
-        weights = [self._float(f"{prefix}{name}.weight") for name in group.consumers]
+    # -- scales -----------------------------------------------------------------------------------------------------
+
+    def _search(self, prefix: str, group: ScaleGroup, inputs: InputStatistics) -> Tensor | None:
+        """The scale per producer channel; None where no consumer asks for one.
+
+        Floats stay exact: where they are multiplied or divided, scales are powers of two.
+        """
+        precisions = {prefix + name: self._precision(prefix + name) for name in group.consumers}
+        methods = {precision.method for precision in precisions.values()}
+        if "w8a8" in methods:
+            names = [name for name, precision in precisions.items() if precision.method == "w8a8"]
+            return self._smoothing(prefix, group, names, inputs) if self._recipe.decoder_int8.smoothing else None
+        if "w4a16-awq" not in methods:
+            return None
+        rounded = {name: p.scheme for name, p in precisions.items() if p.scheme is not None}
         choice = search_scale(
-            weights,
+            [self._float(f"{name}.weight") for name in rounded],
             inputs,
-            scheme,
+            list(rounded.values()),
             self._scale_dtype,
-            spread=lambda values: spread_channels(values, group, decoder),
-            reduce=lambda values: reduce_channels(values, group, decoder),
+            spread=lambda values: spread_channels(values, group, self._decoder),
+            reduce=lambda values: reduce_channels(values, group, self._decoder),
         )
-        return reduce_channels(choice.scale, group, decoder)
+        scale = reduce_channels(choice.scale, group, self._decoder)
+        producer = self._plan.get(prefix + group.producer)
+        floats = len(rounded) < len(precisions) or (producer is not None and producer.precision.scheme is None)
+        return power_of_two(scale) if floats else scale
+
+    def _smoothing(
+        self, prefix: str, group: ScaleGroup, names: Sequence[str], inputs: InputStatistics
+    ) -> Tensor | None:
+        """SmoothQuant's scale per producer channel for the consumers whose inputs are rounded; None for none."""
+        weight = torch.cat([self._float(f"{name}.weight") for name in names])
+        largest = reduce_channels(inputs.max_abs, group, self._decoder, largest=True)
+        weights = reduce_channels(weight.abs().amax(0), group, self._decoder, largest=True)
+        stored = self._vector(prefix, group)
+        vectors = [] if stored is None else [stored]
+        tried = {strength: smoothing_scale(largest, weights, strength, vectors) for strength in STRENGTHS}
+        some = weight[:: max(1, len(weight) // _SMOOTHING_ROWS)]
+        spread = {strength: spread_channels(scale, group, self._decoder) for strength, scale in tried.items()}
+        return tried.get(best_strength(some, inputs, spread))
 
     def _fold(self, prefix: str, group: ScaleGroup, scale: Tensor, block: QuantisedBlock) -> Tensor:
-        """Divide what is stored of the producer; returns the scale that this made exact."""
-        name = f"{prefix}{group.producer}." + ("weight" if "norm" in group.producer else "bias")
-        stored = to_torch(self._checkpoint.tensor(name)).to(self._device) if self._checkpoint.has(name) else None
-        fitted, divided = storable_scale(scale, stored)
+        """Divide what is stored of the producer beside rows of weights; returns the scale that this made exact."""
+        fitted, divided = storable_scale(scale, self._vector(prefix, group))
         if divided is not None:
-            block.tensors[name] = to_numpy(divided)
+            block.tensors[_vector_name(prefix, group)] = to_numpy(divided)
         return fitted
 
-    def _round_group(
-        self,
-        prefix: str,
-        group: ScaleGroup,
-        inputs: InputStatistics,
-        scale: Tensor,
-        output_scales: Mapping[str, Tensor],
-        scheme: Scheme,
-        block: QuantisedBlock,
-    ) -> None:
-        """Clip and round the consumers of one input; `scale` is theirs, `output_scales` what they were folded with."""
-        assert scheme.group_size is not None
-        blocks = block_gram(inputs, scale, scheme.group_size)
+    def _vector(self, prefix: str, group: ScaleGroup) -> Tensor | None:
+        """The norm's weight or the linear's bias that the scale of an input divides, as it is stored."""
+        name = _vector_name(prefix, group)
+        return to_torch(self._checkpoint.tensor(name)).to(self._device) if self._checkpoint.has(name) else None
+
+    # -- rounding ---------------------------------------------------------------------------------------------------
+
+    def _round_alone(self, name: str, block: QuantisedBlock) -> None:
+        """Nearest values, without data."""
+        precision = self._precision(name)
+        if precision.scheme is not None:
+            weight = self._float(f"{name}.weight")
+            grid = minmax_grid(weight, precision.scheme, self._scale_dtype)
+            block.linears[name] = grid.pack(grid.round(weight))
+        block.facts[name] = self._facts(name)
+
+    def _round_group(self, prefix: str, group: ScaleGroup, inputs: InputStatistics, block: QuantisedBlock) -> None:
+        """Clip and round the consumers of one input."""
+        produced = block.scales.get(prefix + group.producer)
+        scale = None if produced is None else spread_channels(produced, group, self._decoder)
+        names = [prefix + name for name in group.consumers]
+        shared = self._share(names, inputs, scale, block)
+        for name in names:
+            precision, weight = self._precision(name), self._scaled(name, scale, block)
+            comparison = OutputComparison()
+            if precision.method == "w8a8":
+                self._compare_integers(shared, name, weight, comparison)
+                block.linears[name] = shared.integers[name]
+            elif precision.scheme is not None:
+                block.linears[name] = self._packed(precision, weight, shared, comparison)
+            elif scale is not None or name in block.scales:
+                stored = to_torch(self._checkpoint.tensor(f"{name}.weight")).dtype
+                block.tensors[f"{name}.weight"] = to_numpy(weight.to(stored))
+            packed = block.linears.get(name)
+            block.facts[name] = self._facts(name, inputs, packed, comparison if packed else None)
+
+    def _share(
+        self, names: Sequence[str], inputs: InputStatistics, scale: Tensor | None, block: QuantisedBlock
+    ) -> _Shared:
+        precisions = {name: self._precision(name) for name in names}
+        ones = torch.ones_like(inputs.max_abs) if scale is None else scale
+        clipped = [p.scheme.group_size for p in precisions.values() if p.method == "w4a16-awq" and p.scheme]
+        blocks = {size: block_gram(inputs, ones, size) for size in set(clipped) if size is not None}
         factor = None
-        if inputs.gram is not None:
-            inputs.gram.div_(scale[:, None]).div_(scale)
+        if inputs.gram is not None and any(p.method in _COMPENSATED for p in precisions.values()):
+            inputs.gram.div_(ones[:, None]).div_(ones)
             factor = inverse_factor(inputs.gram)
-            inputs.gram = None
-        for name in group.consumers:
-            weight = self._float(f"{prefix}{name}.weight") * scale
-            if name in output_scales:
-                weight /= output_scales[name][:, None]
-            packed = []
-            total = torch.zeros(2, dtype=torch.float64)
-            for rows in torch.split(weight, _ROWS):
-                grid = search_clipping(rows, blocks, scheme, self._scale_dtype)
-                q = grid.round(rows) if factor is None else compensated_rounding(rows, grid, *factor)
-                total += _energies(rows, grid.dequantise(q), inputs, scale)
-                packed.append(grid.pack(q))
-            block.linears[prefix + name] = join_rows(packed)
-            block.errors[prefix + name] = float((total[0] / total[1].clamp(min=1e-30)).sqrt())
+        inputs.gram = None
+        integers = {}
+        if rounded := [name for name, precision in precisions.items() if precision.method == "w8a8"]:
+            weights = [self._scaled(name, scale, block) for name in rounded]
+            how = self._recipe.decoder_int8
+            made = quantise_linear(torch.cat(weights), divided(inputs, scale), how.calibrator, None).packed
+            starts = np.cumsum([0, *(len(weight) for weight in weights)])
+            rows = [np.arange(start, stop) for start, stop in pairwise(starts)]
+            integers = {name: made.rows(index) for name, index in zip(rounded, rows, strict=True)}
+        return _Shared(inputs, scale, blocks, factor, integers)
+
+    def _packed(
+        self, precision: Precision, weight: Tensor, shared: _Shared, comparison: OutputComparison
+    ) -> PackedLinear:
+        """A linear with integer weights and float inputs; `weight` is scaled already."""
+        packed = []
+        for rows in torch.split(weight, _ROWS):
+            grid = self._grid(precision, rows, shared)
+            compensated = shared.factor is not None and precision.method in _COMPENSATED
+            q = compensated_rounding(rows, grid, *shared.factor) if compensated and shared.factor else grid.round(rows)
+            some = slice(None, None, max(1, len(rows) // _REPORT_ROWS))
+            tokens = _tokens(shared).T
+            comparison.add(rows[some] @ tokens, grid.dequantise(q)[some] @ tokens)
+            packed.append(grid.pack(q))
+        return join_rows(packed)
+
+    def _grid(self, precision: Precision, weight: Tensor, shared: _Shared) -> Grid:
+        scheme = precision.scheme
+        assert scheme is not None
+        if precision.method == "w4a16-awq" and scheme.group_size is not None:
+            return search_clipping(weight, shared.blocks[scheme.group_size], scheme, self._scale_dtype)
+        return minmax_grid(weight, scheme, self._scale_dtype)
+
+    def _compare_integers(self, shared: _Shared, name: str, weight: Tensor, comparison: OutputComparison) -> None:
+        linear = shared.integers[name]
+        assert linear.input_scale is not None
+        some = slice(None, None, max(1, len(weight) // _REPORT_ROWS))
+        tokens = _tokens(shared)
+        values = torch.from_numpy(linear.dequantise()[some]).to(self._device)
+        found = round_inputs(tokens, linear.input_scale) @ values.T * linear.input_scale
+        comparison.add(tokens @ weight[some].T, found)
+
+    def _facts(
+        self,
+        name: str,
+        inputs: InputStatistics | None = None,
+        packed: PackedLinear | None = None,
+        comparison: OutputComparison | None = None,
+    ) -> LinearFacts:
+        choice = self._plan[name]
+        scheme, base = choice.precision.scheme, self._recipe.base.scheme
+        width = self._checkpoint.shapes[f"{name}.weight"][1]
+        stored = self._checkpoint.tensor(f"{name}.weight").dtype
+        bits = bits_per_weight(scheme, width, 8 * self._scale_dtype.itemsize) if scheme else 8 * stored.itemsize
+        clipped = None if packed is None or packed.input_scale is None else 127 * packed.input_scale
+        return LinearFacts(
+            name=name,
+            scheme=str(scheme) if scheme else stored.name,
+            bits_per_weight=round(bits, 3),
+            error=comparison.error if comparison else None,
+            sqnr_db=comparison.sqnr_db if comparison else None,
+            cosine=comparison.cosine if comparison else None,
+            part=choice.part,
+            reason=choice.reason,
+            fallback=base is not None and (scheme is None or scheme.bits > base.bits),
+            inputs=activation_range(inputs, clipped) if inputs is not None else None,
+        )
+
+    # -- weights ----------------------------------------------------------------------------------------------------
+
+    def _scaled(self, name: str, scale: Tensor | None, block: QuantisedBlock) -> Tensor:
+        """A weight [out, in] float32, multiplied by the scale of its input, divided by that of its outputs."""
+        weight = self._float(f"{name}.weight")
+        if scale is not None:
+            weight *= scale
+        if name in block.scales:
+            weight /= block.scales[name][:, None]
+        return weight
 
     def _float(self, name: str) -> Tensor:
         tensor = to_torch(self._checkpoint.tensor(name))
@@ -180,11 +338,16 @@ class BlockQuantiser:
         return tensor.to(self._device, torch.float32, copy=True)
 
 
-def decoder_scheme(recipe: Recipe) -> Scheme:
-    """How the decoder's weights are rounded."""
-    if recipe.bits == 8:
-        return Scheme(8, None, symmetric=True)
-    return Scheme(4, recipe.group_size, recipe.symmetric)
+def divided(inputs: InputStatistics, scale: Tensor | None) -> InputStatistics:
+    """Statistics of inputs after division by `scale` [in], without their Gram matrix."""
+    if scale is None:
+        return replace(inputs, gram=None)
+    return InputStatistics(
+        count=inputs.count,
+        sum_abs=inputs.sum_abs / scale,
+        max_abs=inputs.max_abs / scale,
+        subset=None if inputs.subset is None else inputs.subset.float() / scale,
+    )
 
 
 def join_rows(parts: Sequence[PackedLinear]) -> PackedLinear:
@@ -200,10 +363,12 @@ def join_rows(parts: Sequence[PackedLinear]) -> PackedLinear:
     )
 
 
-def _energies(weight: Tensor, rounded: Tensor, inputs: InputStatistics, scale: Tensor) -> Tensor:
-    """Squared size of the output's error and of the output, on the token subset and some of the rows."""
-    assert inputs.subset is not None
-    tokens = (inputs.subset.float() / scale).T
-    step = max(1, len(weight) // _REPORT_ROWS)
-    error, output = (rounded - weight)[::step] @ tokens, weight[::step] @ tokens
-    return torch.stack([part.square().sum(dtype=torch.float64) for part in (error, output)]).cpu()
+def _vector_name(prefix: str, group: ScaleGroup) -> str:
+    return f"{prefix}{group.producer}." + ("weight" if "norm" in group.producer else "bias")
+
+
+def _tokens(shared: _Shared) -> Tensor:
+    """The token subset after scaling, [tokens, in] float32."""
+    assert shared.inputs.subset is not None
+    tokens = shared.inputs.subset.float()
+    return tokens if shared.scale is None else tokens / shared.scale

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from internvl_edge import layouts
@@ -24,8 +25,9 @@ from internvl_edge.linear import W8A8, PackedLinear, Scheme
 from internvl_edge.recipe import Recipe
 from internvl_edge.tensor_files import DTYPES, open_tensor_files
 
+from .block import QuantisedBlock
 from .files import OutTensor
-from .layer import QuantisedBlock, decoder_scheme
+from .plan import Plan, plan_decoder
 
 # What a stored vision or projector linear is called, as configurations write it.
 _VISION_TARGETS = {
@@ -40,16 +42,21 @@ _SECTION = {"remote": "llm_config", "native": "text_config"}
 _FLOAT_MODULES = {"remote": ("vision_model", "mlp1"), "native": ("vision_tower", "multi_modal_projector")}
 # Code, pickles, and what belongs to the weights that are written anew.
 _LEFT_OUT = {".py", ".pyc", ".bin", ".pt", ".pth", ".pkl", ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx"}
+_TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _PARTS = ("query", "key", "value")
+_PART = re.compile(r"\.[qkv]_proj\.")
+# A linear of the decoder's layers as it is stored.
+_MODULE = re.compile(r".*\.layers\.(?P<layer>\d+)\.(?P<kind>.+)")
 
 
 class OutputLayout:
-    """Names and forms of one checkpoint's quantised tensors."""
+    """Names and forms of one checkpoint's quantised tensors; `plan` is by default the recipe's."""
 
-    def __init__(self, checkpoint: Checkpoint, recipe: Recipe) -> None:
+    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, plan: Plan | None = None) -> None:
         self._checkpoint = checkpoint
         self._config = checkpoint.config
         self._recipe = recipe
+        self._plan = plan or plan_decoder(checkpoint, recipe)
         self._stored = open_tensor_files(checkpoint.folder)
         self._disk = {self._table_name(name): name for name in self._stored}
         weight = self._stored[self._disk[self._source("decoder.layers.0.mlp.up_proj.weight").names[0]]]
@@ -76,8 +83,9 @@ class OutputLayout:
         """
         values: dict[str, Any] = json.loads((self._checkpoint.folder / "config.json").read_text(encoding="utf-8"))
         described = self._description(set(replaced))
-        if (self._recipe.decoder, self._recipe.lm_head) == ("fp", "fp"):
-            return values | {"quantization_config": described}
+        text = [*(choice.precision for choice in self._plan.values()), self._recipe.head]
+        if all(precision.scheme is None for precision in text):
+            return values if self._recipe.vision == "fp" else values | {"quantization_config": described}
         section = _SECTION[self._config.layout]
         values[section] = values[section] | {"quantization_config": described}
         return values | {"quantization_config": described}
@@ -100,16 +108,33 @@ class OutputLayout:
             ignore = [f"re:.*{re.escape(module)}" for module in self._float_linears(replaced)]
         else:
             ignore = [f"re:.*{name}.*" for name in _FLOAT_MODULES[layout]]
-        if recipe.decoder == "fp":
-            ignore.append("re:.*language_model.*layers.*")
-        else:
-            targets[decoder_scheme(recipe)] = [r"re:.*language_model.*\.layers\..*"]
-        if recipe.lm_head == "fp":
-            ignore.append(f"re:.*{head}")
-        else:
-            scheme = Scheme(8, None, symmetric=True) if recipe.lm_head == "int8" else decoder_scheme(recipe)
-            targets[scheme] = [*targets.get(scheme, []), f"re:.*{head}"]
+        for scheme, names in [*self._layer_targets().items(), (recipe.head.scheme, [f"re:.*{head}"])]:
+            if scheme is None:
+                ignore += names
+            else:
+                targets[scheme] = [*targets.get(scheme, []), *names]
         return compressed_tensors.configuration(targets, ignore)
+
+    def _layer_targets(self) -> dict[Scheme | None, list[str]]:
+        """The decoder's stored modules by scheme, None for floats: one pattern for all, or per kind of module.
+
+        No two patterns match the same module, so their order means nothing to any reader.
+        """
+        layers: dict[tuple[Scheme | None, str], set[int]] = {}
+        for name, choice in self._plan.items():
+            stored = self._disk[self._source(f"{name}.weight").names[0]].removesuffix(".weight")
+            found = _MODULE.fullmatch(stored)
+            assert found is not None
+            layers.setdefault((choice.precision.scheme, found["kind"]), set()).add(int(found["layer"]))
+        if len({scheme for scheme, _ in layers}) == 1:
+            return {scheme: [r"re:.*language_model.*\.layers\..*"] for scheme, _ in layers}
+        targets: dict[Scheme | None, list[str]] = {}
+        for (scheme, kind), numbers in layers.items():
+            every = len(numbers) == self._config.decoder.num_hidden_layers
+            which = r"\d+" if every else f"({'|'.join(map(str, sorted(numbers)))})"
+            pattern = rf"re:.*language_model.*\.layers\.{which}\.{re.escape(kind)}$"
+            targets.setdefault(scheme, []).append(pattern)
+        return targets
 
     def _float_linears(self, replaced: set[str]) -> list[str]:
         """Stored modules of tower and projector that keep floats though their kind is int8."""
@@ -145,14 +170,17 @@ class OutputLayout:
             yield stored, fuse_linears([parts[part] for part in _PARTS], self._config.decoder)
 
     def _floats(self, tensors: Mapping[str, NDArray[Any]]) -> Iterable[tuple[str, NDArray[Any]]]:
-        """(stored name, array); a changed part of a fused tensor comes with the other parts as they were."""
+        """(stored name, array); a changed part of a fused tensor comes with the other parts as they are now, once."""
+        fused = set()
         for name, array in tensors.items():
             source = self._source(name)
-            if source.part is not None:
-                names = [name.replace(".v_proj.", f".{part}_proj.") for part in "qkv"]
+            if source.part is None:
+                yield self._disk[source.names[0]], array
+            elif source.names[0] not in fused:
+                fused.add(source.names[0])
+                names = [_PART.sub(f".{part}_proj.", name) for part in "qkv"]
                 parts = [tensors[n] if n in tensors else self._checkpoint.tensor(n) for n in names]
-                array = fuse_rows(parts, self._config.decoder)
-            yield self._disk[source.names[0]], array
+                yield self._disk[source.names[0]], fuse_rows(parts, self._config.decoder)
 
     def _source(self, name: str) -> layouts.Source:
         return layouts.tensor_source(self._config, name)
@@ -164,6 +192,11 @@ class OutputLayout:
                 if disk.startswith(written):
                     return table + disk.removeprefix(written)
         return disk
+
+
+def scale_dtype(recipe: Recipe, float_dtype: np.dtype[Any]) -> torch.dtype:
+    """How scales of packed weights are stored: AutoAWQ's in float16, others in the type of the checkpoint's floats."""
+    return torch.float16 if recipe.is_autoawq else _TORCH[float_dtype.name]
 
 
 def fuse_rows(parts: list[NDArray[Any]], decoder: DecoderConfig) -> NDArray[Any]:
@@ -181,4 +214,5 @@ def fuse_linears(parts: list[PackedLinear], decoder: DecoderConfig) -> PackedLin
         scale=fuse_rows([part.scale for part in parts], decoder),
         zero_point=fuse_rows(list(zeros), decoder) if zeros else None,
         bits=parts[0].bits,
+        input_scale=parts[0].input_scale,
     )

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from internvl_edge.calibration.compute import Compute, choose_compute
@@ -28,16 +28,21 @@ from internvl_edge.calibration.tower import Replacements, no_replacements
 from internvl_edge.calibration.work import WorkFolder, checkpoint_identity, readable_disk_errors
 from internvl_edge.checkpoint import Checkpoint
 from internvl_edge.errors import EdgeError
-from internvl_edge.recipe import GROUP_SIZES, Recipe
+from internvl_edge.recipe import Recipe
+from internvl_edge.report.linears import ActivationRange, LinearFacts
 from internvl_edge.tensor_files import open_tensor_files
 
+from .automatic import average_bits, measure_divergences, plan_by_divergence, predicted_divergence
+from .block import QuantisedBlock
 from .files import OutTensor, write_file, write_shards
-from .layer import BlockQuantiser, QuantisedBlock
-from .output import OutputLayout
+from .layer import BlockQuantiser
+from .output import OutputLayout, scale_dtype
+from .plan import Plan, check_recipe, kept_vision, plan_decoder
+from .sensitivity_decoder import Divergences
 from .vision import VisionQuantiser, VisionReport
 
 _OUT = "out"
-_ERRORS = "errors.json"
+_FACTS = "facts.json"
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,12 @@ class QuantisationReport:
         folder: the new checkpoint.
         recipe: what was asked for.
         bytes: size of its weight files.
-        errors: relative output error of each linear on calibration tokens; empty without data.
+        linears: every linear of the decoder's layers, and lm_head where it is quantised; "part" in nats, where
+            precision was chosen.
+        bits_per_weight: of the decoder's layers on average, as devices hold them: scales in 16 bits, zero points.
+        predicted_kl: of the next token, in nats, that the choice of precision expects of the decoder's layers; None
+            where nothing was chosen.
+        divergences: all that the choice was made from: nats by precision, by the first of linears that share an input.
         vision: what became of the tower; None where it keeps its floats.
         samples, tokens, image_tokens: of the calibration set; 0 without data.
         broken: items that were skipped.
@@ -57,12 +67,22 @@ class QuantisationReport:
     folder: Path
     recipe: Recipe
     bytes: int
-    errors: dict[str, float]
+    linears: tuple[LinearFacts, ...]
+    bits_per_weight: float
+    predicted_kl: float | None = None
+    divergences: Divergences | None = None
     samples: int = 0
     tokens: int = 0
     image_tokens: int = 0
     broken: tuple[str, ...] = ()
     vision: VisionReport | None = None
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """Relative output error on calibration data of each linear of decoder and tower for which it is known."""
+        tower = self.vision.layers if self.vision else {}
+        found = {name: float(facts["error"]) for name, facts in tower.items() if facts["stored"] == "int8"}
+        return found | {facts.name: facts.error for facts in self.linears if facts.error is not None}
 
 
 def quantize_checkpoint(
@@ -109,36 +129,6 @@ def quantize_checkpoint(
         return run.finish(run.quantise(data, None if stats is None else Path(stats), restart))
 
 
-def check_recipe(checkpoint: Checkpoint, recipe: Recipe) -> None:
-    """Refuse what cannot be quantised as asked.
-
-    Raises:
-        EdgeError: quantised already, a group size that does not divide a layer's inputs (named, with the sizes that
-            fit), outputs that AutoAWQ cannot pack, or a head that is also the token table.
-    """
-    if checkpoint.quantization is not None:
-        raise EdgeError(f"{checkpoint.folder} is quantised already; give the original checkpoint")
-    decoder = checkpoint.config.decoder
-    shapes: dict[str, tuple[int, ...]] = {
-        name.removesuffix(".weight"): shape
-        for name, shape in checkpoint.shapes.items()
-        if name.startswith("decoder.layers.") and len(shape) == 2 and recipe.decoder != "fp"
-    }
-    if recipe.lm_head != "fp":
-        if decoder.tie_word_embeddings:
-            raise EdgeError("lm_head is also the token table of this model and cannot be quantised; use --lm-head fp")
-        shapes["decoder.lm_head"] = checkpoint.shapes["decoder.lm_head.weight"]
-    grouped = {name: shape for name, shape in shapes.items() if recipe.bits == 4 or name != "decoder.lm_head"}
-    for name, shape in grouped.items() if recipe.bits == 4 else ():
-        outputs, inputs = shape[0], shape[1]
-        if inputs % recipe.group_size:
-            fitting = [size for size in GROUP_SIZES if all(shape[1] % size == 0 for shape in grouped.values())]
-            choice = f"sizes that fit all layers: {', '.join(map(str, fitting))}" if fitting else "no size fits all"
-            raise EdgeError(f"{name} has {inputs} inputs, which groups of {recipe.group_size} do not divide; {choice}")
-        if recipe.is_autoawq and outputs % 8:
-            raise EdgeError(f"{name} has {outputs} outputs, AutoAWQ packs multiples of 8; use --symmetric")
-
-
 class _Run:
     """One quantisation in progress."""
 
@@ -148,10 +138,15 @@ class _Run:
         self._recipe = recipe
         self._compute = compute
         self._progress = progress
-        self._layout = OutputLayout(checkpoint, recipe)
-        scale_dtype = torch.float16 if recipe.is_autoawq else _TORCH[self._layout.float_dtype.name]
         self._vision: VisionReport | None = None
-        self._quantiser = BlockQuantiser(checkpoint, recipe, compute, scale_dtype)
+        self._divergences: Divergences | None = None
+        self._follow(plan_decoder(checkpoint, recipe))
+
+    def _follow(self, plan: Plan) -> None:
+        self._plan = plan
+        self._layout = OutputLayout(self._checkpoint, self._recipe, plan)
+        dtype = scale_dtype(self._recipe, self._layout.float_dtype)
+        self._quantiser = BlockQuantiser(self._checkpoint, self._recipe, self._compute, dtype, plan)
 
     def quantise(self, data: DataOptions | None, stats: Path | None, restart: bool) -> CalibrationSet | None:
         """All blocks into the work folder; returns the calibration set where one was used."""
@@ -173,6 +168,10 @@ class _Run:
             replaced = self._quantise_vision(calibration) if self._recipe.vision == "int8" else no_replacements
             if self._recipe.needs_data:  # image tokens as the device will compute them
                 embedded_set(self._work, self._checkpoint, identity, options, self._compute, self._progress, replaced)
+        if self._recipe.automatic:
+            parts = self._work, self._checkpoint, calibration, self._compute, self._recipe
+            self._divergences = measure_divergences(*parts, self._bars)
+            self._follow(plan_by_divergence(self._checkpoint, self._recipe, self._divergences))
         if self._recipe.needs_data:
             self._with_data(calibration)
         else:
@@ -188,7 +187,7 @@ class _Run:
         unchanged = self._layout.unchanged(tensor.name for tensor in quantised)
         tensors = sorted([*quantised, *unchanged], key=lambda tensor: tensor.name)
         total = sum(tensor.nbytes for tensor in tensors)
-        errors = {name: error for block in blocks for name, error in _read_errors(block).items()}
+        facts = [facts for block in blocks for facts in _read_facts(block)]
         folder = self._work.path / _OUT
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -196,12 +195,23 @@ class _Run:
         self._layout.copy_side_files(folder)
         config = json.dumps(self._layout.config(tensor.name for tensor in quantised), indent=2, ensure_ascii=False)
         (folder / "config.json").write_text(config + "\n", encoding="utf-8")
+        if self._recipe.kv_cache == "int8":
+            self._decoder_pass(calibration).kv_scales().write(folder)
         with progress_bar("write", total, self._progress) as advance:
             write_shards(folder, tensors, progress=advance)
         image_tokens = int(calibration.is_image.sum()) if calibration else 0
         folder.rename(self._target)
         shutil.rmtree(self._work.path)
-        report = QuantisationReport(self._target, self._recipe, total, errors, vision=self._vision)
+        report = QuantisationReport(
+            folder=self._target,
+            recipe=self._recipe,
+            bytes=total,
+            linears=tuple(facts),
+            bits_per_weight=average_bits(self._checkpoint, self._plan),
+            predicted_kl=predicted_divergence(self._plan),
+            divergences=self._divergences,
+            vision=self._vision,
+        )
         if calibration is None:
             return report
         return replace(
@@ -214,15 +224,20 @@ class _Run:
 
     def _quantise_vision(self, calibration: CalibrationSet) -> Replacements:
         how = self._recipe.vision_int8
+        how = replace(how, keep=(*how.keep, *kept_vision(self._checkpoint, self._recipe)))
         quantiser = VisionQuantiser(self._work, self._checkpoint, calibration, self._compute, how)
-        self._vision = quantiser.run(lambda label, steps: progress_bar(label, steps, self._progress))
+        self._vision = quantiser.run(self._bars)
         for block in quantiser.blocks:
             self._once(f"block-{block}", partial(quantiser.block, block))
         return quantiser.replacements
 
+    def _bars(self, label: str, steps: int) -> AbstractContextManager[Callable[[int], object]]:
+        return progress_bar(label, steps, self._progress)
+
     def _without_data(self) -> None:
-        layers = self._checkpoint.config.decoder.num_hidden_layers if self._recipe.decoder != "fp" else 0
-        with progress_bar("quantize", layers, self._progress) as advance:
+        rounded = any(choice.precision.scheme for choice in self._plan.values())
+        layers = self._checkpoint.config.decoder.num_hidden_layers if rounded else 0
+        with self._bars("quantize", layers) as advance:
             for layer in range(layers):
                 self._once(f"block-{layer:03}", partial(self._quantiser.layer, layer, None))
                 advance(1)
@@ -231,13 +246,18 @@ class _Run:
 
     def _with_data(self, calibration: CalibrationSet) -> None:
         layers = self._checkpoint.config.decoder.num_hidden_layers
-        steps = DecoderPass.steps(calibration, layers)
-        with progress_bar("quantize", steps, self._progress) as advance:
-            decoder = DecoderPass(self._work, self._checkpoint, calibration, self._compute, advance)
+        with self._bars("quantize", DecoderPass.steps(calibration, layers)) as advance:
+            decoder = self._decoder_pass(calibration, advance)
             decoder.run(self._quantiser.wanted, self._handle)
-            if self._recipe.lm_head != "fp":
-                inputs = decoder.observe_head(self._quantiser.wanted) if self._recipe.lm_head == "int4" else None
-                self._once("block-head", lambda: self._quantiser.head(inputs))
+        if self._recipe.lm_head != "fp":
+            inputs = decoder.observe_head(self._quantiser.wanted_of_head)
+            self._once("block-head", lambda: self._quantiser.head(inputs))
+
+    def _decoder_pass(
+        self, calibration: CalibrationSet | None, advance: Callable[[int], object] = lambda steps: None
+    ) -> DecoderPass:
+        assert calibration is not None
+        return DecoderPass(self._work, self._checkpoint, calibration, self._compute, advance)
 
     def _handle(self, layer: int, statistics: Statistics) -> Mapping[str, Tensor]:
         block = self._quantiser.layer(layer, statistics)
@@ -251,16 +271,20 @@ class _Run:
     def _store(self, name: str, block: QuantisedBlock) -> None:
         folder = self._work.path / name
         folder.mkdir(exist_ok=True)
-        self._work.write_json(f"{name}/{_ERRORS}", block.errors)
+        self._work.write_json(f"{name}/{_FACTS}", [asdict(facts) for facts in block.facts.values()])
         write_file(folder / "model.safetensors", self._layout.tensors(block))
 
 
-_TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+def _read_facts(block: Path) -> list[LinearFacts]:
+    return [_facts(values) for values in json.loads((block / _FACTS).read_text(encoding="utf-8"))]
 
 
-def _read_errors(block: Path) -> dict[str, float]:
-    values: dict[str, Any] = json.loads((block / _ERRORS).read_text(encoding="utf-8"))
-    return {name: float(error) for name, error in values.items()}
+def _facts(values: dict[str, Any]) -> LinearFacts:
+    inputs = values["inputs"]
+    if inputs is not None:
+        channels = tuple((int(channel), float(largest)) for channel, largest in inputs["channels"])
+        inputs = ActivationRange(**inputs | {"channels": channels})
+    return LinearFacts(**values | {"inputs": inputs})
 
 
 def _require_space(folder: Path, total: int) -> None:

@@ -27,8 +27,8 @@ from internvl_edge.checkpoint import Checkpoint
 from internvl_edge.errors import EdgeError
 from internvl_edge.recipe import VisionInt8
 
+from .block import QuantisedBlock
 from .integer import IntegerLinear, quantise_linear
-from .layer import QuantisedBlock
 from .sensitivity import SensitivityPass, choose_floats
 from .smoothing import divide
 from .vision_pass import PROJECTOR, TileSample, VisionPass, blocks_of
@@ -123,7 +123,6 @@ class VisionQuantiser:
             if f"{block}.{name}" in self._floats():
                 continue
             made.linears[f"{block}.{name}"] = linear.packed
-            made.errors[f"{block}.{name}"] = linear.error
             for tensor, divided in self._divided_norm(block, name, linear).items():
                 made.tensors[f"{block}.{tensor}"] = to_numpy(divided)
         return made

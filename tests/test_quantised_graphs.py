@@ -241,6 +241,7 @@ def test_the_manifest_tells_how_the_decoder_is_quantised(tmp_path: Path) -> None
         "bits": 4,
         "group_size": 32,
         "symmetric": False,
+        "linears": {"int4 in groups of 32, with zero points": 14},
         "lm_head": "float16",
         "bits_per_weight": round(bits, 3),
         "asymmetric": "exact",

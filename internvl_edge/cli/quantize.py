@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,49 +13,18 @@ import click
 
 from ..errors import EdgeError
 from ..hub import resolve_checkpoint
-from ..recipe import CALIBRATORS, DECODER_SCHEMES, LM_HEADS, Recipe, VisionInt8
 from .data_options import calibration_options, compute_options, data_options, missing_package, wait_politely
-from .output import print_json, size
+from .output import print_json, say_written, size
+from .recipe_options import recipe_of, recipe_options
 
 if TYPE_CHECKING:
-    from internvl_edge.quantize import VisionReport
+    from internvl_edge.quantize import QuantisationReport, VisionReport
 
 
 @click.command("quantize")
 @click.argument("checkpoint")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to make.")
-@click.option(
-    "--scheme",
-    help=f"One of {', '.join(DECODER_SCHEMES)}.  [default: {DECODER_SCHEMES[0]}; with --vision int8: fp]",
-)
-@click.option("--group-size", type=int, default=128, show_default=True, help="Inputs per scale: 32, 64 or 128.")
-@click.option("--symmetric", is_flag=True, help="No zero points, as TensorRT needs; otherwise AutoAWQ's format.")
-@click.option("--lm-head", type=click.Choice(LM_HEADS), default="fp", show_default=True)
-@click.option(
-    "--compensate/--no-compensate",
-    default=Recipe.error_compensation,
-    show_default=True,
-    help="Spread rounding errors over later columns (GPTQ), w4a16-awq only.",
-)
-@click.option("--vision", default="fp", show_default=True, help="int8: weights and inputs of tower and projector.")
-@click.option(
-    "--calibrator",
-    type=click.Choice(CALIBRATORS),
-    default=VisionInt8.calibrator,
-    show_default=True,
-    help="How --vision int8 finds the range of a linear's input; best tries all.",
-)
-@click.option("--smooth/--no-smooth", default=VisionInt8.smoothing, show_default=True, help="SmoothQuant in the tower.")
-@click.option(
-    "--vision-cosine",
-    type=float,
-    default=VisionInt8.cosine,
-    show_default=True,
-    help="Layers of the tower keep floats until its embeddings are to come this near; 0 for none.",
-)
-@click.option(
-    "--vision-float", multiple=True, help="A layer of the tower that keeps floats, * and ? allowed (repeatable)."
-)
+@recipe_options
 @click.option("--stats", type=click.Path(path_type=Path), help="What calibrate made, instead of --data.")
 @calibration_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -65,24 +35,11 @@ def command(checkpoint: str, output: Path, stats: Path | None, as_json: bool, **
     continues when the command is repeated.
     """
     started = time.perf_counter()
-    vision = values.pop("vision")
-    recipe = Recipe(
-        decoder=values.pop("scheme") or (DECODER_SCHEMES[0] if vision == "fp" else "fp"),
-        group_size=values.pop("group_size"),
-        symmetric=values.pop("symmetric"),
-        lm_head=values.pop("lm_head"),
-        error_compensation=values.pop("compensate"),
-        vision=vision,
-        vision_int8=VisionInt8(
-            calibrator=values.pop("calibrator"),
-            smoothing=values.pop("smooth"),
-            cosine=values.pop("vision_cosine"),
-            keep=values.pop("vision_float"),
-        ),
-    )
+    recipe = recipe_of(values)
     wait_politely()
     try:
         from internvl_edge.quantize import quantize_checkpoint
+        from internvl_edge.report.making import report_quantisation
     except ImportError as error:
         raise missing_package(error) from None
     if stats is not None and values["data"] is not None:
@@ -100,6 +57,7 @@ def command(checkpoint: str, output: Path, stats: Path | None, as_json: bool, **
         progress=sys.stderr.isatty(),
     )
     seconds = time.perf_counter() - started
+    say_written(report_quantisation(report, resolve_checkpoint(checkpoint), seconds))
     if as_json:
         facts = {
             "checkpoint": str(report.folder),
@@ -109,6 +67,9 @@ def command(checkpoint: str, output: Path, stats: Path | None, as_json: bool, **
             "tokens": report.tokens,
             "image_tokens": report.image_tokens,
             "broken": list(report.broken),
+            "bits_per_weight": report.bits_per_weight,
+            "predicted_kl": report.predicted_kl,
+            "linears": [asdict(linear) for linear in report.linears],
             "relative_output_errors": report.errors,
             "vision": asdict(report.vision) if report.vision else None,
             "seconds": round(seconds, 2),
@@ -120,9 +81,21 @@ def command(checkpoint: str, output: Path, stats: Path | None, as_json: bool, **
         worst = max(report.errors, key=lambda name: report.errors[name])
         mean = sum(report.errors.values()) / len(report.errors)
         click.echo(f"relative output error: mean {mean:.3f}, worst {report.errors[worst]:.3f} ({worst})")
+    if report.predicted_kl is not None:
+        click.echo(_precisions(report))
     if report.vision:
         click.echo(_tower(report.vision))
     click.echo(f"Next: internvl-edge export {report.folder} -o BUNDLE")
+
+
+def _precisions(report: QuantisationReport) -> str:
+    layers = [linear for linear in report.linears if linear.name.startswith("decoder.layers.")]
+    counts = Counter(linear.scheme for linear in layers)
+    said = ", ".join(f"{count} {scheme}" for scheme, count in counts.most_common())
+    return (
+        f"decoder: {report.bits_per_weight:.3f} bits per weight, a divergence of {report.predicted_kl:.2e} nats is "
+        f"predicted; linears: {said}"
+    )
 
 
 def _tower(vision: VisionReport) -> str:

@@ -1,0 +1,149 @@
+"""The automatic choice: sensitivities of the decoder's linears -> what each gets, with the reason in words."""
+
+from __future__ import annotations
+
+from math import prod
+
+from internvl_edge.calibration.compute import Compute
+from internvl_edge.calibration.dataset import CalibrationSet
+from internvl_edge.calibration.work import WorkFolder
+from internvl_edge.checkpoint import Checkpoint
+from internvl_edge.components import bits_per_weight
+from internvl_edge.errors import EdgeError
+from internvl_edge.recipe import Automatic, Precision, Recipe
+
+from .choose import Option, cheapest, choose_for_cost, choose_for_divergence
+from .layer import BlockQuantiser
+from .output import OutputLayout, scale_dtype
+from .plan import Choice, Plan, plan_decoder, units
+from .sensitivity_decoder import DecoderSensitivity, Divergences
+from .vision import Bars
+
+_STATE = "decoder-divergences.json"
+
+
+def measure_divergences(
+    work: WorkFolder,
+    checkpoint: Checkpoint,
+    calibration: CalibrationSet,
+    compute: Compute,
+    recipe: Recipe,
+    bars: Bars,
+) -> Divergences:
+    """What each precision that a recipe lets choose from would cost each unit; continues where it was killed.
+
+    Raises:
+        EdgeError: activations are not finite.
+    """
+    divergences: Divergences | None = work.read_json(_STATE)
+    if divergences is None:
+        dtype = scale_dtype(recipe, OutputLayout(checkpoint, recipe).float_dtype)
+        names = plan_decoder(checkpoint, recipe)
+        quantisers = {
+            precision: BlockQuantiser(checkpoint, recipe, compute, dtype, dict.fromkeys(names, Choice(precision)))
+            for precision in recipe.candidates
+            if precision.scheme is not None
+        }
+        divergences = DecoderSensitivity(work, checkpoint, calibration, compute, quantisers).run(bars)
+        work.write_json(_STATE, divergences)
+    return divergences
+
+
+def plan_by_divergence(checkpoint: Checkpoint, recipe: Recipe, divergences: Divergences) -> Plan:
+    """The plan that measured divergences lead to.
+
+    Units of which a pattern of the recipe decides any linear are left to the recipe; their bits count.
+
+    Raises:
+        EdgeError: the limit cannot be met with the precisions to choose from.
+    """
+    assert recipe.automatic is not None
+    plan = plan_decoder(checkpoint, recipe)
+    free = {unit[0]: unit for unit in units(checkpoint) if not any(plan[name].fixed for name in unit)}
+    cost = _bits if recipe.automatic.target_bits is not None else _bits_with_inputs
+    options = {
+        first: [
+            Option(str(precision), cost(checkpoint, unit, precision), divergences[first].get(str(precision), 0.0))
+            for precision in recipe.candidates
+        ]
+        for first, unit in free.items()
+    }
+    kept = [name for name in plan if all(name not in unit for unit in free.values())]
+    fixed = sum(_bits(checkpoint, [name], plan[name].precision) for name in kept)
+    weights = sum(_weights(checkpoint, name) for name in plan)
+    picked = _pick(options, recipe.automatic, fixed, weights)
+    base = str(recipe.base)
+    found = {
+        name: Choice(
+            recipe.precision(option.precision),
+            _reason(options[first], option, base, recipe.automatic),
+            option.divergence * _weights(checkpoint, name) / sum(_weights(checkpoint, each) for each in free[first]),
+        )
+        for first, option in picked.items()
+        for name in free[first]
+    }
+    return plan_decoder(checkpoint, recipe, found)
+
+
+def average_bits(checkpoint: Checkpoint, plan: Plan) -> float:
+    """Bits per weight of the decoder's layers, zero points and 16-bit scales included."""
+    bits = sum(_bits(checkpoint, [name], choice.precision) for name, choice in plan.items())
+    return bits / sum(_weights(checkpoint, name) for name in plan)
+
+
+def predicted_divergence(plan: Plan) -> float | None:
+    """Sum of what was predicted of the linears; None where nothing was."""
+    parts = [choice.part for choice in plan.values() if choice.part is not None]
+    return sum(parts) if parts else None
+
+
+def _pick(options: dict[str, list[Option]], how: Automatic, fixed: float, weights: int) -> dict[str, Option]:
+    if how.target_bits is not None:
+        lowest = (fixed + sum(option.cost for option in cheapest(options).values())) / weights
+        if lowest > how.target_bits:
+            raise EdgeError(
+                f"the decoder's layers have at least {lowest:.3f} bits per weight with the precisions to choose from, "
+                f"--target-bits asks for {how.target_bits:g}; give more, or a larger group size"
+            )
+        return choose_for_cost(options, how.target_bits * weights - fixed)
+    assert how.max_kl is not None
+    best = sum(min(option.divergence for option in each) for each in options.values())
+    if best > how.max_kl:
+        raise EdgeError(
+            f"a divergence of {best:.1e} is predicted for the best of the precisions to choose from, --max-kl asks for "
+            f"{how.max_kl:g}; let it choose fp as well"
+        )
+    return choose_for_divergence(options, how.max_kl)
+
+
+def _reason(options: list[Option], chosen: Option, base: str, how: Automatic) -> str:
+    """One line: what it adds, and what the recipe's own scheme or the next better option would have done."""
+    adds = f"adds {chosen.divergence:.1e} nats"
+    if chosen.precision != base:
+        plain = next((option for option in options if option.precision == base), None)
+        return f"{adds}; {base} would add {plain.divergence:.1e}" if plain else adds
+    better = [option for option in options if option.divergence < chosen.divergence]
+    if not better:
+        return adds
+    step = min(better, key=lambda option: option.cost)
+    why = "the same bits take away more elsewhere" if how.target_bits is not None else "the limit is kept without"
+    return f"{adds}; {step.precision} would take away {chosen.divergence - step.divergence:.1e}, {why}"
+
+
+def _bits(checkpoint: Checkpoint, names: list[str], precision: Precision) -> float:
+    """Of the weights of some linears as devices hold them: floats and scales in 16 bits."""
+    total = 0.0
+    for name in names:
+        out, inputs = checkpoint.shapes[f"{name}.weight"]
+        total += (bits_per_weight(precision.scheme, inputs, 16) if precision.scheme else 16) * out * inputs
+    return total
+
+
+def _bits_with_inputs(checkpoint: Checkpoint, names: list[str], precision: Precision) -> float:
+    """`_bits` and those of the inputs that meet each weight: what tells w8a8 from w8a16."""
+    inputs = 8 if precision.scheme is not None and precision.scheme.static_inputs else 16
+    return _bits(checkpoint, names, precision) + inputs * sum(_weights(checkpoint, name) for name in names)
+
+
+def _weights(checkpoint: Checkpoint, name: str) -> int:
+    return prod(checkpoint.shapes[f"{name}.weight"])

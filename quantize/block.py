@@ -1,0 +1,54 @@
+"""What becomes of one block of the decoder (or lm_head): packed linears, changed floats, facts for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from internvl_edge.calibration.compute import Compute, to_torch
+from internvl_edge.linear import PackedLinear
+from internvl_edge.report.linears import LinearFacts
+
+
+@dataclass
+class QuantisedBlock:
+    """What becomes of one block's tensors, by canonical name.
+
+    Attributes:
+        linears: the packed linears, by module ("decoder.layers.0.mlp.up_proj").
+        tensors: float tensors that change (norms, biases, float weights beside scaled inputs), in their stored type.
+        facts: of each linear, packed or not, by module.
+        scales: by producer ("decoder.layers.0.mlp.up_proj"), what its outputs were divided by, [out] float32.
+    """
+
+    linears: dict[str, PackedLinear] = field(default_factory=dict)
+    tensors: dict[str, NDArray[Any]] = field(default_factory=dict)
+    facts: dict[str, LinearFacts] = field(default_factory=dict)
+    scales: dict[str, Tensor] = field(default_factory=dict)
+
+    def replacements(self, prefix: str, compute: Compute) -> dict[str, Tensor]:
+        """The block's changed tensors as calibration computes with them, by their name below `prefix`."""
+        replaced: dict[str, Tensor] = {}
+        for name, array in self.tensors.items():
+            tensor = to_torch(array).float()
+            multiplied = tensor.ndim == 2 or name.endswith(".bias")
+            replaced[name] = tensor.to(compute.dtype) if multiplied else tensor
+        for name, packed in self.linears.items():
+            replaced |= {f"{name}.{part}": tensor for part, tensor in computed(packed, compute.dtype).items()}
+        return {name.removeprefix(prefix): tensor.to(compute.device) for name, tensor in replaced.items()}
+
+
+def computed(packed: PackedLinear, dtype: torch.dtype) -> Mapping[str, Tensor]:
+    """A packed linear as `calibration.blocks.linear` takes it: weights, or integers with their scales."""
+    if packed.input_scale is None:
+        return {"weight": to_torch(packed.dequantise()).to(dtype)}
+    return {
+        "weight": torch.from_numpy(packed.values).to(dtype),
+        "weight_scale": torch.from_numpy(packed.scale[:, 0].copy()),
+        "input_scale": torch.tensor(packed.input_scale, dtype=torch.float32),
+    }

@@ -1,0 +1,65 @@
+"""Figures about one linear and its input, measured while both are in memory: for the report.
+
+Outputs are compared on a subset of calibration tokens and, of wide layers, on some of the outputs.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from internvl_edge.calibration.statistics import InputStatistics
+from internvl_edge.report.linears import ActivationRange
+
+from .calibrators import find_range, histogram
+
+_SHARE = "percentile-99.99"
+_CHANNELS = 8
+
+
+class OutputComparison:
+    """Sums over outputs, piece by piece: how far rounded outputs are from the float ones."""
+
+    def __init__(self) -> None:
+        self._sums = torch.zeros(4, dtype=torch.float64)
+
+    def add(self, expected: Tensor, found: Tensor) -> None:
+        """Take in some outputs, float32 of one shape."""
+        pairs = ((found - expected).square(), expected.square(), found.square(), found * expected)
+        self._sums += torch.stack([part.sum(dtype=torch.float64) for part in pairs]).cpu()
+
+    @property
+    def error(self) -> float:
+        """sqrt(|Y' - Y|^2 / |Y|^2)."""
+        missed, whole, _, _ = self._sums.tolist()
+        return math.sqrt(missed / max(whole, 1e-30))
+
+    @property
+    def sqnr_db(self) -> float:
+        """The same in decibels, larger for smaller errors."""
+        return -20 * math.log10(max(self.error, 1e-15))
+
+    @property
+    def cosine(self) -> float:
+        """Between Y' and Y, all tokens as one vector."""
+        _, whole, found, product = self._sums.tolist()
+        return float(product / max(math.sqrt(whole * found), 1e-30))
+
+
+def activation_range(inputs: InputStatistics, clipped_at: float | None = None) -> ActivationRange:
+    """What a linear's input looks like; the percentile is of the token subset, where one was kept."""
+    channels = inputs.max_abs
+    largest = float(channels.max())
+    worst = torch.topk(channels, min(_CHANNELS, len(channels)))
+    share = None
+    if inputs.subset is not None and largest:
+        share = find_range(_SHARE, histogram(inputs.subset, largest), largest)
+    return ActivationRange(
+        largest=largest,
+        p9999=share,
+        typical=float(channels.median()),
+        clipped_at=clipped_at,
+        channels=tuple(zip(worst.indices.tolist(), worst.values.tolist(), strict=True)),
+    )

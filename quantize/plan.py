@@ -1,0 +1,162 @@
+"""Recipe + checkpoint -> the precision of every linear of the decoder's layers, each with its reason.
+
+Everything that can be refused by names and shapes alone is refused here. Knows no weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from internvl_edge import layouts
+from internvl_edge.checkpoint import Checkpoint
+from internvl_edge.errors import EdgeError
+from internvl_edge.recipe import GROUP_SIZES, Precision, Recipe
+
+from .folding import SCALE_GROUPS
+
+_LAYERS = "decoder.layers."
+_TOWER = ("vision.layers.", "projector.")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one linear gets.
+
+    Attributes:
+        precision: how it is stored.
+        reason: why, where that was a choice; "" for the recipe's own scheme.
+        part: its share of the divergence that is predicted for the whole decoder; None where nothing was measured.
+        fixed: a pattern of the recipe decided.
+    """
+
+    precision: Precision
+    reason: str = ""
+    part: float | None = None
+    fixed: bool = False
+
+
+# Canonical linear name (without `.weight`) -> what it gets; all linears of all layers.
+Plan = dict[str, Choice]
+
+
+def plan_decoder(checkpoint: Checkpoint, recipe: Recipe, chosen: Mapping[str, Choice] | None = None) -> Plan:
+    """What every linear of the decoder's layers gets: patterns first, then `chosen`, then the recipe's scheme.
+
+    Args:
+        checkpoint: with float weights.
+        recipe: what is wanted.
+        chosen: what the automatic choice found, by linear.
+
+    Raises:
+        EdgeError: a pattern that matches nothing (with near names) or that asks too much of the tower, parts of one
+            stored tensor with different precisions, or a group size that does not divide a layer's inputs.
+    """
+    names = decoder_linears(checkpoint)
+    plan: Plan = {name: (chosen or {}).get(name, Choice(recipe.base)) for name in names}
+    for pattern, text in recipe.layers:
+        precision = recipe.precision(text)
+        for name in _matching(checkpoint, pattern, precision):
+            if name in plan:
+                plan[name] = Choice(precision, f"matches {pattern}", fixed=True)
+    _require_whole_tensors(checkpoint, plan)
+    return plan
+
+
+def kept_vision(checkpoint: Checkpoint, recipe: Recipe) -> tuple[str, ...]:
+    """Patterns of the recipe's exceptions that keep floats in tower or projector."""
+    tower = _tower_linears(checkpoint)
+    return tuple(pattern for pattern, _ in recipe.layers if any(fnmatchcase(name, pattern) for name in tower))
+
+
+def decoder_linears(checkpoint: Checkpoint) -> list[str]:
+    """Canonical names of the linears of the decoder's layers, in order."""
+    shapes = checkpoint.shapes.items()
+    return [n.removesuffix(".weight") for n, shape in shapes if n.startswith(_LAYERS) and len(shape) == 2]
+
+
+def units(checkpoint: Checkpoint) -> list[list[str]]:
+    """Linears that get one precision together: those of one input, which programs fuse (q, k and v; gate and up)."""
+    groups = SCALE_GROUPS[checkpoint.config.decoder.architecture]
+    layers = range(checkpoint.config.decoder.num_hidden_layers)
+    return [[f"{_LAYERS}{n}.{name}" for name in group.consumers] for n in layers for group in groups]
+
+
+def check_recipe(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """Refuse what cannot be quantised as asked.
+
+    Raises:
+        EdgeError: quantised already, a group size that does not divide a layer's inputs (named, with the sizes that
+            fit), outputs that AutoAWQ cannot pack, a head that is also the token table, or what `plan_decoder` refuses.
+    """
+    if checkpoint.quantization is not None:
+        raise EdgeError(f"{checkpoint.folder} is quantised already; give the original checkpoint")
+    plan = plan_decoder(checkpoint, recipe)
+    wanted = {name: [choice.precision, *([] if choice.fixed else recipe.candidates)] for name, choice in plan.items()}
+    if recipe.lm_head != "fp":
+        if checkpoint.config.decoder.tie_word_embeddings:
+            raise EdgeError("lm_head is also the token table of this model and cannot be quantised; use --lm-head fp")
+        wanted["decoder.lm_head"] = [recipe.head]
+    grouped = {name: sizes for name, precisions in wanted.items() if (sizes := _group_sizes(precisions))}
+    inputs = {name: checkpoint.shapes[f"{name}.weight"][1] for name in grouped}
+    for name, sizes in grouped.items():
+        for size in sizes:
+            if inputs[name] % size:
+                fitting = [fit for fit in GROUP_SIZES if all(width % fit == 0 for width in inputs.values())]
+                choice = f"sizes that fit all layers: {', '.join(map(str, fitting))}" if fitting else "no size fits all"
+                raise EdgeError(f"{name} has {inputs[name]} inputs, which groups of {size} do not divide; {choice}")
+        if recipe.is_autoawq and (outputs := checkpoint.shapes[f"{name}.weight"][0]) % 8:
+            raise EdgeError(f"{name} has {outputs} outputs, AutoAWQ packs multiples of 8; use --symmetric")
+
+
+def _group_sizes(precisions: list[Precision]) -> list[int]:
+    schemes = [precision.scheme for precision in precisions if precision.scheme is not None]
+    return [scheme.group_size for scheme in schemes if scheme.group_size is not None]
+
+
+def _tower_linears(checkpoint: Checkpoint) -> list[str]:
+    shapes = checkpoint.shapes.items()
+    return [n.removesuffix(".weight") for n, shape in shapes if n.startswith(_TOWER) and len(shape) == 2]
+
+
+def _matching(checkpoint: Checkpoint, pattern: str, precision: Precision) -> list[str]:
+    """Canonical names that a pattern means."""
+    short = {name.removeprefix("decoder."): name for name in decoder_linears(checkpoint)}
+    found = [name for brief, name in short.items() if fnmatchcase(brief, pattern) or fnmatchcase(name, pattern)]
+    tower = [name for name in _tower_linears(checkpoint) if fnmatchcase(name, pattern)]
+    if tower and precision.scheme is not None:
+        raise EdgeError(
+            f"{pattern!r} = {str(precision)!r} matches {tower[0]}; linears of tower and projector can only be kept as "
+            "fp here, vision = int8 is for the rest"
+        )
+    if not found and not tower:
+        raise EdgeError(_nothing(pattern, list(short)))
+    return [*found, *tower]
+
+
+def _nothing(pattern: str, names: list[str]) -> str:
+    """The message for a pattern without a match; near names are written as loosely as the pattern is."""
+    if "lm_head" in pattern:
+        return f"{pattern!r} matches no linear of the layers; the head has a field of its own, lm_head"
+    kinds = {name.rpartition(".")[2] for name in names}
+    written = [*(f"*.{kind}" for kind in sorted(kinds)), f"{names[0].rpartition('.')[0].rpartition('.')[0]}.*", *names]
+    near = get_close_matches(pattern, written, n=3, cutoff=0.5)
+    hint = f"near: {', '.join(near)}" if near else f"names are like {names[0]}"
+    return f"{pattern!r} matches no linear of this model; {hint}"
+
+
+def _require_whole_tensors(checkpoint: Checkpoint, plan: Plan) -> None:
+    """Query, key and value that are stored as one tensor have one precision."""
+    seen: dict[str, tuple[str, Precision]] = {}
+    for name, choice in plan.items():
+        source = layouts.tensor_source(checkpoint.config, f"{name}.weight")
+        if source.part is None:
+            continue
+        first, precision = seen.setdefault(source.names[0], (name, choice.precision))
+        if precision != choice.precision:
+            raise EdgeError(
+                f"{first} would be {precision} and {name} {choice.precision}, but this checkpoint stores them as one "
+                "tensor; give q_proj, k_proj and v_proj the same precision"
+            )

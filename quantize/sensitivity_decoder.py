@@ -1,0 +1,224 @@
+"""How much each linear of the decoder, at each precision, would change what the model says: KL divergence in nats.
+
+Rounding some linears changes the output of their block by d, computed exactly; what becomes of d behind the block is
+followed to second order. The divergence of the next token is 1/2 (J d)^T F (J d), J the rest of the decoder and F the
+Fisher information of its logits. With tokens y drawn from the model's own predictions and g the gradient of
+sum log p(y),
+
+    E[(g . d)^2] = (J d)^T F (J d)
+
+so a few draws, carried back through one block at a time, do for all linears and precisions what running the rest of the
+decoder once for each would do. Divergences of different linears are taken to add up. Two resumable stages: the float
+decoder forward, where candidates are made and d is stored for a few samples, and the way back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from internvl_edge.calibration.blocks import decoder_block, rms_norm, unseen
+from internvl_edge.calibration.compute import Compute, to_torch
+from internvl_edge.calibration.dataset import CalibrationSet
+from internvl_edge.calibration.decoder_pass import DecoderPass, Statistics
+from internvl_edge.calibration.statistics import InputStatistics, Wanted
+from internvl_edge.calibration.weights import load_block, load_tensor
+from internvl_edge.calibration.work import WorkFolder
+from internvl_edge.checkpoint import Checkpoint
+from internvl_edge.recipe import Precision
+
+from .folding import SCALE_GROUPS
+from .layer import BlockQuantiser
+from .vision import Bars
+
+# Tokens of the samples that are followed back, and draws for each of them.
+_PROBE_TOKENS = 4096
+_DRAWS = 8
+_LABEL = "float-"
+_STATE = "decoder-sensitivity.json"
+# Rows of lm_head, and tokens, that are multiplied at a time.
+_HEAD_ROWS = 16384
+_HEAD_TOKENS = 512
+
+# (name of a unit's first linear) -> {precision as recipes write it: divergence in nats}.
+Divergences = dict[str, dict[str, float]]
+
+
+class DecoderSensitivity:
+    """Measures one checkpoint's decoder; all state lies in the work folder.
+
+    Args:
+        work, checkpoint, calibration, compute: of the run.
+        quantisers: one for each candidate that rounds something, all linears alike.
+    """
+
+    def __init__(
+        self,
+        work: WorkFolder,
+        checkpoint: Checkpoint,
+        calibration: CalibrationSet,
+        compute: Compute,
+        quantisers: Mapping[Precision, BlockQuantiser],
+    ) -> None:
+        self._work = work
+        self._checkpoint = checkpoint
+        self._decoder = checkpoint.config.decoder
+        self._calibration = calibration
+        self._compute = compute
+        # Differences of nearly equal outputs: bfloat16 would drown them.
+        self._exact = replace(compute, dtype=torch.float32)
+        self._quantisers = quantisers
+        self._groups = SCALE_GROUPS[self._decoder.architecture]
+        self._samples = probe_samples(calibration.lengths)
+        self._pass = DecoderPass(work, checkpoint, calibration, compute, lambda count: None, _LABEL)
+
+    def run(self, bars: Bars) -> Divergences:
+        """Both stages; continues where it was killed.
+
+        Raises:
+            EdgeError: NaN or infinity, named by layer, tensor and sample.
+        """
+        layers = self._decoder.num_hidden_layers
+        with bars("candidates", DecoderPass.steps(self._calibration, layers)) as advance:
+            self._pass = DecoderPass(self._work, self._checkpoint, self._calibration, self._compute, advance, _LABEL)
+            self._pass.run(self._wanted(), self._candidates)
+        with bars("sensitivity", layers) as advance:
+            state = self._work.read_json(_STATE) or {"left": layers, "divergences": {}}
+            found: Divergences = state["divergences"]
+            advance(layers - state["left"])
+            for layer in reversed(range(state["left"])):
+                found |= self._back(layer)
+                self._work.write_json(_STATE, {"left": layer, "divergences": found})
+                for name in (_gradient(layer + 1), _changes(layer)):
+                    (self._work.path / name).unlink(missing_ok=True)
+                advance(1)
+        (self._work.path / _gradient(0)).unlink(missing_ok=True)
+        self._pass.forget()
+        return found
+
+    # -- forward ----------------------------------------------------------------------------------------------------
+
+    def _wanted(self) -> Wanted:
+        each = [quantiser.wanted for quantiser in self._quantisers.values()]
+        return Wanted(gram=any(wanted.gram for wanted in each), tokens=max(wanted.tokens for wanted in each))
+
+    def _candidates(self, layer: int, statistics: Statistics) -> None:
+        """Round one layer by every candidate, and store what that changes behind it, one unit at a time."""
+        prefix = f"decoder.layers.{layer}."
+        replaced: list[dict[str, Tensor]] = []
+        for quantiser in self._quantisers.values():
+            block = quantiser.layer(layer, {name: _copy(inputs) for name, inputs in statistics.items()})
+            replaced += [quantiser.alone(prefix, group, block) for group in self._groups]
+        weights = load_block(self._checkpoint, prefix, self._exact)
+        arrays = {}
+        for sample in self._samples:
+            x, rotary = self._pass.inputs(layer, sample), self._pass.rotary(sample)
+            lengths = [len(x)]
+            y = decoder_block(weights, x, lengths, rotary, self._decoder, unseen)
+            changed = (decoder_block(weights | one, x, lengths, rotary, self._decoder, unseen) for one in replaced)
+            stored = torch.stack([(other - y).to(torch.bfloat16) for other in changed])
+            arrays[f"x{sample}"] = x.cpu().numpy()
+            arrays[f"d{sample}"] = stored.cpu().view(torch.int16).numpy()
+        self._work.write_arrays(_changes(layer), arrays)
+
+    # -- back -------------------------------------------------------------------------------------------------------
+
+    def _back(self, layer: int) -> Divergences:
+        """Divergences of one layer's candidates, and the gradients before it."""
+        prefix = f"decoder.layers.{layer}."
+        weights = load_block(self._checkpoint, prefix, self._exact)
+        arrays = self._work.read_arrays(_changes(layer))
+        assert arrays is not None
+        behind = self._gradients(layer + 1)
+        total = torch.zeros(len(self._quantisers) * len(self._groups), dtype=torch.float64)
+        before = {}
+        for sample in self._samples:
+            x = torch.from_numpy(arrays[f"x{sample}"]).to(self._exact.device)
+            gradients = behind[sample].to(self._exact.device)
+            changes = torch.from_numpy(arrays[f"d{sample}"]).view(torch.bfloat16).to(self._exact.device).float()
+            total += ((gradients.flatten(1) @ changes.flatten(1).T).double().square().mean(0)).cpu()
+            if layer:
+                before[str(sample)] = self._pull(weights, x, gradients, sample).cpu().numpy()
+        if layer:
+            self._work.write_arrays(_gradient(layer), before)
+        nats = (total / 2 / self._positions()).reshape(len(self._quantisers), len(self._groups))
+        return {
+            prefix + group.consumers[0]: {
+                str(precision): float(nats[row, column]) for row, precision in enumerate(self._quantisers)
+            }
+            for column, group in enumerate(self._groups)
+        }
+
+    def _pull(self, weights: Mapping[str, Tensor], x: Tensor, gradients: Tensor, sample: int) -> Tensor:
+        """The gradients [draws, tokens, width] one block further to the front."""
+        with torch.enable_grad():
+            x = x.clone().requires_grad_()
+            y = decoder_block(weights, x, [len(x)], self._pass.rotary(sample), self._decoder, unseen)
+            pulled = [torch.autograd.grad(y, x, gradient, retain_graph=True)[0] for gradient in gradients]
+        return torch.stack(pulled)
+
+    def _gradients(self, layer: int) -> dict[int, Tensor]:
+        """By sample [draws, tokens, width] at the input of `layer`; behind the last from the predictions themselves."""
+        if layer < self._decoder.num_hidden_layers:
+            arrays = self._work.read_arrays(_gradient(layer))
+            assert arrays is not None
+            return {sample: torch.from_numpy(arrays[str(sample)]) for sample in self._samples}
+        return {sample: self._scores(sample) for sample in self._samples}
+
+    @torch.no_grad()
+    def _scores(self, sample: int) -> Tensor:
+        """Gradients of sum log p(y) by the decoder's output, y drawn at every position that is no image's."""
+        x = self._pass.inputs(self._decoder.num_hidden_layers, sample)
+        weight = load_tensor(self._checkpoint, "decoder.norm.weight", self._exact)
+        hidden = rms_norm(x, weight, self._decoder.rms_norm_eps)
+        table = to_torch(self._checkpoint.tensor("decoder.lm_head.weight"))
+        generator = torch.Generator().manual_seed(sample)
+        parts = [self._draw(table, part, generator) for part in torch.split(hidden, _HEAD_TOKENS)]
+        scores = torch.cat(parts, dim=1)
+        scores[:, torch.from_numpy(self._is_image(sample)).to(scores.device)] = 0
+        with torch.enable_grad():
+            x = x.clone().requires_grad_()
+            normed = rms_norm(x, weight, self._decoder.rms_norm_eps)
+            pulled = [torch.autograd.grad(normed, x, score, retain_graph=True)[0] for score in scores]
+        return torch.stack(pulled)
+
+    def _draw(self, table: Tensor, hidden: Tensor, generator: torch.Generator) -> Tensor:
+        """W[y] - E W for y drawn from softmax(W h), [draws, tokens, width]."""
+        parts = torch.split(table, _HEAD_ROWS)
+        logits = [hidden @ part.to(hidden.device).float().T for part in parts]
+        probabilities = torch.cat(logits, dim=1).softmax(-1)
+        mean = torch.zeros_like(hidden)
+        for part, share in zip(parts, torch.split(probabilities, _HEAD_ROWS, dim=1), strict=True):
+            mean += share @ part.to(hidden.device).float()
+        drawn = torch.multinomial(probabilities.cpu(), _DRAWS, replacement=True, generator=generator)
+        return table[drawn.T].to(hidden.device).float() - mean
+
+    def _is_image(self, sample: int) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+        start = sum(self._calibration.lengths[:sample])
+        return self._calibration.is_image[start : start + self._calibration.lengths[sample]]
+
+    def _positions(self) -> int:
+        return max(1, sum(int((~self._is_image(sample)).sum()) for sample in self._samples))
+
+
+def probe_samples(lengths: Sequence[int], tokens: int = _PROBE_TOKENS) -> list[int]:
+    """Evenly spaced samples with about so many tokens together; at least one."""
+    count = max(1, min(len(lengths), tokens * len(lengths) // max(1, sum(lengths))))
+    return [int(index) for index in np.unique(np.linspace(0, len(lengths) - 1, count).round())]
+
+
+def _copy(inputs: InputStatistics) -> InputStatistics:
+    """Statistics that a quantiser may use up."""
+    return replace(inputs, gram=None if inputs.gram is None else inputs.gram.clone())
+
+
+def _changes(layer: int) -> str:
+    return f"decoder-changes-{layer}.npz"
+
+
+def _gradient(layer: int) -> str:
+    return f"decoder-gradient-{layer}.npz"
