@@ -165,10 +165,10 @@ def _sample(answered: Answered) -> Sample:
 
 
 def _pictures(images: Sequence[Path | Image.Image]) -> tuple[str, ...]:
-    return tuple(_picture(image) for image in images[:_PICTURES])
+    return tuple(small_picture(image) for image in images[:_PICTURES])
 
 
-def _picture(source: Path | Image.Image) -> str:
+def small_picture(source: Path | Image.Image) -> str:
     """A small JPEG as a `data:` address."""
     picture = load_image(source).convert("RGB")
     picture.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE), Image.Resampling.LANCZOS)

@@ -58,7 +58,7 @@ def render(report: Report) -> str:
         plots={name: plot and _markup(plot) for name, plot in _plots(report).items()},
         conditions=[_condition(judged) for judged in report.gate.conditions] if report.gate else [],
         largest=max((part.bytes for part in report.components), default=1),
-        fallbacks=[linear for linear in _linears(report) if linear.fallback or linear.reason],
+        choices=[linear for linear in _linears(report) if linear.reason],
         outliers=_outliers(_linears(report)),
         runs=_runs(report),
         machines=_machines(_runs(report)),

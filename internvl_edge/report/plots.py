@@ -16,7 +16,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from .content import Figures, Histogram
 from .linears import LinearFacts
@@ -95,54 +95,62 @@ def divergence_plot(histogram: Histogram, figures: Figures) -> Plot:
 
 def layers_plot(linears: Sequence[LinearFacts], value: Value, label: str) -> Plot | None:
     """One line for each kind of linear over the layers; None where no value is known of two layers."""
-    series: dict[str, list[tuple[int, float]]] = {}
-    for linear in linears:
-        found, (layer, kind) = value(linear), layer_and_kind(linear.name)
-        if found is not None and layer is not None:
-            series.setdefault(kind, []).append((layer, found))
-    if not series or max(map(len, series.values())) < 2:
+    series = _by_kind(linears, value)
+    if not series:
         return None
 
     def draw(axes: Axes, narrow: bool) -> None:
         for number, (kind, points) in enumerate(series.items()):
-            colour, marker = _SERIES[number % len(_SERIES)], _MARKERS[number % len(_MARKERS)]
-            axes.plot(*zip(*sorted(points), strict=True), color=colour, marker=marker, label=kind)
-        axes.set_xlabel("layer")
+            _line(axes, number, points, kind)
         axes.set_ylabel(label)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6 if narrow else 14))
-        _legend(axes, len(series), narrow)
+        _layers(axes, len(series), narrow)
 
-    return _plot(f"layers-{label}", draw, f"{label} of each linear, over {len(linears)} linears.", height=3.3)
+    description = f"{label} of each of {len(linears)} linears, by layer."
+    return _plot(f"{label} {linears[0].name}", draw, description, height=3.3)
 
 
 def ranges_plot(linears: Sequence[LinearFacts]) -> Plot | None:
-    """Largest input, 99.99th percentile, what int8 represents and the median channel, one place for each linear."""
-    known = [linear for linear in linears if linear.inputs and (linear.inputs.largest or linear.inputs.clipped_at)]
-    if not known:
+    """The largest input of each kind of linear over the layers (or what int8 represents), and of the median channel.
+
+    Kinds that share their input share a line.
+    """
+    largest = _by_kind(linears, _largest)
+    typical = _by_kind(linears, lambda linear: linear.inputs.typical if linear.inputs else None)
+    together: dict[tuple[tuple[int, float], ...], list[str]] = {}
+    for kind, points in largest.items():
+        together.setdefault(tuple(points), []).append(kind)
+    if not together:
         return None
-    rows = {
-        "largest": [linear.inputs and linear.inputs.largest for linear in known],
-        "99.99 %": [linear.inputs and linear.inputs.p9999 for linear in known],
-        "clipped at": [linear.inputs and linear.inputs.clipped_at for linear in known],
-        "median channel": [linear.inputs and linear.inputs.typical for linear in known],
-    }
-    rows = {label: values for label, values in rows.items() if any(values)}
 
     def draw(axes: Axes, narrow: bool) -> None:
-        places = np.arange(len(known))
-        for number, (label, values) in enumerate(rows.items()):
-            numbers = np.array([np.nan if value is None else value for value in values], float)
-            marker, size = _MARKERS[number], 3 if len(known) < 120 else 2
-            axes.plot(places, numbers, marker, color=_SERIES[number], markersize=size, label=label)
+        for number, (points, kinds) in enumerate(together.items()):
+            _line(axes, number, points, ", ".join(kinds))
+            if kinds[0] in typical:
+                axes.plot(*zip(*typical[kinds[0]], strict=True), ":", color=_SERIES[number % len(_SERIES)])
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
         axes.yaxis.set_major_formatter(_PLAIN)
-        axes.set_ylabel("|x| of the input")
-        axes.set_xlabel("linears, from the first layer to the last")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6 if narrow else 14))
-        axes.grid(axis="x", visible=False)
-        _legend(axes, len(rows), narrow)
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_ylabel("largest |x|")
+        _layers(axes, len(together), narrow)
 
-    return _plot("ranges", draw, f"Ranges of the inputs of {len(known)} linears.", height=3.3)
+    description = f"Ranges of the inputs of {len(linears)} linears, by layer."
+    return _plot(f"ranges {linears[0].name}", draw, description, height=3.3)
+
+
+def _largest(linear: LinearFacts) -> float | None:
+    return linear.inputs.largest or linear.inputs.clipped_at if linear.inputs else None
+
+
+def _by_kind(linears: Sequence[LinearFacts], value: Value) -> dict[str, list[tuple[int, float]]]:
+    """(layer, value) points by kind; nothing where no kind has two."""
+    series: dict[str, list[tuple[int, float]]] = {}
+    for linear in linears:
+        found, (layer, kind) = value(linear), layer_and_kind(linear.name)
+        if found is not None and layer is not None:
+            series.setdefault(kind.removesuffix("_proj"), []).append((layer, found))
+    longest = max(map(len, series.values()), default=0)
+    return {kind: sorted(points) for kind, points in series.items()} if longest > 1 else {}
 
 
 def layer_and_kind(name: str) -> tuple[int | None, str]:
@@ -151,9 +159,17 @@ def layer_and_kind(name: str) -> tuple[int | None, str]:
     return (int(found[1]), found[2]) if found else (None, name)
 
 
-def _legend(axes: Axes, entries: int, narrow: bool) -> None:
-    columns = min(entries, 4 if narrow else 8)
+def _line(axes: Axes, number: int, points: Sequence[tuple[int, float]], label: str) -> None:
+    colour, marker = _SERIES[number % len(_SERIES)], _MARKERS[number % len(_MARKERS)]
+    axes.plot(*zip(*points, strict=True), color=colour, marker=marker, label=label)
+
+
+def _layers(axes: Axes, entries: int, narrow: bool) -> None:
+    """The axis of layers, and the legend above the plot."""
+    axes.set_xlabel("layer")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6 if narrow else 14))
     spacing = {"borderaxespad": 0.2, "handlelength": 1.4, "columnspacing": 1.0}
+    columns = min(entries, 4 if narrow else 8)
     axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns, **spacing)
 
 

@@ -1,0 +1,125 @@
+"""A report with every section, as large as one of a published model, with text that is hostile to pages."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+from internvl_edge.components import Component
+from internvl_edge.report.content import (
+    ComparisonFacts,
+    Figures,
+    Gate,
+    Judged,
+    Making,
+    Mistake,
+    Report,
+    Run,
+    Sample,
+    SuiteFacts,
+    Task,
+    TowerFacts,
+)
+from internvl_edge.report.judging import histogram, small_picture
+from internvl_edge.report.linears import ActivationRange, LinearFacts
+
+HOSTILE = '"><script src="https://example.com/x.js">alert(1)</script><img src=x onerror=alert(2)> \u202e & 中文'
+RUN = Run("2026-01-02 03:04", 3725.0, 3_210_000_000, "Some CPU, 8 cores", {"python": "3.12", "numpy": "2.1"})
+FIGURES = Figures(1200, 0.0213, 0.31, 2.5, 0.962, 9.1, 9.4)
+
+
+def full_report() -> Report:
+    """24 layers of tower and decoder, six pictures."""
+    comparison = ComparisonFacts(
+        reference="internvl-1b",
+        data=HOSTILE,
+        cases=64,
+        image_tokens=81920,
+        seed=0,
+        max_tiles=None,
+        max_new_tokens=64,
+        figures=FIGURES,
+        kinds={"images": FIGURES, "text": FIGURES},
+        same_answers=0.75,
+        same_tokens=0.87,
+        answers=FIGURES,
+        worst=HOSTILE,
+        histogram=histogram(np.random.default_rng(0).lognormal(-5, 2, 1200)),
+        samples=tuple(map(_sample, range(6))),
+        run=RUN,
+    )
+    tasks = {"sign": Task(300, 0.95, 0.96), HOSTILE: Task(200, 0.5, None)}
+    mistakes = tuple(Mistake(f"sign {n}", HOSTILE, "STOP" * n) for n in range(40))
+    return Report(
+        kind="bundle",
+        name="internvl-1b-int4",
+        source=HOSTILE,
+        architecture=(("Decoder", "qwen2, 24 layers"),),
+        quantised=True,
+        bytes=812_000_000,
+        components=(
+            Component("vision", 304_000_000, 310_000_000, 8.16, {"int8 per output, symmetric, int8 inputs": 96}),
+            Component("decoder", 358_000_000, 201_000_000, 4.5, {"int4 in groups of 128, symmetric": 168}),
+        ),
+        files="0123456789abcdef" * 4,
+        figures={"kl": 0.0213, "top1": 0.962, "exact_match": 0.95},
+        gate=Gate("failed", (Judged("kl>0.05", 0.0213, False), Judged("exact_match<0.96", None, True)), HOSTILE),
+        making=_making(),
+        comparison=comparison,
+        suite=SuiteFacts("reader", 0, Task(500, 0.95, 0.96), tasks, mistakes, RUN),
+    )
+
+
+def _making() -> Making:
+    return Making(
+        checkpoint="internvl-1b",
+        recipe={"decoder": "w4a16-awq", "layers": [[HOSTILE, "fp"]], "vision_int8": {"smoothing": True, "keep": []}},
+        samples=64,
+        tokens=51200,
+        image_tokens=40000,
+        broken=(HOSTILE,),
+        weights={"model.safetensors": 700_000_000},
+        components=(),
+        linears=tuple(_linears()),
+        tower=TowerFacts(64, 0.9996, 0.9981, 0.9997),
+        bits_per_weight=4.5,
+        predicted_kl=0.02,
+        run=RUN,
+    )
+
+
+def _linears() -> list[LinearFacts]:
+    kinds = {
+        "vision": ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"],
+        "decoder": [*(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in ("gate", "up", "down"))],
+    }
+    random = np.random.default_rng(1)
+    names = [f"{part}.layers.{n}.{kind}" for part in kinds for n in range(24) for kind in kinds[part]]
+    return [
+        LinearFacts(
+            name=name,
+            scheme="int4 in groups of 128, symmetric",
+            bits_per_weight=4.25,
+            error=float(error),
+            sqnr_db=float(-20 * np.log10(error)),
+            cosine=float(1 - error**2 / 2),
+            reason=HOSTILE,
+            inputs=ActivationRange(float(90 * error), 3.1, 2.2, 3.5, tuple((n, float(90 - n)) for n in range(8))),
+        )
+        for name, error in zip(names, random.uniform(0.01, 0.9, len(names)), strict=True)
+    ]
+
+
+def _sample(number: int) -> Sample:
+    """Noise: no photograph makes a larger JPEG file."""
+    noise = np.random.default_rng(number).integers(0, 256, (900, 1200, 3), dtype=np.uint8)
+    return Sample(
+        name=f"sign {number}",
+        question=HOSTILE,
+        pictures=(small_picture(Image.fromarray(noise)),),
+        reference="STOP",
+        candidate=HOSTILE,
+        expected="STOP",
+        kl=0.03,
+        same=False,
+    )
