@@ -46,8 +46,9 @@ def command(checkpoint: str, output: Path, stats: Path | None, as_json: bool, **
         raise EdgeError("--data and --stats cannot be combined; statistics already hold their data")
     options, compute = data_options(values), compute_options(values)
     needs_data = recipe.needs_data or recipe.vision == "int8"
+    source = resolve_checkpoint(checkpoint)
     report = quantize_checkpoint(
-        resolve_checkpoint(checkpoint),
+        source,
         output,
         recipe,
         data=options if needs_data and stats is None else None,
@@ -57,7 +58,7 @@ def command(checkpoint: str, output: Path, stats: Path | None, as_json: bool, **
         progress=sys.stderr.isatty(),
     )
     seconds = time.perf_counter() - started
-    say_written(report_quantisation(report, resolve_checkpoint(checkpoint), seconds))
+    say_written(report_quantisation(report, source, seconds))
     if as_json:
         facts = {
             "checkpoint": str(report.folder),
