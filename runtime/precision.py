@@ -1,4 +1,4 @@
-"""The precision of what a user has: a bundle's from its manifest, a checkpoint's from its configuration."""
+"""The precision of what a user has or wants: a bundle's, a quantised checkpoint's, a recipe's."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from pathlib import Path
 
 from internvl_edge.bundle import Manifest
 from internvl_edge.config import ModelConfig
+from internvl_edge.errors import EdgeError
 from internvl_edge.kv_cache import KV_CACHE_SCALES
 from internvl_edge.linear import W8A8, Scheme
 from internvl_edge.quantization import read_quantization
+from internvl_edge.recipe import Recipe
 
 from .footprint import INT8, Precision
 
@@ -31,6 +33,22 @@ def bundle_precision(manifest: Manifest) -> Precision:
     body = Scheme(quantization["bits"], quantization["group_size"], not zeros)
     head = {"int4": body, "int8": INT8}.get(str(quantization["lm_head"])[:4])
     return replace(stored, body=body, head=head)
+
+
+def recipe_precision(recipe: Recipe) -> Precision:
+    """What a recipe will make of a model.
+
+    Raises:
+        EdgeError: its layers get precisions of their own, which only the quantised checkpoint can tell.
+    """
+    if recipe.layers or recipe.automatic:
+        raise EdgeError("this recipe decides layer by layer; quantise with it, then plan what comes out")
+    return Precision(
+        body=recipe.base.scheme,
+        head=recipe.head.scheme,
+        vision=W8A8 if recipe.vision == "int8" else None,
+        cache_bytes=1 if recipe.kv_cache == "int8" else 2,
+    )
 
 
 def checkpoint_precision(folder: Path, config: ModelConfig) -> Precision | None:

@@ -24,6 +24,7 @@ from internvl_edge.cli.plan import command
 from internvl_edge.config import ModelConfig
 from internvl_edge.config_reader import read_config
 from internvl_edge.devices import Device, Devices
+from internvl_edge.errors import EdgeError
 from internvl_edge.linear import Scheme
 from internvl_edge.runtime.footprint import INT4, RECIPES, Footprint, Precision
 from internvl_edge.runtime.planner import IMAGE_SIZES, TILE_LIMITS, make_plan, memory_of, predict, tile_table, tiles_of
@@ -208,3 +209,23 @@ def test_plan_of_a_bundle_shows_stored_and_counted(checkpoint: Path, tmp_path: P
     assert "stored" in result.output
     assert "640x480" in result.output
     assert "predictions" in result.output
+
+
+def test_presets_and_recipe_files_can_be_planned(checkpoint: Path, tmp_path: Path) -> None:
+    def planned(recipe: str) -> dict[str, Any]:
+        arguments = [str(checkpoint), "--device", "orin-nano-8gb", "--recipe", recipe, "--json"]
+        result = CliRunner().invoke(command, arguments, catch_exceptions=False)
+        memory: dict[str, Any] = json.loads(result.output)["plans"][0]["memory"]
+        return memory
+
+    orin, floats = planned("orin"), planned("fp16")
+    assert orin["kv_cache"] == floats["kv_cache"] / 2
+    assert orin["vision"] < 0.8 * floats["vision"]
+    own = tmp_path / "own.toml"
+    own.write_text('base = "orin"\nkv_cache = "fp"\n')
+    assert planned(str(own)) == orin | {"kv_cache": floats["kv_cache"], "total": orin["total"] + orin["kv_cache"]}
+    own.write_text('base = "orin"\n[layers]\n"layers.0.*" = "w8a16"\n')
+    with pytest.raises(EdgeError, match="decides layer by layer"):
+        planned(str(own))
+    with pytest.raises(EdgeError, match="did you mean orin"):
+        planned("oron")

@@ -11,7 +11,7 @@ import click
 
 from internvl_edge.runtime.footprint import RECIPES, Footprint, Precision
 from internvl_edge.runtime.planner import TILE_LIMITS, Plan, make_plan, predict, tile_table, tiles_of
-from internvl_edge.runtime.precision import bundle_precision, checkpoint_precision
+from internvl_edge.runtime.precision import bundle_precision, checkpoint_precision, recipe_precision
 
 from ..bundle import EMBEDDINGS, MANIFEST, Manifest
 from ..config import ModelConfig
@@ -19,6 +19,7 @@ from ..config_reader import read_config
 from ..devices import Device, Devices
 from ..errors import EdgeError
 from ..hub import resolve_checkpoint
+from ..recipe_files import make_recipe, presets, read_recipe
 from .columns import print_columns
 from .output import print_json, size
 
@@ -30,7 +31,12 @@ HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 @click.argument("path")
 @click.option("--device", "name", help="A device of `internvl-edge devices` [default: all, in one table].")
 @click.option("--devices", "table", type=click.Path(path_type=Path), help="A TOML file with more devices.")
-@click.option("--recipe", type=click.Choice([*RECIPES, "all"]), default="all", show_default=True)
+@click.option(
+    "--recipe",
+    default="all",
+    show_default=True,
+    help=f"A preset ({', '.join(presets())}), a recipe file, one of [{'; '.join(RECIPES)}], or all of these last.",
+)
 @click.option("--max-tiles", type=click.IntRange(min=1, max=128), help="Most tiles of an image [default: the model's].")
 @click.option("--context", type=click.IntRange(min=2), default=DEFAULT_CONTEXT, show_default=True, help="Tokens.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -45,7 +51,7 @@ def command(
     if recipe != "all":
         if fixed:
             raise EdgeError(f"{path} is quantised already; leave out --recipe, or plan the original checkpoint")
-        recipes = {recipe: RECIPES[recipe]}
+        recipes = {recipe: RECIPES.get(recipe) or recipe_precision(make_recipe(read_recipe(recipe)))}
     limit = max_tiles or config.max_tiles
     plans = [
         make_plan(config, device, label, precision, context=context, max_tiles=limit)
