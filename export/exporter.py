@@ -23,8 +23,10 @@ from internvl_edge import bundle
 from internvl_edge.checkpoint import Checkpoint
 from internvl_edge.components import Component, components
 from internvl_edge.errors import EdgeError
+from internvl_edge.linear import Scheme
 from internvl_edge.report.files import dump, making_of
 from internvl_edge.template import template_for
+from internvl_edge.token_table import TYPES, int8_table, table_bytes
 
 from .builder import Types
 from .chat_template import check_chat_template
@@ -46,6 +48,7 @@ def export_bundle(
     *,
     asymmetric: str = "exact",
     dialects: Sequence[str] = tuple(bundle.DECODERS),
+    token_table: str = "float",
     force: bool = False,
     progress: bool = False,
 ) -> Path:
@@ -59,6 +62,7 @@ def export_bundle(
         asymmetric: what the standard dialect makes of weights with zero points, which TensorRT does not take: "exact"
             adds their part as a small product, "requantise" rounds again without them.
         dialects: which decoders to write; quantised weights are stored once for each.
+        token_table: "float" (in `dtype`) or "int8" (one scale per token).
         force: replace an existing bundle at `out`.
         progress: show a bar on standard error.
 
@@ -73,12 +77,14 @@ def export_bundle(
             raise EdgeError(f"{name} {value!r} is not one of {', '.join(DTYPES)}")
     if not dialects or not set(dialects) <= set(bundle.DECODERS):
         raise EdgeError(f"dialects {list(dialects)} are not some of {', '.join(bundle.DECODERS)}")
+    if token_table not in TYPES:
+        raise EdgeError(f"token table {token_table!r} is not one of {', '.join(TYPES)}")
     source, target = Checkpoint(Path(checkpoint)), Path(out)
     with _atomic_folder(target, force) as folder:
         types = Types(DTYPES[dtype], DTYPES[activations])
-        _Export(source, folder, types, PackedWeights(source, types, asymmetric), progress).run(
-            dtype, activations, dialects
-        )
+        packed = PackedWeights(source, types, asymmetric)
+        table = dtype if token_table == "float" else token_table
+        _Export(source, folder, types, packed, table, progress).run(dtype, activations, dialects)
     return target
 
 
@@ -86,12 +92,13 @@ class _Export:
     """One export in progress; collects the SHA-256 of what it writes."""
 
     def __init__(
-        self, checkpoint: Checkpoint, folder: Path, types: Types, packed: PackedWeights, progress: bool
+        self, checkpoint: Checkpoint, folder: Path, types: Types, packed: PackedWeights, table: str, progress: bool
     ) -> None:
         self._checkpoint = checkpoint
         self._folder = folder
         self._types = types
         self._packed = packed
+        self._table = table
         self._progress = progress
         self._digests: dict[str, str] = {}
 
@@ -121,20 +128,22 @@ class _Export:
             quantization=self._packed.summary(),
             vision_quantization=vision_summary(self._checkpoint),
             kv_cache="int8" if self._checkpoint.kv_scales else None,
+            token_table=self._table,
             components=[part.to_dict() for part in self._components()],
             files={path.name: self._entry(path) for path in sorted(self._folder.iterdir())},
         )
         manifest.write(self._folder)
 
     def _components(self) -> list[Component]:
-        types = self._types
+        types, schemes = self._types, self._checkpoint.schemes
+        if self._table == "int8":
+            schemes = schemes | {_EMBED_TOKENS.removesuffix(".weight"): Scheme(8, None, symmetric=True)}
         name, bits = types.weights.name.lower(), types.weights.bitwidth
-        return components(self._checkpoint.shapes, self._checkpoint.schemes, name, bits, types.activations.bitwidth)
+        return components(self._checkpoint.shapes, schemes, name, bits, types.activations.bitwidth)
 
     def _write_weights(self, files: list[WeightFile]) -> None:
-        item = NUMPY_DTYPES[self._types.weights]
-        table = self._checkpoint.shapes[_EMBED_TOKENS]
-        total = sum(file.size for file in files) + item.itemsize * int(np.prod(table))
+        vocabulary, width = self._checkpoint.shapes[_EMBED_TOKENS]
+        total = sum(file.size for file in files) + table_bytes((vocabulary, width), self._table)
         free = shutil.disk_usage(self._folder).free
         if total > free:
             raise EdgeError(
@@ -149,10 +158,13 @@ class _Export:
 
     def _write_embeddings(self, progress: Callable[[int], object]) -> str:
         digest = hashlib.sha256()
-        table, dtype = self._checkpoint.tensor(_EMBED_TOKENS), NUMPY_DTYPES[self._types.weights]
+        table = self._checkpoint.tensor(_EMBED_TOKENS)
+        rounded = self._table == "int8"
+        dtype = np.dtype(np.float32) if rounded else NUMPY_DTYPES[self._types.weights]
+        blocks = convert_blocks(_EMBED_TOKENS, table, dtype, table.shape)
         with (self._folder / bundle.EMBEDDINGS).open("wb") as file:
-            for block in convert_blocks(_EMBED_TOKENS, table, dtype, table.shape):
-                data = memoryview(block.view(np.uint8)).cast("B")
+            for block in int8_table(blocks, table.shape) if rounded else blocks:
+                data: memoryview = block.reshape(-1).view(np.uint8).data
                 file.write(data)
                 digest.update(data)
                 progress(len(data))

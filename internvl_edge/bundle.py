@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 
 from .config import DecoderConfig, ModelConfig, RopeConfig, VisionConfig
 from .errors import BundleError
+from .token_table import TokenTable
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -38,7 +38,7 @@ class Manifest:
 
     Attributes:
         model: the configuration the graphs were built from.
-        dtype: how weights and the token table are stored: "float32", "float16" or "bfloat16".
+        dtype: how weights are stored: "float32", "float16" or "bfloat16".
         activations: what the graphs compute in.
         template: how a conversation is written, a `PromptTemplate` as values.
         tokens: ids by role: "image" (the placeholder each image token replaces) and "stop" (end of an answer).
@@ -48,6 +48,7 @@ class Manifest:
         vision_quantization: of tower and projector, "method", how many linears are "int8" (weights and inputs) and
             the names of those that keep "floats"; None where all do.
         kv_cache: "int8", or None for a cache in `activations`.
+        token_table: "int8", or one of the types of `dtype`; None in older bundles, which have it in theirs.
         components: size of each part of the model, as `internvl_edge.components` counts it; None in older bundles.
         quality: what evaluation found, a `internvl_edge.quality.Quality` as values; None where nobody has looked.
     """
@@ -63,6 +64,7 @@ class Manifest:
     quantization: dict[str, Any] | None = None
     vision_quantization: dict[str, Any] | None = None
     kv_cache: str | None = None
+    token_table: str | None = None
     components: list[dict[str, Any]] | None = None
     quality: dict[str, Any] | None = None
 
@@ -75,7 +77,7 @@ class Manifest:
     @property
     def is_quantised(self) -> bool:
         """Whether anything has fewer bits than a float."""
-        return any((self.quantization, self.vision_quantization, self.kv_cache))
+        return bool(self.quantization or self.vision_quantization or self.kv_cache) or self.token_table == "int8"
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json`, the file that makes a folder a bundle; one that is there is replaced in one step."""
@@ -135,11 +137,11 @@ class Bundle:
         """The full path of one of the bundle's files."""
         return self.folder / name
 
-    def embeddings(self) -> np.ndarray[Any, Any]:
-        """The token table [vocab, hidden], mapped from its file; bfloat16 comes as its uint16 bits."""
+    def embeddings(self) -> TokenTable:
+        """The token table [vocab, hidden]."""
         decoder = self.manifest.model.decoder
-        stored = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}[self.manifest.dtype]
-        return np.memmap(self.path(EMBEDDINGS), stored, "r", shape=(decoder.vocab_size, decoder.hidden_size))
+        stored = self.manifest.token_table or self.manifest.dtype
+        return TokenTable(self.path(EMBEDDINGS), stored, (decoder.vocab_size, decoder.hidden_size))
 
 
 def sha256(path: Path) -> str:

@@ -13,6 +13,7 @@ from functools import cached_property
 from internvl_edge.config import ModelConfig
 from internvl_edge.layouts import tensor_shapes
 from internvl_edge.linear import Scheme
+from internvl_edge.token_table import table_bytes
 
 # What becomes part of another weight when a bundle is exported.
 _FOLDED = (".ls1", ".ls2")
@@ -23,13 +24,14 @@ class Precision:
     """How the parts of a model are stored and computed.
 
     Attributes:
-        dtype_bytes: of unquantised matrices and of the token table: 2 or 4.
+        dtype_bytes: of unquantised matrices, and of the token table unless it is int8: 2 or 4.
         vector_bytes: of norms, biases and scales.
         body: how decoder linears are rounded, None for floats.
         head: how `lm_head` is rounded, None for floats.
         vision: how vision linears are rounded, None for floats.
         cache_bytes: of one number in the KV cache.
         floats: linears that stay floats whatever the scheme of their part, by canonical name.
+        table: how the token table is stored: "float" (`dtype_bytes`) or "int8".
     """
 
     dtype_bytes: int = 2
@@ -39,6 +41,7 @@ class Precision:
     vision: Scheme | None = None
     cache_bytes: int = 2
     floats: tuple[str, ...] = ()
+    table: str = "float"
 
     def matrix_bytes(self, inputs: int, outputs: int, scheme: Scheme | None) -> int:
         """One linear's weights in the standard dialect: integers, scales and, for zero points, the exact correction."""
@@ -157,6 +160,8 @@ class Footprint:
 
     def _tensor_bytes(self, name: str, shape: tuple[int, ...]) -> int:
         part, precision = _part(name), self.precision
+        if part == "embeddings" and precision.table == "int8":
+            return table_bytes((shape[0], shape[1]), "int8")
         if len(shape) == 2:
             schemes = {"vision": precision.vision, "decoder": precision.body, "head": precision.head}
             scheme = None if name.removesuffix(".weight") in precision.floats else schemes.get(part)

@@ -24,6 +24,8 @@ def bundle_precision(manifest: Manifest) -> Precision:
     stored = Precision(dtype_bytes=_BYTES[manifest.dtype], vector_bytes=_BYTES[manifest.activations])
     if manifest.kv_cache == "int8":
         stored = replace(stored, cache_bytes=1)
+    if manifest.token_table == "int8":
+        stored = replace(stored, table="int8")
     if tower := manifest.vision_quantization:
         stored = replace(stored, vision=W8A8, floats=tuple(tower["floats"]))
     quantization = manifest.quantization

@@ -12,6 +12,7 @@ import click
 from ..bundle import DECODERS, Manifest
 from ..errors import EdgeError
 from ..hub import resolve_checkpoint
+from ..token_table import TYPES
 from .output import print_json, size
 
 _TYPES = click.Choice(["float32", "float16", "bfloat16"])
@@ -42,6 +43,13 @@ _TYPES = click.Choice(["float32", "float16", "bfloat16"])
     multiple=True,
     help="Only this decoder (repeatable); quantised weights are stored once for each.  [default: both]",
 )
+@click.option(
+    "--token-table",
+    type=click.Choice(TYPES),
+    default="float",
+    show_default=True,
+    help="int8: half its size on disk, one scale per token.",
+)
 @click.option("--force", is_flag=True, help="Replace the bundle if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
@@ -51,6 +59,7 @@ def command(
     activations: str,
     asymmetric: str,
     dialects: tuple[str, ...],
+    token_table: str,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -67,6 +76,7 @@ def command(
         activations,
         asymmetric=asymmetric,
         dialects=dialects or tuple(DECODERS),
+        token_table=token_table,
         force=force,
         progress=sys.stderr.isatty(),
     )

@@ -1,0 +1,1 @@
+../../internvl_edge/token_table.py
