@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-
 from .config import DecoderConfig, ModelConfig, RopeConfig, VisionConfig
 from .errors import BundleError
 from .token_table import TokenTable
