@@ -20,6 +20,7 @@ from reports import HOSTILE, full_report
 from test_cli import internvl_edge
 
 from internvl_edge.bundle import QUANTIZATION, Manifest
+from internvl_edge.components import Component
 from internvl_edge.report.codec import decode, encode
 from internvl_edge.report.content import Report, Run
 from internvl_edge.report.files import HTML, JSON, making_of, read_report, write_report
@@ -137,6 +138,8 @@ def test_text_stays_text(page: str) -> None:
     assert "<script" not in page
     assert "<img src=x" not in page
     assert page.count("&lt;script") > 5
+    assert "\u202e" in HOSTILE
+    assert "\u202e" not in page, "what follows would read from right to left"
 
 
 def test_a_page_of_a_whole_model_stays_below_two_megabytes(page: str) -> None:
@@ -156,6 +159,14 @@ def test_what_is_not_known_is_left_out() -> None:
     text = render(BARE)
     for heading in ("The gate", "side by side", "Suite", "Size", "How it was quantised", "<svg", "None"):
         assert heading not in text
+
+
+def test_the_first_sentence_says_how_each_part_is_stored() -> None:
+    parts = {"vision": {"int8 per output, symmetric, int8 inputs": 9}, "lm_head": {"int8 per output, symmetric": 1}}
+    parts["decoder"] = {"int8 per output, symmetric": 4, "int4 in groups of 32, symmetric": 3}
+    sizes = tuple(Component(name, 500_000_000, 1, 8, stored) for name, stored in parts.items())
+    text = render(replace(BARE, components=sizes))
+    assert "1.50 billion weights: vision and lm_head in int8; decoder in int8 and int4 in groups of 32." in text
 
 
 def test_the_verdict_stands_in_front() -> None:

@@ -79,7 +79,7 @@ def bundle_report(
         kind="bundle",
         name=folder.resolve().name,
         source=manifest.source,
-        architecture=architecture(manifest.model),
+        architecture=(*architecture(manifest.model), ("KV cache", manifest.kv_cache or manifest.activations)),
         quantised=manifest.is_quantised,
         bytes=sum(entry["bytes"] for entry in manifest.files.values()),
         components=tuple(Component(**values) for values in manifest.components or ()),

@@ -33,12 +33,23 @@ _LABELS = {
 # An outlier channel is this many times as large as the median channel.
 _OUTLIER = 10
 _OUTLIER_ROWS = 24
+# Embeddings, overrides and isolates of Unicode's bidirectional algorithm.
+_DIRECTION = dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)])
+
+
+def _without_direction(value: Any) -> Any:
+    """Text without marks of writing direction: one of them in an answer would turn around the page behind it."""
+    return value.translate(_DIRECTION) if isinstance(value, str) else value
 
 
 def render(report: Report) -> str:
     """The page."""
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        finalize=_without_direction,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {
         "size": size,
@@ -116,17 +127,21 @@ def _headlines(report: Report) -> list[tuple[str, str]]:
 
 
 def _summary(report: Report) -> str:
-    """What the model is, in one sentence: how many weights, and how those of each part are mostly stored."""
+    """What the model is, in one sentence: how many weights, and how those of each part are stored."""
     if not report.components:
         return ""
     weights = sum(part.parameters for part in report.components)
     kinds: dict[str, list[str]] = {}
     for part in report.components:
-        most = next(iter(part.stored), "").partition(",")[0].removesuffix(" per output")
-        kinds.setdefault(most, []).append(part.name)
-    stored = "; ".join(f"{' and '.join(names)} in {kind}" for kind, names in kinds.items() if kind)
+        stored = dict.fromkeys(how.partition(",")[0].removesuffix(" per output") for how in part.stored)
+        kinds.setdefault(" and ".join(stored), []).append(part.name)
+    parts = "; ".join(f"{_listed(names)} in {kind}" for kind, names in kinds.items() if kind)
     count = f"{weights / 1e9:.2f} billion" if weights >= 1e9 else f"{weights / 1e6:.3g} million"
-    return f"{count} weights: {stored}."
+    return f"{count} weights: {parts}."
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def _runs(report: Report) -> list[tuple[str, Run]]:
