@@ -16,6 +16,7 @@ _STREAM_BYTES = 512 << 20
 _MATRIX = 2048
 _ROUNDS = 5
 _VNNI = {"avx512_vnni", "avx_vnni", "avx_vnni_int8"}
+_BFLOAT16 = {"avx512_bf16", "amx_bf16"}
 
 
 def cores() -> int:
@@ -28,12 +29,23 @@ def multiplies_int8_exactly() -> bool:
 
     Without it, two products are added in 16 bits, where large ones saturate. False where the CPU cannot be asked.
     """
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return True
+    return not _is_x86() or bool(_VNNI & _flags())
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices faster than float32 ones (x86 only)."""
+    return bool(_BFLOAT16 & _flags())
+
+
+def _is_x86() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
+def _flags() -> set[str]:
+    """What Linux says an x86 CPU can do; empty elsewhere."""
     path = Path("/proc/cpuinfo")
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    flags = next((line for line in text.splitlines() if line.startswith("flags")), "")
-    return bool(_VNNI & set(flags.split()))
+    return set(next((line for line in text.splitlines() if line.startswith("flags")), "").split())
 
 
 def read_bandwidth(threads: int) -> float:

@@ -19,6 +19,7 @@ from internvl_edge.quality import quality_warning
 from internvl_edge.template import PromptTemplate
 
 from .engines import Engine
+from .engines.choice import cpu_engine
 from .engines.onnxruntime import OnnxRuntimeEngine
 from .generate import generate
 from .image_cache import ImageCache, pixel_key
@@ -59,6 +60,7 @@ class InternVL:
         folder: str | Path,
         device: str = "auto",
         *,
+        engine: str = "auto",
         dialect: str | None = None,
         context: int = DEFAULT_CONTEXT,
         threads: int | None = None,
@@ -69,6 +71,8 @@ class InternVL:
             folder: the bundle.
             device: "cpu", "cuda" (ONNX Runtime), "tensorrt" (engines that `build` made; the context is theirs), or
                 "auto", which is the CPU.
+            engine: on the CPU, "onnxruntime", "openvino" (tiles and prompts by OpenVINO, tokens by ONNX Runtime) or
+                "auto": the faster one.
             dialect: the decoder graph to run, "onnxruntime" or "standard"; default: the fastest that the bundle has.
             context: tokens that prompt and answer may have together.
             threads: CPU threads; default: all available cores.
@@ -91,8 +95,11 @@ class InternVL:
             from .engines.tensorrt import TensorRTEngine
 
             return cls(opened, TensorRTEngine(opened))
-        device = "cpu" if device == "auto" else device
-        return cls(opened, OnnxRuntimeEngine(opened, device=device, dialect=dialect, capacity=context, threads=threads))
+        if device == "cuda":
+            return cls(
+                opened, OnnxRuntimeEngine(opened, device=device, dialect=dialect, capacity=context, threads=threads)
+            )
+        return cls(opened, cpu_engine(opened, engine, dialect=dialect, capacity=context, threads=threads))
 
     def chat(self, question: str, images: Images = (), **options: Unpack[ChatOptions]) -> Reply:
         """Answer a question.

@@ -15,7 +15,7 @@ from .output import print_json, print_table, size
 
 _PACKAGES = (
     *("internvl-edge", "numpy", "pillow", "tokenizers", "onnxruntime", "onnxruntime-gpu"),
-    *("onnx", "onnx-ir", "torch", "tensorrt", "tensorrt-rtx-cu13", "cuda-bindings", "av"),
+    *("onnx", "onnx-ir", "openvino", "torch", "tensorrt", "tensorrt-rtx-cu13", "cuda-bindings", "av"),
 )
 # What the CPU engine's int8, bf16 and int4 kernels profit from.
 _CPU_FLAGS = (

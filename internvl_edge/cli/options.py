@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from internvl_edge.runtime.engines.choice import ENGINES
 from internvl_edge.runtime.model import DEFAULT_CONTEXT, DEVICES, InternVL
 from internvl_edge.runtime.request import ChatOptions
 
@@ -17,6 +18,13 @@ Command = Callable[..., Any]
 
 _LOADING = (
     click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True),
+    click.option(
+        "--engine",
+        type=click.Choice(ENGINES),
+        default="auto",
+        show_default=True,
+        help="On the CPU; openvino computes tiles and prompts, onnxruntime answers.",
+    ),
     click.option("--dialect", type=click.Choice(list(DECODERS)), help="Decoder graph to run [default: the fastest]."),
     click.option(
         "--context", type=int, default=DEFAULT_CONTEXT, show_default=True, help="Tokens of prompt and answer."
@@ -41,7 +49,7 @@ _ANSWERING = (
 
 
 def loading_options(command: Command) -> Command:
-    """Adds --device, --dialect, --context, --threads."""
+    """Adds --device, --engine, --dialect, --context, --threads."""
     return _apply(_LOADING, command)
 
 
@@ -52,7 +60,7 @@ def answering_options(command: Command) -> Command:
 
 def load_model(folder: Path, values: dict[str, Any]) -> InternVL:
     """Load a bundle as the options say; takes its options out of `values`."""
-    names = ("device", "dialect", "context", "threads")
+    names = ("device", "engine", "dialect", "context", "threads")
     return InternVL.load(folder, **{name: values.pop(name) for name in names})
 
 

@@ -74,12 +74,13 @@ class OnnxRuntimeEngine:
         self._cache_dtype = np.dtype(opened.manifest.kv_cache or self._dtype)
         self._capacity = capacity
         self._length = 0
-        self._vision = self._session(opened, bundle.VISION, threads)
+        self._vision = self._load_vision(opened, threads)
         self._text = self._session(opened, bundle.DECODERS[dialect], threads)
         vision = model.vision
         scores = 4 * vision.num_attention_heads * (vision.grid_size**2 + 1) ** 2
         self._tiles_at_once = max(1, _SCORES_BYTES // scores)
-        self._cache = {name: self._allocate_cache() for name in self._cache_names()}
+        self._cache_arrays = {name: self._allocate_cache() for name in self._cache_names()}
+        self._cache = {name: self._value(array) for name, array in self._cache_arrays.items()}
         self._logits = self._value(np.zeros((1, 1, model.decoder.vocab_size), np.float32))
         self._step = _Step(self, count=1)
 
@@ -126,7 +127,7 @@ class OnnxRuntimeEngine:
 
     def close(self) -> None:
         """Release sessions and cache."""
-        del self._step, self._vision, self._text, self._cache, self._logits
+        del self._step, self._vision, self._text, self._cache, self._cache_arrays, self._logits
 
     def _score_chunk(self, embeds: NDArray[np.float32], total: int) -> NDArray[np.float32]:
         logits = self._value(np.zeros((1, len(embeds), self._decoder.vocab_size), np.float32))
@@ -136,6 +137,9 @@ class OnnxRuntimeEngine:
     def _last_logits(self) -> NDArray[np.float32]:
         logits: NDArray[np.float32] = self._logits.numpy()[0, 0]
         return logits
+
+    def _load_vision(self, opened: Bundle, threads: int | None) -> Any:
+        return self._session(opened, bundle.VISION, threads)
 
     def _session(self, opened: Bundle, name: str, threads: int | None) -> Any:
         options = self._ort.SessionOptions()
@@ -153,9 +157,10 @@ class OnnxRuntimeEngine:
     def _cache_names(self) -> Iterable[str]:
         return (f"{layer}.{kind}" for layer in range(self._decoder.num_hidden_layers) for kind in ("key", "value"))
 
-    def _allocate_cache(self) -> Any:
-        shape = (1, self._decoder.num_key_value_heads, self._capacity, self._decoder.head_dim)
-        return self._value(np.zeros(shape, self._cache_dtype))
+    def _allocate_cache(self) -> NDArray[Any]:
+        return np.zeros(
+            (1, self._decoder.num_key_value_heads, self._capacity, self._decoder.head_dim), self._cache_dtype
+        )
 
     def _value(self, array: NDArray[Any]) -> Any:
         return self._ort.OrtValue.ortvalue_from_numpy(array, self._device, 0)
