@@ -69,7 +69,11 @@ class IntegerLinear:
 
 
 def quantise_linear(
-    weight: Tensor, inputs: InputStatistics, calibrator: str, norm: Sequence[Tensor] | None
+    weight: Tensor,
+    inputs: InputStatistics,
+    calibrator: str,
+    norm: Sequence[Tensor] | None,
+    per_token: bool = False,
 ) -> IntegerLinear:
     """Quantise weight [out, in] float32 for these inputs, of which a token subset must have been kept.
 
@@ -78,22 +82,26 @@ def quantise_linear(
         inputs: statistics of its input, before smoothing.
         calibrator: one of `CALIBRATORS`, or "best": whichever gives the smallest output error.
         norm: vectors in their stored type into which smoothing folds; None where it may not be applied.
+        per_token: choices are judged by the error of each token relative to its own output. In decoders a few tokens
+            have outputs hundreds of times larger than the others, and every token is normalised by itself afterwards.
     """
     scales: dict[float, Tensor] = {}
     if norm is not None:
         largest = weight.abs().amax(0)
         scales = {strength: smoothing_scale(inputs.max_abs, largest, strength, norm) for strength in STRENGTHS}
-    strength = best_strength(weight, inputs, scales)
-    rounded = _Layer(weight, inputs).rounded(strength, scales.get(strength))
+    strength = best_strength(weight, inputs, scales, per_token)
+    rounded = _Layer(weight, inputs, per_token).rounded(strength, scales.get(strength))
     methods = CALIBRATORS if calibrator == "best" else (calibrator,)
     return min((rounded.with_range(method) for method in methods), key=lambda choice: choice.error)
 
 
-def best_strength(weight: Tensor, inputs: InputStatistics, scales: Mapping[float, Tensor]) -> float:
+def best_strength(
+    weight: Tensor, inputs: InputStatistics, scales: Mapping[float, Tensor], per_token: bool = False
+) -> float:
     """Of scales [in] by strength the one that leaves the smallest output error; 0 where none is better without any."""
     if not scales:
         return 0.0
-    layer = _Layer(weight, inputs)
+    layer = _Layer(weight, inputs, per_token)
     tried: list[tuple[float, Tensor | None]] = [(0.0, None), *scales.items()]
     errors = {strength: layer.rounded(strength, scale).with_range(_FOR_STRENGTH).error for strength, scale in tried}
     return min(errors, key=lambda strength: errors[strength])
@@ -102,11 +110,17 @@ def best_strength(weight: Tensor, inputs: InputStatistics, scales: Mapping[float
 class _Layer:
     """A float linear on the sample of its inputs."""
 
-    def __init__(self, weight: Tensor, inputs: InputStatistics) -> None:
+    def __init__(self, weight: Tensor, inputs: InputStatistics, per_token: bool) -> None:
         assert inputs.subset is not None
         self._weight, self._x, self._largest = weight, inputs.subset.float(), inputs.max_abs
-        self.expected = self._x @ weight.T
-        self.energy = self.expected.square().sum(dtype=torch.float64).clamp(min=1e-30)
+        self._expected = self._x @ weight.T
+        energies = self._expected.square().sum(1, dtype=torch.float64).clamp(min=1e-30)
+        self._weights = 1 / energies / len(energies) if per_token else torch.full_like(energies, 1 / energies.sum())
+
+    def error(self, y: Tensor) -> float:
+        """Of outputs y [tokens, out], which are used up: sqrt(|Y' - Y|^2 / |Y|^2), or the same token by token."""
+        missed = y.sub_(self._expected).square_().sum(1, dtype=torch.float64)
+        return float((missed * self._weights).sum().sqrt())
 
     def rounded(self, strength: float, smoothing: Tensor | None) -> _Rounded:
         if smoothing is None:
@@ -132,14 +146,13 @@ class _Rounded:
         """The layer with the range that one method finds, and the error of its output."""
         step = float(np.float32(find_range(calibrator, self._counts, self._largest) / HIGHEST))
         y = (round_inputs(self._x, step) @ self._values.T).mul_(self._scale[:, 0] * step)
-        error = y.sub_(self._layer.expected).square_().sum(dtype=torch.float64) / self._layer.energy
         values = self._values.to(torch.int8).cpu().numpy()
         return IntegerLinear(
             packed=PackedLinear(values, self._scale.cpu().numpy(), None, bits=8, input_scale=step),
             smoothing=None if self._smoothing is None else self._smoothing.cpu().numpy(),
             calibrator=calibrator,
             strength=self._strength,
-            error=float(error.sqrt()),
+            error=self._layer.error(y),
         )
 
 

@@ -197,7 +197,7 @@ class BlockQuantiser:
         tried = {strength: smoothing_scale(largest, weights, strength, vectors) for strength in STRENGTHS}
         some = weight[:: max(1, len(weight) // _SMOOTHING_ROWS)]
         spread = {strength: spread_channels(scale, group, self._decoder) for strength, scale in tried.items()}
-        return tried.get(best_strength(some, inputs, spread))
+        return tried.get(best_strength(some, inputs, spread, per_token=True))
 
     def _fold(self, prefix: str, group: ScaleGroup, scale: Tensor, block: QuantisedBlock) -> Tensor:
         """Divide what is stored of the producer beside rows of weights; returns the scale that this made exact."""
@@ -258,7 +258,7 @@ class BlockQuantiser:
         if rounded := [name for name, precision in precisions.items() if precision.method == "w8a8"]:
             weights = [self._scaled(name, scale, block) for name in rounded]
             how = self._recipe.decoder_int8
-            made = quantise_linear(torch.cat(weights), divided(inputs, scale), how.calibrator, None).packed
+            made = quantise_linear(torch.cat(weights), divided(inputs, scale), how.calibrator, None, True).packed
             starts = np.cumsum([0, *(len(weight) for weight in weights)])
             rows = [np.arange(start, stop) for start, stop in pairwise(starts)]
             integers = {name: made.rows(index) for name, index in zip(rounded, rows, strict=True)}
