@@ -39,7 +39,7 @@ wheel: $(VENV)/ready ## Build the wheel and import every module of it in a clean
 $(VENV)/ready: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/pip install --quiet --group dev --editable ".[cpu,export,quantize,report,rtx,video]"
+	$(BIN)/pip install --quiet --group dev --editable ".[cpu,export,openvino,quantize,report,rtx,video]"
 	touch $@
 
 $(DEMO_VENV)/ready: pyproject.toml setup.py

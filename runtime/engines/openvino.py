@@ -40,8 +40,8 @@ def is_available() -> bool:
 class OpenVinoEngine(OnnxRuntimeEngine):
     """Runs `vision.onnx` and prompts in OpenVINO, single tokens in ONNX Runtime (see `Engine` for the protocol).
 
-    Prompts stay with ONNX Runtime where OpenVINO has no graph to read: bundles without the onnxruntime dialect, and int8
-    caches.
+    Prompts stay with ONNX Runtime where OpenVINO has no graph to read: bundles without the onnxruntime dialect, and
+    int8 caches.
 
     Args:
         opened: the bundle.
