@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import stat
 import warnings
@@ -14,10 +15,12 @@ from typing import Any
 import pytest
 import tiny
 import tiny_quantised
+from click.testing import CliRunner
 from test_cli import assert_one_line, internvl_edge
 
 from internvl_edge import InternVL, QualityWarning, export_bundle
 from internvl_edge.bundle import MANIFEST, Bundle, Manifest
+from internvl_edge.cli import cli
 from internvl_edge.errors import BundleError, EdgeError
 from internvl_edge.gate import METRICS, Condition, Verdict, judge, parse_condition, require_measurable
 from internvl_edge.quality import Quality, quality_of, quality_warning, record
@@ -263,6 +266,17 @@ def test_a_passed_gate_is_exit_status_0_and_silence(made: tuple[Path, Path], qua
     unrecorded = internvl_edge(*evaluate, "--fail-if", "kl>=0", "--no-record", "--no-report")
     assert unrecorded.returncode == 1
     assert quality_of(Manifest.read(quantised)).state == "passed"
+
+
+@pytest.mark.parametrize(("locked", "hint"), [("bundle", "--no-record"), ("", "--no-report")])
+def test_what_cannot_be_written_is_found_out_first(
+    quantised: Path, questions: Path, monkeypatch: pytest.MonkeyPatch, locked: str, hint: str
+) -> None:
+    closed = quantised if locked else quantised.parent
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK or Path(path) != closed)
+    asked = ["evaluate", str(quantised), "--reference", "nowhere", "--data", str(questions)]
+    with pytest.raises(EdgeError, match=hint):
+        CliRunner().invoke(cli, asked, catch_exceptions=False)
 
 
 def test_mistakes_are_one_line_before_anything_is_loaded(quantised: Path, questions: Path) -> None:

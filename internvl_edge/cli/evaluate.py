@@ -6,6 +6,7 @@ Exit status 1 where a condition of --fail-if holds.
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 import time
 import warnings
@@ -79,6 +80,7 @@ def command(bundle: Path, as_json: bool, **values: Any) -> int:
             raise EdgeError("give --reference, a checkpoint or a bundle to compare with, or --suite, or both")
         _accept(bundle, accept)
         return 0
+    _require_writable(request)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", QualityWarning)
         found = _measure(request)
@@ -165,6 +167,16 @@ def _request(bundle: Path, values: dict[str, Any]) -> _Request:
         report=None if no_report else report or default_report(bundle),
         loading=values,
     )
+
+
+def _require_writable(request: _Request) -> None:
+    """Found out now, not after hours of evaluation."""
+    if request.record and request.bundle.is_dir() and not os.access(request.bundle, os.W_OK):
+        raise EdgeError(f"{request.bundle} is read-only, so it cannot carry its figures; pass --no-record")
+    if request.report is not None:
+        there = next(folder for folder in (request.report, *request.report.absolute().parents) if folder.exists())
+        if not os.access(there, os.W_OK):
+            raise EdgeError(f"the report cannot be written to {request.report}; give another --report, or --no-report")
 
 
 def default_report(bundle: Path) -> Path:
