@@ -1,7 +1,7 @@
 """The quantised checkpoint as a Hugging Face folder in the layout of the one it came from.
 
 Packed linears take the place of their weights under the stored names (InternLM2's q, k and v as rows of the fused
-`wqkv`), everything else is carried over, config.json says how weights are packed. Code files are not copied.
+`wqkv`), everything else is carried over, config.json says how weights are packed.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ _VISION_TARGETS = {
 _SECTION = {"remote": "llm_config", "native": "text_config"}
 # Modules that keep floats, as substrings of their names.
 _FLOAT_MODULES = {"remote": ("vision_model", "mlp1"), "native": ("vision_tower", "multi_modal_projector")}
-# Code, pickles, and what belongs to the weights that are written anew.
-_LEFT_OUT = {".py", ".pyc", ".bin", ".pt", ".pth", ".pkl", ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx"}
+# Compiled code, pickles, and what belongs to the weights that are written anew.
+_LEFT_OUT = {".pyc", ".bin", ".pt", ".pth", ".pkl", ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx"}
 _TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _PARTS = ("query", "key", "value")
 _PART = re.compile(r"\.[qkv]_proj\.")
@@ -91,7 +91,7 @@ class OutputLayout:
         return values | {"quantization_config": described}
 
     def copy_side_files(self, folder: Path) -> None:
-        """Tokenizer, generation and processor files; never code or pickles."""
+        """Tokenizer, generation, processor and code files, unread: other programs ask for them. Never pickles."""
         for path in sorted(self._checkpoint.folder.iterdir()):
             skipped = path.suffix in _LEFT_OUT or path.name.endswith(".index.json") or path.name == "config.json"
             if path.is_file() and not skipped and not path.name.startswith("."):

@@ -33,11 +33,11 @@ def test_a_local_folder_is_itself(downloads: list[list[str]], tmp_path: Path, mo
     assert downloads == []
 
 
-def test_a_hub_id_is_downloaded_without_code_and_without_pickles(downloads: list[list[str]], tmp_path: Path) -> None:
+def test_a_hub_id_is_downloaded_without_pickles(downloads: list[list[str]], tmp_path: Path) -> None:
     (tmp_path / "hub" / "model.safetensors").touch()
     assert resolve_checkpoint("OpenGVLab/InternVL2_5-1B") == tmp_path / "hub"
     assert len(downloads) == 1
-    assert not any(pattern.endswith((".py", ".bin", ".pth")) for pattern in downloads[0])
+    assert not any(pattern.endswith((".bin", ".pth", ".pkl")) for pattern in downloads[0])
 
 
 def test_bin_shards_are_fetched_only_where_there_is_nothing_else(downloads: list[list[str]]) -> None:

@@ -94,8 +94,15 @@ def test_what_is_not_the_decoder_is_carried_over_bit_for_bit(tmp_path: Path) -> 
         assert after.tensor(name).dtype == before.tensor(name).dtype
         assert np.array_equal(after.tensor(name), before.tensor(name))
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {path.name for path in checkpoint.iterdir()} - {"modeling_internvl_chat.py", "inputs_stats.pth"}
-    for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "generation_config.json"):
+    assert names == {path.name for path in checkpoint.iterdir()} - {"inputs_stats.pth"}
+    carried = (
+        "vocab.json",
+        "merges.txt",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "modeling_internvl_chat.py",
+    )
+    for name in carried:  # the code is never run: it would end this process
         assert (tmp_path / "out" / name).read_bytes() == (checkpoint / name).read_bytes()
 
 
