@@ -7,8 +7,8 @@ from pathlib import Path
 
 from .errors import CheckpointError
 
-# Weights, configuration, tokenizer, and never pickles other than weight shards. The code files are a few kilobytes of text
-# that vLLM and transformers ask for in what `quantize` makes; nothing here runs them.
+# Weights, configuration, tokenizer, and never pickles other than weight shards. The code files are a few kilobytes of
+# text that vLLM and transformers ask for in what `quantize` makes; nothing here runs them.
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.py", "merges.txt", "tokenizer.model"]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
