@@ -3,10 +3,11 @@
 #
 # Peers pin each other's dependencies away, so each gets an environment of its own, outside this tree. What goes into it stands
 # in NAME.txt; packages whose declared dependencies are not wanted (a gigabyte of GPU compiler, for one) in NAME.no-deps.txt;
-# packages whose build needs the installed torch in NAME.no-isolation.txt.
+# packages whose build needs the installed torch in NAME.no-isolation.txt; what others bring and does not work here (built for
+# another torch) in NAME.remove.txt.
 set -euo pipefail
 if [ $# -ne 2 ] || [ ! -f "$(dirname "$0")/$1.txt" ]; then
-    echo "usage: make_env.sh NAME DIR, NAME one of: $(cd "$(dirname "$0")" && ls ./*.txt | grep -v 'no-' | sed 's,^\./,,; s,\.txt$,,' | xargs)" >&2
+    echo "usage: make_env.sh NAME DIR, NAME one of: $(cd "$(dirname "$0")" && ls ./*.txt | grep -v -e no- -e remove | sed 's,^\./,,; s,\.txt$,,' | xargs)" >&2
     exit 2
 fi
 here=$(cd "$(dirname "$0")" && pwd)
@@ -18,5 +19,8 @@ if [ -f "$here/$1.no-deps.txt" ]; then
 fi
 if [ -f "$here/$1.no-isolation.txt" ]; then
     "${pip[@]}" --no-build-isolation --requirement "$here/$1.no-isolation.txt"
+fi
+if [ -f "$here/$1.remove.txt" ]; then
+    "$2/bin/pip" uninstall --quiet --yes --requirement "$here/$1.remove.txt"
 fi
 "$2/bin/pip" freeze > "$2/versions.txt"

@@ -1,0 +1,204 @@
+"""This project and its peers on one CPU: the same work, the same shapes, two threads each, in turn.
+
+    python benchmarks/cpu_peers.py PEERS MODELS NAME [--ours LABEL=BUNDLE[,KEYWORD=VALUE]]... [--only PATTERN]...
+        [--rows prefill,decode,vision,first_token] [--repeat 3]          -> results/cpu-peers-NAME.json
+
+PEERS holds the environments of `peers/make_env.sh`, MODELS what `peers/cpu_models.sh` made. Each program is a process
+that loads and then waits, stopped by a signal, for its turn: A B C A B C for every figure, so that a machine whose
+speed drifts is as slow for one as for another. The first round of each figure is not counted. Weights are random in the
+shapes of a 1B: speed, memory and size do not depend on them, quality is not looked at here.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import click
+from record import write_results
+
+from internvl_edge.runtime import machine
+
+HERE = Path(__file__).parent / "peers"
+# What is timed, as `peers/cpu_worker.py` defines it: request and count.
+ROWS = {
+    "prefill": [("prefill", 300), ("prefill", 1800)],
+    "decode": [("decode", 300), ("decode", 2000)],
+    "vision": [("vision", 1)],
+    "first_token": [("first_token", 7)],
+}
+THREADS = 2
+DECODED = 32
+# label: environment, worker, files under MODELS (the first two are arguments, all count as its size on disk)
+PEERS = {
+    "llama.cpp Q4_0, mmproj q8_0": ("llama-cpp", "cpu_llama_cpp.py", ["gguf/text-Q4_0.gguf", "gguf/mmproj-q8_0.gguf"]),
+    "llama.cpp Q8_0, mmproj f16": ("llama-cpp", "cpu_llama_cpp.py", ["gguf/text-Q8_0.gguf", "gguf/mmproj-f16.gguf"]),
+    "OpenVINO GenAI int4, int8 tower": (
+        "openvino-genai",
+        "cpu_openvino_genai.py",
+        ["openvino-int4", "openvino-vision/vision-int8.xml", "openvino-vision/vision-int8.bin"],
+    ),
+    "OpenVINO GenAI int8, fp16 tower": (
+        "openvino-genai",
+        "cpu_openvino_genai.py",
+        ["openvino-int8", "openvino-vision/vision-fp16.xml", "openvino-vision/vision-fp16.bin"],
+    ),
+    "onnxruntime-genai int4": ("onnxruntime-genai", "cpu_onnxruntime_genai.py", ["onnxruntime-genai-int4"]),
+    "transformers bfloat16": ("transformers", "cpu_transformers.py", ["text"]),
+}
+
+
+@dataclass
+class Worker:
+    """One program: its process, stopped unless it is its turn, and what was measured of it."""
+
+    label: str
+    command: list[str]
+    files: list[Path]
+    loads: list[float] = field(default_factory=list)
+    can: list[str] = field(default_factory=list)
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    memory: dict[str, dict[str, int]] = field(default_factory=dict)
+    process: Any = None
+
+    def start(self) -> None:
+        """Begin anew; the time it says loading took is kept."""
+        self.stop()
+        self.process = subprocess.Popen(
+            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        hello = self._answer()
+        self.loads.append(hello["load_s"])
+        self.can = hello["can"]
+        self.process.send_signal(signal.SIGSTOP)
+
+    def ask(self, do: str, count: int = 0) -> dict[str, Any]:
+        """One request while the others stand still."""
+        self.process.send_signal(signal.SIGCONT)
+        self.process.stdin.write(json.dumps({"do": do, "count": count}) + "\n")
+        self.process.stdin.flush()
+        answer = self._answer()
+        self.process.send_signal(signal.SIGSTOP)
+        return answer
+
+    def stop(self) -> None:
+        """End the process, if there is one."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+    def _answer(self) -> dict[str, Any]:
+        line = self.process.stdout.readline()
+        if not line:
+            sys.exit(f"{self.label} ended: {' '.join(self.command)}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def facts(self) -> dict[str, Any]:
+        """What goes into the results."""
+        return {
+            "load_s": {"median": statistics.median(self.loads), "each": self.loads},
+            "disk_bytes": sum(_size(path) for path in self.files),
+            "memory": self.memory,
+            "rows": {name: _row(name, seconds) for name, seconds in self.seconds.items()},
+        }
+
+
+def _size(path: Path) -> int:
+    files = [path] if path.is_file() else [inner for inner in path.rglob("*") if inner.is_file()]
+    return sum(file.stat().st_size for file in files)
+
+
+def _row(name: str, seconds: list[float]) -> dict[str, Any]:
+    """Median and spread in the figure's own unit."""
+    do, count = name.split()
+    middle, spread = machine.median_and_spread(seconds)
+    counted = {"prefill": int(count), "decode": DECODED}.get(do)
+    value = {"tokens_per_s": counted / middle} if counted else {"s": middle / int(count) if do == "vision" else middle}
+    return {**value, "spread": spread, "seconds": seconds}
+
+
+def measure(workers: list[Worker], rows: list[str], repeat: int) -> None:
+    """All figures of all workers, in turn; loading first."""
+    for _ in range(repeat):
+        for worker in workers:
+            worker.start()
+    for row in rows:
+        for do, count in ROWS[row]:
+            able = [worker for worker in workers if do in worker.can]
+            turn(able, do, count)  # warms up
+            for _ in range(repeat):
+                for worker, seconds in zip(able, turn(able, do, count), strict=True):
+                    worker.seconds.setdefault(f"{do} {count}", []).append(seconds)
+        for worker in workers:
+            worker.memory[f"after {row}"] = worker.ask("memory")
+
+
+def turn(workers: list[Worker], do: str, count: int) -> list[float]:
+    """Seconds of each worker, one after the other."""
+    found = []
+    for worker in workers:
+        found.append(worker.ask(do, count)["seconds"])
+        print(f"{do} {count} {worker.label}: {found[-1]:.3f} s", file=sys.stderr, flush=True)
+    return found
+
+
+def limits() -> dict[str, float]:
+    """What the machine can do at best."""
+    return {"read_bandwidth": machine.read_bandwidth(THREADS), "float32_matrix_rate": machine.matrix_rate()}
+
+
+def ours(text: str) -> Worker:
+    """LABEL=BUNDLE[,KEYWORD=VALUE]."""
+    label, _, rest = text.partition("=")
+    bundle, *keywords = rest.split(",")
+    return Worker(label, [sys.executable, str(HERE / "cpu_ours.py"), bundle, *keywords], [Path(bundle)])
+
+
+def peer(label: str, peers: Path, models: Path) -> Worker:
+    """One of PEERS."""
+    environment, script, names = PEERS[label]
+    files = [models / name for name in names]
+    command = [str(peers / environment / "bin" / "python"), str(HERE / script), *map(str, files[:2])]
+    return Worker(label, command, files)
+
+
+@click.command()
+@click.argument("peers", type=click.Path(path_type=Path))
+@click.argument("models", type=click.Path(path_type=Path))
+@click.argument("name")
+@click.option("--ours", "bundles", multiple=True, help="LABEL=BUNDLE[,KEYWORD=VALUE]")
+@click.option("--only", multiple=True, default=("*",), help="Pattern of the peers to measure; may be repeated.")
+@click.option("--rows", default=",".join(ROWS), show_default=True)
+@click.option("--repeat", type=click.IntRange(min=1), default=3, show_default=True)
+def main(
+    peers: Path, models: Path, name: str, bundles: tuple[str, ...], only: tuple[str, ...], rows: str, repeat: int
+) -> None:
+    """Measure and write the results."""
+    chosen = [label for label in PEERS if any(fnmatch(label, pattern) for pattern in only)]
+    workers = [ours(text) for text in bundles] + [peer(label, peers, models) for label in chosen]
+    try:
+        measure(workers, rows.split(","), repeat)
+    finally:
+        for worker in workers:
+            worker.stop()
+    versions = {
+        environment: (peers / environment / "versions.txt").read_text(encoding="utf-8").splitlines()
+        for environment in sorted({PEERS[w.label][0] for w in workers if w.label in PEERS})
+    }
+    results = {worker.label: worker.facts() for worker in workers}
+    path = write_results(
+        f"cpu-peers-{name}", {"threads": THREADS, **limits(), "programs": results, "peer_versions": versions}
+    )
+    print(path.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
