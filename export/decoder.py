@@ -29,6 +29,8 @@ DIALECTS: tuple[Dialect, ...] = tuple(ATTENTION)
 _NEVER = -3e4
 # Rows of the head looked at together; as floats the whole would be the largest thing in memory.
 _ROWS = 4096
+# The new keys and values of every layer.
+Cache = list[tuple[ir.Value, ir.Value]]
 
 
 def build_decoder(
@@ -48,23 +50,9 @@ def build_decoder(
     decoder = checkpoint.config.decoder
     matmul = partial(packed.matmul, dialect=dialect) if packed else None
     g = GraphBuilder("decoder", types, file, checkpoint.shapes, checkpoint.tensor, matmul)
-    x = g.input("inputs_embeds", types.activations, ["batch", "seq", decoder.hidden_size])
-    half: list[int | str] = ["batch", "seq", decoder.head_dim // 2]
-    cos, sin = g.input("cos", types.activations, half), g.input("sin", types.activations, half)
-    past_length = g.input("past_length", ir.DataType.INT64, ["batch"])
     keep = g.input("logits_to_keep", ir.DataType.INT64, [1])
-    inputs = Inputs(cos, sin, past_length, g.op("Shape", x, start=1, end=2))
-    attend = ATTENTION[dialect](g, decoder, inputs)
-    scales = checkpoint.kv_scales
-    stored = types.activations if scales is None else ir.DataType.INT8
-    presents = []
-    for n in range(decoder.num_hidden_layers):
-        key, value = (
-            g.input(f"past_key_values.{n}.{kind}", stored, _cache_shape(decoder)) for kind in ("key", "value")
-        )
-        cache = LayerCache(key, value, (scales.key[n], scales.value[n]) if scales else None)
-        x, present = _block(g, decoder, attend, x, n, cache)
-        presents.append(present)
+    x, presents = layers(g, checkpoint, dialect)
+    assert x is not None
     x = g.slice(x, g.op("Neg", keep), g.constant([INT64_MAX]), axis=1)
     logits = g.linear(g.rms_norm(x, "decoder.norm", decoder.rms_norm_eps), "decoder.lm_head")
     if checkpoint.quantization:
@@ -73,10 +61,47 @@ def build_decoder(
     if types.activations != ir.DataType.FLOAT:
         logits = g.cast(logits, ir.DataType.FLOAT)
     g.output(logits, "logits", ir.DataType.FLOAT, ["batch", "kept", decoder.vocab_size])
+    output_cache(g, checkpoint, presents)
+    return g.model()
+
+
+def layers(
+    g: GraphBuilder, checkpoint: Checkpoint, dialect: Dialect, whole: bool = True
+) -> tuple[ir.Value | None, Cache]:
+    """The graph's inputs and all layers: the hidden state [batch, seq, hidden] behind the last, and the new cache.
+
+    Not `whole`, the last layer ends with its keys and values, and there is no hidden state.
+    """
+    decoder, activations = checkpoint.config.decoder, g.types.activations
+    x: ir.Value | None = g.input("inputs_embeds", activations, ["batch", "seq", decoder.hidden_size])
+    assert x is not None
+    half: list[int | str] = ["batch", "seq", decoder.head_dim // 2]
+    cos, sin = g.input("cos", activations, half), g.input("sin", activations, half)
+    past_length = g.input("past_length", ir.DataType.INT64, ["batch"])
+    attend = ATTENTION[dialect](g, decoder, Inputs(cos, sin, past_length, g.op("Shape", x, start=1, end=2)))
+    scales, stored = checkpoint.kv_scales, _cache_type(g, checkpoint)
+    presents: Cache = []
+    for n in range(decoder.num_hidden_layers):
+        assert x is not None
+        key, value = (
+            g.input(f"past_key_values.{n}.{kind}", stored, _cache_shape(decoder)) for kind in ("key", "value")
+        )
+        cache = LayerCache(key, value, (scales.key[n], scales.value[n]) if scales else None)
+        x, present = _block(g, decoder, attend, x, n, cache, whole or n < decoder.num_hidden_layers - 1)
+        presents.append(present)
+    return x, presents
+
+
+def output_cache(g: GraphBuilder, checkpoint: Checkpoint, presents: Cache) -> None:
+    """Make the new cache outputs of the graph."""
+    stored, shape = _cache_type(g, checkpoint), _cache_shape(checkpoint.config.decoder)
     for n, pair in enumerate(presents):
         for kind, value in zip(("key", "value"), pair, strict=True):
-            g.output(value, f"present.{n}.{kind}", stored, _cache_shape(decoder))
-    return g.model()
+            g.output(value, f"present.{n}.{kind}", stored, shape)
+
+
+def _cache_type(g: GraphBuilder, checkpoint: Checkpoint) -> ir.DataType:
+    return g.types.activations if checkpoint.kv_scales is None else ir.DataType.INT8
 
 
 def _padding(checkpoint: Checkpoint, vocabulary: int | None) -> Array:
@@ -97,12 +122,14 @@ def _cache_shape(decoder: DecoderConfig) -> list[int | str]:
 
 
 def _block(
-    g: GraphBuilder, decoder: DecoderConfig, attend: Attend, x: ir.Value, n: int, cache: LayerCache
-) -> tuple[ir.Value, tuple[ir.Value, ir.Value]]:
+    g: GraphBuilder, decoder: DecoderConfig, attend: Attend, x: ir.Value, n: int, cache: LayerCache, whole: bool
+) -> tuple[ir.Value | None, tuple[ir.Value, ir.Value]]:
     block = f"decoder.layers.{n}"
     h = g.rms_norm(x, f"{block}.input_layernorm", decoder.rms_norm_eps)
     q, k, v = (g.linear(h, f"{block}.self_attn.{name}_proj") for name in "qkv")
     attended, key, value = attend(q, k, v, cache)
+    if not whole:
+        return None, (key, value)
     x = g.op("Add", x, g.linear(attended, f"{block}.self_attn.o_proj"))
     h = g.rms_norm(x, f"{block}.post_attention_layernorm", decoder.rms_norm_eps)
     gated = g.op("Mul", g.silu(g.linear(h, f"{block}.mlp.gate_proj")), g.linear(h, f"{block}.mlp.up_proj"))

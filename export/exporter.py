@@ -31,6 +31,7 @@ from internvl_edge.token_table import TYPES, int8_table, table_bytes
 from .builder import Types
 from .chat_template import check_chat_template
 from .decoder import build_decoder
+from .prompts import build_prompts
 from .quantised import PackedWeights
 from .tokenizer import build_tokenizer, token_ids
 from .vision import build_vision, vision_summary
@@ -49,6 +50,7 @@ def export_bundle(
     asymmetric: str = "exact",
     dialects: Sequence[str] = tuple(bundle.DECODERS),
     token_table: str = "float",
+    int8_prompts: bool = False,
     force: bool = False,
     progress: bool = False,
 ) -> Path:
@@ -63,6 +65,8 @@ def export_bundle(
             adds their part as a small product, "requantise" rounds again without them.
         dialects: which decoders to write; quantised weights are stored once for each.
         token_table: "float" (in `dtype`) or "int8" (one scale per token).
+        int8_prompts: add a graph that computes long prompts in int8, for CPUs and decoders with 4-bit weights: faster,
+            at the price of a second copy of the weights in 8 bits (see `prompts`).
         force: replace an existing bundle at `out`.
         progress: show a bar on standard error.
 
@@ -77,6 +81,8 @@ def export_bundle(
             raise EdgeError(f"{name} {value!r} is not one of {', '.join(DTYPES)}")
     if not dialects or not set(dialects) <= set(bundle.DECODERS):
         raise EdgeError(f"dialects {list(dialects)} are not some of {', '.join(bundle.DECODERS)}")
+    if int8_prompts and "onnxruntime" not in dialects:
+        raise EdgeError("prompts in int8 go with the onnxruntime decoder, which --dialect leaves out; add it")
     if token_table not in TYPES:
         raise EdgeError(f"token table {token_table!r} is not one of {', '.join(TYPES)}")
     source, target = Checkpoint(Path(checkpoint)), Path(out)
@@ -84,7 +90,8 @@ def export_bundle(
         types = Types(DTYPES[dtype], DTYPES[activations])
         packed = PackedWeights(source, types, asymmetric)
         table = dtype if token_table == "float" else token_table
-        _Export(source, folder, types, packed, table, progress).run(dtype, activations, dialects)
+        graphs = (*dialects, "prompts") if int8_prompts else dialects
+        _Export(source, folder, types, packed, table, progress).run(dtype, activations, graphs)
     return target
 
 
@@ -102,21 +109,24 @@ class _Export:
         self._progress = progress
         self._digests: dict[str, str] = {}
 
-    def run(self, dtype: str, activations: str, dialects: Sequence[str]) -> None:
+    def run(self, dtype: str, activations: str, graphs: Sequence[str]) -> None:
         config = self._checkpoint.config
         if config.layout == "native":
             check_chat_template(self._checkpoint.folder)
         tokenizer = build_tokenizer(self._checkpoint.folder, config)
         (self._folder / bundle.TOKENIZER).write_bytes(tokenizer)
         tokens = tokenizers.Tokenizer.from_buffer(tokenizer).get_vocab().values()
-        vision, decoder = WeightFile("vision.data"), WeightFile("decoder.data")
+        vision, decoder, prompts = (WeightFile(f"{name}.data") for name in ("vision", "decoder", "prompts"))
         ir.save(build_vision(self._checkpoint, self._types, vision), self._folder / bundle.VISION)
-        for dialect in dialects:
-            graph = build_decoder(self._checkpoint, self._types, dialect, decoder, self._packed, max(tokens) + 1)
-            ir.save(graph, self._folder / bundle.DECODERS[dialect])
+        for name in graphs:
+            if name == "prompts":
+                ir.save(build_prompts(self._checkpoint, self._types, prompts), self._folder / bundle.PROMPTS)
+                continue
+            graph = build_decoder(self._checkpoint, self._types, name, decoder, self._packed, max(tokens) + 1)
+            ir.save(graph, self._folder / bundle.DECODERS[name])
         if making := making_of(self._checkpoint.folder):
             (self._folder / bundle.QUANTIZATION).write_text(dump(making), encoding="utf-8")
-        self._write_weights([file for file in (vision, decoder, self._packed.blocks) if file.size])
+        self._write_weights([file for file in (vision, decoder, self._packed.blocks, prompts) if file.size])
         manifest = bundle.Manifest(
             model=config,
             dtype=dtype,

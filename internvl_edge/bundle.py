@@ -25,6 +25,8 @@ MANIFEST = "manifest.json"
 VISION = "vision.onnx"
 # One decoder header per dialect; all share one weights file, but for quantised weights.
 DECODERS = {"standard": "decoder.onnx", "onnxruntime": "decoder.onnxruntime.onnx"}
+# Long prompts in int8, for ONNX Runtime on CPUs; optional.
+PROMPTS = "prompts.onnx"
 EMBEDDINGS = "embeddings.bin"
 TOKENIZER = "tokenizer.json"
 # How the checkpoint was quantised, where its quantiser left word: a `report.content.Making`.

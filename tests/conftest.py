@@ -27,7 +27,7 @@ def oracle() -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_bfloat16() -> Iterator[None]:
-    """Where OpenVINO is installed, the engine chosen by itself would round to bfloat16 on some CPUs and not on others."""
+    """Where OpenVINO is installed, the engine that is chosen rounds to bfloat16 on some CPUs and not on others."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(machine, "multiplies_bfloat16", lambda: False)
         yield

@@ -50,6 +50,11 @@ _TYPES = click.Choice(["float32", "float16", "bfloat16"])
     show_default=True,
     help="int8: half its size on disk, one scale per token.",
 )
+@click.option(
+    "--int8-prompts",
+    is_flag=True,
+    help="Add a graph that computes long prompts in int8: faster on CPUs, 8 more bits for each 4-bit weight.",
+)
 @click.option("--force", is_flag=True, help="Replace the bundle if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
@@ -60,6 +65,7 @@ def command(
     asymmetric: str,
     dialects: tuple[str, ...],
     token_table: str,
+    int8_prompts: bool,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -77,6 +83,7 @@ def command(
         asymmetric=asymmetric,
         dialects=dialects or tuple(DECODERS),
         token_table=token_table,
+        int8_prompts=int8_prompts,
         force=force,
         progress=sys.stderr.isatty(),
     )

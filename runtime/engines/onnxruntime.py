@@ -7,7 +7,7 @@ Untouched pages of the cache cost no memory.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -23,11 +23,17 @@ from ..rope import RotaryAngles
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # Prompt tokens per step: bounds memory, and skips the upper triangle of the attention scores.
 PREFILL_CHUNK = 256
+# The same in int8, where large steps are the faster ones.
+_INT8_PREFILL_CHUNK = 512
+# Shorter prompts are not worth a graph of their own.
+_SHORTEST_PROMPT = 16
 # For quantised weights of the standard dialect, which ONNX Runtime fuses at load: activations rounded to int8, and
 # blocks of 128 inputs where weights have one scale per output. The onnxruntime dialect says the same in its graph.
 _CONFIG = {"session.qdq_matmulnbits_accuracy_level": "4", "session.qdq_matmulnbits_block_size": "128"}
 # Products of int8 towers added up in 32 bits where the CPU's fast way would saturate in 16 (twice as slow, and exact).
 _WIDE_SUMS = ("session.x64quantprecision", "1")
+# Threads that wait for long steps need not burn a core until the next one; decoding's do, it would be 10 % slower.
+_SLEEPING = ("session.force_spinning_stop", "1")
 # Tokens of which all logits are kept at once: 8 x 151674 of them are 5 MB.
 _SCORE_CHUNK = 8
 # ONNX Runtime's GroupQueryAttention takes heads whose width is a multiple of this.
@@ -76,13 +82,14 @@ class OnnxRuntimeEngine:
         self._length = 0
         self._vision = self._load_vision(opened, threads)
         self._text = self._session(opened, bundle.DECODERS[dialect], threads)
+        self._prompts = self._load_prompts(opened, threads) if dialect == "onnxruntime" else None
         vision = model.vision
         scores = 4 * vision.num_attention_heads * (vision.grid_size**2 + 1) ** 2
         self._tiles_at_once = max(1, _SCORES_BYTES // scores)
         self._cache_arrays = {name: self._allocate_cache() for name in self._cache_names()}
         self._cache = {name: self._value(array) for name, array in self._cache_arrays.items()}
         self._logits = self._value(np.zeros((1, 1, model.decoder.vocab_size), np.float32))
-        self._step = _Step(self, count=1)
+        self._step = _Step(self, self._text, 1, self._logits)
 
     @property
     def capacity(self) -> int:
@@ -105,9 +112,12 @@ class OnnxRuntimeEngine:
     def prefill(self, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
         """Append a prompt [seq, hidden], in chunks; logits [vocab] after its last token."""
         total = self._length + len(embeds)
-        for start in range(0, len(embeds), PREFILL_CHUNK):
-            chunk = embeds[start : start + PREFILL_CHUNK]
-            _Step(self, len(chunk)).run(chunk, total)
+        if self._prompts is not None and len(embeds) >= _SHORTEST_PROMPT:
+            for chunk in _chunks(embeds[:-1], _INT8_PREFILL_CHUNK):
+                _Step(self, self._prompts, len(chunk)).run(chunk, total)
+            embeds = embeds[-1:]
+        for chunk in _chunks(embeds, PREFILL_CHUNK):
+            _Step(self, self._text, len(chunk), self._logits).run(chunk, total)
         return self._last_logits()
 
     def decode(self, embed: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -127,11 +137,11 @@ class OnnxRuntimeEngine:
 
     def close(self) -> None:
         """Release sessions and cache."""
-        del self._step, self._vision, self._text, self._cache, self._cache_arrays, self._logits
+        del self._step, self._vision, self._text, self._prompts, self._cache, self._cache_arrays, self._logits
 
     def _score_chunk(self, embeds: NDArray[np.float32], total: int) -> NDArray[np.float32]:
         logits = self._value(np.zeros((1, len(embeds), self._decoder.vocab_size), np.float32))
-        _Step(self, len(embeds), logits).run(embeds, total)
+        _Step(self, self._text, len(embeds), logits, kept=len(embeds)).run(embeds, total)
         return np.array(logits.numpy()[0])  # a copy: the value's memory ends with it
 
     def _last_logits(self) -> NDArray[np.float32]:
@@ -139,13 +149,18 @@ class OnnxRuntimeEngine:
         return logits
 
     def _load_vision(self, opened: Bundle, threads: int | None) -> Any:
-        return self._session(opened, bundle.VISION, threads)
+        return self._session(opened, bundle.VISION, threads, _SLEEPING)
 
-    def _session(self, opened: Bundle, name: str, threads: int | None) -> Any:
+    def _load_prompts(self, opened: Bundle, threads: int | None) -> Any:
+        """The graph for long prompts, where the bundle has one and this CPU multiplies bytes without loss."""
+        usable = self._device == "cpu" and bundle.PROMPTS in opened.manifest.files and multiplies_int8_exactly()
+        return self._session(opened, bundle.PROMPTS, threads, _SLEEPING) if usable else None
+
+    def _session(self, opened: Bundle, name: str, threads: int | None, *entries: tuple[str, str]) -> Any:
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
         options.log_severity_level = 3
-        for key, value in _CONFIG.items():
+        for key, value in (*_CONFIG.items(), *entries):
             options.add_session_config_entry(key, value)
         if opened.manifest.vision_quantization and not multiplies_int8_exactly():
             options.add_session_config_entry(*_WIDE_SUMS)
@@ -167,24 +182,28 @@ class OnnxRuntimeEngine:
 
 
 class _Step:
-    """Bindings for `count` tokens at once; the arrays behind them are filled anew for each run.
+    """Bindings of a session for `count` tokens at once; the arrays behind them are filled anew for each run.
 
-    `logits` [1, kept, vocab] receives those of the last positions, by default the engine's own of the last one.
+    `logits` [1, kept, vocab] receives those of the last positions; the graph for prompts has none.
     """
 
-    def __init__(self, engine: OnnxRuntimeEngine, count: int, logits: Any = None) -> None:
+    def __init__(
+        self, engine: OnnxRuntimeEngine, session: Any, count: int, logits: Any = None, *, kept: int = 1
+    ) -> None:
         decoder = engine._decoder
         self._engine = engine
+        self._session = session
         self._count = count
         self._arrays = {
             "inputs_embeds": np.empty((1, count, decoder.hidden_size), engine._dtype),
             "cos": np.empty((1, count, decoder.head_dim // 2), engine._dtype),
             "sin": np.empty((1, count, decoder.head_dim // 2), engine._dtype),
             "past_length": np.zeros(1, np.int64),
-            "logits_to_keep": np.array([1 if logits is None else count], np.int64),
         }
-        self._binding = engine._text.io_binding()
-        self._bind_fixed(engine._logits if logits is None else logits)
+        if logits is not None:
+            self._arrays["logits_to_keep"] = np.array([kept], np.int64)
+        self._binding = session.io_binding()
+        self._bind_fixed(logits)
 
     def run(self, embeds: NDArray[np.float32], total: int) -> None:
         """Compute tokens [count, hidden] as positions length .. of a sequence of `total` tokens."""
@@ -194,14 +213,19 @@ class _Step:
         arrays["past_length"][0] = engine.length
         for name, array in arrays.items():
             self._binding.bind_cpu_input(name, array)
-        engine._text.run_with_iobinding(self._binding)
+        self._session.run_with_iobinding(self._binding)
         engine._length += self._count
 
     def _bind_fixed(self, logits: Any) -> None:
         for name, value in self._engine._cache.items():
             self._binding.bind_ortvalue_input(f"past_key_values.{name}", value)
             self._binding.bind_ortvalue_output(f"present.{name}", value)
-        self._binding.bind_ortvalue_output("logits", logits)
+        if logits is not None:
+            self._binding.bind_ortvalue_output("logits", logits)
+
+
+def _chunks(embeds: NDArray[np.float32], size: int) -> Iterator[NDArray[np.float32]]:
+    return (embeds[start : start + size] for start in range(0, len(embeds), size))
 
 
 def _runs_grouped_attention(opened: Bundle) -> bool:

@@ -40,8 +40,8 @@ def is_available() -> bool:
 class OpenVinoEngine(OnnxRuntimeEngine):
     """Runs `vision.onnx` and prompts in OpenVINO, single tokens in ONNX Runtime (see `Engine` for the protocol).
 
-    Prompts stay with ONNX Runtime where OpenVINO has no graph to read: bundles without the onnxruntime dialect, and
-    int8 caches.
+    Prompts stay with ONNX Runtime where the bundle has a graph for prompts in int8, which is as fast, and where
+    OpenVINO has none to read: bundles without the onnxruntime dialect, and int8 caches.
 
     Args:
         opened: the bundle.
@@ -55,11 +55,12 @@ class OpenVinoEngine(OnnxRuntimeEngine):
     def __init__(self, opened: Bundle, *, capacity: int, threads: int | None = None) -> None:
         self._core = _import_openvino().Core()
         super().__init__(opened, capacity=capacity, threads=threads)
-        self._prompts: list[Any] = []
-        if bundle.DECODERS["onnxruntime"] in opened.manifest.files and self._cache_dtype == self._dtype:
+        self._requests: list[Any] = []
+        has_graph = bundle.DECODERS["onnxruntime"] in opened.manifest.files and self._cache_dtype == self._dtype
+        if has_graph and self._prompts is None:
             compiled = self._compiled(opened, bundle.DECODERS["onnxruntime"], threads)
             # Two, because the cache that one returns is what the other reads.
-            self._prompts = [compiled.create_infer_request() for _ in range(2)]
+            self._requests = [compiled.create_infer_request() for _ in range(2)]
 
     def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Tiles [tiles, S, S, 3] -> image tokens [tiles, tokens_per_tile, hidden]."""
@@ -68,14 +69,14 @@ class OpenVinoEngine(OnnxRuntimeEngine):
 
     def prefill(self, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
         """Append a prompt [seq, hidden], in chunks; logits [vocab] after its last token."""
-        if not self._prompts or len(embeds) < _SHORTEST_PROMPT:
+        if not self._requests or len(embeds) < _SHORTEST_PROMPT:
             return super().prefill(embeds)
         start, total = self._length, self._length + len(embeds)
         cache = {name: np.ascontiguousarray(array[:, :, :start]) for name, array in self._cache_arrays.items()}
         for turn, first in enumerate(range(0, len(embeds), PREFILL_CHUNK)):
             chunk = embeds[first : first + PREFILL_CHUNK]
             inputs = self._inputs(chunk, start + first, total) | _past(cache)
-            results = self._prompts[turn % 2].infer(inputs, share_inputs=True, share_outputs=True)
+            results = self._requests[turn % 2].infer(inputs, share_inputs=True, share_outputs=True)
             cache = {name: results[f"present.{name}"] for name in cache}
         for name, array in self._cache_arrays.items():
             array[:, :, start:total] = cache[name][:, :, start:total]
@@ -86,7 +87,7 @@ class OpenVinoEngine(OnnxRuntimeEngine):
     def close(self) -> None:
         """Release models, sessions and cache."""
         super().close()
-        self._prompts.clear()
+        self._requests.clear()
         del self._core
 
     def _inputs(self, embeds: NDArray[np.float32], past: int, total: int) -> dict[str, NDArray[Any]]:

@@ -1,0 +1,101 @@
+"""The graph for prompts: the onnxruntime decoder without a head, its products in int8 on both sides.
+
+Long prompts are limited by arithmetic, and a product with 4-bit weights spends most of it on unpacking them for every
+chunk anew. Here the same weights are rounded once more, to int8 with one scale per output, and the inputs of each token
+to int8 with one scale per token: one integer product, twice as fast. Tokens differ by orders of magnitude (the first
+one of a text above all), so one scale for all of them would lose the others.
+
+    x -> x / s -> QuantizeLinear -> MatMulIntegerToFloat -> * s (-> + bias),   s [batch, seq, 1] = max |x| / 127
+
+The last layer ends with its keys and values. What comes after the prompt's last token, the decoder itself computes.
+Needs a CPU that multiplies bytes exactly (VNNI on x86).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+
+from internvl_edge.checkpoint import Checkpoint
+from internvl_edge.errors import EdgeError
+from internvl_edge.linear import PackedLinear
+
+from .builder import MICROSOFT, GraphBuilder, Types
+from .decoder import layers, output_cache
+from .weights import Array, WeightFile
+
+_LARGEST = 127
+# Where a token's inputs are all zeros.
+_SMALLEST_SCALE = 1e-9
+
+
+def build_prompts(checkpoint: Checkpoint, types: Types, file: WeightFile) -> ir.Model:
+    """The graph for prompts of a checkpoint whose decoder has 4-bit weights.
+
+        inputs_embeds, cos, sin, past_length, past_key_values.N.{key,value} as `decoder` -> present.N.{key,value}
+
+    Raises:
+        EdgeError: no 4-bit weights, or activations that are not float32.
+    """
+    if types.activations != ir.DataType.FLOAT:
+        raise EdgeError("prompts in int8 are for CPUs, whose graphs compute in float32; leave out --activations")
+    if not any(scheme.bits == 4 for name, scheme in checkpoint.schemes.items() if name.startswith("decoder.layers")):
+        raise EdgeError("prompts in int8 are made from 4-bit weights, and this decoder has none; quantise it first")
+    g = GraphBuilder("prompts", types, file, checkpoint.shapes, checkpoint.tensor, _TokenwiseMatMul(checkpoint))
+    _, presents = layers(g, checkpoint, "onnxruntime", whole=False)
+    output_cache(g, checkpoint, presents)
+    return g.model()
+
+
+class _TokenwiseMatMul:
+    """Writes the products of quantised linears; see `builder.PackedMatMul`."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._rounded: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+        self._last: tuple[str, Array, Array] | None = None
+
+    def __call__(self, g: GraphBuilder, x: ir.Value, name: str) -> ir.Value | None:
+        """x [batch, seq, in] times the linear's weights, without its bias; None where they are floats."""
+        if name not in self._checkpoint.schemes:
+            return None
+        out, inputs = self._checkpoint.shapes[f"{name}.weight"]
+        values = g.weight(f"{name}.int8", ir.DataType.INT8, (inputs, out), self._part(name, lambda v, s: v.T))
+        scale = g.weight(f"{name}.int8_scale", ir.DataType.FLOAT, (out,), self._part(name, lambda v, s: s))
+        rounded, token_scale = self._round(g, x)
+        y = g.op(
+            "MatMulIntegerToFloat",
+            *(rounded, values, g.floats(1), scale, g.constant(_LARGEST + 1, np.uint8)),
+            domain=MICROSOFT,
+        )
+        return g.op("Mul", y, token_scale)
+
+    def _round(self, g: GraphBuilder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """x as bytes counted from 128, and its tokens' scales; once for all linears that take it."""
+        if x not in self._rounded:
+            largest = g.op("ReduceMax", g.op("Abs", x), g.constant([-1]), keepdims=1)
+            scale = g.op("Max", g.op("Mul", largest, g.floats(1 / _LARGEST)), g.floats(_SMALLEST_SCALE))
+            bytes_ = g.op("QuantizeLinear", g.op("Div", x, scale), g.floats(1), g.constant(_LARGEST + 1, np.uint8))
+            self._rounded[x] = bytes_, scale
+        return self._rounded[x]
+
+    def _part(self, name: str, choose: Callable[[Array, Array], Array]) -> Callable[[], Array]:
+        """Values or scales of a linear, read when written; the last one is kept, as its parts follow each other."""
+
+        def read() -> Array:
+            if self._last is None or self._last[0] != name:
+                linear = self._checkpoint.linear(name)
+                assert linear is not None
+                self._last = name, *round_per_output(linear)
+            return choose(*self._last[1:])
+
+        return read
+
+
+def round_per_output(linear: PackedLinear) -> tuple[Array, Array]:
+    """The weights as int8 [out, in] and one scale per output [out], float32: the largest of each becomes 127."""
+    weights = linear.dequantise()
+    scale = np.maximum(np.abs(weights).max(axis=1), np.finfo(np.float32).tiny) / _LARGEST
+    return np.rint(weights / scale[:, None]).astype(np.int8), scale.astype(np.float32)
