@@ -23,6 +23,7 @@ from internvl_edge.errors import EngineError
 
 from . import machine
 from .footprint import Footprint
+from .image_cache import ImageCache
 from .model import InternVL
 from .precision import bundle_precision
 
@@ -81,7 +82,8 @@ def bench(folder: Path, *, repeat: int = 3, threads: int | None = None, **loadin
         load_s = time.perf_counter() - started
         runs = _Runs(model, repeat)
         decode = runs.decode()
-        figures = [Figure("load", load_s, "s"), *runs.vision(), *runs.prefill(), *decode.values(), *runs.first_token()]
+        answers = [*decode.values(), *runs.first_token(), runs.second_question()]
+        figures = [Figure("load", load_s, "s"), *runs.vision(), *runs.prefill(), *answers]
     peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     # Last, so that its arrays do not count as the model's memory.
     bandwidth = machine.read_bandwidth(threads)
@@ -146,6 +148,22 @@ class _Runs:
             middle, spread = self._measured(partial(self._question, count))
             figures.append(Figure(f"first token, {_tiles(count)} + {QUESTION_TEXT}", middle, "s", spread))
         return figures
+
+    def second_question(self) -> Figure:
+        """Seconds to the first logits of another question about the same image, whose tokens both caches hold."""
+        tiles = self._tiles[: max(QUESTIONS)]
+        images = ImageCache(self._engine.encode)
+        shared = len(tiles) * self._tokens_per_tile
+        self._question(len(tiles))
+        images.encode(tiles)
+
+        def ask() -> None:
+            images.encode(tiles)
+            self._engine.reset(shared)
+            self._engine.prefill(self._embeds[shared : shared + QUESTION_TEXT])
+
+        middle, spread = self._measured(ask)
+        return Figure(f"second question, {_tiles(len(tiles))} + {QUESTION_TEXT}", middle, "s", spread)
 
     def _rate(self, name: str, tokens: int, action: Callable[[], object]) -> Figure:
         middle, spread = self._measured(action)

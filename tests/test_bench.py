@@ -36,6 +36,7 @@ def test_a_report_holds_every_figure(bundle: Path, tmp_path: Path) -> None:
     assert names == [
         *("load", "vision, 1 tile", "vision, 7 tiles", "prefill 300", "prefill 1800"),
         *("decode at 300", "decode at 2000", "first token, 1 tile + 300", "first token, 7 tiles + 300"),
+        "second question, 7 tiles + 300",
     ]
     assert all(figure["value"] > 0 for figure in report["figures"])
     assert report["disk_bytes"] == sum(p.stat().st_size for p in bundle.iterdir() if p.name != "manifest.json")
