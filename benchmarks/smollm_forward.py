@@ -1,7 +1,8 @@
 """SmolLM2's decoder in float32 over given weights, and how far its predictions are from the unquantised model's.
 
-One forward for every method, so that only weights differ. Weights come from a checkpoint of this project (either
-layout, quantised or not), or from a folder under Llama's names: plain tensors, or packed as AutoAWQ does.
+One forward for every method, so that only weights differ, and inputs where these are rounded too. Weights come from a
+checkpoint of this project (either layout, quantised or not), or from a folder under Llama's names: plain tensors, or
+packed as AutoAWQ does.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from internvl_edge.checkpoint import Checkpoint
 from internvl_edge.codecs import autoawq
 from internvl_edge.config import DecoderConfig
 from internvl_edge.evaluation.divergence import Divergence, divergence
+from internvl_edge.quantize.block import computed
 from internvl_edge.runtime.rope import RotaryAngles
 from internvl_edge.tensor_files import open_tensor_files
 
@@ -35,10 +37,23 @@ def read_weights(folder: Path, vocabulary: int) -> Weights:
         checkpoint = Checkpoint(folder)
         names = [name for name in checkpoint.shapes if name.startswith("decoder.")]
         weights = {name.removeprefix("decoder."): to_torch(checkpoint.tensor(name)).float() for name in names}
+        weights |= _int8_inputs(checkpoint)
     else:
         weights = _llama_names(folder)
     weights.setdefault(_HEAD, weights[_EMBED])
     return weights | {name: weights[name][:vocabulary] for name in (_EMBED, _HEAD)}
+
+
+def _int8_inputs(checkpoint: Checkpoint) -> Weights:
+    """Linears whose inputs are rounded too, as `calibration.blocks.linear` computes them."""
+    found: Weights = {}
+    for name, scheme in checkpoint.schemes.items():
+        if scheme.static_inputs and name.startswith("decoder."):
+            packed = checkpoint.linear(name)
+            assert packed is not None
+            parts = computed(packed, torch.float32).items()
+            found |= {f"{name.removeprefix('decoder.')}.{part}": tensor for part, tensor in parts}
+    return found
 
 
 def _llama_names(folder: Path) -> Weights:

@@ -87,6 +87,9 @@ class DecoderInt8:
     Attributes:
         calibrator: as for the tower.
         smoothing: SmoothQuant, folded into what comes before each input: norms, value rows, up rows.
+        max_kl: linears keep float inputs or floats, by `Automatic`, until no more divergence is predicted; 0 for none.
+            Language models have tokens whose values are a thousand times larger than all others in a layer or two,
+            which no static range holds.
 
     Raises:
         EdgeError: from the constructor, for anything else.
@@ -94,9 +97,12 @@ class DecoderInt8:
 
     calibrator: str = "best"
     smoothing: bool = True
+    max_kl: float = 0.02
 
     def __post_init__(self) -> None:
         _require_calibrator(self.calibrator)
+        if not self.max_kl >= 0:
+            raise EdgeError(f"a divergence of {self.max_kl:g} is not possible; give one above 0, or 0 for no limit")
 
 
 @dataclass(frozen=True)
@@ -148,7 +154,8 @@ class Recipe:
         layers: (pattern, precision) exceptions; the last that matches a linear holds. Patterns (`*`, `?`) are of
             canonical names, "decoder." left out or not: ("layers.0.*", "w8a16"), ("*.down_proj", "w4a16-awq-g32").
             Those of tower and projector can only be "fp".
-        automatic: chooses the precision of the linears that no pattern matches.
+        automatic: chooses the precision of the linears that no pattern matches; with "w8a8" also without it, see
+            `DecoderInt8.max_kl`.
 
     Raises:
         EdgeError: from the constructor, for anything else.
@@ -183,7 +190,7 @@ class Recipe:
         if self.automatic and self.decoder == "fp":
             raise EdgeError("precision is chosen from the decoder's scheme upwards; give a decoder scheme below fp")
         found += self.candidates
-        if self.automatic and self.automatic.target_bits and any(each.method == "w8a8" for each in self.candidates):
+        if self.choice and self.choice.target_bits and any(each.method == "w8a8" for each in self.candidates):
             raise EdgeError("w8a8 has as many bits as w8a16, so target_bits cannot choose between them; give max_kl")
         floats = (self.decoder, self.lm_head, self.vision, self.kv_cache) == ("fp", "fp", "fp", "fp")
         if floats and all(precision.scheme is None for precision in found):
@@ -220,13 +227,19 @@ class Recipe:
         return self.precision({"fp": "fp", "int8": "w8a16", "int4": four_bits}[self.lm_head])
 
     @property
+    def choice(self) -> Automatic | None:
+        """By what precision is chosen; None where nothing is."""
+        limited = self.decoder == "w8a8" and self.decoder_int8.max_kl > 0
+        return self.automatic or (Automatic(max_kl=self.decoder_int8.max_kl) if limited else None)
+
+    @property
     def candidates(self) -> list[Precision]:
         """What the automatic choice chooses from, without doubles; empty where nothing is chosen."""
-        if self.automatic is None:
+        if self.choice is None:
             return []
         halved = self.group_size // 2
         finer = [f"{self.decoder}-g{halved}"] if self.decoder in _FOUR_BITS and halved in GROUP_SIZES else []
-        among = self.automatic.among or (self.decoder, *finer, "w8a16", "fp")
+        among = self.choice.among or (self.decoder, *finer, "w8a16", "fp")
         return list(dict.fromkeys(self.precision(text) for text in among))
 
     @property
@@ -238,13 +251,13 @@ class Recipe:
     def needs_data(self) -> bool:
         """Whether the decoder's activations are needed: by a linear, by a choice, or for the range of the cache."""
         exceptions = [self.precision(text) for _, text in self.layers]
-        chosen = self.automatic is not None or self.kv_cache == "int8"
+        chosen = self.choice is not None or self.kv_cache == "int8"
         return chosen or any(each.needs_data for each in (self.base, *exceptions))
 
     @property
     def is_autoawq(self) -> bool:
         """Whether AutoAWQ's format can say all of it."""
-        uniform = not self.layers and self.automatic is None
+        uniform = not self.layers and self.choice is None
         others = (self.lm_head, self.vision, self.kv_cache) == ("fp", "fp", "fp")
         return self.decoder in _FOUR_BITS and not self.symmetric and uniform and others
 

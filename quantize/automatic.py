@@ -57,10 +57,10 @@ def plan_by_divergence(checkpoint: Checkpoint, recipe: Recipe, divergences: Dive
     Raises:
         EdgeError: the limit cannot be met with the precisions to choose from.
     """
-    assert recipe.automatic is not None
+    assert recipe.choice is not None
     plan = plan_decoder(checkpoint, recipe)
     free = {unit[0]: unit for unit in units(checkpoint) if not any(plan[name].fixed for name in unit)}
-    cost = _bits if recipe.automatic.target_bits is not None else _bits_with_inputs
+    cost = _bits if recipe.choice.target_bits is not None else _bits_with_inputs
     options = {
         first: [
             Option(str(precision), cost(checkpoint, unit, precision), divergences[first].get(str(precision), 0.0))
@@ -71,12 +71,12 @@ def plan_by_divergence(checkpoint: Checkpoint, recipe: Recipe, divergences: Dive
     kept = [name for name in plan if all(name not in unit for unit in free.values())]
     fixed = sum(_bits(checkpoint, [name], plan[name].precision) for name in kept)
     weights = sum(_weights(checkpoint, name) for name in plan)
-    picked = _pick(options, recipe.automatic, fixed, weights)
+    picked = _pick(options, recipe.choice, fixed, weights)
     base = str(recipe.base)
     found = {
         name: Choice(
             recipe.precision(option.precision),
-            _reason(options[first], option, base, recipe.automatic),
+            _reason(options[first], option, base, recipe.choice),
             option.divergence * _weights(checkpoint, name) / sum(_weights(checkpoint, each) for each in free[first]),
         )
         for first, option in picked.items()

@@ -115,7 +115,7 @@ class _Layer:
         self._weight, self._x, self._largest = weight, inputs.subset.float(), inputs.max_abs
         self._expected = self._x @ weight.T
         energies = self._expected.square().sum(1, dtype=torch.float64).clamp(min=1e-30)
-        self._weights = 1 / energies / len(energies) if per_token else torch.full_like(energies, 1 / energies.sum())
+        self._weights = 1 / energies / len(energies) if per_token else torch.ones_like(energies) / energies.sum()
 
     def error(self, y: Tensor) -> float:
         """Of outputs y [tokens, out], which are used up: sqrt(|Y' - Y|^2 / |Y|^2), or the same token by token."""

@@ -168,7 +168,7 @@ class _Run:
             replaced = self._quantise_vision(calibration) if self._recipe.vision == "int8" else no_replacements
             if self._recipe.needs_data:  # image tokens as the device will compute them
                 embedded_set(self._work, self._checkpoint, identity, options, self._compute, self._progress, replaced)
-        if self._recipe.automatic:
+        if self._recipe.choice:
             parts = self._work, self._checkpoint, calibration, self._compute, self._recipe
             self._divergences = measure_divergences(*parts, self._bars)
             self._follow(plan_by_divergence(self._checkpoint, self._recipe, self._divergences))

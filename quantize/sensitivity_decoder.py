@@ -36,7 +36,7 @@ from .layer import BlockQuantiser
 from .vision import Bars
 
 # Tokens of the samples that are followed back, and draws for each of them.
-_PROBE_TOKENS = 4096
+_PROBE_TOKENS = 2048
 _DRAWS = 8
 _LABEL = "float-"
 _STATE = "decoder-sensitivity.json"

@@ -29,7 +29,7 @@ from internvl_edge.quantize.folding import SCALE_GROUPS
 from internvl_edge.quantize.layer import BlockQuantiser
 from internvl_edge.quantize.plan import Choice, decoder_linears, units
 from internvl_edge.quantize.sensitivity_decoder import DecoderSensitivity, probe_samples
-from internvl_edge.recipe import Automatic, Recipe
+from internvl_edge.recipe import Automatic, DecoderInt8, Recipe
 
 Options = dict[str, list[Option]]
 
@@ -245,7 +245,7 @@ def test_patterns_come_before_the_choice(tmp_path: Path) -> None:
 
 def test_int8_inputs_go_where_they_harm_least(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint")
-    recipe = Recipe("w8a8", automatic=Automatic(max_kl=0.002))
+    recipe = Recipe("w8a8", decoder_int8=DecoderInt8(max_kl=0.002))
     report = quantize(checkpoint, tmp_path / "out", recipe)
     kinds = {linear.scheme.endswith("int8 inputs") for linear in report.linears}
     assert kinds == {True, False}

@@ -33,6 +33,7 @@ from internvl_edge.runtime.engines import onnxruntime as engine_module
 
 __all__ = ["float_activations"]
 
+ALL_INT8 = DecoderInt8(max_kl=0)
 LAYOUTS: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "internlm2": {"text": "internlm2", "bias": True, "shards": 2, "dtype": "float16"},
@@ -46,7 +47,7 @@ MIXED: dict[str, Recipe] = {
     "floats below scaled norms": Recipe(
         group_size=64, layers=(("*.up_proj", "fp"), ("layers.0.self_attn.*", "fp"), ("*.o_proj", "w4a16-awq"))
     ),
-    "int8 inputs": Recipe("w8a8", lm_head="int8"),
+    "int8 inputs": Recipe("w8a8", lm_head="int8", decoder_int8=ALL_INT8),
     "some int8 inputs": Recipe(group_size=32, layers=(("*.self_attn.*", "w8a8"), ("*.gate_proj", "w8a8"))),
     "without data": Recipe("w4a16-rtn", group_size=32, layers=(("layers.1.*", "w8a16"), ("layers.0.mlp.*", "fp"))),
 }
@@ -121,7 +122,7 @@ def test_both_dialects_compute_what_the_checkpoint_says(tmp_path: Path, layout: 
 def test_int8_inputs_are_exact_in_float64_logic(tmp_path: Path, layout: str) -> None:
     """Scales that smoothing moves are powers of two: floats with them are the original's, so rounding alone is lost."""
     original = write_checkpoint(tmp_path / "checkpoint", **LAYOUTS[layout])
-    recipe = Recipe("w8a8", layers=(("*.mlp.*", "fp"), ("*.o_proj", "fp")))
+    recipe = Recipe("w8a8", decoder_int8=ALL_INT8, layers=(("*.mlp.*", "fp"), ("*.o_proj", "fp")))
     quantize(original, tmp_path / "out", recipe)
     before, after = Checkpoint(original), Checkpoint(tmp_path / "out")
     for n in range(2):
@@ -149,7 +150,7 @@ def test_floats_beside_scaled_inputs_stay_exact(tmp_path: Path) -> None:
 
 def test_onnx_runtime_multiplies_integers_and_tensorrt_reads_signed_ones(tmp_path: Path) -> None:
     original = write_checkpoint(tmp_path / "checkpoint")
-    quantize(original, tmp_path / "out", Recipe("w8a8"))
+    quantize(original, tmp_path / "out", Recipe("w8a8", decoder_int8=ALL_INT8))
     bundle = export_bundle(tmp_path / "out", tmp_path / "bundle")
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
@@ -178,7 +179,7 @@ def test_smoothing_spares_outlier_channels(tmp_path: Path) -> None:
     enlarge(original, "input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"))
     errors = {}
     for smoothing in (False, True):
-        recipe = Recipe("w8a8", decoder_int8=DecoderInt8(smoothing=smoothing))
+        recipe = Recipe("w8a8", decoder_int8=DecoderInt8(smoothing=smoothing, max_kl=0))
         report = quantize(original, tmp_path / f"{smoothing}", recipe)
         errors[smoothing] = report.errors["decoder.layers.1.self_attn.q_proj"]
         facts = next(facts for facts in report.linears if facts.name == "decoder.layers.1.self_attn.q_proj")
@@ -294,7 +295,7 @@ def test_int8_graphs_build_in_tensorrt(tmp_path: Path, name: str) -> None:
 
     # Blocks of 64 are the smallest that TensorRT documents.
     recipe = {
-        "w8a8": Recipe("w8a8", lm_head="int8"),
+        "w8a8": Recipe("w8a8", lm_head="int8", decoder_int8=ALL_INT8),
         "mixed": Recipe(group_size=64, symmetric=True, layers=(("layers.0.*", "w8a8"), ("*.down_proj", "w8a16"))),
     }.get(name) or make_recipe(combine(presets()[name], {"group_size": 64, "vision_int8": {"cosine": 0}}))
     original = write_checkpoint(tmp_path / "checkpoint")

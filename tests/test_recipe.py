@@ -16,7 +16,7 @@ from internvl_edge.cli import cli
 from internvl_edge.errors import EdgeError
 from internvl_edge.quantize import check_recipe
 from internvl_edge.quantize.plan import decoder_linears, plan_decoder
-from internvl_edge.recipe import Automatic, Recipe
+from internvl_edge.recipe import Automatic, DecoderInt8, Recipe
 from internvl_edge.recipe_files import combine, make_recipe, presets, read_recipe
 
 
@@ -83,6 +83,7 @@ def test_names_that_are_neither_preset_nor_file_get_near_ones(tmp_path: Path) ->
         ({"layers": (("*", "w8a16-g64"),)}, "only w4a16-awq and w4a16-rtn have groups; write w8a16"),
         ({"decoder": "fp", "automatic": Automatic(target_bits=5)}, "give a decoder scheme below fp"),
         ({"decoder": "w8a8", "automatic": Automatic(target_bits=9)}, "give max_kl"),
+        ({"decoder_int8": DecoderInt8(max_kl=0), "kv_cache": "int2"}, "kv_cache 'int2'"),
         ({"decoder": "fp", "layers": (("*", "fp"),)}, "quantise at least one"),
     ],
 )
@@ -156,6 +157,13 @@ def test_group_sizes_of_exceptions_and_candidates_must_divide(tmp_path: Path) ->
     among = Automatic(target_bits=6, among=("w4a16-awq-g128", "w8a16"))
     with pytest.raises(EdgeError, match="groups of 128"):
         check_recipe(checkpoint, Recipe(group_size=32, automatic=among))
+
+
+def test_int8_inputs_are_limited_unless_told_otherwise() -> None:
+    assert Recipe("w8a8").choice == Automatic(max_kl=0.02)
+    assert Recipe("w8a8", decoder_int8=DecoderInt8(max_kl=0)).choice is None
+    assert Recipe("w8a8", automatic=Automatic(max_kl=0.1)).choice == Automatic(max_kl=0.1)
+    assert Recipe("w8a16").choice is None
 
 
 # ---- command line ----

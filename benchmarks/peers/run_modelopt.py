@@ -3,6 +3,11 @@
 Needs the `modelopt` environment. OUT becomes a folder with the float32 weights that the quantised model multiplies
 with: rounded ones times the scale of their inputs. The configuration is the tool's own (symmetric, alpha search without
 clipping), apart from the group size; `--clip` takes its full algorithm, which also searches clipping.
+
+With `--smoothquant TEST.npz` it is INT8_SMOOTHQUANT_CFG as the tool has it: weights of linears per output, their inputs
+per tensor, ranges from all calibration tokens. Inputs are rounded in the model, so the model itself answers: OUT gets
+`logits.npy`, float32 [positions, vocab], the predictions of ids[start + 1] and all that follow of each test sequence.
+TEST holds `ids` of all sequences one behind the other, their `lengths` and their `starts`.
 """
 
 from __future__ import annotations
@@ -25,15 +30,17 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("tokens")
     parser.add_argument("out")
-    parser.add_argument("--group-size", type=int, required=True)
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--smoothquant")
     parser.add_argument("--clip", action="store_true")
     options = parser.parse_args()
     tokens = torch.from_numpy(np.load(options.tokens)).long()
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
-    config = copy.deepcopy(mtq.INT4_AWQ_CFG)
+    config = copy.deepcopy(mtq.INT8_SMOOTHQUANT_CFG if options.smoothquant else mtq.INT4_AWQ_CFG)
     if options.clip:
         config["algorithm"] = {"method": "awq_full", "alpha_step": 0.1}
-    _set_group_size(config, options.group_size)
+    if not options.smoothquant:
+        _set_group_size(config, options.group_size)
 
     def calibrate(model: torch.nn.Module) -> None:
         for start in range(0, len(tokens), BATCH):
@@ -41,7 +48,24 @@ def main() -> None:
 
     with torch.no_grad():
         mtq.quantize(model, config, calibrate)
-        _save(_multiplied(model), options.out)
+        if options.smoothquant:
+            _answer(model, Path(options.smoothquant), Path(options.out))
+        else:
+            _save(_multiplied(model), options.out)
+
+
+def _answer(model: torch.nn.Module, test: Path, out: Path) -> None:
+    """Write the model's own predictions."""
+    enabled = [name for name, module in model.named_modules() if name.endswith("_quantizer") and module.is_enabled]
+    print(f"{len(enabled)} quantizers: {enabled[:3]} ...")
+    sequences = np.load(test)
+    ends = np.cumsum(sequences["lengths"])
+    parts = []
+    for start, length, end in zip(sequences["starts"], sequences["lengths"], ends, strict=True):
+        ids = torch.from_numpy(sequences["ids"][end - length : end]).long()
+        parts.append(model(ids[None]).logits[0, start:-1].float().numpy())
+    out.mkdir(parents=True)
+    np.save(out / "logits.npy", np.concatenate(parts))
 
 
 def _set_group_size(config: object, size: int) -> None:

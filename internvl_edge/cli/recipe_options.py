@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ..errors import EdgeError
-from ..recipe import CALIBRATORS, DECODER_SCHEMES, KV_CACHES, LM_HEADS, Recipe, VisionInt8
+from ..recipe import CALIBRATORS, DECODER_SCHEMES, KV_CACHES, LM_HEADS, DecoderInt8, Recipe, VisionInt8
 from ..recipe_files import combine, make_recipe, presets, read_recipe
 
 Command = Callable[..., Any]
@@ -49,7 +49,8 @@ _OPTIONS = (
     click.option(
         "--max-kl",
         type=float,
-        help="Choose the precision of each layer: fewest bits for so much predicted divergence, in nats per token.",
+        help="Choose the precision of each layer: fewest bits for so much predicted divergence (nats); 0: none.  "
+        f"[default: none; with w8a8: {DecoderInt8.max_kl}]",
     ),
     click.option("--vision", help=f"int8: weights and inputs of tower and projector.  [default: {Recipe.vision}]"),
     click.option(
@@ -111,6 +112,10 @@ def recipe_of(values: dict[str, Any]) -> Recipe:
     if layers := values.pop("layers"):
         given["layers"] = dict(_exception(text) for text in layers)
     limits = {option: value for option in ("target_bits", "max_kl") if (value := values.pop(option)) is not None}
+    if limits.get("max_kl") == 0:
+        del limits["max_kl"]
+        fields = {name: value for name, value in fields.items() if name != "automatic"}
+        given.setdefault("decoder_int8", {})["max_kl"] = 0.0
     if limits:  # in place of the recipe's own limit
         among = {"among": fields["automatic"]["among"]} if "among" in fields.get("automatic", {}) else {}
         fields = {**fields, "automatic": {**among, **limits}}
