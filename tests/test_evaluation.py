@@ -52,11 +52,11 @@ def comparison(pair: Pair, cases: list[Case]) -> Comparison:
     return _compare(pair.candidate, pair.reference, cases)
 
 
-def _compare(candidate: Path, reference: Path, cases: list[Case]) -> Comparison:
+def _compare(candidate: Path, reference: Path, cases: list[Case], shown: int = 0) -> Comparison:
     def loading(path: Path) -> InternVL:
-        return InternVL.load(path, threads=1)
+        return InternVL.load(path, engine="onnxruntime", threads=1)
 
-    return compare(lambda: loading(candidate), lambda: loading(reference), cases, {"max_new_tokens": 8})
+    return compare(lambda: loading(candidate), lambda: loading(reference), cases, {"max_new_tokens": 8}, shown=shown)
 
 
 # ---- figures ----
@@ -145,6 +145,25 @@ def test_a_bundle_equals_its_checkpoint(pair: Pair, cases: list[Case]) -> None:
     assert not exported.exists()
     assert found.greedy.kl_max < 1e-9
     assert (found.same_answers, found.same_prefix, found.greedy.top1_agreement) == (1, 1, 1)
+
+
+def test_answers_that_are_shown_are_those_the_models_give_by_themselves(pair: Pair, cases: list[Case]) -> None:
+    found = _compare(pair.candidate, pair.reference, [cases[1], *[cases[0]] * 3], shown=2)
+    assert [answered.case.name for answered in found.answered] == ["picture", "picture"], "pictures come first"
+    said = []
+    for folder in (pair.reference, pair.candidate):
+        with InternVL.load(folder, engine="onnxruntime", threads=1) as model:
+            said.append(model.chat(cases[0].question, list(cases[0].images), max_new_tokens=8))
+    assert (found.answered[0].reference, found.answered[0].candidate) == (said[0].text, said[1].text)
+    assert found.answered[0].same == (said[0].output_ids == said[1].output_ids)
+
+
+def test_kinds_of_questions_are_also_counted_apart(comparison: Comparison) -> None:
+    assert set(comparison.kinds) == {"images", "text"}
+    assert sum(kind.positions for kind in comparison.kinds.values()) == comparison.greedy.positions
+    weighted = sum(kind.kl_mean * kind.positions for kind in comparison.kinds.values())
+    assert weighted / comparison.greedy.positions == pytest.approx(comparison.greedy.kl_mean)
+    assert comparison.kl.mean() == pytest.approx(comparison.figures()["kl"])
 
 
 def test_models_with_other_prompts_are_not_compared(pair: Pair, cases: list[Case], tmp_path: Path) -> None:

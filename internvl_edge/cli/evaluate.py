@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +138,13 @@ class _Request:
         assert tiles is None or isinstance(tiles, int)
         return tiles
 
-    def load(self, folder: Path) -> InternVL:
-        return load_model(folder, dict(self.loading))
+    def load_bundle(self) -> InternVL:
+        return load_model(self.bundle, dict(self.loading))
+
+    def load_reference(self, folder: Path) -> InternVL:
+        """As exactly as it can be computed, whatever runs the bundle: what an engine rounds is part of the figures."""
+        device = "cpu" if self.loading["device"] == "tensorrt" else self.loading["device"]
+        return load_model(folder, {**self.loading, "device": device, "engine": "onnxruntime", "dialect": None})
 
 
 def _request(bundle: Path, values: dict[str, Any]) -> _Request:
@@ -153,6 +159,8 @@ def _request(bundle: Path, values: dict[str, Any]) -> _Request:
     available = {"reference": reference, "suite": suite, "answers": any(case.answer for case in cases)}
     require_measurable(conditions, [name for name, there in available.items() if there])
     report, no_report = values.pop("report"), values.pop("no_report")
+    if values["engine"] == "auto":  # figures are about the bundle, not about what this machine has installed
+        values["engine"] = "onnxruntime"
     return _Request(
         bundle=bundle,
         reference=reference,
@@ -206,7 +214,7 @@ class _Found:
 
     def measured(self, request: _Request) -> dict[str, dict[str, Any]]:
         """How, for the manifest."""
-        where = {"device": request.loading["device"], "dialect": request.loading["dialect"]}
+        where = {name: request.loading[name] for name in ("device", "engine", "dialect")}
         measured = {}
         if facts := self.comparison_facts:
             asked = {"reference": facts.reference, "data": facts.data, "cases": facts.cases, "seed": facts.seed}
@@ -230,8 +238,8 @@ def _measure(request: _Request) -> _Found:
         started = time.perf_counter()
         with _bar(2 * len(request.cases)) as advance:
             comparison = compare(
-                lambda: request.load(request.bundle),
-                lambda: request.load(folder),
+                request.load_bundle,
+                lambda: request.load_reference(folder),
                 request.cases,
                 request.options,
                 advance,
@@ -247,11 +255,13 @@ def _suite(request: _Request, reference: Path | None) -> _Found:
     started = time.perf_counter()
     options: ChatOptions = {**request.options, "max_new_tokens": _SUITE_ANSWER_TOKENS}
     scores = []
-    folders = [folder for folder in (request.bundle, reference) if folder is not None]
-    with _bar(len(folders) * request.suite_cases) as advance:
-        for folder in folders:
+    loads: list[Callable[[], InternVL]] = [request.load_bundle]
+    if reference is not None:
+        loads.append(partial(request.load_reference, reference))
+    with _bar(len(loads) * request.suite_cases) as advance:
+        for load in loads:
             cases = itertools.islice(SUITES[request.suite](request.seed), request.suite_cases)
-            with request.load(folder) as model:
+            with load() as model:
                 scores.append(run_suite(model, cases, options, advance))
     score, expected = scores[0], scores[1] if reference else None
     run = run_of(time.perf_counter() - started)

@@ -4,3 +4,9 @@ Pure data in, files out: nothing here measures, loads a model or touches the net
 """
 
 from __future__ import annotations
+
+from .content import Report
+from .files import read_report, write_report
+from .linears import ActivationRange, LinearFacts
+
+__all__ = ["ActivationRange", "LinearFacts", "Report", "read_report", "write_report"]
