@@ -72,7 +72,7 @@ def command(bundle: Path, as_json: bool, **values: Any) -> int:
 
     With --reference, both answer the same questions: how far do predictions and answers differ? With --suite, answers
     are compared with the right ones; with both, those of the reference too. Figures and conditions go into the bundle's
-    manifest and into a report.
+    manifest and into a report. ONNX Runtime computes them unless --engine or --device says otherwise.
     """
     accept = values.pop("accept")
     request = _request(bundle, values)
