@@ -68,10 +68,10 @@ class Quality:
 
 
 def quality_of(manifest: Manifest) -> Quality:
-    """What is known of the bundle with this manifest: nothing where the figures belong to other files.
+    """What is known of the bundle with this manifest.
 
-    Raises:
-        BundleError: the entry cannot be read.
+    Nothing where the figures belong to other files, or cannot be read: they may be those of a newer version, and no
+    bundle should fail to load for that. A quantised one then counts as never measured.
     """
     empty = Quality(manifest.fingerprint)
     if manifest.quality is None:
@@ -81,8 +81,8 @@ def quality_of(manifest: Manifest) -> Quality:
         for verdict in gate:
             parse_condition(verdict.condition)
         found = Quality(**(manifest.quality | {"gate": gate}))
-    except (EdgeError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BundleError(f"the manifest's quality figures are damaged ({error}); evaluate the bundle again") from None
+    except (EdgeError, KeyError, TypeError, ValueError, AttributeError):
+        return empty
     return found if found.files == empty.files else empty
 
 
