@@ -281,10 +281,7 @@ def _read_facts(block: Path) -> list[LinearFacts]:
 
 def _facts(values: dict[str, Any]) -> LinearFacts:
     inputs = values["inputs"]
-    if inputs is not None:
-        channels = tuple((int(channel), float(largest)) for channel, largest in inputs["channels"])
-        inputs = ActivationRange(**inputs | {"channels": channels})
-    return LinearFacts(**values | {"inputs": inputs})
+    return LinearFacts(**values | {"inputs": None if inputs is None else ActivationRange.from_values(inputs)})
 
 
 def _require_space(folder: Path, total: int) -> None:

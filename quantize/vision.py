@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -26,8 +26,10 @@ from internvl_edge.calibration.work import WorkFolder
 from internvl_edge.checkpoint import Checkpoint
 from internvl_edge.errors import EdgeError
 from internvl_edge.recipe import VisionInt8
+from internvl_edge.report.linears import ActivationRange
 
 from .block import QuantisedBlock
+from .facts import activation_range
 from .integer import IntegerLinear, quantise_linear
 from .sensitivity import SensitivityPass, choose_floats
 from .smoothing import divide
@@ -55,8 +57,8 @@ class VisionReport:
         lowest_cosine: of the worst tile.
         predicted_cosine: what the measured parts of all int8 linears add up to.
         layers: by canonical linear name: "stored" (int8 or float), "part" of the embeddings' relative squared error as
-            int8, "calibrator", "strength" of smoothing, "range" of the input, relative output "error", "reason" why it
-            keeps floats.
+            int8, "calibrator", "strength" of smoothing, "range" that its input is rounded in, relative output "error",
+            "inputs" (an `ActivationRange`), "reason" why it keeps floats.
     """
 
     tiles: int
@@ -148,7 +150,8 @@ class VisionQuantiser:
                 [vector.to(self._compute.device) for vector in vectors] if norm and self._how.smoothing else None,
             )
             arrays |= {f"{name}/{part}": array for part, array in linear.arrays().items()}
-            facts[name] = linear.facts()
+            seen = asdict(activation_range(statistics[name], clipped_at=linear.range))
+            facts[name] = linear.facts() | {"inputs": seen}
         self._work.write_arrays(f"vision-{block}.npz", arrays)
         self._work.write_json(f"vision-{block}.json", facts)
 
@@ -175,7 +178,8 @@ class VisionQuantiser:
             for name, facts in self._work.read_json(f"vision-{block}.json").items():
                 full = f"{block}.{name}"
                 stored = {"stored": "float", "reason": floats[full]} if full in floats else {"stored": "int8"}
-                layers[full] = stored | {"part": parts[full], **facts}
+                inputs = ActivationRange.from_values(facts["inputs"])
+                layers[full] = stored | {"part": parts[full], **facts, "inputs": inputs}
         error = sum(part for name, part in parts.items() if name not in floats)
         return VisionReport(
             tiles=len(self._tiles.pixels),

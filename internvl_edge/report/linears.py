@@ -5,7 +5,9 @@ Whatever is not known stays None, and what would show it is left out. Needs no p
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,12 @@ class ActivationRange:
     typical: float | None = None
     clipped_at: float | None = None
     channels: tuple[tuple[int, float], ...] = ()
+
+    @staticmethod
+    def from_values(values: Mapping[str, Any]) -> ActivationRange:
+        """From JSON values, which know no tuples."""
+        channels = tuple((int(channel), float(largest)) for channel, largest in values["channels"])
+        return ActivationRange(**{**values, "channels": channels})
 
 
 @dataclass(frozen=True)

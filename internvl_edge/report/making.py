@@ -12,7 +12,7 @@ from internvl_edge.components import Component, bits_per_weight, components
 from .architecture import architecture
 from .content import Making, Report, TowerFacts
 from .files import Written, weight_files, write_report
-from .linears import ActivationRange, LinearFacts
+from .linears import LinearFacts
 from .run import run_of
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def _linears(report: QuantisationReport, made: Checkpoint) -> tuple[LinearFacts,
                 part=layer["part"],
                 reason=layer.get("reason", ""),
                 fallback=scheme is None,
-                inputs=ActivationRange(clipped_at=layer["range"]),
+                inputs=layer["inputs"],
             )
         )
     return (*tower, *report.linears)
