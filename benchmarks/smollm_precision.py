@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from internvl_edge.checkpoint import Checkpoint
 from internvl_edge.evaluation.divergence import divergence
 from internvl_edge.quantize.automatic import measure_divergences, plan_by_divergence
 from internvl_edge.quantize.plan import Plan, plan_decoder, units
+from internvl_edge.quantize.sensitivity_decoder import Divergences
 from internvl_edge.recipe_files import make_recipe
 
 _SYMMETRIC = {"decoder": "w4a16-awq", "group_size": 64, "symmetric": True}
@@ -110,11 +110,10 @@ class PrecisionBench(Bench):
         paths = [str(path) for path in (self.checkpoint, self.work / "calibration", out)]
         return [sys.executable, str(HERE / "peers" / "run_ours.py"), *paths, json.dumps(recipe)]
 
-    def divergences(self) -> dict[str, Any]:
-        """Of every unit of linears at every precision, and what measuring them took."""
+    def divergences(self) -> Divergences:
+        """Of every unit of linears at every precision."""
         path = self.work / "precision-divergences.json"
         if not path.exists():
-            started = time.process_time()
             among = {"automatic": {"max_kl": 1.0, "among": list(_MEASURED)}}
             found = measure_divergences(
                 WorkFolder(self.work / "precision-divergences", among),
@@ -124,17 +123,12 @@ class PrecisionBench(Bench):
                 make_recipe(_SYMMETRIC | among),
                 lambda label, steps: progress_bar(label, steps, shown=True),
             )
-            values = {"cpu_s": round(time.process_time() - started), "nats": found}
-            path.write_text(json.dumps(values, indent=1), encoding="utf-8")
-        made: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            path.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        made: Divergences = json.loads(path.read_text(encoding="utf-8"))
         return made
 
     def _plan(self, fields: dict[str, Any]) -> Plan:
-        return plan_by_divergence(Checkpoint(self.checkpoint), make_recipe(fields), self._nats())
-
-    def _nats(self) -> dict[str, dict[str, float]]:
-        nats: dict[str, dict[str, float]] = self.divergences()["nats"]
-        return nats
+        return plan_by_divergence(Checkpoint(self.checkpoint), make_recipe(fields), self.divergences())
 
     def _said(self, name: str, out: Path) -> dict[str, Any]:
         """Bits, kinds of linears and, of what was measured, the divergence that is predicted."""
@@ -150,10 +144,11 @@ class PrecisionBench(Bench):
         fields = ROWS[name]
         if fields is None or not (self.work / "precision-divergences.json").exists():
             return None
-        recipe, source, nats = make_recipe(fields), Checkpoint(self.checkpoint), self._nats()
+        recipe, source, nats = make_recipe(fields), Checkpoint(self.checkpoint), self.divergences()
         plan = self._plan(fields) if recipe.choice else plan_decoder(source, recipe)
-        parts = [nats[unit[0]].get(str(plan[unit[0]].precision)) for unit in units(source)]
-        return sum(part for part in parts if part is not None) if None not in parts else None
+        each = [(nats[unit[0]] | {"fp": 0.0}).get(str(plan[unit[0]].precision)) for unit in units(source)]
+        parts = [part for part in each if part is not None]
+        return sum(parts) if len(parts) == len(each) else None
 
     def _answers(self, out: Path) -> dict[str, Any]:
         """Figures of a peer's own logits."""
@@ -198,8 +193,7 @@ def main(work: Path, peers: Path | None, names: tuple[str, ...]) -> None:
     found = {name: bench.known(name) for name in ROWS}
     rows = [values | {"predicted_kl": bench.predicted(name)} for name, values in found.items() if values]
     missing = [name for name, values in found.items() if not values]
-    measuring = {"divergences_cpu_s": bench.divergences()["cpu_s"]}
-    write_results("smollm-precision", {**measuring, "not_measured": missing, "results": rows})
+    write_results("smollm-precision", {"not_measured": missing, "results": rows})
 
 
 def _line(name: str, values: dict[str, Any] | None, predicted: float | None) -> str:
