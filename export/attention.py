@@ -4,11 +4,6 @@ The cache has a fixed capacity and is written in place. `standard` uses ONNX ope
 takes: TensorScatter into the cache, Slice to the used part, single-output Attention with an explicit mask.
 `onnxruntime` uses GroupQueryAttention over the shared cache.
 
-ONNX Runtime's GroupQueryAttention reads the keys of a KV head once for every query head. `folded` decoders, which
-answer but leave prompts to another graph, hand it the query heads of one KV head as rows of one head, so that keys are
-read once. A token then takes as many slots of the cache as it has rows, of which all but the first are zeros, masked,
-and overwritten by the next token.
-
 A cache may hold int8 numbers with one scale per KV head and channel. GroupQueryAttention takes them so. In the standard
 dialect keys and values are divided by their scales and rounded; scores are then made from queries multiplied by the
 keys' scales, and what values add up to is multiplied by theirs: two small products a layer, and a cache whose one
@@ -29,8 +24,6 @@ from .builder import MICROSOFT, GraphBuilder
 from .weights import Array
 
 Dialect = str
-# Added to scores of slots that a token must not see.
-_UNSEEN = -3e4
 
 
 @dataclass(frozen=True)
@@ -54,7 +47,6 @@ class LayerCache:
 
 # (q, k, v [batch, seq, width], cache) -> (attended [batch, seq, width], present key, present value)
 Attend = Callable[[ir.Value, ir.Value, ir.Value, LayerCache], tuple[ir.Value, ir.Value, ir.Value]]
-Attention = Callable[[GraphBuilder, DecoderConfig, Inputs], Attend]
 
 
 def _standard_attention(g: GraphBuilder, decoder: DecoderConfig, inputs: Inputs) -> Attend:
@@ -126,51 +118,7 @@ def _onnxruntime_attention(g: GraphBuilder, decoder: DecoderConfig, inputs: Inpu
     return attend
 
 
-def folded_attention(g: GraphBuilder, decoder: DecoderConfig, inputs: Inputs) -> Attend:
-    """As the onnxruntime dialect's, for few tokens at a time and caches of floats.
-
-    The cache needs room for `seq * num_query_groups` slots behind what it holds.
-    """
-    heads, kv_heads, rows_each = decoder.num_attention_heads, decoder.num_key_value_heads, decoder.num_query_groups
-    width = decoder.head_dim
-    rows = g.op("Mul", inputs.seq, g.constant([rows_each]))
-    totals = g.op("Add", inputs.past_length, rows)
-    last = g.cast(g.op("Sub", totals, g.constant([1])), ir.DataType.INT32)  # [batch]
-    total = g.op("ReduceMax", totals, keepdims=0)  # []
-    step = g.op("Div", g.op("Range", g.constant(0), g.op("Squeeze", rows), g.constant(1)), g.constant(rows_each))
-    positions = g.op("Add", g.op("Unsqueeze", inputs.past_length, g.constant([1])), step)  # [batch, rows]
-    slots = g.op("Range", g.constant(0), total, g.constant(1))
-    seen = g.op("LessOrEqual", slots, g.op("Unsqueeze", positions, g.constant([1, 3])))  # [batch, 1, rows, total]
-    bias = g.op("Where", seen, g.floats(0), g.floats(_UNSEEN))
-    empty = g.op("Mul", inputs.seq, g.constant([rows_each - 1]))
-    pads = g.op("Concat", g.constant([0, 0, 0, 0]), empty, g.constant([0]), axis=0)
-
-    def fold(q: ir.Value) -> ir.Value:
-        split = g.op("Transpose", g.reshape(q, [0, -1, kv_heads, rows_each, width]), perm=[0, 1, 3, 2, 4])
-        return g.reshape(split, [0, -1, kv_heads * width])
-
-    def unfold(attended: ir.Value) -> ir.Value:
-        split = g.op("Transpose", g.reshape(attended, [0, -1, rows_each, kv_heads, width]), perm=[0, 1, 3, 2, 4])
-        return g.reshape(split, [0, -1, heads * width])
-
-    def attend(q: ir.Value, k: ir.Value, v: ir.Value, cache: LayerCache) -> tuple[ir.Value, ir.Value, ir.Value]:
-        q = g.op("RotaryEmbedding", q, inputs.cos, inputs.sin, num_heads=heads)
-        k = g.op("RotaryEmbedding", k, inputs.cos, inputs.sin, num_heads=kv_heads)
-        k, v = (g.op("Pad", x, pads) for x in (k, v))
-        attended, key, value = g.ops(
-            "GroupQueryAttention",
-            *(fold(q), k, v, cache.key, cache.value, last, g.cast(total, ir.DataType.INT32), None, None, None, bias),
-            outputs=3,
-            domain=MICROSOFT,
-            num_heads=kv_heads,
-            kv_num_heads=kv_heads,
-        )
-        return unfold(attended), key, value
-
-    return attend
-
-
-ATTENTION: dict[Dialect, Attention] = {
+ATTENTION: dict[Dialect, Callable[[GraphBuilder, DecoderConfig, Inputs], Attend]] = {
     "standard": _standard_attention,
     "onnxruntime": _onnxruntime_attention,
 }

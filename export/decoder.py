@@ -19,7 +19,7 @@ import onnx_ir as ir
 from internvl_edge.checkpoint import Checkpoint
 from internvl_edge.config import DecoderConfig
 
-from .attention import ATTENTION, Attend, Attention, Dialect, Inputs, LayerCache, folded_attention
+from .attention import ATTENTION, Attend, Dialect, Inputs, LayerCache
 from .builder import INT64_MAX, GraphBuilder, Types
 from .quantised import PackedWeights
 from .weights import Array, WeightFile
@@ -40,20 +40,18 @@ def build_decoder(
     file: WeightFile,
     packed: PackedWeights | None = None,
     vocabulary: int | None = None,
-    folded: bool = False,
 ) -> ir.Model:
     """The decoder of a checkpoint in one dialect; weights are placed in `file`, shared between dialects.
 
     Args:
         packed: the checkpoint's quantised linears, if they are to stay quantised.
-        folded: for the onnxruntime dialect where another graph computes prompts, see `attention`.
         vocabulary: tokens that the tokenizer has; rows of a quantised checkpoint beyond them never win an argmax.
     """
     decoder = checkpoint.config.decoder
     matmul = partial(packed.matmul, dialect=dialect) if packed else None
     g = GraphBuilder("decoder", types, file, checkpoint.shapes, checkpoint.tensor, matmul)
     keep = g.input("logits_to_keep", ir.DataType.INT64, [1])
-    x, presents = layers(g, checkpoint, folded_attention if folded else ATTENTION[dialect])
+    x, presents = layers(g, checkpoint, dialect)
     assert x is not None
     x = g.slice(x, g.op("Neg", keep), g.constant([INT64_MAX]), axis=1)
     logits = g.linear(g.rms_norm(x, "decoder.norm", decoder.rms_norm_eps), "decoder.lm_head")
@@ -68,7 +66,7 @@ def build_decoder(
 
 
 def layers(
-    g: GraphBuilder, checkpoint: Checkpoint, attention: Attention, whole: bool = True
+    g: GraphBuilder, checkpoint: Checkpoint, dialect: Dialect, whole: bool = True
 ) -> tuple[ir.Value | None, Cache]:
     """The graph's inputs and all layers: the hidden state [batch, seq, hidden] behind the last, and the new cache.
 
@@ -80,7 +78,7 @@ def layers(
     half: list[int | str] = ["batch", "seq", decoder.head_dim // 2]
     cos, sin = g.input("cos", activations, half), g.input("sin", activations, half)
     past_length = g.input("past_length", ir.DataType.INT64, ["batch"])
-    attend = attention(g, decoder, Inputs(cos, sin, past_length, g.op("Shape", x, start=1, end=2)))
+    attend = ATTENTION[dialect](g, decoder, Inputs(cos, sin, past_length, g.op("Shape", x, start=1, end=2)))
     scales, stored = checkpoint.kv_scales, _cache_type(g, checkpoint)
     presents: Cache = []
     for n in range(decoder.num_hidden_layers):

@@ -122,10 +122,7 @@ class _Export:
             if name == "prompts":
                 ir.save(build_prompts(self._checkpoint, self._types, prompts), self._folder / bundle.PROMPTS)
                 continue
-            folded = name == "onnxruntime" and "prompts" in graphs and self._checkpoint.kv_scales is None
-            graph = build_decoder(
-                self._checkpoint, self._types, name, decoder, self._packed, max(tokens) + 1, folded=folded
-            )
+            graph = build_decoder(self._checkpoint, self._types, name, decoder, self._packed, max(tokens) + 1)
             ir.save(graph, self._folder / bundle.DECODERS[name])
         if making := making_of(self._checkpoint.folder):
             (self._folder / bundle.QUANTIZATION).write_text(dump(making), encoding="utf-8")

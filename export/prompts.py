@@ -22,7 +22,6 @@ from internvl_edge.checkpoint import Checkpoint
 from internvl_edge.errors import EdgeError
 from internvl_edge.linear import PackedLinear
 
-from .attention import ATTENTION
 from .builder import MICROSOFT, GraphBuilder, Types
 from .decoder import layers, output_cache
 from .weights import Array, WeightFile
@@ -45,7 +44,7 @@ def build_prompts(checkpoint: Checkpoint, types: Types, file: WeightFile) -> ir.
     if not any(scheme.bits == 4 for name, scheme in checkpoint.schemes.items() if name.startswith("decoder.layers")):
         raise EdgeError("prompts in int8 are made from 4-bit weights, and this decoder has none; quantise it first")
     g = GraphBuilder("prompts", types, file, checkpoint.shapes, checkpoint.tensor, _TokenwiseMatMul(checkpoint))
-    _, presents = layers(g, checkpoint, ATTENTION["onnxruntime"], whole=False)
+    _, presents = layers(g, checkpoint, "onnxruntime", whole=False)
     output_cache(g, checkpoint, presents)
     return g.model()
 

@@ -12,9 +12,8 @@ import tiny
 from tiny_quantised import write_quantised
 
 from internvl_edge import InternVL, export_bundle
-from internvl_edge.bundle import DECODERS, PROMPTS, Bundle
+from internvl_edge.bundle import PROMPTS, Bundle
 from internvl_edge.errors import EdgeError
-from internvl_edge.export import quantised as quantised_module
 from internvl_edge.export.prompts import round_per_output
 from internvl_edge.linear import PackedLinear, Scheme
 from internvl_edge.runtime.engines import onnxruntime as engine_module
@@ -135,31 +134,3 @@ def test_what_has_no_4_bit_weights_is_refused_in_one_line(tmp_path: Path) -> Non
     quantised, _ = write_quantised(source, tmp_path, method="compressed-tensors", body=BODIES["qwen2"])
     with pytest.raises(EdgeError, match="leave out --activations"):
         export_bundle(quantised, tmp_path / "bundle", activations="float16", int8_prompts=True)
-
-
-@pytest.mark.parametrize("text", ["qwen2", "internlm2"])
-def test_folded_attention_is_attention(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Float products, one graph with query heads as rows and one without, from an empty cache to a full one."""
-    monkeypatch.setattr(quantised_module, "_ACCURACY_LEVEL", 1)
-    monkeypatch.setattr(engine_module, "multiplies_int8_exactly", lambda: False)
-    source = tiny.write_checkpoint(tmp_path / "float", text=text)
-    quantised, _ = write_quantised(source, tmp_path, method="compressed-tensors", body=BODIES[text])
-    plain = export_bundle(quantised, tmp_path / "plain")
-    folded = export_bundle(quantised, tmp_path / "folded", int8_prompts=True)
-    assert _heads(folded / DECODERS["onnxruntime"]) < _heads(plain / DECODERS["onnxruntime"])
-    pair = [OnnxRuntimeEngine(Bundle.open(bundle), capacity=60, threads=1) for bundle in (plain, folded)]
-    embeds = _embeds(pair[0], 60)
-    for step in (lambda e: e.prefill(embeds[:41]), lambda e: e.decode(embeds[41]), lambda e: e.score(embeds[42:50])):
-        a, b = (np.array(step(engine)) for engine in pair)
-        np.testing.assert_allclose(b, a, atol=1e-4)
-    for engine in pair:
-        engine.reset(45)  # what later tokens left behind must not be seen
-    for row in range(45, 60):
-        a, b = (np.array(engine.decode(embeds[row])) for engine in pair)
-        np.testing.assert_allclose(b, a, atol=1e-4)
-
-
-def _heads(graph: Path) -> int:
-    nodes = onnx.load(graph, load_external_data=False).graph.node
-    attention = next(node for node in nodes if node.op_type == "GroupQueryAttention")
-    return next(attribute.i for attribute in attention.attribute if attribute.name == "num_heads")

@@ -82,9 +82,7 @@ class OnnxRuntimeEngine:
         self._length = 0
         self._vision = self._load_vision(opened, threads)
         self._text = self._session(opened, bundle.DECODERS[dialect], threads)
-        has_prompts = dialect == "onnxruntime" and bundle.PROMPTS in opened.manifest.files
-        self._prompts = self._load_prompts(opened, threads) if has_prompts else None
-        self._folds = has_prompts and opened.manifest.kv_cache is None
+        self._prompts = self._load_prompts(opened, threads) if dialect == "onnxruntime" else None
         vision = model.vision
         scores = 4 * vision.num_attention_heads * (vision.grid_size**2 + 1) ** 2
         self._tiles_at_once = max(1, _SCORES_BYTES // scores)
@@ -118,7 +116,7 @@ class OnnxRuntimeEngine:
             for chunk in _chunks(embeds[:-1], _INT8_PREFILL_CHUNK):
                 _Step(self, self._prompts, len(chunk)).run(chunk, total)
             embeds = embeds[-1:]
-        for chunk in _chunks(embeds, _SHORTEST_PROMPT if self._folds else PREFILL_CHUNK):
+        for chunk in _chunks(embeds, PREFILL_CHUNK):
             _Step(self, self._text, len(chunk), self._logits).run(chunk, total)
         return self._last_logits()
 
@@ -154,8 +152,8 @@ class OnnxRuntimeEngine:
         return self._session(opened, bundle.VISION, threads, _SLEEPING)
 
     def _load_prompts(self, opened: Bundle, threads: int | None) -> Any:
-        """The graph for long prompts, where this CPU multiplies bytes without loss."""
-        usable = self._device == "cpu" and multiplies_int8_exactly()
+        """The graph for long prompts, where the bundle has one and this CPU multiplies bytes without loss."""
+        usable = self._device == "cpu" and bundle.PROMPTS in opened.manifest.files and multiplies_int8_exactly()
         return self._session(opened, bundle.PROMPTS, threads, _SLEEPING) if usable else None
 
     def _session(self, opened: Bundle, name: str, threads: int | None, *entries: tuple[str, str]) -> Any:
@@ -175,10 +173,9 @@ class OnnxRuntimeEngine:
         return (f"{layer}.{kind}" for layer in range(self._decoder.num_hidden_layers) for kind in ("key", "value"))
 
     def _allocate_cache(self) -> NDArray[Any]:
-        # A decoder beside a graph for prompts writes a slot for each query head of a group (`export.attention`).
-        behind = _SHORTEST_PROMPT * self._decoder.num_query_groups if self._folds else 0
-        slots = self._capacity + behind
-        return np.zeros((1, self._decoder.num_key_value_heads, slots, self._decoder.head_dim), self._cache_dtype)
+        return np.zeros(
+            (1, self._decoder.num_key_value_heads, self._capacity, self._decoder.head_dim), self._cache_dtype
+        )
 
     def _value(self, array: NDArray[Any]) -> Any:
         return self._ort.OrtValue.ortvalue_from_numpy(array, self._device, 0)

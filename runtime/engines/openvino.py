@@ -57,7 +57,7 @@ class OpenVinoEngine(OnnxRuntimeEngine):
         super().__init__(opened, capacity=capacity, threads=threads)
         self._requests: list[Any] = []
         has_graph = bundle.DECODERS["onnxruntime"] in opened.manifest.files and self._cache_dtype == self._dtype
-        if has_graph and self._prompts is None and not self._folds:
+        if has_graph and self._prompts is None:
             compiled = self._compiled(opened, bundle.DECODERS["onnxruntime"], threads)
             # Two, because the cache that one returns is what the other reads.
             self._requests = [compiled.create_infer_request() for _ in range(2)]
