@@ -27,7 +27,7 @@ from internvl_edge.export import export_bundle
 from internvl_edge.linear import W8A8
 from internvl_edge.quantize import QuantisationReport, quantize_checkpoint
 from internvl_edge.quantize.plan import plan_decoder
-from internvl_edge.recipe import DecoderInt8, Recipe
+from internvl_edge.recipe import DecoderInt8, Recipe, VisionInt8
 from internvl_edge.recipe_files import combine, make_recipe, presets
 from internvl_edge.runtime.engines import onnxruntime as engine_module
 
@@ -230,6 +230,16 @@ def test_the_report_says_of_every_linear_what_it_got_and_why(tmp_path: Path) -> 
     bits = sum(linear.bits_per_weight for linear in facts.values()) / 14
     assert 4 < report.bits_per_weight < 8.5
     assert 4 < bits < 8.5
+
+
+def test_patterns_keep_floats_in_the_tower(tmp_path: Path) -> None:
+    original = write_checkpoint(tmp_path / "checkpoint")
+    recipe = Recipe("fp", vision="int8", vision_int8=VisionInt8(cosine=0), layers=(("vision.layers.1.*", "fp"),))
+    report = quantize(original, tmp_path / "out", recipe)
+    assert report.vision is not None
+    assert len(report.vision.floats) == 4
+    assert all(name.startswith("vision.layers.1.") for name in report.vision.floats)
+    assert set(report.vision.layers) - set(report.vision.floats) == set(Checkpoint(tmp_path / "out").schemes)
 
 
 # ---- formats ----
