@@ -22,8 +22,8 @@ from internvl_edge.calibration.dataset import CalibrationSet
 from internvl_edge.calibration.run import require_same_checkpoint
 from internvl_edge.calibration.work import checkpoint_identity
 from internvl_edge.quantize import check_recipe
-from internvl_edge.quantize.files import write_shards
 from internvl_edge.quantize.block import QuantisedBlock
+from internvl_edge.quantize.files import write_shards
 from internvl_edge.quantize.output import OutputLayout
 
 from ..checkpoint import Checkpoint

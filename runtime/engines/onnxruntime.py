@@ -30,7 +30,7 @@ _SHORTEST_PROMPT = 16
 # For quantised weights of the standard dialect, which ONNX Runtime fuses at load: activations rounded to int8, and
 # blocks of 128 inputs where weights have one scale per output. The onnxruntime dialect says the same in its graph.
 _CONFIG = {"session.qdq_matmulnbits_accuracy_level": "4", "session.qdq_matmulnbits_block_size": "128"}
-# Products of int8 towers added up in 32 bits where the CPU's fast way would saturate in 16 (twice as slow, and exact).
+# Products with int8 inputs added up in 32 bits where the CPU's fast way would saturate in 16 (half as fast, exact).
 _WIDE_SUMS = ("session.x64quantprecision", "1")
 # Threads that wait for long steps need not burn a core until the next one; decoding's do, it would be 10 % slower.
 _SLEEPING = ("session.force_spinning_stop", "1")
@@ -162,7 +162,7 @@ class OnnxRuntimeEngine:
         options.log_severity_level = 3
         for key, value in (*_CONFIG.items(), *entries):
             options.add_session_config_entry(key, value)
-        if opened.manifest.vision_quantization and not multiplies_int8_exactly():
+        if _has_int8_inputs(opened) and not multiplies_int8_exactly():
             options.add_session_config_entry(*_WIDE_SUMS)
         try:
             return self._ort.InferenceSession(str(opened.path(name)), options, providers=[PROVIDERS[self._device]])
@@ -226,6 +226,11 @@ class _Step:
 
 def _chunks(embeds: NDArray[np.float32], size: int) -> Iterator[NDArray[np.float32]]:
     return (embeds[start : start + size] for start in range(0, len(embeds), size))
+
+
+def _has_int8_inputs(opened: Bundle) -> bool:
+    schemes = (opened.manifest.quantization or {}).get("linears", {})
+    return bool(opened.manifest.vision_quantization) or any("int8 inputs" in scheme for scheme in schemes)
 
 
 def _runs_grouped_attention(opened: Bundle) -> bool:
