@@ -148,6 +148,25 @@ def test_floats_beside_scaled_inputs_stay_exact(tmp_path: Path) -> None:
     assert changed
 
 
+def test_cpus_that_saturate_add_in_32_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = write_checkpoint(tmp_path / "checkpoint")
+    quantize(original, tmp_path / "out", Recipe("w8a8", decoder_int8=ALL_INT8))
+    opened = Bundle.open(export_bundle(tmp_path / "out", tmp_path / "bundle"))
+    embeds = np.random.default_rng(0).standard_normal((9, opened.manifest.model.decoder.hidden_size)).astype(np.float32)
+    key, found = "session.x64quantprecision", []
+    for exact in (True, False):
+        monkeypatch.setattr(engine_module, "multiplies_int8_exactly", lambda exact=exact: exact)
+        engine = engine_module.OnnxRuntimeEngine(opened, capacity=64, threads=1)
+        options = engine._text.get_session_options()
+        if exact:
+            with pytest.raises(RuntimeError, match=key):
+                options.get_session_config_entry(key)
+        else:
+            assert options.get_session_config_entry(key) == "1"
+        found.append(engine.prefill(embeds).copy())
+    np.testing.assert_allclose(found[0], found[1], atol=1e-4)
+
+
 def test_onnx_runtime_multiplies_integers_and_tensorrt_reads_signed_ones(tmp_path: Path) -> None:
     original = write_checkpoint(tmp_path / "checkpoint")
     quantize(original, tmp_path / "out", Recipe("w8a8", decoder_int8=ALL_INT8))
