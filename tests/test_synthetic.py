@@ -92,6 +92,7 @@ def test_the_tallest_and_the_shortest_bar_follow_from_the_values() -> None:
             ("Which bar is the tallest?", max(values, key=values.__getitem__)),
             ("Which bar is the shortest?", min(values, key=values.__getitem__)),
         )
+        assert picture.transcript.splitlines() == [f"{name} {value}" for name, value in values.items()]
 
 
 def test_the_counts_of_a_scene_do_not_exceed_its_shapes() -> None:
@@ -102,6 +103,7 @@ def test_the_counts_of_a_scene_do_not_exceed_its_shapes() -> None:
         total = int(answers["How many shapes are there?"])
         assert 1 <= total <= 6
         assert all(int(a) <= total for q, a in picture.questions if q.startswith("How many"))
+        assert len(picture.transcript.splitlines()) == total
 
 
 def test_neither_yes_nor_no_is_the_usual_answer() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image
 
@@ -61,7 +61,7 @@ def draw_picture(rng: random.Random, split: str, tasks: Sequence[str] | None = N
     scale = 1.0 if rng.random() < 0.5 else rng.uniform(1.0, _UPSIDE)
     picture = _DRAW[task][0](rng, split, scale)
     image = damage(picture.image, rng, scale, picture.paper)
-    return Picture(image, picture.paper, picture.questions, picture.transcript), task
+    return replace(picture, image=image), task
 
 
 def sample(split: str, index: int, seed: int = 0, tasks: Sequence[str] | None = None) -> Sample:

@@ -46,6 +46,9 @@ class Picture:
     paper: Colour
     questions: tuple[tuple[str, str], ...]
     transcript: str
+    """Everything on the page, line by line in reading order: its text, or its shapes."""
+    drill: tuple[tuple[str, str], ...] = ()
+    """More questions like the others, too many to be asked about one picture except in training."""
 
 
 @dataclass
@@ -70,9 +73,11 @@ class Page:
         """Advance width of a line, in units."""
         return self.font(face, size).getlength(text) / self.scale
 
-    def picture(self, questions: list[tuple[str, str]], transcript: str = "") -> Picture:
-        """What the finished page shows and what may be asked about it; `transcript` is its whole text, line by line."""
-        return Picture(self.image, self.paper, tuple(questions), transcript)
+    def picture(
+        self, questions: list[tuple[str, str]], transcript: str = "", drill: list[tuple[str, str]] | None = None
+    ) -> Picture:
+        """What the finished page shows and what may be asked about it, as in `Picture`."""
+        return Picture(self.image, self.paper, tuple(questions), transcript, tuple(drill or ()))
 
     def fit(self, text: str, face: Face, size: float, width: float) -> float:
         """The largest font size, at most `size`, at which `text` is no wider than `width`."""

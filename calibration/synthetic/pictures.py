@@ -59,7 +59,7 @@ def chart(rng: random.Random, split: str, scale: float) -> Picture:
     questions = [(f"What is the value of {name}?", str(value)) for name, value in zip(names, values, strict=True)]
     questions.append(("Which bar is the tallest?", names[values.index(max(values))]))
     questions.append(("Which bar is the shortest?", names[values.index(min(values))]))
-    return page.picture(questions)
+    return page.picture(questions, "\n".join(f"{name} {value}" for name, value in zip(names, values, strict=True)))
 
 
 def _draw_shape(page: Page, shape: str, x: float, y: float, radius: float, fill: Colour, turn: float) -> None:
@@ -84,7 +84,8 @@ def _scene_objects(rng: random.Random) -> list[tuple[str, str]]:
     return [(rng.choice(colours), rng.choice(shapes)) for _ in range(rng.randint(1, 6))]
 
 
-def _draw_scene(rng: random.Random, scale: float, objects: list[tuple[str, str]]) -> Page:
+def _draw_scene(rng: random.Random, scale: float, objects: list[tuple[str, str]]) -> tuple[Page, list[int]]:
+    """The page, and each object's cell of the 3x3 grid, numbered in reading order."""
     light = rng.randint(215, 255)
     page = Page(TILE, TILE, (light, light, min(255, light + rng.randint(-8, 8))), scale)
     cells = rng.sample(range(9), len(objects))
@@ -93,7 +94,7 @@ def _draw_scene(rng: random.Random, scale: float, objects: list[tuple[str, str]]
         y = (cell // 3 + 0.5) * TILE / 3 + rng.uniform(-3, 3)
         red, green, blue = (min(255, max(0, level + rng.randint(-15, 15))) for level in COLOURS[colour])
         _draw_shape(page, shape, x, y, rng.uniform(10, 14), (red, green, blue), rng.uniform(-0.15, 0.15))
-    return page
+    return page, cells
 
 
 def _plural(shape: str) -> str:
@@ -109,10 +110,15 @@ def _asked_pair(rng: random.Random, objects: list[tuple[str, str]]) -> tuple[str
     return rng.choice(missing) if missing else rng.choice(objects)
 
 
+def _drilled_pairs(objects: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The (colour, shape) pairs that are there, and those made of their colours and shapes that are not."""
+    return sorted({(colour, shape) for colour, _ in objects for _, shape in objects})
+
+
 def scene(rng: random.Random, split: str, scale: float) -> Picture:
     """Coloured shapes. Asked: how many of a shape or colour, the colour of a shape, whether a thing is there."""
     objects = _scene_objects(rng)
-    page = _draw_scene(rng, scale, objects)
+    page, cells = _draw_scene(rng, scale, objects)
     counts = {shape: sum(s == shape for _, s in objects) for shape in SHAPES}
     shape = rng.choice([s for s in SHAPES if counts[s]] if rng.random() < 0.9 else SHAPES)
     colour = rng.choice(objects)[0]
@@ -125,13 +131,17 @@ def scene(rng: random.Random, split: str, scale: float) -> Picture:
         questions.append((f"What colour is the {single}?", next(c for c, s in objects if s == single)))
     asked = _asked_pair(rng, objects)
     questions.append((f"Is there a {asked[0]} {asked[1]}?", "yes" if asked in objects else "no"))
-    return page.picture(questions)
+    listed = [f"{c} {s}" for _, (c, s) in sorted(zip(cells, objects, strict=True))]
+    drill = [(f"How many {_plural(s)} are there?", str(counts[s])) for s in SHAPES]
+    drill += [(f"How many shapes are {c}?", str(sum(other == c for other, _ in objects))) for c in COLOURS]
+    drill += [(f"Is there a {c} {s}?", "yes" if (c, s) in objects else "no") for c, s in _drilled_pairs(objects)]
+    return page.picture(questions, "\n".join(listed), drill)
 
 
 def scene_zh(rng: random.Random, split: str, scale: float) -> Picture:
     """The same in Chinese."""
     objects = _scene_objects(rng)
-    page = _draw_scene(rng, scale, objects)
+    page, cells = _draw_scene(rng, scale, objects)
     shape = rng.choice(objects)[1]
     questions = [
         (f"有几个{_SHAPES_ZH[shape]}？", str(sum(s == shape for _, s in objects))),
@@ -143,4 +153,10 @@ def scene_zh(rng: random.Random, split: str, scale: float) -> Picture:
     asked = _asked_pair(rng, objects)
     there = "有" if asked in objects else "没有"
     questions.append((f"有没有{_COLOURS_ZH[asked[0]]}的{_SHAPES_ZH[asked[1]]}？", there))
-    return page.picture(questions)
+    listed = [_COLOURS_ZH[c] + _SHAPES_ZH[s] for _, (c, s) in sorted(zip(cells, objects, strict=True))]
+    drill = [(f"有几个{_SHAPES_ZH[s]}？", str(sum(other == s for _, other in objects))) for s in SHAPES]
+    drill += [
+        (f"有没有{_COLOURS_ZH[c]}的{_SHAPES_ZH[s]}？", "有" if (c, s) in objects else "没有")
+        for c, s in _drilled_pairs(objects)
+    ]
+    return page.picture(questions, "\n".join(listed), drill)

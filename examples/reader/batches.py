@@ -29,7 +29,9 @@ GROUP = 4
 BEFORE = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n<img>"
 AFTER = "</img>\n"
 ASK = "<|im_end|>\n<|im_start|>assistant\n"
-TRANSCRIBE = "Read all the text."
+TRANSCRIBE = {"scene": "List all the shapes.", "scene-zh": "List all the shapes."}
+READ = "Read all the text."
+"""What asks for a picture's transcript: by task, and of every other task."""
 BOS_STAND_IN = "<|endoftext|>"
 """The token that plays `<s>`, which the Qwen2 side does not have, while the InternLM2 layout is trained."""
 TILE_SIZE = 112
@@ -137,9 +139,9 @@ class Recipe:
     dense: int
     """Stage-one tiles added to a batch."""
     questions: int
-    """Questions asked about one picture, at most."""
+    """Questions asked about one picture, at most, and as many of its drill."""
     transcribe: float
-    """Share of the pictures with text that are also read out in full."""
+    """Share of the pictures that are also read out in full."""
     tasks: tuple[str, ...]
     """Tasks to draw, by their shares."""
     bos: bool
@@ -153,9 +155,10 @@ def training_group(number: int, recipe: Recipe) -> list[Batch]:
     for _ in range(recipe.pictures * GROUP):
         picture, task = draw_picture(rng, "train", recipe.tasks)
         asked = rng.sample(picture.questions, min(recipe.questions, len(picture.questions)))
+        asked += rng.sample(picture.drill, min(recipe.questions, len(picture.drill)))
         triples = [(question, answer, task) for question, answer in asked]
         if picture.transcript and rng.random() < recipe.transcribe:
-            triples.append((TRANSCRIBE, picture.transcript, "transcript"))
+            triples.append((TRANSCRIBE.get(task, READ), picture.transcript, "transcript"))
         rows.append(make_row(tiles(picture.image), triples, recipe.bos))
     rows.sort(key=lambda row: len(row.ids))
     cut = [rows[i : i + recipe.pictures] for i in range(0, len(rows), recipe.pictures)]
