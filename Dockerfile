@@ -5,8 +5,8 @@
 #   docker build -t internvl-edge:rtx --build-arg EXTRA=rtx \
 #       --build-arg BASE=nvidia/cuda:13.0.2-base-ubuntu24.04 .                   GeForce and RTX cards
 #   docker build -t internvl-edge:jetson --build-arg EXTRA=jetson \
-#       --build-arg BASE=IMAGE .                                                 Jetson; IMAGE: one for JetPack with TensorRT
-#                                                                                10.3 or newer and python3 3.11 or newer
+#       --build-arg BASE=nvcr.io/nvidia/tensorrt:26.05-py3 .                     Jetson, JetPack 7.2: TensorRT 10.16
+#       --build-arg BASE=nvcr.io/nvidia/l4t-jetpack:r36.4.0 .                    Jetson, JetPack 6.2: TensorRT 10.3
 #
 #   docker run --rm -v "$PWD:/data" internvl-edge run /data/bundle --image /data/receipt.jpg "What is the total?"
 #   docker run --rm --gpus all -v "$PWD:/data" internvl-edge:rtx build /data/bundle

@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ def _context() -> dict[str, Any]:
     flags = set(next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("flags")), "").split())
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
     return {
-        "date": datetime.now(UTC).date().isoformat(),
+        "date": datetime.now(timezone.utc).date().isoformat(),
         "commit": commit.strip() or None,
         "machine": {
             "cpu": cpu.split(":", 1)[1].strip(),

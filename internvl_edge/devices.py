@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import tomllib
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from functools import cached_property
@@ -16,6 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from . import toml
 from .errors import EdgeError
 
 FLAVOURS = ("tensorrt", "tensorrt_rtx")
@@ -157,10 +157,7 @@ def _configured() -> Path:
 
 
 def _parse(text: str, where: str) -> tuple[dict[str, Device], dict[str, Target]]:
-    try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise DeviceError(f"{where} is not valid TOML: {error}") from None
+    values = toml.parse(text, where)
     if unknown := set(values) - {"devices", "groups"}:
         raise DeviceError(f"{where}: table {sorted(unknown)[0]!r} is not known, expected [devices.NAME]")
     devices = {name: _device(name, entry, where) for name, entry in values.get("devices", {}).items()}

@@ -5,7 +5,6 @@ Values stay plain until all sources are combined, so that a single option can re
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import fields
 from difflib import get_close_matches
@@ -13,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from . import toml
 from .errors import EdgeError
 from .recipe import Automatic, DecoderInt8, Recipe, VisionInt8
 
@@ -36,7 +36,7 @@ def presets() -> dict[str, dict[str, Any]]:
     """The shipped recipes by name, as plain fields."""
     where = "recipes.toml"
     text = files("internvl_edge").joinpath("data/recipes.toml").read_text("utf-8")
-    return {name: _checked(values, f"{where}: {name}") for name, values in _parse(text, where).items()}
+    return {name: _checked(values, f"{where}: {name}") for name, values in toml.parse(text, where).items()}
 
 
 def read_recipe(name: str) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def read_recipe(name: str) -> dict[str, Any]:
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise EdgeError(f"recipe {name!r} is not known; {hint}presets: {', '.join(shipped)}, or give a file.toml")
     try:
-        values = _parse(path.read_text(encoding="utf-8"), str(path))
+        values = toml.parse(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise EdgeError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})") from None
     base = values.pop("base", None)
@@ -89,13 +89,6 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
             made[name] = kind(**table)
     made["layers"] = tuple(made.get("layers", {}).items())
     return Recipe(**made)
-
-
-def _parse(text: str, where: str) -> dict[str, Any]:
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise EdgeError(f"{where} is not valid TOML: {error}") from None
 
 
 def _checked(values: Any, where: str) -> dict[str, Any]:

@@ -167,7 +167,8 @@ class VisionPass:
             shape = (len(self._tiles.pixels), config.tokens_per_tile, config.decoder.hidden_size)
         path = self._path(index)
         where = path.with_suffix(".new") if new else path
-        return np.memmap(where, np.float32, mode, shape=shape)  # type: ignore[call-overload,no-any-return]
+        opened: NDArray[np.float32] = np.memmap(where, np.float32, mode, shape=shape)  # type: ignore[call-overload]
+        return opened
 
     def _finish(self, index: int, out: NDArray[np.float32]) -> None:
         """Probes first: where the file of all tiles is whole, theirs is."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Unpack
+from typing import TYPE_CHECKING
 
 from .model import InternVL
 from .prompt import IMAGE_MARK
 from .reply import Reply
 from .request import ChatOptions, ImageSource
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Conversation:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Unpack
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,9 @@ from .session import Session, image_keys
 from .text_stream import TextStream
 from .tokenizer import Tokenizer
 from .trace import Recorder, Trace
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 DEVICES = ("auto", "cpu", "cuda", "tensorrt")
 # Tokens of prompt and answer together. Pages of the KV cache that are not used cost no memory.
@@ -176,7 +179,7 @@ class InternVL:
         clock = _Clock()
         image_embeds = [self._images.encode(tiles).reshape(-1, self._table.shape[1]) for tiles in request.tiles]
         clock.lap("vision_s")
-        embeds = self._rows(request.prompt_ids)
+        embeds = self._table[request.prompt_ids]
         if image_embeds:
             embeds[request.is_image] = np.concatenate(image_embeds)
         logits, computed = self._session.prefill(self._keys(request), lambda start: embeds[start:])
@@ -224,16 +227,7 @@ class InternVL:
         return keys
 
     def _row(self, token: int) -> NDArray[np.float32]:
-        row: NDArray[np.float32] = self._rows(np.array([token]))[0]
-        return row
-
-    def _rows(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Embeddings [len(ids), hidden] from the mapped token table."""
-        rows: NDArray[np.generic] = self._table[ids]
-        if rows.dtype == np.uint16:  # bfloat16 is the upper half of float32
-            rows = (rows.astype(np.uint32) << 16).view(np.float32)
-        floats: NDArray[np.float32] = rows.astype(np.float32, copy=False)
-        return floats
+        return self._table[token]
 
 
 class _Clock:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def run_of(seconds: float) -> Run:
     """Facts about the work of this process that took so long and ends now."""
     found = {name: installed for name in _PACKAGES if (installed := _version(name))}
     return Run(
-        date=f"{datetime.now(UTC):%Y-%m-%d %H:%M}",
+        date=f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M}",
         seconds=round(seconds, 1),
         peak_memory=peak_memory(),
         machine=f"{_processor()}, {os.cpu_count()} cores",

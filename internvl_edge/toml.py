@@ -1,0 +1,25 @@
+"""TOML text -> values; Python 3.10, which JetPack 6 has, reads it with tomli."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from .errors import EdgeError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def parse(text: str, where: str) -> dict[str, Any]:
+    """The values of a file's text.
+
+    Raises:
+        EdgeError: `where` is not valid TOML, with the place of the mistake.
+    """
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise EdgeError(f"{where} is not valid TOML: {error}") from None
