@@ -90,8 +90,8 @@ def export_bundle(
         types = Types(DTYPES[dtype], DTYPES[activations])
         packed = PackedWeights(source, types, asymmetric)
         table = dtype if token_table == "float" else token_table
-        graphs = (*dialects, "prompts") if int8_prompts else dialects
-        _Export(source, folder, types, packed, table, progress).run(dtype, activations, graphs)
+        export = _Export(source, folder, types, packed, table, progress)
+        export.run(dtype, activations, dialects, int8_prompts)
     return target
 
 
@@ -109,7 +109,7 @@ class _Export:
         self._progress = progress
         self._digests: dict[str, str] = {}
 
-    def run(self, dtype: str, activations: str, graphs: Sequence[str]) -> None:
+    def run(self, dtype: str, activations: str, dialects: Sequence[str], int8_prompts: bool) -> None:
         config = self._checkpoint.config
         if config.layout == "native":
             check_chat_template(self._checkpoint.folder)
@@ -118,12 +118,11 @@ class _Export:
         tokens = tokenizers.Tokenizer.from_buffer(tokenizer).get_vocab().values()
         vision, decoder, prompts = (WeightFile(f"{name}.data") for name in ("vision", "decoder", "prompts"))
         ir.save(build_vision(self._checkpoint, self._types, vision), self._folder / bundle.VISION)
-        for name in graphs:
-            if name == "prompts":
-                ir.save(build_prompts(self._checkpoint, self._types, prompts), self._folder / bundle.PROMPTS)
-                continue
-            graph = build_decoder(self._checkpoint, self._types, name, decoder, self._packed, max(tokens) + 1)
-            ir.save(graph, self._folder / bundle.DECODERS[name])
+        for dialect in dialects:
+            graph = build_decoder(self._checkpoint, self._types, dialect, decoder, self._packed, max(tokens) + 1)
+            ir.save(graph, self._folder / bundle.DECODERS[dialect])
+        if int8_prompts:
+            ir.save(build_prompts(self._checkpoint, self._types, prompts), self._folder / bundle.PROMPTS)
         if making := making_of(self._checkpoint.folder):
             (self._folder / bundle.QUANTIZATION).write_text(dump(making), encoding="utf-8")
         self._write_weights([file for file in (vision, decoder, self._packed.blocks, prompts) if file.size])

@@ -269,12 +269,12 @@ class BlockQuantiser:
     ) -> PackedLinear:
         """A linear with integer weights and float inputs; `weight` is scaled already."""
         packed = []
+        tokens = _tokens(shared).T
         for rows in torch.split(weight, _ROWS):
             grid = self._grid(precision, rows, shared)
             compensated = shared.factor is not None and precision.method in _COMPENSATED
             q = compensated_rounding(rows, grid, *shared.factor) if compensated and shared.factor else grid.round(rows)
             some = slice(None, None, max(1, len(rows) // _REPORT_ROWS))
-            tokens = _tokens(shared).T
             comparison.add(rows[some] @ tokens, grid.dequantise(q)[some] @ tokens)
             packed.append(grid.pack(q))
         return join_rows(packed)

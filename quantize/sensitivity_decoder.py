@@ -56,6 +56,8 @@ class DecoderSensitivity:
         quantisers: one for each candidate that rounds something, all linears alike.
     """
 
+    _pass: DecoderPass
+
     def __init__(
         self,
         work: WorkFolder,
@@ -74,7 +76,6 @@ class DecoderSensitivity:
         self._quantisers = quantisers
         self._groups = SCALE_GROUPS[self._decoder.architecture]
         self._samples = probe_samples(calibration.lengths)
-        self._pass = DecoderPass(work, checkpoint, calibration, compute, lambda count: None, _LABEL)
 
     def run(self, bars: Bars) -> Divergences:
         """Both stages; continues where it was killed.

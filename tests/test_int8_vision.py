@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -139,22 +140,33 @@ def test_onnx_runtime_multiplies_integers(tmp_path: Path) -> None:
     assert count["MatMul"] + count["FusedMatMul"] == 1  # pixels
 
 
-def test_cpus_that_saturate_add_in_32_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = write_checkpoint(tmp_path / "checkpoint")
-    quantize(original, tmp_path / "int8")
-    opened = Bundle.open(export_bundle(tmp_path / "int8", tmp_path / "bundle"))
+def require_wide_sums_where_needed(
+    opened: Bundle,
+    monkeypatch: pytest.MonkeyPatch,
+    session: Callable[[engine_module.OnnxRuntimeEngine], Any],
+    compute: Callable[[engine_module.OnnxRuntimeEngine], np.ndarray],
+    tolerance: float,
+) -> None:
+    """A CPU that saturates gets sums in 32 bits, another the fast way, and both the same numbers."""
     key, found = "session.x64quantprecision", []
     for exact in (True, False):
         monkeypatch.setattr(engine_module, "multiplies_int8_exactly", lambda exact=exact: exact)
         engine = engine_module.OnnxRuntimeEngine(opened, capacity=64, threads=1)
-        options = engine._vision.get_session_options()
+        options = session(engine).get_session_options()
         if exact:
             with pytest.raises(RuntimeError, match=key):
                 options.get_session_config_entry(key)
         else:
             assert options.get_session_config_entry(key) == "1"
-        found.append(engine.encode(tiles(56)))
-    np.testing.assert_allclose(found[0], found[1], atol=1e-5)
+        found.append(compute(engine).copy())
+    np.testing.assert_allclose(found[0], found[1], atol=tolerance)
+
+
+def test_cpus_that_saturate_add_in_32_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = write_checkpoint(tmp_path / "checkpoint")
+    quantize(original, tmp_path / "int8")
+    opened = Bundle.open(export_bundle(tmp_path / "int8", tmp_path / "bundle"))
+    require_wide_sums_where_needed(opened, monkeypatch, lambda e: e._vision, lambda e: e.encode(tiles(56)), 1e-5)
 
 
 @pytest.mark.parametrize("vision_kind", ["300m", "6b"])

@@ -16,6 +16,7 @@ import torch
 from reference import Reference
 from test_awq import text_name
 from test_calibration import FLOAT32, write_data
+from test_int8_vision import require_wide_sums_where_needed
 from test_quantised_graphs import TEXT, float_activations, run
 from tiny import write_checkpoint
 from torch import Tensor
@@ -153,18 +154,7 @@ def test_cpus_that_saturate_add_in_32_bits(tmp_path: Path, monkeypatch: pytest.M
     quantize(original, tmp_path / "out", Recipe("w8a8", decoder_int8=ALL_INT8))
     opened = Bundle.open(export_bundle(tmp_path / "out", tmp_path / "bundle"))
     embeds = np.random.default_rng(0).standard_normal((9, opened.manifest.model.decoder.hidden_size)).astype(np.float32)
-    key, found = "session.x64quantprecision", []
-    for exact in (True, False):
-        monkeypatch.setattr(engine_module, "multiplies_int8_exactly", lambda exact=exact: exact)
-        engine = engine_module.OnnxRuntimeEngine(opened, capacity=64, threads=1)
-        options = engine._text.get_session_options()
-        if exact:
-            with pytest.raises(RuntimeError, match=key):
-                options.get_session_config_entry(key)
-        else:
-            assert options.get_session_config_entry(key) == "1"
-        found.append(engine.prefill(embeds).copy())
-    np.testing.assert_allclose(found[0], found[1], atol=1e-4)
+    require_wide_sums_where_needed(opened, monkeypatch, lambda e: e._text, lambda e: e.prefill(embeds), 1e-4)
 
 
 def test_onnx_runtime_multiplies_integers_and_tensorrt_reads_signed_ones(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ import click
 from internvl_edge.errors import EdgeError
 from internvl_edge.runtime.bench import Report, bench
 
+from ..units import size
 from .options import loading_options
-from .output import print_json, print_table, size
+from .output import print_json, print_table
 
 
 @click.command("bench")

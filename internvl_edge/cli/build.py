@@ -12,7 +12,8 @@ from internvl_edge.runtime.engines.tensorrt_record import EngineRecord, engine_f
 
 from ..bundle import Bundle
 from ..devices import Devices
-from .output import print_json, size
+from ..units import size
+from .output import print_json
 
 
 @click.command("build")

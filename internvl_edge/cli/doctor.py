@@ -11,7 +11,8 @@ from typing import Any
 
 import click
 
-from .output import print_json, print_table, size
+from ..units import size
+from .output import print_json, print_table
 
 _PACKAGES = (
     *("internvl-edge", "numpy", "pillow", "tokenizers", "onnxruntime", "onnxruntime-gpu"),

@@ -13,7 +13,8 @@ from ..bundle import DECODERS, Manifest
 from ..errors import EdgeError
 from ..hub import resolve_checkpoint
 from ..token_table import TYPES
-from .output import print_json, size
+from ..units import size
+from .output import print_json
 
 _TYPES = click.Choice(["float32", "float16", "bfloat16"])
 

@@ -13,7 +13,8 @@ from ..bundle import MANIFEST, Bundle, Manifest
 from ..config import ModelConfig
 from ..hub import resolve_checkpoint
 from ..quality import figure_rows, quality_of
-from .output import print_json, print_table, size
+from ..units import size
+from .output import print_json, print_table
 
 
 @click.command("inspect")

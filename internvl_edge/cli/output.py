@@ -30,12 +30,3 @@ def say_written(written: Written) -> None:
     click.echo(f"report: {written.html or written.json}", err=True)
     if written.hint:
         click.echo(written.hint, err=True)
-
-
-def size(count: float) -> str:
-    """A number of bytes for people: "1.88 GB" (powers of ten, as disks count)."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"

@@ -20,8 +20,9 @@ from ..devices import Device, Devices
 from ..errors import EdgeError
 from ..hub import resolve_checkpoint
 from ..recipe_files import make_recipe, presets, read_recipe
+from ..units import size
 from .columns import print_columns
-from .output import print_json, size
+from .output import print_json
 
 DEFAULT_CONTEXT = 4096
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")

@@ -13,8 +13,9 @@ import click
 
 from ..errors import EdgeError
 from ..hub import resolve_checkpoint
+from ..units import size
 from .data_options import calibration_options, compute_options, data_options, missing_package, wait_politely
-from .output import print_json, say_written, size
+from .output import print_json, say_written
 from .recipe_options import recipe_of, recipe_options
 
 if TYPE_CHECKING:
@@ -45,13 +46,12 @@ def command(checkpoint: str, output: Path, stats: Path | None, as_json: bool, **
     if stats is not None and values["data"] is not None:
         raise EdgeError("--data and --stats cannot be combined; statistics already hold their data")
     options, compute = data_options(values), compute_options(values)
-    needs_data = recipe.needs_data or recipe.vision == "int8"
     source = resolve_checkpoint(checkpoint)
     report = quantize_checkpoint(
         source,
         output,
         recipe,
-        data=options if needs_data and stats is None else None,
+        data=options if stats is None else None,
         stats=stats,
         compute=compute,
         restart=values["restart"],

@@ -12,6 +12,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
+from internvl_edge import units
 from internvl_edge.gate import METRICS, parse_condition
 
 from .content import Judged, Report, Run
@@ -79,12 +80,8 @@ def render(report: Report) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes for people: "1.88 GB" (powers of ten, as disks count)."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g}\N{NO-BREAK SPACE}{unit}"
-        count /= 1000
-    return f"{count:.2f}\N{NO-BREAK SPACE}GB"
+    """Bytes for people, never broken between number and unit."""
+    return units.size(count).replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def duration(seconds: float) -> str:

@@ -6,7 +6,6 @@ Untouched pages of the cache cost no memory.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -17,7 +16,7 @@ from internvl_edge import bundle
 from internvl_edge.bundle import Bundle
 from internvl_edge.errors import EngineError
 
-from ..machine import multiplies_int8_exactly
+from ..machine import cores, multiplies_int8_exactly
 from ..rope import RotaryAngles
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -158,7 +157,7 @@ class OnnxRuntimeEngine:
 
     def _session(self, opened: Bundle, name: str, threads: int | None, *entries: tuple[str, str]) -> Any:
         options = self._ort.SessionOptions()
-        options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+        options.intra_op_num_threads = threads or cores()
         options.log_severity_level = 3
         for key, value in (*_CONFIG.items(), *entries):
             options.add_session_config_entry(key, value)
