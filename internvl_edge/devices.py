@@ -157,7 +157,7 @@ def _configured() -> Path:
 
 
 def _parse(text: str, where: str) -> tuple[dict[str, Device], dict[str, Target]]:
-    values = toml.parse(text, where)
+    values = toml.parse(text, where, DeviceError)
     if unknown := set(values) - {"devices", "groups"}:
         raise DeviceError(f"{where}: table {sorted(unknown)[0]!r} is not known, expected [devices.NAME]")
     devices = {name: _device(name, entry, where) for name, entry in values.get("devices", {}).items()}

@@ -13,13 +13,13 @@ else:
     import tomli as tomllib
 
 
-def parse(text: str, where: str) -> dict[str, Any]:
+def parse(text: str, where: str, error: type[EdgeError] = EdgeError) -> dict[str, Any]:
     """The values of a file's text.
 
     Raises:
-        EdgeError: `where` is not valid TOML, with the place of the mistake.
+        EdgeError: `where` is not valid TOML, with the place of the mistake; or the kind of it that is `error`.
     """
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise EdgeError(f"{where} is not valid TOML: {error}") from None
+    except tomllib.TOMLDecodeError as mistake:
+        raise error(f"{where} is not valid TOML: {mistake}") from None

@@ -7,8 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from internvl_edge.runtime import machine
+
+settings.register_profile("shared machines stall", deadline=None)
+settings.load_profile("shared machines stall")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -79,7 +79,7 @@ def test_scales_from_activations_beat_rounding_on_outliers(scheme: Scheme) -> No
     assert choice.relative_error == pytest.approx(output_error(x, weight, scaled) / plain, rel=1e-3)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 10_000), outlier=st.sampled_from([1.0, 5.0, 100.0]))
 def test_a_scale_is_never_worse_than_none(seed: int, outlier: float) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -103,7 +103,7 @@ def test_the_token_subset_and_the_gram_matrix_choose_the_same_scale() -> None:
 # ---- folding ----
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     seed=st.integers(0, 10_000),
     dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
@@ -243,7 +243,7 @@ def test_compensation_survives_dead_and_repeated_channels() -> None:
 # ---- grids ----
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(seed=st.integers(0, 10_000), shift=st.floats(-2, 2), scheme=st.sampled_from([ASYMMETRIC, SYMMETRIC]))
 def test_rounding_stays_within_half_a_step_and_keeps_zero(seed: int, shift: float, scheme: Scheme) -> None:
     weight = weights(8, 64, seed) + shift

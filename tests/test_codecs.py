@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from internvl_edge.codecs import autoawq, compressed_tensors
@@ -49,7 +49,6 @@ def assert_same(got: PackedLinear, expected: PackedLinear) -> None:
         np.testing.assert_array_equal(got.zero_point, expected.zero_point)
 
 
-@settings(deadline=None)
 @given(linears(bits=(4,), out_multiple=8))
 def test_autoawq_round_trip(linear: PackedLinear) -> None:
     packed = autoawq.pack(linear)
@@ -61,14 +60,12 @@ def test_autoawq_round_trip(linear: PackedLinear) -> None:
         np.testing.assert_array_equal(tensor, packed[name])
 
 
-@settings(deadline=None)
 @given(linears())
 def test_compressed_tensors_round_trip(linear: PackedLinear) -> None:
     packed = compressed_tensors.pack(linear)
     assert_same(compressed_tensors.unpack(bits=linear.bits, **packed), linear)
 
 
-@settings(deadline=None)
 @given(linears())
 def test_counting_from_the_middle_changes_no_difference(linear: PackedLinear) -> None:
     values, zeros = linear.signed()

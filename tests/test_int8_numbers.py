@@ -92,7 +92,7 @@ def test_what_recipes_offer_is_what_exists() -> None:
 # ---- smoothing ----
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     seed=st.integers(0, 10_000),
     strength=st.floats(0, 1),
