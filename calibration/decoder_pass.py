@@ -6,7 +6,7 @@ what stays in memory. After each layer the state is saved: a killed run continue
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,10 @@ Progress = Callable[[int], object]
 
 
 class DecoderPass:
-    """A resumable pass of a calibration set through a decoder; `label` keeps several in one work folder apart."""
+    """A resumable pass of a calibration set through a decoder.
+
+    `label` keeps several in one work folder apart; the samples `held_out` pass through, but no statistics know them.
+    """
 
     def __init__(
         self,
@@ -48,9 +51,11 @@ class DecoderPass:
         compute: Compute,
         progress: Progress,
         label: str = "",
+        held_out: Collection[int] = (),
     ) -> None:
         self._work = work
         self._label = label
+        self._held_out = frozenset(held_out)
         self._checkpoint = checkpoint
         self._config = checkpoint.config.decoder
         self._calibration = calibration
@@ -117,11 +122,12 @@ class DecoderPass:
         weights = load_block(self._checkpoint, f"{name}.", self._compute)
         observer = Observer(name, self._calibration.total, wanted)
         for chunk in self._chunks:
-            x = self._read(layer, chunk)
-            self._announce(observer, chunk)
-            lengths = [self._calibration.lengths[index] for index in chunk]
-            decoder_block(weights, x, lengths, self._rotary(lengths), self._config, observer, output=False)
-            self._progress(len(x))
+            for run in _without(chunk, self._held_out):
+                x = self._read(layer, run)
+                self._announce(observer, run)
+                lengths = [self._calibration.lengths[index] for index in run]
+                decoder_block(weights, x, lengths, self._rotary(lengths), self._config, observer, output=False)
+            self._progress(sum(self._calibration.lengths[index] for index in chunk))
         return observer.inputs
 
     def _propagate(self, layer: int, replaced: Mapping[str, Tensor]) -> None:
@@ -168,3 +174,12 @@ class DecoderPass:
         tables = [self._angles.at(0, length, length) for length in lengths]
         cos, sin = (np.concatenate([table[part] for table in tables]) for part in (0, 1))
         return torch.from_numpy(cos).to(self._compute.device), torch.from_numpy(sin).to(self._compute.device)
+
+
+def _without(chunk: range, held_out: Collection[int]) -> Iterator[range]:
+    """The runs of samples that are left of a chunk."""
+    start = chunk.start
+    for index in [*(index for index in chunk if index in held_out), chunk.stop]:
+        if index > start:
+            yield range(start, index)
+        start = index + 1

@@ -9,7 +9,8 @@ sum log p(y),
 
 so a few draws, carried back through one block at a time, do for all linears and precisions what running the rest of the
 decoder once for each would do. Divergences of different linears are taken to add up. Two resumable stages: the float
-decoder forward, where candidates are made and d is stored for a few samples, and the way back.
+decoder forward, where candidates are made and d is stored for a few samples, and the way back. Those samples are kept
+from the candidates, which would look better than they are on what error compensation has fitted.
 """
 
 from __future__ import annotations
@@ -85,7 +86,9 @@ class DecoderSensitivity:
         """
         layers = self._decoder.num_hidden_layers
         with bars("candidates", DecoderPass.steps(self._calibration, layers)) as advance:
-            self._pass = DecoderPass(self._work, self._checkpoint, self._calibration, self._compute, advance, _LABEL)
+            self._pass = DecoderPass(
+                self._work, self._checkpoint, self._calibration, self._compute, advance, _LABEL, self._held_out()
+            )
             self._pass.run(self._wanted(), self._candidates)
         with bars("sensitivity", layers) as advance:
             state = self._work.read_json(_STATE) or {"left": layers, "divergences": {}}
@@ -100,6 +103,10 @@ class DecoderSensitivity:
         (self._work.path / _gradient(0)).unlink(missing_ok=True)
         self._pass.forget()
         return found
+
+    def _held_out(self) -> Sequence[int]:
+        """The samples followed back, while enough others are left."""
+        return self._samples if len(self._samples) <= len(self._calibration.lengths) // 2 else ()
 
     # -- forward ----------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from internvl_edge.calibration import DataOptions
 from internvl_edge.calibration.blocks import decoder_block, rms_norm, unseen
 from internvl_edge.calibration.decoder_pass import DecoderPass
 from internvl_edge.calibration.run import embedded_set
+from internvl_edge.calibration.statistics import Wanted, whole_gram
 from internvl_edge.calibration.weights import load_block
 from internvl_edge.calibration.work import WorkFolder
 from internvl_edge.checkpoint import Checkpoint
@@ -54,7 +55,7 @@ def all_choices(options: Options) -> list[tuple[float, float]]:
     return [total(dict(zip(options, each, strict=True))) for each in product(*options.values())]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(options=menus(), share=st.floats(0, 1))
 def test_no_choice_of_that_cost_diverges_less(options: Options, share: float) -> None:
     everything = all_choices(options)
@@ -73,7 +74,7 @@ def gap(options: Options) -> float:
     return max(steps, default=0.0) + 1e-9
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(options=menus(), share=st.floats(0, 1))
 def test_the_limit_on_divergence_is_kept_at_little_cost(options: Options, share: float) -> None:
     everything = all_choices(options)
@@ -87,7 +88,7 @@ def test_the_limit_on_divergence_is_kept_at_little_cost(options: Options, share:
     assert cost <= min(price for price, other in everything if other <= limit) + dearest + 1e-9
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(options=menus())
 def test_a_hull_bends_one_way(options: Options) -> None:
     for each in options.values():
@@ -157,6 +158,23 @@ def measured(checkpoint: Path, tmp_path: Path, recipe: Recipe) -> tuple[dict[str
             unit = found.setdefault(f"decoder.layers.{layer}.{first}", {})
             unit[precision] = float((base.exp() * (base - other)).sum(-1).mean())
     return predicted, found
+
+
+def test_statistics_do_not_know_the_samples_held_out(tmp_path: Path) -> None:
+    source = Checkpoint(write_checkpoint(tmp_path / "checkpoint", dtype="float32"))
+    work, options = WorkFolder(tmp_path / "work", {}), DataOptions(write_data(tmp_path / "data"), max_tiles=1)
+    calibration, _ = embedded_set(work, source, "", options, FLOAT32)
+    run = DecoderPass(work, source, calibration, FLOAT32, lambda count: None, held_out=[0, 3, 4])
+    found: dict[int, Any] = {}
+    run.run(Wanted(gram=True), lambda layer, statistics: found.update({layer: statistics}))
+    norm = torch.from_numpy(source.tensor("decoder.layers.0.input_layernorm.weight").astype(np.float32))
+    starts = np.concatenate([[0], np.cumsum(calibration.lengths)])
+    embeddings = torch.from_numpy(np.array(calibration.embeddings()))
+    kept = torch.cat([embeddings[starts[sample] : starts[sample + 1]] for sample in (1, 2, 5)])
+    kept = rms_norm(kept, norm, source.config.decoder.rms_norm_eps)
+    inputs = found[0]["self_attn.q_proj"]
+    assert inputs.count == len(kept)
+    torch.testing.assert_close(whole_gram(inputs.gram), kept.T @ kept, rtol=1e-4, atol=1e-3)
 
 
 class NoBar:
