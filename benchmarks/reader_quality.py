@@ -1,0 +1,105 @@
+"""What quantising costs the demo reader: exact answers of its test stream, and divergence from its float weights.
+
+    python benchmarks/reader_quality.py CHECKPOINT WORK
+
+Calibration is the built-in set (training fonts and words, seed 0); the suite and the questions of which divergence is
+measured are other pictures. Every bundle answers as a user's would, token by token, through ONNX Runtime. WORK keeps
+checkpoints, bundles and figures, and a run continues where it was. Results: results/reader-quality-LAYOUT.json.
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import click
+from record import write_results
+
+from internvl_edge import InternVL, export_bundle
+from internvl_edge.calibration import DataOptions, choose_compute
+from internvl_edge.checkpoint import Checkpoint
+from internvl_edge.evaluation import SUITES, compare, read_cases, run_suite
+from internvl_edge.quantize import quantize_checkpoint
+from internvl_edge.recipe_files import make_recipe, presets, read_recipe
+from internvl_edge.runtime.request import ChatOptions
+
+_AWQ = {"decoder": "w4a16-awq", "group_size": 64}
+# Fields, as in a recipe file; None for the float checkpoint.
+ROWS: dict[str, dict[str, Any] | str | None] = {
+    "float": None,
+    "w8a16": {"decoder": "w8a16"},
+    "w8a8": {"decoder": "w8a8"},
+    "w4a16-awq, int8 head": _AWQ | {"lm_head": "int8"},
+    "w4a16-awq": _AWQ,
+    "w4a16-rtn": _AWQ | {"decoder": "w4a16-rtn"},
+    "w4a16-awq, symmetric": _AWQ | {"symmetric": True},
+    "w4a16-rtn, symmetric": _AWQ | {"decoder": "w4a16-rtn", "symmetric": True},
+    "int8 cache": {"decoder": "fp", "kv_cache": "int8"},
+    "int8 vision": {"decoder": "fp", "vision": "int8"},
+    **{f"recipe {name}": name for name in presets()},
+    "recipe cpu, int8 prompts": "cpu",
+}
+QUESTIONS, COMPARED, SEED = 500, 64, 1
+OPTIONS: ChatOptions = {"max_new_tokens": 64}
+
+
+def made(checkpoint: Path, work: Path, name: str) -> tuple[Path, dict[str, Any]]:
+    """The bundle of a row and what its quantiser said; what is there stays."""
+    folder = work / name.replace(" ", "-").replace(",", "")
+    source, said = checkpoint, folder / "quantised.json"
+    fields = ROWS[name]
+    if fields is not None:
+        source = folder / "checkpoint"
+        if not said.exists():
+            recipe = make_recipe(read_recipe(fields) if isinstance(fields, str) else fields)
+            compute = choose_compute("cpu", "float32")
+            report = quantize_checkpoint(checkpoint, source, recipe, data=DataOptions(), compute=compute)
+            said.write_text(json.dumps({"bits_per_weight": report.bits_per_weight}), encoding="utf-8")
+    if not (folder / "bundle").exists():
+        int8_prompts = name.endswith("int8 prompts")
+        export_bundle(source, folder / "bundle", "float32", dialects=["onnxruntime"], int8_prompts=int8_prompts)
+    return folder / "bundle", json.loads(said.read_text(encoding="utf-8")) if said.exists() else {}
+
+
+def measure(bundle: Path, reference: Path) -> dict[str, Any]:
+    """Exact answers and divergence of one bundle."""
+
+    def load(folder: Path) -> InternVL:
+        return InternVL.load(folder, device="cpu", engine="onnxruntime")
+
+    with load(bundle) as model:
+        score = run_suite(model, islice(SUITES["reader"](0), QUESTIONS), OPTIONS)
+    found: dict[str, Any] = {
+        "exact_match": round(score.total, 4),
+        "tasks": {task: round(score.share(task), 4) for task in score.asked},
+    }
+    if bundle != reference:
+        cases = read_cases(None, COMPARED, SEED)
+        comparison = compare(lambda: load(bundle), lambda: load(reference), cases, OPTIONS)
+        found |= {name: round(value, 6) for name, value in comparison.figures().items()}
+    return found
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("work", type=click.Path(path_type=Path))
+def main(checkpoint: Path, work: Path) -> None:
+    """Measure all rows and write the results."""
+    layout = Checkpoint(checkpoint).config.decoder.architecture
+    reference, _ = made(checkpoint, work, "float")
+    rows = []
+    for name in ROWS:
+        bundle, said = made(checkpoint, work, name)
+        figures = bundle.parent / "figures.json"
+        if not figures.exists():
+            figures.write_text(json.dumps(measure(bundle, reference)), encoding="utf-8")
+        rows.append({"name": name, "recipe": ROWS[name], **said, **json.loads(figures.read_text(encoding="utf-8"))})
+        click.echo(f"{name:24} exact {rows[-1]['exact_match']:.3f}  KL {rows[-1].get('kl', 0):.5f}")
+    results = {"questions": QUESTIONS, "compared": COMPARED, "layout": layout, "results": rows}
+    click.echo(write_results(f"reader-quality-{layout}", results))
+
+
+if __name__ == "__main__":
+    main()
