@@ -111,5 +111,6 @@ def _quantised(facts: dict[str, Any]) -> str:
     text = f"{facts['method']}: int{facts['bits']}, {groups}, {facts['bits_per_weight']:.2f} bits per decoder weight"
     if facts["asymmetric"]:
         how = "as an exact second term" if facts["asymmetric"] == "exact" else "rounded again"
-        text += f"; zero points for TensorRT {how}, weights off by {facts['weight_error']:.1e}"
+        error = facts["weight_error"]
+        text += f"; zero points for TensorRT {how}, weights {f'off by {error:.1e}' if error else 'unchanged'}"
     return text
