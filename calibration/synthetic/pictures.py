@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+from itertools import product
 
 from internvl_edge.calibration.synthetic.documents import TILE, word
 from internvl_edge.calibration.synthetic.draw import Colour, Page, Picture, paper_and_ink, pick_face
@@ -59,7 +60,11 @@ def chart(rng: random.Random, split: str, scale: float) -> Picture:
     questions = [(f"What is the value of {name}?", str(value)) for name, value in zip(names, values, strict=True)]
     questions.append(("Which bar is the tallest?", names[values.index(max(values))]))
     questions.append(("Which bar is the shortest?", names[values.index(min(values))]))
-    return page.picture(questions, "\n".join(f"{name} {value}" for name, value in zip(names, values, strict=True)))
+    bars = list(zip(names, values, strict=True))
+    drill = [(f"What is the value of bar {number}?", str(value)) for number, (_, value) in enumerate(bars, 1)]
+    drill += [(f"What is the name of bar {number}?", name) for number, name in enumerate(names, 1)]
+    drill += [(f"Which bar is {name}?", str(number)) for number, name in enumerate(names, 1)]
+    return page.picture(questions, "\n".join(f"{name} {value}" for name, value in bars), drill)
 
 
 def _draw_shape(page: Page, shape: str, x: float, y: float, radius: float, fill: Colour, turn: float) -> None:
@@ -110,9 +115,12 @@ def _asked_pair(rng: random.Random, objects: list[tuple[str, str]]) -> tuple[str
     return rng.choice(missing) if missing else rng.choice(objects)
 
 
-def _drilled_pairs(objects: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The (colour, shape) pairs that are there, and those made of their colours and shapes that are not."""
-    return sorted({(colour, shape) for colour, _ in objects for _, shape in objects})
+def _with_as_many_others(colours: list[str]) -> list[str]:
+    """These colours and as many more: those that follow the first, so that each is as often absent as there."""
+    names = list(COLOURS)
+    start = names.index(colours[0])
+    others = [name for name in names[start:] + names[:start] if name not in colours]
+    return colours + others[: len(colours)]
 
 
 def scene(rng: random.Random, split: str, scale: float) -> Picture:
@@ -132,9 +140,12 @@ def scene(rng: random.Random, split: str, scale: float) -> Picture:
     asked = _asked_pair(rng, objects)
     questions.append((f"Is there a {asked[0]} {asked[1]}?", "yes" if asked in objects else "no"))
     listed = [f"{c} {s}" for _, (c, s) in sorted(zip(cells, objects, strict=True))]
-    drill = [(f"How many {_plural(s)} are there?", str(counts[s])) for s in SHAPES]
-    drill += [(f"How many shapes are {c}?", str(sum(other == c for other, _ in objects))) for c in COLOURS]
-    drill += [(f"Is there a {c} {s}?", "yes" if (c, s) in objects else "no") for c, s in _drilled_pairs(objects)]
+    shapes, colours = sorted({s for _, s in objects}), sorted({c for c, _ in objects})
+    drill = [(f"How many {_plural(s)} are there?", str(counts[s])) for s in SHAPES if s in shapes]
+    drill += [(f"How many shapes are {c}?", str(sum(c == other for other, _ in objects))) for c in colours]
+    drill += [(f"Is there a {s}?", "yes" if s in shapes else "no") for s in SHAPES]
+    drill += [(f"Is there a {c} shape?", "yes" if c in colours else "no") for c in _with_as_many_others(colours)]
+    drill += [(f"Is there a {c} {s}?", "yes" if (c, s) in objects else "no") for c, s in product(colours, shapes)]
     return page.picture(questions, "\n".join(listed), drill)
 
 
@@ -151,12 +162,13 @@ def scene_zh(rng: random.Random, split: str, scale: float) -> Picture:
         found = next(c for c, s in objects if s == single)
         questions.append((f"{_SHAPES_ZH[single]}是什么颜色？", _COLOURS_ZH[found]))
     asked = _asked_pair(rng, objects)
-    there = "有" if asked in objects else "没有"
-    questions.append((f"有没有{_COLOURS_ZH[asked[0]]}的{_SHAPES_ZH[asked[1]]}？", there))
+    there = {True: "有", False: "没有"}
+    questions.append((f"有没有{_COLOURS_ZH[asked[0]]}的{_SHAPES_ZH[asked[1]]}？", there[asked in objects]))
     listed = [_COLOURS_ZH[c] + _SHAPES_ZH[s] for _, (c, s) in sorted(zip(cells, objects, strict=True))]
-    drill = [(f"有几个{_SHAPES_ZH[s]}？", str(sum(other == s for _, other in objects))) for s in SHAPES]
-    drill += [
-        (f"有没有{_COLOURS_ZH[c]}的{_SHAPES_ZH[s]}？", "有" if (c, s) in objects else "没有")
-        for c, s in _drilled_pairs(objects)
-    ]
+    shapes, colours = sorted({s for _, s in objects}), sorted({c for c, _ in objects})
+    drill = [(f"有几个{_SHAPES_ZH[s]}？", str(sum(s == other for _, other in objects))) for s in SHAPES if s in shapes]
+    drill += [(f"有没有{_SHAPES_ZH[s]}？", there[s in shapes]) for s in SHAPES]
+    drill += [(f"有没有{_COLOURS_ZH[c]}？", there[c in colours]) for c in _with_as_many_others(colours)]
+    pairs = product(colours, shapes)
+    drill += [(f"有没有{_COLOURS_ZH[c]}的{_SHAPES_ZH[s]}？", there[(c, s) in objects]) for c, s in pairs]
     return page.picture(questions, "\n".join(listed), drill)

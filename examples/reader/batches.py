@@ -139,7 +139,9 @@ class Recipe:
     dense: int
     """Stage-one tiles added to a batch."""
     questions: int
-    """Questions asked about one picture, at most, and as many of its drill."""
+    """Questions asked about one picture, at most."""
+    drill: int
+    """More of them from its drill, at most."""
     transcribe: float
     """Share of the pictures that are also read out in full."""
     tasks: tuple[str, ...]
@@ -155,7 +157,7 @@ def training_group(number: int, recipe: Recipe) -> list[Batch]:
     for _ in range(recipe.pictures * GROUP):
         picture, task = draw_picture(rng, "train", recipe.tasks)
         asked = rng.sample(picture.questions, min(recipe.questions, len(picture.questions)))
-        asked += rng.sample(picture.drill, min(recipe.questions, len(picture.drill)))
+        asked += rng.sample(picture.drill, min(recipe.drill, len(picture.drill)))
         triples = [(question, answer, task) for question, answer in asked]
         if picture.transcript and rng.random() < recipe.transcribe:
             triples.append((TRANSCRIBE.get(task, READ), picture.transcript, "transcript"))

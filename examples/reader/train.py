@@ -170,7 +170,9 @@ def right_branches(batch: Batch, logits: Tensor) -> list[tuple[str, bool]]:
 def run(a: argparse.Namespace) -> None:
     trainer = Trainer(a.out, a)
     bos = a.layout == "internlm2"
-    recipe = Recipe(a.seed, a.batch // a.pieces, a.dense // a.pieces, a.questions, a.transcribe, tuple(a.tasks), bos)
+    recipe = Recipe(
+        a.seed, a.batch // a.pieces, a.dense // a.pieces, a.questions, a.drill, a.transcribe, tuple(a.tasks), bos
+    )
     data = batches(partial(training_group, recipe=recipe), trainer.step * a.pieces // GROUP, a.workers)
     held = validation_rows(a.validation, bos=bos)
     started = saved = logged = time.time()
@@ -217,7 +219,8 @@ def main() -> None:
     parser.add_argument("--dense", type=int, default=16, help="dense tiles a step")
     parser.add_argument("--dense-weight", type=float, default=0.5)
     parser.add_argument("--questions", type=int, default=2, help="questions a picture, at most")
-    parser.add_argument("--transcribe", type=float, default=0.7, help="share of text pictures read out in full")
+    parser.add_argument("--drill", type=int, default=0, help="more of them from a picture's drill, at most")
+    parser.add_argument("--transcribe", type=float, default=0.7, help="share of the pictures that are read out in full")
     parser.add_argument("--tasks", nargs="+", default=TASKS, help="tasks to train on (default: all)")
     parser.add_argument("--muon-lr", type=float, default=2e-3)
     parser.add_argument("--adam-lr", type=float, default=1e-3)
