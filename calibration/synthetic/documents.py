@@ -17,9 +17,13 @@ _MARGIN = 6.0
 _SIGN_COLOURS: tuple[Colour, ...] = ((20, 70, 150), (10, 110, 60), (170, 25, 30), (30, 30, 30), (90, 40, 110))
 
 
+# Fewer words of the lists in training, which would be known by heart before they could be read.
+_REAL = {"train": 0.4, "validation": 1.0, "test": 1.0}
+
+
 def word(rng: random.Random, split: str, name: str, max_length: int, real: float = 0.6) -> str:
     """A word of the list `name`, or an invented one, of at most `max_length` letters."""
-    if rng.random() < real:
+    if rng.random() < real * _REAL[split]:
         candidates = [w for w in pool(name, split) if len(w) <= max_length]
         if candidates:
             return rng.choice(candidates)
@@ -29,7 +33,7 @@ def word(rng: random.Random, split: str, name: str, max_length: int, real: float
 def chinese_word(rng: random.Random, split: str, name: str, max_length: int) -> str:
     """A Chinese word of the list `name`, or a row of known characters."""
     candidates = [w for w in pool(name, split) if len(w) <= max_length]
-    if candidates and rng.random() < 0.5:
+    if candidates and rng.random() < 0.5 * _REAL[split]:
         return rng.choice(candidates)
     return invented_chinese(rng, split, max_length)
 
