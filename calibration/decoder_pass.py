@@ -94,7 +94,7 @@ class DecoderPass:
         observer = Observer("decoder", self._calibration.total, wanted)
         for chunk in self._chunks:
             x = self._read(self._config.num_hidden_layers, chunk)
-            self._announce(observer, chunk)
+            self._announce(observer, chunk, int(self._starts[chunk.start]))
             observer("lm_head", rms_norm(x, weight, self._config.rms_norm_eps).to(self._compute.dtype))
         return observer.inputs["lm_head"]
 
@@ -120,11 +120,14 @@ class DecoderPass:
     def _observe(self, layer: int, wanted: Wanted) -> Statistics:
         name = f"decoder.layers.{layer}"
         weights = load_block(self._checkpoint, f"{name}.", self._compute)
-        observer = Observer(name, self._calibration.total, wanted)
+        held_out = sum(self._calibration.lengths[index] for index in self._held_out)
+        observer = Observer(name, self._calibration.total - held_out, wanted)
+        seen = 0
         for chunk in self._chunks:
             for run in _without(chunk, self._held_out):
                 x = self._read(layer, run)
-                self._announce(observer, run)
+                self._announce(observer, run, seen)
+                seen += len(x)
                 lengths = [self._calibration.lengths[index] for index in run]
                 decoder_block(weights, x, lengths, self._rotary(lengths), self._config, observer, output=False)
             self._progress(sum(self._calibration.lengths[index] for index in chunk))
@@ -140,7 +143,7 @@ class DecoderPass:
         with new.open("wb") as file:  # written, not mapped: a full disk is then an error and not a crash
             for chunk in self._chunks:
                 x = self._read(layer, chunk)
-                self._announce(observer, chunk)
+                self._announce(observer, chunk, int(self._starts[chunk.start]))
                 lengths = [self._calibration.lengths[index] for index in chunk]
                 rotary = self._rotary(lengths)
                 x = decoder_block(weights, x, lengths, rotary, self._config, unseen, observe_cache=ranges.add)
@@ -166,9 +169,9 @@ class DecoderPass:
             states = np.memmap(self._hidden_path(layer), np.float32, "r", shape=shape)
         return torch.from_numpy(np.array(states[self._rows(chunk)])).to(self._compute.device)
 
-    def _announce(self, observer: Observer, chunk: range) -> None:
+    def _announce(self, observer: Observer, chunk: range, offset: int) -> None:
         samples = [(self._calibration.names[index], self._calibration.lengths[index]) for index in chunk]
-        observer.begin(int(self._starts[chunk.start]), samples)
+        observer.begin(offset, samples)
 
     def _rotary(self, lengths: list[int]) -> tuple[Tensor, Tensor]:
         tables = [self._angles.at(0, length, length) for length in lengths]

@@ -166,7 +166,7 @@ def test_statistics_do_not_know_the_samples_held_out(tmp_path: Path) -> None:
     calibration, _ = embedded_set(work, source, "", options, FLOAT32)
     run = DecoderPass(work, source, calibration, FLOAT32, lambda count: None, held_out=[0, 3, 4])
     found: dict[int, Any] = {}
-    run.run(Wanted(gram=True), lambda layer, statistics: found.update({layer: statistics}))
+    run.run(Wanted(gram=True, tokens=7), lambda layer, statistics: found.update({layer: statistics}))
     norm = torch.from_numpy(source.tensor("decoder.layers.0.input_layernorm.weight").astype(np.float32))
     starts = np.concatenate([[0], np.cumsum(calibration.lengths)])
     embeddings = torch.from_numpy(np.array(calibration.embeddings()))
@@ -175,6 +175,7 @@ def test_statistics_do_not_know_the_samples_held_out(tmp_path: Path) -> None:
     inputs = found[0]["self_attn.q_proj"]
     assert inputs.count == len(kept)
     torch.testing.assert_close(whole_gram(inputs.gram), kept.T @ kept, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(inputs.subset, kept[np.arange(7) * len(kept) // 7], rtol=1e-4, atol=1e-4)
 
 
 class NoBar:
