@@ -6,10 +6,11 @@ import re
 from pathlib import Path
 
 from .errors import CheckpointError
+from .kv_cache import KV_CACHE_SCALES
 
 # Weights, configuration, tokenizer, and never pickles other than weight shards. The code files are a few kilobytes of
 # text that vLLM and transformers ask for in what `quantize` makes; nothing here runs them.
-_WANTED = ["*.json", "*.safetensors", "*.jinja", "*.py", "merges.txt", "tokenizer.model"]
+_WANTED = ["*.json", "*.safetensors", "*.jinja", "*.py", "merges.txt", "tokenizer.model", KV_CACHE_SCALES]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -28,18 +29,36 @@ def resolve_checkpoint(text: str) -> Path:
         raise CheckpointError(
             f"{text} does not exist; give a checkpoint folder or a hub id like OpenGVLab/InternVL2_5-1B"
         )
-    return _download(text)
+    folder = _download(text, _WANTED)
+    if not any(folder.glob("*.safetensors")):
+        folder = _download(text, [*_WANTED, "pytorch_model*.bin"])
+    return folder
 
 
-def _download(repo: str) -> Path:
+def resolve_configuration(text: str) -> Path:
+    """A folder with what says how a model is made, without its weights.
+
+    Args:
+        text: a checkpoint folder, its config.json, or a hub id, of which only that file and the cache's scales are
+            downloaded.
+
+    Raises:
+        CheckpointError: as `resolve_checkpoint`.
+    """
+    path = Path(text)
+    if path.name == "config.json" and path.is_file():
+        return path.parent
+    if path.exists() or not _HUB_ID.fullmatch(text) or text.startswith("."):
+        return resolve_checkpoint(text)
+    return _download(text, ["config.json", KV_CACHE_SCALES])
+
+
+def _download(repo: str, wanted: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(repo, allow_patterns=_WANTED))
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(repo, allow_patterns=[*_WANTED, "pytorch_model*.bin"]))
-        return folder
+        return Path(snapshot_download(repo, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{repo} is no folder here and could not be downloaded: {reason}") from None

@@ -9,7 +9,7 @@ import huggingface_hub
 import pytest
 
 from internvl_edge.errors import CheckpointError
-from internvl_edge.hub import resolve_checkpoint
+from internvl_edge.hub import resolve_checkpoint, resolve_configuration
 
 
 @pytest.fixture
@@ -38,6 +38,13 @@ def test_a_hub_id_is_downloaded_without_pickles(downloads: list[list[str]], tmp_
     assert resolve_checkpoint("OpenGVLab/InternVL2_5-1B") == tmp_path / "hub"
     assert len(downloads) == 1
     assert not any(pattern.endswith((".bin", ".pth", ".pkl")) for pattern in downloads[0])
+
+
+def test_a_plan_needs_the_configuration_and_whether_the_cache_is_in_8_bits(downloads: list[list[str]]) -> None:
+    resolve_configuration("OpenGVLab/InternVL2_5-1B")
+    resolve_checkpoint("OpenGVLab/InternVL2_5-1B")
+    assert downloads[0] == ["config.json", "kv_cache_scales.npz"]
+    assert "kv_cache_scales.npz" in downloads[1]
 
 
 def test_bin_shards_are_fetched_only_where_there_is_nothing_else(downloads: list[list[str]]) -> None:

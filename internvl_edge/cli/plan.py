@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,13 @@ from ..config import ModelConfig
 from ..config_reader import read_config
 from ..devices import Device, Devices
 from ..errors import EdgeError
-from ..hub import resolve_checkpoint
+from ..hub import resolve_configuration
 from ..recipe_files import make_recipe, presets, read_recipe
 from ..units import size
 from .columns import print_columns
 from .output import print_json
 
 DEFAULT_CONTEXT = 4096
-HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 @click.command("plan")
@@ -92,25 +90,9 @@ def _source(path: str) -> tuple[ModelConfig, Precision | None, dict[str, tuple[i
         quantised = precision.body or precision.vision or manifest.kv_cache
         # Engines hold 16-bit numbers, whatever the bundle stores.
         return manifest.model, replace(precision, dtype_bytes=2, vector_bytes=2) if quantised else None, stored
-    folder = _configuration(path)
+    folder = resolve_configuration(path)
     config = read_config(folder)
     return config, checkpoint_precision(folder, config), None
-
-
-def _configuration(path: str) -> Path:
-    """The folder with a model's config.json; of a hub id only that file is downloaded."""
-    if Path(path).name == "config.json" and Path(path).is_file():
-        return Path(path).parent
-    if Path(path).exists() or not HUB_ID.fullmatch(path):
-        return resolve_checkpoint(path)
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(hf_hub_download(path, "config.json")).parent
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise EdgeError(f"{path} is no folder here and its config.json could not be downloaded: {reason}") from None
 
 
 def _print_plans(plans: list[Plan]) -> None:
