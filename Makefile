@@ -12,8 +12,8 @@ export OMP_NUM_THREADS ?= 1
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
-demo: $(DEMO_VENV)/ready ## Export a small checkpoint and ask it about a picture (no torch)
-	@$(DEMO_VENV)/bin/python examples/demo.py
+demo: $(DEMO_VENV)/ready ## Export a small model that reads and ask it about pictures (no torch)
+	@$(DEMO_VENV)/bin/internvl-edge demo
 
 test: $(VENV)/ready ## Fast tests
 	$(BIN)/pytest -n $(JOBS) -m "not slow"

@@ -1,10 +1,11 @@
-"""Write the demo's three pictures and their questions: `python make_samples.py` fills samples/ from the test stream."""
+"""Write the demo's three pictures and their questions: `python make_samples.py` draws them from the test stream."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import internvl_edge
 from internvl_edge.calibration.synthetic import sample
 
 CHOSEN = {"receipt": 9, "chart": 29, "sign": 32}
@@ -13,8 +14,7 @@ CHOSEN = {"receipt": 9, "chart": 29, "sign": 32}
 
 def main() -> None:
     """Draw and write."""
-    folder = Path(__file__).resolve().parent / "samples"
-    folder.mkdir(exist_ok=True)
+    folder = Path(internvl_edge.__file__).resolve().parent / "data" / "demo"
     entries = []
     for task, index in CHOSEN.items():
         s = sample("test", index, tasks=[task])

@@ -30,6 +30,7 @@ COMMANDS = {
     "chat": "Talk with a bundle in the terminal.",
     "evaluate": "Measure how good a bundle's answers are.",
     "bench": "Measure a bundle's speed and memory on this machine.",
+    "demo": "Export a small model that reads and ask it about pictures, both of them shipped.",
     "doctor": "Check this machine's installation.",
 }
 

@@ -1,0 +1,63 @@
+"""`internvl-edge demo`."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import click
+
+from internvl_edge.runtime.model import InternVL
+
+from ..demo import TEXT_MODELS, Question, demo_checkpoint, demo_questions
+from ..errors import EdgeError
+from .columns import print_columns
+from .output import print_json
+
+
+@click.command("demo")
+@click.option("--text-model", type=click.Choice(TEXT_MODELS), default=TEXT_MODELS[0], show_default=True)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Keep the bundle there, to ask it more.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(text_model: str, output: Path | None, as_json: bool) -> None:
+    """Export the small model that comes with this package and ask it about pictures that do, too."""
+    checkpoint = demo_checkpoint(text_model)
+    with _folder(output) as folder:
+        started = time.perf_counter()
+        bundle = _export(checkpoint, Path(folder) if output else Path(folder) / "bundle")
+        exported = time.perf_counter() - started
+        with InternVL.load(bundle) as model:
+            questions = demo_questions()
+            answers = [model.chat(asked.question, [asked.image]).text for asked in questions]
+        seconds = time.perf_counter() - started
+    facts = [_facts(asked, answer) for asked, answer in zip(questions, answers, strict=True)]
+    if as_json:
+        print_json({"checkpoint": str(checkpoint), "seconds": round(seconds, 2), "answers": facts})
+        return
+    click.echo(f"{checkpoint}: exported in {exported:.1f} s, {len(facts)} questions in {seconds - exported:.1f} s\n")
+    print_columns(list(facts[0]), [list(row.values()) for row in facts])
+    click.echo("\nIt reads what it was trained on: printed lines, receipts, meters, charts, simple scenes.")
+    if output:
+        click.echo(f'Next: internvl-edge run {output} --image {facts[0]["image"]} "Read all the text."')
+    else:
+        click.echo(f"Next: internvl-edge quantize {checkpoint} -o demo-int4 --group-size 64 --lm-head int8")
+
+
+def _folder(output: Path | None) -> AbstractContextManager[str | Path]:
+    return nullcontext(output) if output else tempfile.TemporaryDirectory(prefix="internvl-edge-demo-")
+
+
+def _export(checkpoint: Path, bundle: Path) -> Path:
+    try:
+        from internvl_edge.export import export_bundle
+    except ImportError as error:
+        raise EdgeError(f"the demo needs the package {error.name}: pip install 'internvl-edge[cpu,export]'") from None
+    return export_bundle(checkpoint, bundle)
+
+
+def _facts(asked: Question, answer: str) -> dict[str, str]:
+    image = asked.image
+    shown = image.relative_to(Path.cwd()) if image.is_relative_to(Path.cwd()) else image
+    return {"image": str(shown), "question": asked.question, "answer": answer, "expected": asked.expected}

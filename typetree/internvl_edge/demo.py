@@ -1,0 +1,1 @@
+../../internvl_edge/demo.py
