@@ -72,7 +72,10 @@ def combine(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
     combined = dict(base)
     for name, value in more.items():
         table = combined.get(name)
-        combined[name] = {**table, **value} if isinstance(table, dict) and isinstance(value, dict) else value
+        if isinstance(table, dict) and isinstance(value, dict):
+            # What is given again moves to the end: of the exceptions that match a layer, the last holds.
+            value = {key: old for key, old in table.items() if key not in value} | value
+        combined[name] = value
     return combined
 
 

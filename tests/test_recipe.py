@@ -126,6 +126,13 @@ def test_the_last_pattern_that_matches_holds(tmp_path: Path) -> None:
     assert found["1.mlp.up_proj"] == "w4a16-awq-g32"
 
 
+def test_a_pattern_that_is_given_again_counts_where_it_was_given_last(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('[layers]\n"layers.0.*" = "w8a16"\n"*.down_proj" = "fp"\n', encoding="utf-8")
+    again = combine(read_recipe(str(file)), {"layers": {"layers.0.*": "w4a16-awq"}})
+    assert list(again["layers"].items()) == [("*.down_proj", "fp"), ("layers.0.*", "w4a16-awq")]
+
+
 @pytest.mark.parametrize(
     ("pattern", "precision", "message"),
     [
@@ -194,6 +201,7 @@ def test_options_replace_single_fields_of_a_recipe(tmp_path: Path) -> None:
     [
         (["--layer", "layers.0"], "is not PATTERN=SCHEME"),
         (["--target-bits", "4.5", "--max-kl", "0.1"], "one of the two"),
+        (["--scheme", "w8a16", "--data", "pictures"], "nothing in this recipe looks at data"),
         (["--recipe", "jetson"], "presets: cpu, rtx, orin, thor"),
         (["--recipe", "cpu", "--group-size", "32", "--layer", "*.gate=w8a16"], "near: "),
     ],

@@ -45,6 +45,8 @@ def command(checkpoint: str, output: Path, stats: Path | None, as_json: bool, **
         raise missing_package(error) from None
     if stats is not None and values["data"] is not None:
         raise EdgeError("--data and --stats cannot be combined; statistics already hold their data")
+    if (stats or values["data"]) and not (recipe.needs_data or recipe.vision == "int8"):
+        raise EdgeError("nothing in this recipe looks at data: it rounds to the nearest; leave out --data and --stats")
     options, compute = data_options(values), compute_options(values)
     source = resolve_checkpoint(checkpoint)
     report = quantize_checkpoint(

@@ -32,7 +32,7 @@ _OPTIONS = (
     click.option(
         "--compensate/--no-compensate",
         default=None,
-        help="Spread rounding errors over later columns (GPTQ), w4a16-awq and w8a16.  [default: compensate]",
+        help="Spread rounding errors over later columns (GPTQ); with data.  [default: compensate]",
     ),
     click.option(
         "--layer",
@@ -109,8 +109,8 @@ def recipe_of(values: dict[str, Any]) -> Recipe:
         given.setdefault("decoder", "fp")
     if keep := values.pop("vision_float"):
         given.setdefault("vision_int8", {})["keep"] = list(keep)
-    if layers := values.pop("layers"):
-        given["layers"] = dict(_exception(text) for text in layers)
+    for text in values.pop("layers"):
+        given = combine(given, {"layers": dict([_exception(text)])})
     limits = {option: value for option in ("target_bits", "max_kl") if (value := values.pop(option)) is not None}
     if limits.get("max_kl") == 0:
         del limits["max_kl"]
