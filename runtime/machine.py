@@ -20,8 +20,8 @@ _BFLOAT16 = {"avx512_bf16", "amx_bf16"}
 
 
 def cores() -> int:
-    """CPU cores this process may use."""
-    return len(os.sched_getaffinity(0))
+    """CPU cores this process may use; where the system does not say, all of them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def multiplies_int8_exactly() -> bool:

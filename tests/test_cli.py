@@ -7,13 +7,16 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny
+from click.testing import CliRunner
 from PIL import Image
 
 from internvl_edge.bundle import MANIFEST
+from internvl_edge.cli import doctor
 
 PROGRAM = [sys.executable, "-c", "from internvl_edge.cli import main; main()"]
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -121,6 +124,21 @@ def test_doctor_finds_this_installation_sound() -> None:
     assert (result.returncode, facts["problems"]) == (0, [])
     assert "CPUExecutionProvider" in facts["onnxruntime providers"]
     assert facts["packages"]["numpy"] == np.__version__
+
+
+@pytest.mark.parametrize(("tensorrt", "problems"), [(False, 1), (True, 0)])
+def test_a_board_that_answers_through_tensorrt_needs_no_onnxruntime(
+    tensorrt: bool, problems: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(name: str) -> Any:
+        raise ImportError(name)
+
+    monkeypatch.setattr(doctor.importlib, "import_module", missing)
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: object() if tensorrt else None)
+    monkeypatch.setattr(doctor, "_version", lambda package: "1.0")
+    result = CliRunner().invoke(doctor.command, ["--json"])
+    found = [text for text in json.loads(result.stdout)["problems"] if "cannot be imported" in text]
+    assert len(found) == problems
 
 
 def test_help_names_every_command_and_does_not_import_engines() -> None:
@@ -233,6 +251,7 @@ def test_questions_that_cannot_be_asked(bundle: Path, photo: Path) -> None:
     )
     assert_one_line(internvl_edge("run", bundle, "x", "--temperature", -1), "temperature")
     assert_one_line(internvl_edge("run", bundle, "x", "--top-p", 0), "top_p")
+    assert_one_line(internvl_edge("run", bundle, "x", "--seed", -1), "seed is -1")
     assert_one_line(internvl_edge("run", bundle, "x", "--max-new-tokens", 0), "max_new_tokens")
     assert_one_line(internvl_edge("run", bundle, "x", "--stop", ""), "stop string is empty")
 

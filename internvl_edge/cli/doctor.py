@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-import os
+import importlib.util
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import click
+
+from internvl_edge.runtime.machine import cores
 
 from ..units import size
 from .output import print_json, print_table
@@ -43,7 +44,7 @@ def command(ctx: click.Context, as_json: bool) -> None:
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores(),
         "cpu features": " ".join(_cpu_features()) or "unknown",
         "memory": _memory(),
     }
@@ -75,12 +76,18 @@ def _onnxruntime() -> tuple[list[str], list[str]]:
         runtime: Any = importlib.import_module("onnxruntime")
         return list(runtime.get_available_providers()), problems
     except ImportError as error:
-        problems.append(f"onnxruntime cannot be imported ({error}); pip install 'internvl-edge[cpu]'")
+        if not _has_tensorrt():
+            problems.append(f"onnxruntime cannot be imported ({error}); pip install 'internvl-edge[cpu]'")
     except AttributeError:
         problems.append(
             "the onnxruntime folder is damaged; uninstall onnxruntime and onnxruntime-gpu, then install one"
         )
     return [], problems
+
+
+def _has_tensorrt() -> bool:
+    """Whether bundles can run without ONNX Runtime, as on JetPack 6, whose Python has none that reads the graphs."""
+    return importlib.util.find_spec("tensorrt") is not None and _version("cuda-bindings") is not None
 
 
 def _proc_field(path: str, names: tuple[str, ...]) -> str:

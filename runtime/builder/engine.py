@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import resource
 import signal
 import threading
 import time
@@ -15,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 from internvl_edge.errors import EngineError
+from internvl_edge.report.run import peak_memory
 
 from ..engines.tensorrt_flavour import Flavour, last_error
 from .network import parsed_network
@@ -81,7 +81,7 @@ def build_engine(flavour: Flavour, build: Build, progress: Progress, stop: threa
         if timings := flavour.timing_cache(config):
             assert build.timing_cache is not None
             build.timing_cache.write_bytes(timings)
-        seconds, peak = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        seconds, peak = time.perf_counter() - started, peak_memory()
         return Built(len(data), hashlib.sha256(data).hexdigest(), round(seconds, 2), peak, network.num_layers)
 
 
