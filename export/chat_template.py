@@ -6,10 +6,11 @@ A Jinja template is code that comes with a checkpoint. What must hold is visible
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from internvl_edge.errors import CheckpointError
+
+from .tokenizer import read_json
 
 _EXPECTED = ("<|im_start|>", "<|im_end|>", "<IMG_CONTEXT>")
 _OWN_SYSTEM_TURN = "<|im_start|>system"
@@ -21,7 +22,7 @@ def check_chat_template(folder: Path) -> None:
     A folder without a template passes: there is nothing that contradicts.
 
     Raises:
-        CheckpointError: the template lacks a marker, or adds a system turn of its own.
+        CheckpointError: the template lacks a marker, adds a system turn of its own, or lies in a damaged file.
     """
     template = _read_template(folder)
     if template is None:
@@ -39,8 +40,7 @@ def _read_template(folder: Path) -> str | None:
     if own_file.is_file():
         return own_file.read_text(encoding="utf-8")
     for name in ("chat_template.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            template = json.loads((folder / name).read_text(encoding="utf-8")).get("chat_template")
-            if isinstance(template, str):
-                return template
+        template = read_json(folder / name, default={}).get("chat_template")
+        if isinstance(template, str):
+            return template
     return None

@@ -44,9 +44,9 @@ def build_tokenizer(checkpoint_dir: Path, config: ModelConfig) -> bytes:
             f"{checkpoint_dir} has no tokenizer; expected tokenizer.json, vocab.json with merges.txt or tokenizer.model"
         )
     source = present[-1] if config.layout == "native" else present[0]
-    settings = _read_json(checkpoint_dir / "tokenizer_config.json", default={})
+    settings = read_json(checkpoint_dir / "tokenizer_config.json", default={})
     if source == "tokenizer.json":
-        definition = _read_json(checkpoint_dir / source)
+        definition = read_json(checkpoint_dir / source)
     elif source == "vocab.json":
         definition = _qwen2_definition(checkpoint_dir, _added_tokens(checkpoint_dir, settings))
     else:
@@ -65,7 +65,12 @@ def token_ids(tokenizer: bytes) -> dict[str, int]:
     return {"image": ids["<IMG_CONTEXT>"], "stop": ids["<|im_end|>"]}
 
 
-def _read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
+def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The object in one of a checkpoint's JSON files; `default`, where one is given, stands for a file that is absent.
+
+    Raises:
+        CheckpointError: the file cannot be read, or holds something else.
+    """
     if default is not None and not path.is_file():
         return default
     try:
@@ -85,10 +90,10 @@ def _added_tokens(folder: Path, settings: Mapping[str, Any]) -> list[dict[str, A
         for token_id, token in settings.get("added_tokens_decoder", {}).items()
     }
     special = set()
-    for value in _read_json(folder / "special_tokens_map.json", default={}).values():
+    for value in read_json(folder / "special_tokens_map.json", default={}).values():
         for item in value if isinstance(value, list) else [value]:
             special.add(item["content"] if isinstance(item, dict) else item)
-    for content, token_id in _read_json(folder / "added_tokens.json", default={}).items():
+    for content, token_id in read_json(folder / "added_tokens.json", default={}).items():
         new = {"id": token_id, "content": content} | dict.fromkeys(_FLAGS, False) | {"special": content in special}
         if (known := tokens.setdefault(token_id, new))["content"] != content:
             raise CheckpointError(
@@ -118,7 +123,7 @@ def _qwen2_definition(folder: Path, added: list[dict[str, Any]]) -> dict[str, An
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [words, byte_level]},
         "post_processor": byte_level,
         "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": _read_json(folder / "vocab.json"), "merges": merges},
+        "model": {"type": "BPE", "vocab": read_json(folder / "vocab.json"), "merges": merges},
     }
 
 
@@ -136,7 +141,7 @@ def _check_special_tokens(path: Path, definition: dict[str, Any], text: str, con
             )
     added = {token["content"]: token["id"] for token in definition.get("added_tokens", []) if token.get("special")}
     ids = {token: added.get(token) for token in REQUIRED_TOKENS}
-    expected = _read_json(path.parent / "config.json", default={}).get("image_token_id")
+    expected = read_json(path.parent / "config.json", default={}).get("image_token_id")
     if expected is not None and ids["<IMG_CONTEXT>"] != expected:
         raise CheckpointError(
             f"{path}: <IMG_CONTEXT> has id {ids['<IMG_CONTEXT>']} but config.json says image_token_id {expected}"

@@ -213,6 +213,8 @@ def _rope(fields: Fields) -> RopeConfig:
 def _check(config: ModelConfig) -> None:
     """Contradictions between fields, found before any tensor is read."""
     vision, decoder = config.vision, config.decoder
+    if abs(config.shuffle * config.downsample_ratio - 1) > 1e-9:
+        raise CheckpointError(f"config.json: downsample_ratio {config.downsample_ratio} is not 1/n for a whole n")
     divisions = (
         ("vision hidden_size", vision.hidden_size, "its num_attention_heads", vision.num_attention_heads),
         ("image_size", vision.image_size, "patch_size", vision.patch_size),
@@ -227,5 +229,3 @@ def _check(config: ModelConfig) -> None:
         raise CheckpointError(
             f"config.json: select_layer {config.select_layer} lies outside the {vision.num_hidden_layers} vision layers"
         )
-    if abs(config.shuffle * config.downsample_ratio - 1) > 1e-9:
-        raise CheckpointError(f"config.json: downsample_ratio {config.downsample_ratio} is not 1/n for a whole n")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,7 +65,7 @@ class KvScales:
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 scales = KvScales(arrays["key"], arrays["value"])
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, EOFError, ValueError, KeyError, BadZipFile) as error:
             raise CheckpointError(f"{path} is damaged ({error}); quantise the checkpoint again") from None
         for name, array in (("key", scales.key), ("value", scales.value)):
             if array.shape != shape or array.dtype != np.float32:

@@ -41,6 +41,7 @@ class Sampling:
             ("top_k", self.top_k >= 0, "at least 0"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            ("seed", self.seed is None or self.seed >= 0, "at least 0"),
         )
         for name, fits, expected in limits:
             if not fits:

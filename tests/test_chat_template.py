@@ -39,3 +39,12 @@ def test_other_templates_are_refused_at_export(tmp_path: Path, name: str) -> Non
             (checkpoint / name).write_text(template, encoding="utf-8")
         with pytest.raises(CheckpointError, match=message):
             export_bundle(checkpoint, tmp_path / "bundle")
+
+
+@pytest.mark.parametrize("name", ["chat_template.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", [b'{"chat_template": "<|im_', b"[]", b"\xff\xfe"])
+def test_a_damaged_file_is_named_at_export(tmp_path: Path, name: str, content: bytes) -> None:
+    checkpoint = tiny.write_checkpoint(tmp_path / "checkpoint", layout="native")
+    (checkpoint / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"{name} .*download it again"):
+        export_bundle(checkpoint, tmp_path / "bundle")

@@ -101,6 +101,7 @@ MISTAKES: list[tuple[tuple[str, ...], Any, str]] = [
     (("force_image_size",), 57, "force_image_size is 57"),
     (("ps_version",), "v3", "ps_version is 'v3'"),
     (("downsample_ratio",), 0.4, "downsample_ratio 0.4"),
+    (("downsample_ratio",), 3, "downsample_ratio 3 "),
     (("select_layer",), -9, "select_layer -9"),
     (("template",), "Hermes-2", "template is 'Hermes-2'"),
 ]

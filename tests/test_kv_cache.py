@@ -107,6 +107,8 @@ def test_errors_of_keys_are_the_same_from_position_100_to_8000(tmp_path: Path) -
         (np.ones((2, 1, 4), np.float32), r"key scales are float32 \[2, 1, 4\], this model needs float32"),
         (None, "key scales must be finite and positive"),
         (b"no arrays", "is damaged"),
+        (b"", "is damaged"),
+        (100, "is damaged"),  # bytes that are left of the file
     ],
 )
 def test_scales_that_do_not_fit_are_one_line(tmp_path: Path, key: object, message: str) -> None:
@@ -115,6 +117,8 @@ def test_scales_that_do_not_fit_are_one_line(tmp_path: Path, key: object, messag
     path = checkpoint / KV_CACHE_SCALES
     if isinstance(key, bytes):
         path.write_bytes(key)
+    elif isinstance(key, int):
+        path.write_bytes(path.read_bytes()[:key])
     else:
         np.savez(path, key=-scales.key if key is None else key, value=scales.value)
     with pytest.raises(CheckpointError, match=message):

@@ -73,7 +73,8 @@ def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_of_a
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("temperature", -0.1), ("top_k", -1), ("top_p", 0), ("top_p", 1.1), ("repetition_penalty", 0)]
+    ("name", "value"),
+    [("temperature", -0.1), ("top_k", -1), ("top_p", 0), ("top_p", 1.1), ("repetition_penalty", 0), ("seed", -1)],
 )
 def test_parameters_out_of_range_are_named(name: str, value: float) -> None:
     with pytest.raises(PromptError, match=name):
