@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -373,6 +374,43 @@ def test_damaged_records_are_one_line(exported: Bundle) -> None:
     path.write_text(json.dumps(values | {"format_version": 99}))
     with pytest.raises(EngineError, match="newer version"):
         find_engines(exported, 86)
+
+
+def test_sound_engines_are_found_beside_damaged_newer_stale_and_interrupted_ones(exported: Bundle) -> None:
+    sound = write_engines(exported, "tensorrt")
+    folder = engine_folder(exported, "fake")
+    text = (folder / "engine.json").read_text(encoding="utf-8")
+    engines = folder.parent
+    stale = json.dumps(json.loads(text) | {"target": "an-old-one", "inputs": {"vision.onnx": "0" * 64}})
+    beside = {
+        ".fake.partial-x.old": text,
+        "a-damaged-one": "{",
+        "a-newer-one": text.replace('"format_version": 1', '"format_version": 99'),
+        "an-old-one": stale,
+    }
+    try:
+        for name, content in beside.items():
+            shutil.copytree(folder, engines / name)
+            (engines / name / "engine.json").write_text(content, encoding="utf-8")
+        assert find_engines(exported, 86) == sound
+        assert find_engines(exported, 86, "fake") == sound
+        with pytest.raises(EngineError, match=r"an-old-one .* built from other files"):
+            find_engines(exported, 86, "an-old-one")
+        with pytest.raises(EngineError, match=r"a-newer-one.* newer version"):
+            find_engines(exported, 86, "a-newer-one")
+        shutil.rmtree(folder)
+        with pytest.raises(EngineError, match=r"an-old-one .* built from other files"):
+            find_engines(exported, 86)
+        shutil.rmtree(engines / "an-old-one")
+        with pytest.raises(EngineError, match=r"a-damaged-one.* is damaged"):
+            find_engines(exported, 86)
+        for name in ("a-damaged-one", "a-newer-one"):
+            shutil.rmtree(engines / name)
+        with pytest.raises(EngineError, match="found: none"):  # not what a build left unfinished
+            find_engines(exported, 86)
+    finally:
+        for name in beside:
+            shutil.rmtree(engines / name, ignore_errors=True)
 
 
 def test_without_a_driver_there_is_one_line() -> None:

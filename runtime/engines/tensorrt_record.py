@@ -114,25 +114,37 @@ def graph_inputs(opened: Bundle) -> dict[str, str]:
 
 
 def find_engines(opened: Bundle, sm: int, target: str | None = None) -> EngineRecord:
-    """The engines of a bundle for a compute capability, or those of a name.
+    """The engines of a bundle for a compute capability, or those of a name; the first that fit the bundle's files.
 
     Raises:
-        EngineError: there are none, or they were built from other files than the bundle's present ones.
+        EngineError: there are none, those there are cannot be read, or they were built from other files than the
+            bundle's present ones.
     """
-    found = []
-    for path in sorted((opened.folder / "engines").glob(f"*/{RECORD}")):
-        record = EngineRecord.read(path.parent)
-        if target is None or record.target == target:
-            found.append(record)
+    found: list[EngineRecord] = []
+    unreadable: list[EngineError] = []
+    for folder in _engine_folders(opened, target):
+        try:
+            found.append(EngineRecord.read(folder))
+        except EngineError as error:  # the engines beside it may be sound
+            unreadable.append(error)
     suitable = [record for record in found if sm in record.compute_capabilities]
+    fresh = [record for record in suitable if record.inputs == graph_inputs(opened)]
+    if fresh:
+        return fresh[0]
+    if unreadable and not suitable:
+        raise unreadable[0]
     if not suitable:
         there = ", ".join(f"{record.target} ({'/'.join(map(str, record.compute_capabilities))})" for record in found)
         raise EngineError(
             f"{opened.folder} has no engines for compute capability {sm / 10:.1f} (found: {there or 'none'}); "
             "make them with internvl-edge build --device NAME"
         )
-    if suitable[0].inputs != graph_inputs(opened):
-        raise EngineError(
-            f"the engines {suitable[0].target} in {opened.folder} were built from other files; build them again"
-        )
-    return suitable[0]
+    raise EngineError(
+        f"the engines {suitable[0].target} in {opened.folder} were built from other files; build them again"
+    )
+
+
+def _engine_folders(opened: Bundle, target: str | None) -> list[Path]:
+    """By name; without the hidden ones, in which builds were interrupted."""
+    folders = sorted(path.parent for path in (opened.folder / "engines").glob(f"*/{RECORD}"))
+    return [folder for folder in folders if not folder.name.startswith(".") and target in (None, folder.name)]
