@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ EMBEDDINGS = "embeddings.f32"
 STATISTICS = "statistics.npz"
 TILES = "tiles.u8"
 _TOKENIZER = "tokenizer.json"
+_OUT = "out"
 _EMBED_TOKENS = "decoder.embed_tokens.weight"
 _ROWS = 8192
 
@@ -110,9 +112,11 @@ class CalibrationSet:
         if not path.is_file():
             raise EdgeError(f"{folder} is no calibration set; make one with internvl-edge calibrate CHECKPOINT -o DIR")
         try:
-            return CalibrationSet(folder, **json.loads(path.read_text(encoding="utf-8")))
+            found = CalibrationSet(folder, **json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise EdgeError(f"{path} is damaged ({error}); make the calibration set again") from None
+        _ = found.is_image, found.embeddings()  # found out now, not after hours of quantising
+        return found
 
     @property
     def total(self) -> int:
@@ -121,8 +125,19 @@ class CalibrationSet:
 
     @property
     def is_image(self) -> NDArray[np.bool_]:
-        """[tokens], where a token comes from an image."""
-        return np.asarray(np.load(self.folder / TOKENS) == self.image_token)
+        """[tokens], where a token comes from an image.
+
+        Raises:
+            EdgeError: the tokens' file is missing or damaged.
+        """
+        path = self.folder / TOKENS
+        try:
+            tokens = np.load(path, allow_pickle=False)
+        except (OSError, EOFError, ValueError):
+            tokens = None
+        if tokens is None or tokens.shape != (self.total,):
+            raise EdgeError(f"{path} is missing or incomplete; make the calibration set again")
+        return np.asarray(tokens == self.image_token)
 
     def embeddings(self, writable: bool = False) -> NDArray[np.float32]:
         """float32 [tokens, hidden], mapped from its file."""
@@ -196,14 +211,28 @@ def _embed_tokens(path: Path, checkpoint: Checkpoint, tokens: NDArray[np.int32])
             file.write(np.ascontiguousarray(rows).tobytes())
 
 
-def finish(folder: Path, statistics: Mapping[str, NDArray[Any]]) -> None:
-    """Write the statistics and remove what only the making needed."""
-    new = folder / f"{STATISTICS}.new"
-    with new.open("wb") as file:
+def finish(work: Path, statistics: Mapping[str, NDArray[Any]], target: Path) -> None:
+    """The set in a work folder and its statistics become the folder `target` in one step; then the work folder goes.
+
+    Until that step the work folder keeps all it has, so that a killed run continues.
+    """
+    folder = work / _OUT
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    with (folder / STATISTICS).open("wb") as file:
         np.savez(file, **dict(statistics))  # type: ignore[arg-type]  # numpy's stub takes the names for its own options
-    os.replace(new, folder / STATISTICS)
-    for name in (TILES, _TOKENIZER):
-        (folder / name).unlink(missing_ok=True)
+    for name in (MANIFEST, TOKENS, EMBEDDINGS):
+        _link(work / name, folder / name)
+    folder.rename(target)
+    shutil.rmtree(work)
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under a second name; a copy where the file system has no such names."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def read_statistics(folder: Path) -> dict[str, NDArray[Any]]:

@@ -69,11 +69,7 @@ def _calibrate(
     steps = DecoderPass.steps(calibration, source.config.decoder.num_hidden_layers)
     with progress_bar("decoder", steps, progress) as advance:
         DecoderPass(work, source, calibration, compute, advance).run(Wanted(), handler)
-    finish(work.path, figures | handler.all_layers(source.config.decoder.num_hidden_layers))
-    for path in work.path.iterdir():
-        if path.name.startswith(("hidden-", "layer-", "cache-", "run.json", "decoder.json", "vision.npz")):
-            path.unlink()
-    work.path.rename(target)
+    finish(work.path, figures | handler.all_layers(source.config.decoder.num_hidden_layers), target)
 
 
 def embedded_set(

@@ -284,6 +284,8 @@ def kill_at(method, name, count):
 
 if moment == "vision":  # embeddings of the second wave are written, the state is not
     kill_at("write_arrays", "vision.npz", 2)
+elif moment == "end":  # the set is complete, but not in its place
+    Path.rename = lambda path, target: os.kill(os.getpid(), signal.SIGKILL)
 elif moment == "layer":  # statistics of the second layer are about to be stored
     kill_at("write_arrays", "layer-1.npz", 1)
 else:  # hidden states of the first layer are written, the state is not
@@ -310,7 +312,7 @@ def test_a_killed_calibration_continues_to_the_same_bytes(tmp_path: Path, monkey
     undisturbed = contents(calibrate(checkpoint, tmp_path / "whole", options, FLOAT32).folder)
     assert {"calibration.json", "embeddings.f32", "statistics.npz", "tokens.npy"} == set(undisturbed)
     out = tmp_path / "killed"
-    for moment in ("vision", "commit", "layer"):  # each run continues the one killed before
+    for moment in ("vision", "commit", "layer", "end", "end"):  # each run continues the one killed before
         run_and_be_killed(KILLED, moment, checkpoint, data, out)
         assert not out.exists()
     continued = calibrate(checkpoint, out, options, FLOAT32)

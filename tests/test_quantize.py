@@ -18,6 +18,7 @@ from test_calibration import FLOAT32, contents, poison, run_and_be_killed, write
 from tiny import write_checkpoint
 
 from internvl_edge.calibration import DataOptions, calibrate
+from internvl_edge.calibration.decoder_pass import DecoderPass
 from internvl_edge.checkpoint import Checkpoint
 from internvl_edge.cli import cli
 from internvl_edge.errors import EdgeError
@@ -76,8 +77,9 @@ def test_every_scheme_reads_back_near_the_original(tmp_path: Path, kind: str, re
     assert len(packed) == 14 + head
     linear = read.linear("decoder.layers.1.mlp.down_proj")
     assert linear is not None
-    assert (linear.bits, linear.zero_point is None) == (recipe.bits, recipe.symmetric or recipe.bits == 8)
-    assert divergence(checkpoint, tmp_path / "out") < LIMITS[recipe.bits]
+    bits = 8 if recipe.decoder == "w8a16" else 4
+    assert (linear.bits, linear.zero_point is None) == (bits, recipe.symmetric or bits == 8)
+    assert divergence(checkpoint, tmp_path / "out") < LIMITS[bits]
     assert bool(report.errors) == recipe.needs_data
     assert not (tmp_path / "out.partial").exists()
 
@@ -163,6 +165,20 @@ def test_statistics_of_calibrate_serve_quantize(tmp_path: Path) -> None:
     other = write_checkpoint(tmp_path / "other", seed=1)
     with pytest.raises(EdgeError, match="another checkpoint"):
         quantize_checkpoint(other, tmp_path / "c", RECIPES["awq"], stats=made.folder, compute=FLOAT32)
+
+
+@pytest.mark.parametrize("name", ["tokens.npy", "embeddings.f32"])
+def test_statistics_that_lack_a_file_are_refused_before_a_layer_is_quantised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    checkpoint, data = write_checkpoint(tmp_path / "checkpoint"), write_data(tmp_path / "data")
+    made = calibrate(checkpoint, tmp_path / "stats", DataOptions(data, max_tiles=2), FLOAT32)
+    monkeypatch.setattr(DecoderPass, "run", lambda *arguments: pytest.fail("work was done"))
+    whole = (made.folder / name).read_bytes()
+    for content in (whole[:-4], whole[:20], b"", None):
+        (made.folder / name).unlink() if content is None else (made.folder / name).write_bytes(content)
+        with pytest.raises(EdgeError, match=f"{name} is missing or incomplete"):
+            quantize_checkpoint(checkpoint, tmp_path / "out", RECIPES["awq"], stats=made.folder, compute=FLOAT32)
 
 
 # ---- kills ----
