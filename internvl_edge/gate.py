@@ -9,7 +9,7 @@ import math
 import operator
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from .errors import EdgeError
@@ -118,15 +118,19 @@ class Verdict:
         metric = parse_condition(self.condition).metric
         return f"{metric} is {METRICS[metric].show(self.value)} ({self.condition})"
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON values; a figure that is no number becomes None."""
-        return asdict(self) | {"value": None if math.isnan(self.value) else self.value}
-
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Verdict:
-        """What `to_dict` made."""
-        value = values["value"]
-        return Verdict(values["condition"], math.nan if value is None else float(value), bool(values["failed"]))
+        """What `report.codec.encode` made of a verdict."""
+        return Verdict(values["condition"], as_figure(values["value"]), bool(values["failed"]))
+
+
+def as_figure(value: Any) -> float:
+    """A figure from its JSON value, where null stands for what is no number.
+
+    Raises:
+        ValueError, TypeError: not a number either.
+    """
+    return math.nan if value is None else float(value)
 
 
 def judge(conditions: Iterable[Condition], figures: Mapping[str, float]) -> tuple[Verdict, ...]:

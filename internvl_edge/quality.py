@@ -6,13 +6,14 @@ Tied to the bundle's files: figures under a manifest with other files are nobody
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from .bundle import Manifest
 from .errors import BundleError, EdgeError
-from .gate import METRICS, Condition, Verdict, judge, parse_condition
+from .gate import METRICS, Condition, Verdict, as_figure, judge, parse_condition
+from .report.codec import encode
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,9 @@ class Quality:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return asdict(self) | {"gate": [verdict.to_dict() for verdict in self.gate]}
+        """As JSON values; figures that are no numbers become None."""
+        values: dict[str, Any] = encode(self)
+        return values
 
 
 def quality_of(manifest: Manifest) -> Quality:
@@ -80,7 +82,8 @@ def quality_of(manifest: Manifest) -> Quality:
         gate = tuple(map(Verdict.from_dict, manifest.quality["gate"]))
         for verdict in gate:
             parse_condition(verdict.condition)
-        found = Quality(**(manifest.quality | {"gate": gate}))
+        figures = {name: as_figure(value) for name, value in manifest.quality["figures"].items()}
+        found = Quality(**(manifest.quality | {"figures": figures, "gate": gate}))
     except (EdgeError, KeyError, TypeError, ValueError, AttributeError):
         return empty
     return found if found.files == empty.files else empty

@@ -19,9 +19,10 @@ from click.testing import CliRunner
 from test_cli import assert_one_line, internvl_edge
 
 from internvl_edge import InternVL, QualityWarning, export_bundle
-from internvl_edge.bundle import MANIFEST, Bundle, Manifest
-from internvl_edge.cli import cli
+from internvl_edge.bundle import DECODERS, MANIFEST, Bundle, Manifest
+from internvl_edge.cli import cli, evaluate
 from internvl_edge.errors import BundleError, EdgeError
+from internvl_edge.evaluation import Comparison, compare
 from internvl_edge.gate import METRICS, Condition, Verdict, judge, parse_condition, require_measurable
 from internvl_edge.quality import Quality, quality_of, quality_warning, record
 
@@ -126,6 +127,16 @@ def test_a_figure_that_is_no_number_survives_the_manifest(quantised: Path) -> No
     record(quantised, Quality(Manifest.read(quantised).fingerprint, {}, {}, (Verdict("kl>0.05", math.nan, True),)))
     json.loads((quantised / MANIFEST).read_text(encoding="utf-8"), parse_constant=pytest.fail)
     assert math.isnan(quality_of(Manifest.read(quantised)).gate[0].value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_the_figures_of_a_broken_model_are_null_in_json_and_fail_when_read_back(quantised: Path, value: float) -> None:
+    record(quantised, Quality(Manifest.read(quantised).fingerprint).with_figures({"kl": value, "top1": 0.5}, {}, []))
+    written = json.loads((quantised / MANIFEST).read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    assert written["quality"]["figures"] == {"kl": None, "top1": 0.5}
+    reread = quality_of(Manifest.read(quantised))
+    assert math.isnan(reread.figures["kl"])
+    assert reread.with_figures({}, {}, [parse_condition("kl>0.05")]).state == "failed"
 
 
 def test_recording_changes_the_manifest_alone_and_in_one_step(quantised: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,6 +289,48 @@ def test_what_cannot_be_written_is_found_out_first(
     asked = ["evaluate", str(quantised), "--reference", "nowhere", "--data", str(questions)]
     with pytest.raises(EdgeError, match=hint):
         CliRunner().invoke(cli, asked, catch_exceptions=False)
+
+
+@pytest.mark.parametrize("suite", [(), ("--suite", "reader")])
+def test_a_bundle_that_cannot_be_loaded_is_found_out_before_the_reference_is_exported(
+    quantised: Path, questions: Path, monkeypatch: pytest.MonkeyPatch, suite: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(evaluate, "reference_bundle", lambda *_, **__: pytest.fail("the reference was prepared"))
+
+    def refused(bundle: Path, *options: str) -> str:
+        asked = ["evaluate", str(bundle), "--reference", "nowhere", "--data", str(questions), *suite, *options]
+        with pytest.raises(EdgeError) as raised:
+            CliRunner().invoke(cli, asked, catch_exceptions=False)
+        return str(raised.value)
+
+    assert "not a bundle" in refused(quantised.with_name("typo"))
+    assert refused(quantised, "--device", "tensorrt")  # there are no engines, whatever else this machine lacks
+    decoder = quantised / DECODERS["onnxruntime"]
+    assert "no room" in refused(quantised, "--context", "1")
+    changed = bytearray(decoder.read_bytes())
+    changed[len(changed) // 2] ^= 1
+    decoder.write_bytes(changed)
+    assert "was changed" in refused(quantised)
+    decoder.unlink()
+    manifest = Manifest.read(quantised)
+    files = {name: entry for name, entry in manifest.files.items() if name != decoder.name}
+    replace(manifest, files=files).write(quantised)
+    assert "dialect" in refused(quantised, "--dialect", "onnxruntime")
+
+
+def test_the_command_prints_null_for_a_broken_model(
+    made: tuple[Path, Path], quantised: Path, questions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: Any, **options: Any) -> Comparison:
+        found = compare(*arguments, **options)
+        return replace(found, greedy=replace(found.greedy, kl_mean=math.nan, kl_max=math.inf))
+
+    monkeypatch.setattr(evaluate, "compare", broken)
+    asked = ["evaluate", str(quantised), "--reference", str(made[0]), "--data", str(questions), "--json"]
+    result = CliRunner().invoke(cli, [*asked, "--max-new-tokens", "2", "--fail-if", "kl>1"], catch_exceptions=False)
+    printed = json.loads(result.stdout, parse_constant=pytest.fail)
+    assert (printed["figures"]["kl"], printed["greedy"]["kl_max"], printed["gate"][0]["value"]) == (None, None, None)
+    assert printed["gate"][0]["failed"]
 
 
 def test_mistakes_are_one_line_before_anything_is_loaded(quantised: Path, questions: Path) -> None:

@@ -233,6 +233,8 @@ class _Found:
 def _measure(request: _Request) -> _Found:
     if request.reference is None:
         return _suite(request, None)
+    with request.load_bundle():
+        pass  # whatever keeps it from being loaded is found out now, not after hours of the reference's answers
     with reference_bundle(request.reference, progress=sys.stderr.isatty()) as folder:
         found = _suite(request, folder) if request.suite else _Found()
         started = time.perf_counter()
@@ -279,6 +281,7 @@ def _accept(bundle: Path, reason: str) -> None:
 
 
 def _as_json(request: _Request, found: _Found, quality: Quality) -> dict[str, Any]:
+    """For `print_json`."""
     values: dict[str, Any] = {"bundle": str(request.bundle), "seed": request.seed}
     if found.comparison:
         values |= {"reference": request.reference, "data": str(request.data or "built-in")}
@@ -287,8 +290,11 @@ def _as_json(request: _Request, found: _Found, quality: Quality) -> dict[str, An
         values |= {"suite": request.suite, **found.suite.to_dict()}
     if found.reference_suite:
         values["reference_exact_match"] = found.reference_suite.total
-    gate = [verdict.to_dict() for verdict in quality.gate]
-    return values | {"figures": found.figures, "gate": gate, "report": request.report and str(request.report)}
+    return values | {
+        "figures": found.figures,
+        "gate": quality.gate,
+        "report": request.report and str(request.report),
+    }
 
 
 def _comparison_rows(found: Comparison) -> list[tuple[str, object]]:

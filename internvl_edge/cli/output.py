@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..report.codec import encode
+
 if TYPE_CHECKING:
     from ..report.files import Written
 
 
 def print_json(values: Any) -> None:
-    """One JSON value on one line of standard output."""
-    click.echo(json.dumps(values, ensure_ascii=False))
+    """One JSON value on one line of standard output; dataclasses and numbers that are none as `report.codec` has it."""
+    click.echo(json.dumps(encode(values), ensure_ascii=False, allow_nan=False))
 
 
 def print_table(rows: Iterable[tuple[str, object]]) -> None:
