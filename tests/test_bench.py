@@ -11,9 +11,9 @@ from click.testing import CliRunner
 
 from internvl_edge import export_bundle
 from internvl_edge.cli.bench import command
-from internvl_edge.errors import EngineError
+from internvl_edge.errors import EdgeError, EngineError
 from internvl_edge.runtime import machine
-from internvl_edge.runtime.bench import bench
+from internvl_edge.runtime.bench import Report, bench
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,31 @@ def test_a_report_holds_every_figure(bundle: Path, tmp_path: Path) -> None:
 def test_a_table_is_printed_for_people(bundle: Path) -> None:
     result = CliRunner().invoke(command, [str(bundle), "--repeat", "1", "--threads", "1"], catch_exceptions=False)
     assert "of what memory allows" in result.stdout
+    assert "peak memory" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("missing/x.png", "no folder"), ("x.foo", "PNG or SVG"), ("x", "PNG"), ("d.png", "written")]
+)
+def test_a_plot_that_cannot_be_written_is_found_out_before_measuring(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    (tmp_path / "d.png").mkdir()
+    monkeypatch.setattr("internvl_edge.cli.bench.bench", lambda *_, **__: pytest.fail("it was measured"))
+    with pytest.raises(EdgeError, match=message):
+        CliRunner().invoke(command, [str(bundle), "--plot", str(tmp_path / name)], catch_exceptions=False)
+
+
+def test_figures_are_printed_even_if_the_plot_fails(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(report: Report, path: Path) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("internvl_edge.cli.bench._plot", full)
+    arguments = [str(bundle), "--repeat", "1", "--threads", "1", "--plot", str(tmp_path / "x.svg")]
+    result = CliRunner().invoke(command, arguments)
+    assert isinstance(result.exception, OSError)
     assert "peak memory" in result.stdout
 
 

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from internvl_edge.bundle import MANIFEST
-from internvl_edge.cli import doctor
+from internvl_edge.cli import cli, doctor, main
 
 PROGRAM = [sys.executable, "-c", "from internvl_edge.cli import main; main()"]
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -141,6 +141,12 @@ def test_a_board_that_answers_through_tensorrt_needs_no_onnxruntime(
     assert len(found) == problems
 
 
+def test_no_command_shows_the_help() -> None:
+    bare = internvl_edge()
+    assert (bare.returncode, bare.stderr) == (0, "")
+    assert bare.stdout == internvl_edge("--help").stdout
+
+
 def test_help_names_every_command_and_does_not_import_engines() -> None:
     assert all(name in internvl_edge("--help").stdout for name in ("inspect", "export", "run", "chat", "doctor"))
     code = "import sys, internvl_edge.cli; sys.exit(bool({'onnxruntime', 'numpy', 'torch'} & set(sys.modules)))"
@@ -155,6 +161,25 @@ def test_not_a_checkpoint(tmp_path: Path) -> None:
     assert_one_line(internvl_edge("export", tmp_path / "empty", "-o", tmp_path / "out"), "config.json")
     assert_one_line(internvl_edge("export", tmp_path / "nowhere", "-o", tmp_path / "out"), "does not exist")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that the system refuses to read")
+def test_a_file_that_the_system_refuses_to_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").symlink_to("/proc/self/mem")
+    assert_one_line(internvl_edge("inspect", tmp_path), "Input/output error")
+
+
+def test_the_file_that_the_system_refuses_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(**options: object) -> None:
+        raise PermissionError(13, "Permission denied", "model/config.json")
+
+    monkeypatch.setattr(cli, "main", refused)
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "internvl-edge: error: model/config.json: Permission denied\n"
 
 
 def test_half_downloaded_shard(tmp_path: Path) -> None:

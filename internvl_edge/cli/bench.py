@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,18 @@ from .output import print_json, print_table
 @loading_options
 def command(bundle: Path, repeat: int, as_json: bool, plot: Path | None, **loading: Any) -> None:
     """Measure BUNDLE: load, vision, prefill, decode, time to first token, memory."""
-    report = bench(bundle, repeat=repeat, **loading)
     if plot is not None:
-        _plot(report, plot)
+        _require_plottable(plot)
+    report = bench(bundle, repeat=repeat, **loading)
     if as_json:
         print_json(report.to_dict())
-        return
+    else:
+        _print(report)
+    if plot is not None:
+        _plot(report, plot)
+
+
+def _print(report: Report) -> None:
     for figure in report.figures:
         limit = report.decode_limit.get(figure.name)
         share = "" if limit is None else f"{limit:.0%} of what memory allows"
@@ -44,11 +52,21 @@ def command(bundle: Path, repeat: int, as_json: bool, plot: Path | None, **loadi
     )
 
 
+def _require_plottable(path: Path) -> None:
+    """Found out before anything is measured, and without an import that would count as memory."""
+    if path.suffix.lower() not in (".png", ".svg"):
+        raise EdgeError(f"--plot {path}: bar plots are PNG or SVG files; end the name in .png or .svg")
+    if not path.parent.is_dir():
+        raise EdgeError(f"--plot {path}: there is no folder {path.parent}; make it first")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise EdgeError(f"--plot {path}: it cannot be written; give another file")
+    if find_spec("matplotlib") is None:
+        raise EdgeError("--plot needs matplotlib: pip install 'internvl-edge[report]'")
+
+
 def _plot(report: Report, path: Path) -> None:
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        raise EdgeError("--plot needs matplotlib: pip install 'internvl-edge[report]'") from None
+    import matplotlib as mpl
+
     mpl.use("Agg")
     from matplotlib import pyplot
 
