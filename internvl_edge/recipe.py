@@ -243,11 +243,6 @@ class Recipe:
         return list(dict.fromkeys(self.precision(text) for text in among))
 
     @property
-    def bits(self) -> int:
-        """Bits of a decoder weight that the decoder's own scheme quantises."""
-        return 8 if self.decoder in ("w8a16", "w8a8") else 4
-
-    @property
     def needs_data(self) -> bool:
         """Whether the decoder's activations are needed: by a linear, by a choice, or for the range of the cache."""
         exceptions = [self.precision(text) for _, text in self.layers]

@@ -303,7 +303,7 @@ class BlockQuantiser:
         comparison: OutputComparison | None = None,
     ) -> LinearFacts:
         choice = self._plan[name]
-        scheme, base = choice.precision.scheme, self._recipe.base.scheme
+        scheme = choice.precision.scheme
         width = self._checkpoint.shapes[f"{name}.weight"][1]
         stored = self._checkpoint.tensor(f"{name}.weight").dtype
         bits = bits_per_weight(scheme, width, 8 * self._scale_dtype.itemsize) if scheme else 8 * stored.itemsize
@@ -317,7 +317,6 @@ class BlockQuantiser:
             cosine=comparison.cosine if comparison else None,
             part=choice.part,
             reason=choice.reason,
-            fallback=base is not None and (scheme is None or scheme.bits > base.bits),
             inputs=activation_range(inputs, clipped) if inputs is not None else None,
         )
 

@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -29,7 +28,8 @@ from internvl_edge.calibration.work import WorkFolder, checkpoint_identity, read
 from internvl_edge.checkpoint import Checkpoint
 from internvl_edge.errors import EdgeError
 from internvl_edge.recipe import Recipe
-from internvl_edge.report.linears import ActivationRange, LinearFacts
+from internvl_edge.report.codec import decode
+from internvl_edge.report.linears import LinearFacts
 from internvl_edge.tensor_files import open_tensor_files
 
 from .automatic import average_bits, measure_divergences, plan_by_divergence, predicted_divergence
@@ -276,12 +276,7 @@ class _Run:
 
 
 def _read_facts(block: Path) -> list[LinearFacts]:
-    return [_facts(values) for values in json.loads((block / _FACTS).read_text(encoding="utf-8"))]
-
-
-def _facts(values: dict[str, Any]) -> LinearFacts:
-    inputs = values["inputs"]
-    return LinearFacts(**values | {"inputs": None if inputs is None else ActivationRange.from_values(inputs)})
+    return [decode(LinearFacts, values) for values in json.loads((block / _FACTS).read_text(encoding="utf-8"))]
 
 
 def _require_space(folder: Path, total: int) -> None:

@@ -26,6 +26,7 @@ from internvl_edge.calibration.work import WorkFolder
 from internvl_edge.checkpoint import Checkpoint
 from internvl_edge.errors import EdgeError
 from internvl_edge.recipe import VisionInt8
+from internvl_edge.report.codec import decode
 from internvl_edge.report.linears import ActivationRange
 
 from .block import QuantisedBlock
@@ -178,7 +179,7 @@ class VisionQuantiser:
             for name, facts in self._work.read_json(f"vision-{block}.json").items():
                 full = f"{block}.{name}"
                 stored = {"stored": "float", "reason": floats[full]} if full in floats else {"stored": "int8"}
-                inputs = ActivationRange.from_values(facts["inputs"])
+                inputs = decode(ActivationRange, facts["inputs"])
                 layers[full] = stored | {"part": parts[full], **facts, "inputs": inputs}
         error = sum(part for name, part in parts.items() if name not in floats)
         return VisionReport(

@@ -7,7 +7,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from test_cli import internvl_edge
 
 from internvl_edge.bundle import QUANTIZATION, Manifest
 from internvl_edge.components import Component
+from internvl_edge.quantize.run import _read_facts
 from internvl_edge.report.codec import decode, encode
 from internvl_edge.report.content import Report, Run
 from internvl_edge.report.files import HTML, JSON, making_of, read_report, write_report
@@ -61,6 +62,15 @@ def test_what_is_no_number_is_null_and_comes_back() -> None:
 def test_a_strange_file_is_no_report(tmp_path: Path, text: str) -> None:
     (tmp_path / JSON).write_text(text, encoding="utf-8")
     assert read_report(tmp_path) is None
+
+
+def test_facts_of_an_older_version_are_read_when_a_run_is_taken_up(tmp_path: Path) -> None:
+    making = full_report().making
+    assert making is not None
+    facts = making.linears[0]
+    older = {**asdict(facts), "fallback": True}
+    (tmp_path / "facts.json").write_text(json.dumps([older]), encoding="utf-8")
+    assert _read_facts(tmp_path) == [facts]
 
 
 def test_an_older_report_completes_one_of_the_same_files_only() -> None:

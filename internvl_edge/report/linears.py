@@ -5,9 +5,7 @@ Whatever is not known stays None, and what would show it is left out. Needs no p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -28,12 +26,6 @@ class ActivationRange:
     clipped_at: float | None = None
     channels: tuple[tuple[int, float], ...] = ()
 
-    @staticmethod
-    def from_values(values: Mapping[str, Any]) -> ActivationRange:
-        """From JSON values, which know no tuples."""
-        channels = tuple((int(channel), float(largest)) for channel, largest in values["channels"])
-        return ActivationRange(**{**values, "channels": channels})
-
 
 @dataclass(frozen=True)
 class LinearFacts:
@@ -48,7 +40,6 @@ class LinearFacts:
         cosine: between the outputs Y' and Y, all tokens as one vector.
         part: its share of the error that is predicted for the whole model (of the image embeddings, or of the KL).
         reason: why it got what it got, where that was a choice.
-        fallback: whether it keeps more bits than the recipe asks for its kind.
         inputs: of its activations.
     """
 
@@ -60,5 +51,4 @@ class LinearFacts:
     cosine: float | None = None
     part: float | None = None
     reason: str = ""
-    fallback: bool = False
     inputs: ActivationRange | None = None

@@ -93,7 +93,6 @@ def _linears(report: QuantisationReport, made: Checkpoint) -> tuple[LinearFacts,
                 sqnr_db=-20 * math.log10(error) if error else None,
                 part=layer["part"],
                 reason=layer.get("reason", ""),
-                fallback=scheme is None,
                 inputs=layer["inputs"],
             )
         )
