@@ -156,6 +156,19 @@ def test_context_overflow_is_found_before_any_work(bundle: Path, picture: Image.
         InternVL.load(bundle, context=1)
 
 
+def test_more_tokens_than_the_cache_holds_are_refused_and_change_nothing(bundle: Path) -> None:
+    with InternVL.load(bundle, engine="onnxruntime", context=40) as model:
+        embeds = np.zeros((41, model.config.decoder.hidden_size), np.float32)
+        model.engine.prefill(embeds[:30])
+        for append in (model.engine.prefill, model.engine.score):
+            with pytest.raises(EngineError, match=r"11 tokens do not fit the cache, 30 of 40 are used; .*--context 41"):
+                append(embeds[:11])
+        assert model.engine.length == 30
+        model.engine.prefill(embeds[:10])
+        with pytest.raises(EngineError, match="1 tokens do not fit"):
+            model.engine.decode(embeds[0])
+
+
 def test_the_whole_context_can_be_used(bundle: Path) -> None:
     with InternVL.load(bundle, threads=1) as model:
         prompt = len(model.chat("Hello", max_new_tokens=1).prompt_ids)

@@ -12,6 +12,11 @@ class Engine(Protocol):
     """One model on one device with one KV cache of fixed capacity."""
 
     @property
+    def dialect(self) -> str:
+        """The decoder graph that answers, a key of `bundle.DECODERS`."""
+        ...
+
+    @property
     def capacity(self) -> int:
         """Tokens that fit the cache, prompt and answer together."""
         ...

@@ -73,6 +73,7 @@ class OnnxRuntimeEngine:
             )
         model = opened.manifest.model
         self._device = device
+        self._dialect = dialect
         self._decoder = model.decoder
         self._angles = RotaryAngles(model.decoder)
         self._dtype = np.dtype(opened.manifest.activations)
@@ -89,6 +90,11 @@ class OnnxRuntimeEngine:
         self._cache = {name: self._value(array) for name, array in self._cache_arrays.items()}
         self._logits = self._value(np.zeros((1, 1, model.decoder.vocab_size), np.float32))
         self._step = _Step(self, self._text, 1, self._logits)
+
+    @property
+    def dialect(self) -> str:
+        """The decoder graph that runs."""
+        return self._dialect
 
     @property
     def capacity(self) -> int:
@@ -109,8 +115,12 @@ class OnnxRuntimeEngine:
         return np.concatenate(parts).astype(np.float32, copy=False)
 
     def prefill(self, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Append a prompt [seq, hidden], in chunks; logits [vocab] after its last token."""
-        total = self._length + len(embeds)
+        """Append a prompt [seq, hidden], in chunks; logits [vocab] after its last token.
+
+        Raises:
+            EngineError: it does not fit the cache; the same holds for `decode` and `score`.
+        """
+        total = self._room_for(len(embeds))
         if self._prompts is not None and len(embeds) >= _SHORTEST_PROMPT:
             for chunk in _chunks(embeds[:-1], _INT8_PREFILL_CHUNK):
                 _Step(self, self._prompts, len(chunk)).run(chunk, total)
@@ -121,12 +131,12 @@ class OnnxRuntimeEngine:
 
     def decode(self, embed: NDArray[np.float32]) -> NDArray[np.float32]:
         """Append one token [hidden]; logits [vocab] after it, valid until the next call."""
-        self._step.run(embed[None], self._length + 1)
+        self._step.run(embed[None], self._room_for(1))
         return self._last_logits()
 
     def score(self, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
         """Append tokens [seq, hidden]; logits [seq, vocab] after each of them."""
-        total = self._length + len(embeds)
+        total = self._room_for(len(embeds))
         chunks = (embeds[start : start + _SCORE_CHUNK] for start in range(0, len(embeds), _SCORE_CHUNK))
         return np.concatenate([self._score_chunk(chunk, total) for chunk in chunks])
 
@@ -137,6 +147,14 @@ class OnnxRuntimeEngine:
     def close(self) -> None:
         """Release sessions and cache."""
         del self._step, self._vision, self._text, self._prompts, self._cache, self._cache_arrays, self._logits
+
+    def _room_for(self, count: int) -> int:
+        """Tokens in the cache once `count` more are in it."""
+        total = self._length + count
+        if total > self._capacity:
+            used = f"{self._length} of {self._capacity} are used"
+            raise EngineError(f"{count} tokens do not fit the cache, {used}; load with --context {total} or more")
+        return total
 
     def _score_chunk(self, embeds: NDArray[np.float32], total: int) -> NDArray[np.float32]:
         logits = self._value(np.zeros((1, len(embeds), self._decoder.vocab_size), np.float32))

@@ -71,7 +71,7 @@ class OpenVinoEngine(OnnxRuntimeEngine):
         """Append a prompt [seq, hidden], in chunks; logits [vocab] after its last token."""
         if not self._requests or len(embeds) < _SHORTEST_PROMPT:
             return super().prefill(embeds)
-        start, total = self._length, self._length + len(embeds)
+        start, total = self._length, self._room_for(len(embeds))
         cache = {name: np.ascontiguousarray(array[:, :, :start]) for name, array in self._cache_arrays.items()}
         for turn, first in enumerate(range(0, len(embeds), PREFILL_CHUNK)):
             chunk = embeds[first : first + PREFILL_CHUNK]

@@ -93,6 +93,11 @@ class TensorRTEngine:
         self._vision = _Vision(self, self._program(record, "vision"), opened)
 
     @property
+    def dialect(self) -> str:
+        """The decoder graph that engines are built from."""
+        return "standard"
+
+    @property
     def capacity(self) -> int:
         """Tokens that fit the cache."""
         return self._options.capacity
