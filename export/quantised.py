@@ -145,10 +145,11 @@ class PackedWeights:
     def summary(self) -> dict[str, Any] | None:
         """What the manifest says of a quantised decoder once its weights are written; None for float weights.
 
-        method: of the checkpoint. bits, group_size, symmetric: of most layers. linears: how many have which scheme,
-        head included. lm_head: the head's. bits_per_weight: over all linears of the decoder, with scales and zero
-        points. asymmetric: what the standard dialect makes of zero points. weight_error: root mean square of what its
-        weights miss of the checkpoint's, relative to these, on up to 256 outputs of each layer with float inputs.
+        method: of the checkpoint. bits, group_size, symmetric: of most layers, of the head where it is alone. linears:
+        how many have which scheme, head included. lm_head: the head's. bits_per_weight: over all linears of the
+        decoder, with scales and zero points. asymmetric: what the standard dialect makes of zero points. weight_error:
+        root mean square of what its weights miss of the checkpoint's, relative to these, on up to 256 outputs of each
+        layer with float inputs.
         """
         quantization, found = self._checkpoint.quantization, self._checkpoint.schemes
         schemes = {name: scheme for name, scheme in found.items() if name.startswith("decoder.")}
@@ -156,7 +157,8 @@ class PackedWeights:
             return None
         head = schemes.get("decoder.lm_head")
         counts = Counter(schemes.values())
-        most = counts.most_common(1)[0][0]
+        layers = Counter(scheme for name, scheme in schemes.items() if name != "decoder.lm_head")
+        most = (layers or counts).most_common(1)[0][0]
         missed, whole = (sum(error) for error in zip((0.0, 0.0), *self._errors.values(), strict=True))
         no_zeros = all(scheme.symmetric for scheme in schemes.values())
         return {

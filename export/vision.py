@@ -90,16 +90,16 @@ def build_vision(checkpoint: Checkpoint, types: Types, file: WeightFile) -> ir.M
 
 def vision_summary(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """What the manifest says of int8 linears of tower and projector; None where there are none."""
-    int8 = {name for name, scheme in checkpoint.schemes.items() if scheme.static_inputs}
-    if checkpoint.quantization is None or not int8:
-        return None
     blocks = tuple(f"vision.layers.{n}." for n in range(checkpoint.config.vision_layers_used))
     linears = [
         name.removesuffix(".weight")
         for name, shape in checkpoint.shapes.items()
         if len(shape) == 2 and name.startswith((*blocks, "projector."))
     ]
+    int8 = {name for name, scheme in checkpoint.schemes.items() if scheme.static_inputs}
     floats = [name for name in linears if name not in int8]
+    if checkpoint.quantization is None or floats == linears:
+        return None
     return {"method": checkpoint.quantization.method, "int8": len(linears) - len(floats), "floats": floats}
 
 

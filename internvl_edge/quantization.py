@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .codecs import autoawq, compressed_tensors
@@ -19,10 +19,7 @@ from .linear import Scheme
 LARGE_TOWER_WIDTH = 3200
 LARGE_TOWER_DEPTH = 45
 
-_READERS = {
-    autoawq.METHOD: autoawq.read_configuration,
-    compressed_tensors.METHOD: compressed_tensors.read_configuration,
-}
+_CODECS = {autoawq.METHOD: autoawq, compressed_tensors.METHOD: compressed_tensors}
 # Where configurations of models stand inside config.json; "" is the top level.
 _SECTIONS = ("", "llm_config", "text_config", "vision_config")
 _BNB_METHOD = re.compile(r"bitsandbytes|bnb")
@@ -37,10 +34,27 @@ class Quantization:
     Attributes:
         method: "awq" or "compressed-tensors".
         schemes: all that occur.
+        targets: for each scheme the modules that config.json names: stored names, `re:` and a regular expression, or
+            "Linear".
+        ignore: modules that keep floats, written the same way.
     """
 
     method: str
     schemes: tuple[Scheme, ...]
+    targets: tuple[tuple[str, ...], ...] = field(default=(), compare=False)
+    ignore: tuple[str, ...] = field(default=(), compare=False)
+
+    def named_scheme(self, names: Iterable[str]) -> Scheme | None:
+        """What config.json says of a module; None for floats. Stored tensors, where there are any, know better.
+
+        Args:
+            names: what the module may be called, the most specific first.
+        """
+        names = list(names)
+        if any(_matches(pattern, name) for pattern in self.ignore for name in names):
+            return None
+        pairs = [(pattern, scheme) for scheme, each in zip(self.schemes, self.targets, strict=True) for pattern in each]
+        return next((scheme for name in names for pattern, scheme in pairs if _matches(pattern, name)), None)
 
 
 def read_quantization(config: Mapping[str, Any], vision: VisionConfig) -> Quantization | None:
@@ -122,9 +136,9 @@ def _read_one(described: Any, path: str) -> Quantization:
     if not isinstance(described, Mapping):
         raise CheckpointError(f"config.json: {path} is not an object; download the file again")
     method = described.get("quant_method")
-    if method not in _READERS:
+    if method not in _CODECS:
         raise CheckpointError(
-            f"config.json: {path}.quant_method is {method!r}, supported: {', '.join(_READERS)}; "
+            f"config.json: {path}.quant_method is {method!r}, supported: {', '.join(_CODECS)}; "
             "use the AWQ or the original checkpoint"
         )
     refuse_few_bits(described.get("bits"), f"config.json: {path}")
@@ -134,4 +148,10 @@ def _read_one(described: Any, path: str) -> Quantization:
         refuse_few_bits(
             weights.get("num_bits") if isinstance(weights, Mapping) else None, f"config.json: {path}: {name}"
         )
-    return Quantization(method, _READERS[method](described))
+    return Quantization(method, _CODECS[method].read_configuration(described), *_CODECS[method].read_targets(described))
+
+
+def _matches(pattern: str, name: str) -> bool:
+    if pattern.startswith("re:"):
+        return re.match(pattern.removeprefix("re:"), name) is not None
+    return name == pattern or name.endswith(f".{pattern}")

@@ -82,12 +82,13 @@ def bench(folder: Path, *, repeat: int = 3, threads: int | None = None, **loadin
         load_s = time.perf_counter() - started
         runs = _Runs(model, repeat)
         decode = runs.decode()
+        dialect = model.engine.dialect
         answers = [*decode.values(), *runs.first_token(), runs.second_question()]
         figures = [Figure("load", load_s, "s"), *runs.vision(), *runs.prefill(), *answers]
     peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     # Last, so that its arrays do not count as the model's memory.
     bandwidth = machine.read_bandwidth(threads)
-    footprint = _footprint(manifest)
+    footprint = _footprint(manifest, dialect)
     return Report(
         bundle=folder.name,
         threads=threads,
@@ -103,9 +104,11 @@ def bench(folder: Path, *, repeat: int = 3, threads: int | None = None, **loadin
     )
 
 
-def _footprint(manifest: Manifest) -> Footprint:
-    cache_bytes = np.dtype(manifest.activations).itemsize
-    return Footprint(manifest.model, replace(bundle_precision(manifest), cache_bytes=cache_bytes))
+def _footprint(manifest: Manifest, dialect: str) -> Footprint:
+    """What this engine reads: a cache of floats is as wide as what the graphs compute in."""
+    precision = bundle_precision(manifest, dialect)
+    cache_bytes = precision.cache_bytes if manifest.kv_cache else precision.vector_bytes
+    return Footprint(manifest.model, replace(precision, cache_bytes=cache_bytes))
 
 
 class _Runs:

@@ -17,6 +17,8 @@ from internvl_edge.token_table import table_bytes
 
 # What becomes part of another weight when a bundle is exported.
 _FOLDED = (".ls1", ".ls2")
+# Inputs that share one scale in ONNX Runtime's form at most.
+_LARGEST_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Precision:
         cache_bytes: of one number in the KV cache.
         floats: linears that stay floats whatever the scheme of their part, by canonical name.
         table: how the token table is stored: "float" (`dtype_bytes`) or "int8".
+        dialect: of the decoder: "onnxruntime" has zero points as they are, "standard" their exact correction.
     """
 
     dtype_bytes: int = 2
@@ -42,15 +45,18 @@ class Precision:
     cache_bytes: int = 2
     floats: tuple[str, ...] = ()
     table: str = "float"
+    dialect: str = "standard"
 
     def matrix_bytes(self, inputs: int, outputs: int, scheme: Scheme | None) -> int:
-        """One linear's weights in the standard dialect: integers, scales and, for zero points, the exact correction."""
+        """One linear's weights: integers, scales and what stands for zero points."""
         if scheme is None:
             return inputs * outputs * self.dtype_bytes
         groups = inputs // scheme.group_size if scheme.group_size else 1
+        if self.dialect == "onnxruntime" and not scheme.static_inputs:
+            groups = max(groups, math.ceil(inputs / _LARGEST_BLOCK))
         scales = groups * outputs * self.vector_bytes
-        correction = 0 if scheme.symmetric else scales
-        return math.ceil(inputs * outputs * scheme.bits / 8) + scales + correction
+        zeros = math.ceil(groups * outputs * scheme.bits / 8) if self.dialect == "onnxruntime" else scales
+        return math.ceil(inputs * outputs * scheme.bits / 8) + scales + (0 if scheme.symmetric else zeros)
 
 
 INT8 = Scheme(8, None, True)
@@ -83,11 +89,6 @@ class Weights:
     decoder: int
     head: int
     embeddings: int
-
-    @property
-    def on_device(self) -> int:
-        """What the device holds; the token table stays in its file, of which single rows are read."""
-        return self.vision + self.decoder + self.head
 
 
 class Footprint:

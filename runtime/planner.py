@@ -149,11 +149,12 @@ def memory_of(footprint: Footprint, context: int) -> Memory:
 def predict(footprint: Footprint, device: Device, tiles: int) -> Speed:
     """The roofline of one question about one image of `tiles` tiles, thumbnail included."""
     config, precision, weights = footprint.config, footprint.precision, footprint.weights
-    bandwidth, rate = device.bandwidth_gbs * 1e9, device.tflops * 1e12
+    bandwidth, rate, int8_rate = device.bandwidth_gbs * 1e9, device.tflops * 1e12, device.int8_tops * 1e12
     prompt = tiles * config.tokens_per_tile + TEXT_TOKENS
-    vision_rate = device.int8_tops * 1e12 if precision.vision else rate
+    vision_rate = int8_rate if precision.vision else rate
     vision = max(footprint.vision_operations(tiles) / vision_rate, weights.vision / bandwidth)
-    prefill = max(footprint.prefill_operations(prompt) / rate, footprint.decode_bytes(prompt) / bandwidth)
+    prefill_rate = int8_rate if precision.body and precision.body.static_inputs else rate
+    prefill = max(footprint.prefill_operations(prompt) / prefill_rate, footprint.decode_bytes(prompt) / bandwidth)
     return Speed(tiles, prompt, vision, prefill, bandwidth / footprint.decode_bytes(prompt + ANSWER_TOKENS // 2))
 
 

@@ -16,6 +16,9 @@ from ..quality import figure_rows, quality_of
 from ..units import size
 from .output import print_json, print_table
 
+# Of one number in the KV cache.
+_BYTES = {"int8": 1, "float16": 2, "bfloat16": 2, "float32": 4}
+
 
 @click.command("inspect")
 @click.argument("path")
@@ -23,16 +26,17 @@ from .output import print_json, print_table
 def command(path: str, as_json: bool) -> None:
     """Show what PATH is: a checkpoint folder, a hub id or a bundle. Everything in it is checked."""
     if (Path(path) / MANIFEST).is_file():
-        facts, config = _bundle_facts(Path(path))
+        facts, config, cache = _bundle_facts(Path(path))
     else:
-        facts, config = _checkpoint_facts(resolve_checkpoint(path))
+        facts, config, cache = _checkpoint_facts(resolve_checkpoint(path))
     if as_json:
         print_json({**facts, "config": asdict(config)})
     else:
-        print_table([*facts.items(), *_config_rows(config)])
+        print_table([*facts.items(), *_config_rows(config, cache)])
 
 
-def _bundle_facts(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
+def _bundle_facts(folder: Path) -> tuple[dict[str, Any], ModelConfig, str]:
+    """What is printed, the model, and what its KV cache holds."""
     manifest = Bundle.open(folder).manifest
     total = sum(entry["bytes"] for entry in manifest.files.values())
     facts = {
@@ -45,7 +49,7 @@ def _bundle_facts(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
     }
     if manifest.quantization:
         facts["quantised"] = _quantised(manifest.quantization)
-    return facts | _quality(manifest), manifest.model
+    return facts | _quality(manifest), manifest.model, manifest.kv_cache or manifest.activations
 
 
 def _quality(manifest: Manifest) -> dict[str, Any]:
@@ -60,7 +64,7 @@ def _quality(manifest: Manifest) -> dict[str, Any]:
     return facts
 
 
-def _checkpoint_facts(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
+def _checkpoint_facts(folder: Path) -> tuple[dict[str, Any], ModelConfig, str]:
     try:
         from ..checkpoint import Checkpoint
     except ImportError as error:
@@ -80,7 +84,7 @@ def _checkpoint_facts(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
         facts["quantised"] = f"{checkpoint.quantization.method}: " + "; ".join(
             f"{n} x {scheme}" for scheme, n in schemes
         )
-    return facts, checkpoint.config
+    return facts, checkpoint.config, "int8" if checkpoint.kv_scales else "float32"
 
 
 def _quantised(quantization: dict[str, Any]) -> str:
@@ -89,12 +93,12 @@ def _quantised(quantization: dict[str, Any]) -> str:
     return f"{quantization['bits']} bits, {groups}, {zeros}, lm_head {quantization['lm_head']}"
 
 
-def _config_rows(config: ModelConfig) -> list[tuple[str, object]]:
+def _config_rows(config: ModelConfig, cache: str) -> list[tuple[str, object]]:
     vision, decoder = config.vision, config.decoder
     rope = f"theta {decoder.rope.theta:g}"
     if decoder.rope.scaling != "none":
         rope += f", {decoder.rope.scaling} x {decoder.rope.factor:g} beyond {decoder.max_position_embeddings} tokens"
-    cache = 2 * 4 * decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_dim
+    numbers = 2 * decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_dim
     return [
         (
             "vision",
@@ -108,6 +112,6 @@ def _config_rows(config: ModelConfig) -> list[tuple[str, object]]:
         ),
         ("vocabulary", decoder.vocab_size),
         ("rotary", rope),
-        ("KV cache", f"{size(cache)} per token in float32"),
+        ("KV cache", f"{size(numbers * _BYTES[cache])} per token in {cache}"),
         ("template", config.template),
     ]

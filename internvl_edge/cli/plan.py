@@ -87,7 +87,7 @@ def _source(path: str) -> tuple[ModelConfig, Precision | None, dict[str, tuple[i
             "token table": (EMBEDDINGS, counted.embeddings),
         }
         stored = {part: (files[name], count) for part, (name, count) in pairs.items() if name in files}
-        quantised = precision.body or precision.vision or manifest.kv_cache
+        quantised = precision.body or precision.head or precision.vision or manifest.kv_cache
         # Engines hold 16-bit numbers, whatever the bundle stores.
         return manifest.model, replace(precision, dtype_bytes=2, vector_bytes=2) if quantised else None, stored
     folder = resolve_configuration(path)

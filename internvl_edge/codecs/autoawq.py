@@ -9,6 +9,7 @@ columns, and zero points stored minus one.)
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -106,3 +107,9 @@ def read_configuration(config: Mapping[str, Any]) -> tuple[Scheme, ...]:
     if not isinstance(group_size, int) or (group_size < 1 and group_size != -1):
         raise CheckpointError(f"quantization_config: group_size is {group_size!r}, expected a number of inputs or -1")
     return (Scheme(4, None if group_size == -1 else group_size, symmetric=False),)
+
+
+def read_targets(config: Mapping[str, Any]) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
+    """Which modules the scheme is for, and which keep floats, in the form of compressed-tensors."""
+    floats = config.get("modules_to_not_convert") or ()
+    return (("Linear",),), tuple(f"re:.*{re.escape(str(name))}" for name in floats)

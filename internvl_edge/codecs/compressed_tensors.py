@@ -155,6 +155,12 @@ def read_configuration(config: Mapping[str, Any]) -> tuple[Scheme, ...]:
     return tuple(_scheme(name, group) for name, group in groups.items())
 
 
+def read_targets(config: Mapping[str, Any]) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
+    """Which modules each scheme of `read_configuration` is for, and which keep floats, as in `configuration`."""
+    targets = tuple(tuple(map(str, group.get("targets") or ())) for group in config["config_groups"].values())
+    return targets, tuple(map(str, config.get("ignore") or ()))
+
+
 def _scheme(name: str, group: Any) -> Scheme:
     if not isinstance(group, dict) or not isinstance(weights := group.get("weights"), dict):
         raise CheckpointError(f"quantization_config: config_groups.{name} has no weights, expected an object")
