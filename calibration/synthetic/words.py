@@ -83,6 +83,7 @@ _CONSONANTS = _listed(
     """
 )
 _VOWELS = _listed("a e i o u a e i o ai ea ee oa ou")
+_LETTERS = "abcdefghijklmnopqrstuvwxyz" + "aeiounrstlmdh"
 _ENDINGS = ("", "", "", *_listed("n r s l t m nd rk st"))
 
 
@@ -116,12 +117,17 @@ def pool(name: str, split: str) -> tuple[str, ...]:
 
 
 def invented_word(rng: random.Random, split: str, max_length: int) -> str:
-    """A pronounceable word that no dictionary holds, of 3 to `max_length` letters, owned by `split`."""
+    """A word that no dictionary holds, of 3 to `max_length` letters, owned by `split`; in training half of them are
+    letters in any order, as real words have pairs (tt, nn, rf) that invented syllables do not.
+    """
     while True:
         word = ""
-        for _ in range(rng.randint(1, 3)):
-            word += rng.choice(_CONSONANTS) + rng.choice(_VOWELS)
-        word += rng.choice(_ENDINGS)
+        if split == "train" and rng.random() < 0.5:
+            word = "".join(rng.choices(_LETTERS, k=rng.randint(3, max_length)))
+        else:
+            for _ in range(rng.randint(1, 3)):
+                word += rng.choice(_CONSONANTS) + rng.choice(_VOWELS)
+            word += rng.choice(_ENDINGS)
         if 3 <= len(word) <= max_length and split_of(word) == split:
             return word
 
