@@ -71,7 +71,7 @@ def bench(folder: Path, *, repeat: int = 3, threads: int | None = None, **loadin
 
     Raises:
         BundleError, EngineError: as `InternVL.load`.
-        EngineError: `repeat` is less than 1.
+        EngineError: `repeat` is less than 1, or the context has no room for what is measured.
     """
     if repeat < 1:
         raise EngineError(f"repeat is {repeat}, expected at least 1")
@@ -122,6 +122,10 @@ class _Runs:
         size = model.config.vision.image_size
         self._tiles = random.integers(0, 256, (max(QUESTIONS), size, size, 3), dtype=np.uint8)
         rows = max(*PROMPTS, *CONTEXTS, max(QUESTIONS) * self._tokens_per_tile + QUESTION_TEXT)
+        needed = max(rows, max(CONTEXTS) + _DECODED)
+        if needed > self._engine.capacity:
+            found = f"the context has {self._engine.capacity} tokens, what is measured needs {needed}"
+            raise EngineError(f"{found}; give --context {needed} or more")
         self._embeds = random.standard_normal((rows, model.config.decoder.hidden_size)).astype(np.float32) * 0.05
 
     def vision(self) -> list[Figure]:

@@ -84,5 +84,10 @@ def test_no_runs_cannot_be_asked_for(bundle: Path) -> None:
         bench(bundle, repeat=0)
 
 
+def test_a_context_that_is_too_short_is_found_before_measuring(bundle: Path) -> None:
+    with pytest.raises(EngineError, match=r"the context has 1024 tokens, .* needs \d+; give --context"):
+        bench(bundle, threads=1, context=1024)
+
+
 def test_spread_is_half_the_range() -> None:
     assert machine.median_and_spread([1.0, 2.0, 4.0]) == (2.0, 0.75)
