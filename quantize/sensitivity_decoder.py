@@ -38,7 +38,7 @@ from .vision import Bars
 
 # Tokens of the samples that are followed back, and draws for each of them.
 _PROBE_TOKENS = 2048
-_DRAWS = 8
+_DRAWS = 16
 _LABEL = "float-"
 _STATE = "decoder-sensitivity.json"
 # Rows of lm_head, and tokens, that are multiplied at a time.
