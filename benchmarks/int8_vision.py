@@ -109,7 +109,7 @@ def compare(
         "calibration_cosine": report.cosine,
         "floats": report.floats,
         **{key: agreement(expected[key], found[key]) for key in sets},
-        "layers": report.layers if how == VisionInt8(cosine=0) else None,
+        "layers": asdict(report)["layers"] if how == VisionInt8(cosine=0) else None,
     }
     print(name, how.smoothing, {key: row[key] for key in sets}, len(report.floats), flush=True)
     return row
