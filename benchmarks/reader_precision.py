@@ -45,7 +45,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "w8a8": {"decoder": "w8a8"},
     "w8a8, all": {"decoder": "w8a8", "decoder_int8": {"max_kl": 0.0}},
 }
-SAMPLES = {"calibration": 48, "test": 32}
+SAMPLES = {"calibration": 48, "test": 256}
 
 
 def logits(weights: dict[str, torch.Tensor], checkpoint: Checkpoint, test: CalibrationSet) -> Iterator[np.ndarray]:
