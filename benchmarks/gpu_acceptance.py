@@ -3,9 +3,9 @@
     python benchmarks/gpu_acceptance.py [--minutes 8] [--work DIR]
 
 Finds what is installed and says what is missing; a part that is missing, refuses the card or crashes is a row with its
-reason. Models: the reference checkpoints (INTERNVL_EDGE_ORACLE, or shared/oracle beside the repository) and random ones
-in the shapes of 1B and 2B, in 16 bits and in int4. Writes results/gpu-acceptance.json. Exit status 1 without a GPU, or
-when no engine agrees with the CPU.
+reason. Models: the reference checkpoints (INTERNVL_EDGE_ORACLE, or shared/oracle beside the repository), those of the
+demo, and random ones in the shapes of 1B and 2B, in 16 bits and in int4. Writes results/gpu-acceptance.json. Exit
+status 1 without a GPU, or when no engine agrees with the CPU.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any
 
 from record import write_results
 
+from internvl_edge.demo import TEXT_MODELS, demo_checkpoint
 from internvl_edge.errors import EngineError
 from internvl_edge.runtime.engines.tensorrt_cuda import Cuda
 
@@ -124,11 +125,12 @@ def run_all(work: Path, engines: list[str], deadline: float) -> Iterator[dict[st
 
 
 def models(work: Path) -> list[Model]:
-    """The reference checkpoints that are here, then random ones; the most telling first."""
+    """The reference checkpoints that are here, the demo models, then random ones; the most telling first."""
     oracle = Path(os.environ.get("INTERNVL_EDGE_ORACLE", HERE.parent.parent / "shared" / "oracle"))
     folders = sorted(path.parent for path in oracle.glob("*/config.json")) if oracle.is_dir() else []
     return [
         *(Model(folder.name, folder) for folder in folders),
+        *(Model(f"demo, {text_model}", demo_checkpoint(text_model)) for text_model in TEXT_MODELS),
         Model("random 1B, 16 bits", work / "1B", "1B"),
         Model("random 1B, int4", work / "1B", "1B", quantise=True),
         Model("random 2B, 16 bits", work / "2B", "2B"),

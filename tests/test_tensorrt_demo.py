@@ -1,0 +1,41 @@
+"""The demo models become engines for RTX 30, 40 and 50 cards, without a GPU, as they are and by the presets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from test_calibration import FLOAT32
+
+from internvl_edge import export_bundle
+from internvl_edge.bundle import Bundle
+from internvl_edge.calibration import DataOptions
+from internvl_edge.demo import TEXT_MODELS, demo_checkpoint
+from internvl_edge.devices import Devices
+from internvl_edge.quantize import quantize_checkpoint
+from internvl_edge.recipe_files import make_recipe, read_recipe
+from internvl_edge.runtime.builder import build_engines
+from internvl_edge.runtime.builder.bundle_engines import options_for
+from internvl_edge.runtime.engines.tensorrt_record import ENGINES
+
+pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed (pip install tensorrt-rtx-cu13)")
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("text_model", TEXT_MODELS)
+@pytest.mark.parametrize("recipe", ["none", "cpu", "rtx", "orin"])
+def test_engines_of_the_demo_models_are_built(text_model: str, recipe: str, tmp_path: Path) -> None:
+    """`cpu` has zero points, which need the correction; `orin` an int8 cache."""
+    checkpoint = demo_checkpoint(text_model)
+    if recipe != "none":
+        data = DataOptions(samples=4, max_tiles=1)
+        made = make_recipe(read_recipe(recipe))
+        checkpoint = quantize_checkpoint(checkpoint, tmp_path / "made", made, data=data, compute=FLOAT32).folder
+    bundle = Bundle.open(export_bundle(checkpoint, tmp_path / "bundle", "float16", dialects=["standard"]))
+    target = Devices().target("rtx")
+    record, _ = build_engines(bundle, target, options_for(target))
+    assert record.compute_capabilities == (86, 89, 120)
+    sizes = {name: facts["bytes"] for name, facts in record.files.items()}
+    assert sizes.keys() == set(ENGINES.values())
+    # 16-bit weights make 9.6 MB, of which 3 are no weights.
+    assert (sizes["decoder.engine"] < 8.5e6) == (recipe != "none")
