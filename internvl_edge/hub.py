@@ -20,15 +20,8 @@ def resolve_checkpoint(text: str) -> Path:
     Raises:
         CheckpointError: neither a folder nor a hub id, or the download failed.
     """
-    folder = Path(text)
-    if folder.exists():
-        if not folder.is_dir():
-            raise CheckpointError(f"{folder} is a file, expected a checkpoint folder")
+    if folder := _local(text):
         return folder
-    if not _HUB_ID.fullmatch(text) or text.startswith("."):
-        raise CheckpointError(
-            f"{text} does not exist; give a checkpoint folder or a hub id like OpenGVLab/InternVL2_5-1B"
-        )
     folder = _download(text, _WANTED)
     if not any(folder.glob("*.safetensors")):
         folder = _download(text, [*_WANTED, "pytorch_model*.bin"])
@@ -48,9 +41,21 @@ def resolve_configuration(text: str) -> Path:
     path = Path(text)
     if path.name == "config.json" and path.is_file():
         return path.parent
-    if path.exists() or not _HUB_ID.fullmatch(text) or text.startswith("."):
-        return resolve_checkpoint(text)
-    return _download(text, ["config.json", KV_CACHE_SCALES])
+    return _local(text) or _download(text, ["config.json", KV_CACHE_SCALES])
+
+
+def _local(text: str) -> Path | None:
+    """The folder that is meant, or None for a hub id."""
+    folder = Path(text)
+    if folder.exists():
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder} is a file, expected a checkpoint folder")
+        return folder
+    if not _HUB_ID.fullmatch(text) or text.startswith("."):
+        raise CheckpointError(
+            f"{text} does not exist; give a checkpoint folder or a hub id like OpenGVLab/InternVL2_5-1B"
+        )
+    return None
 
 
 def _download(repo: str, wanted: list[str]) -> Path:

@@ -7,8 +7,6 @@ the time it took and the bandwidth measured in the same run.
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +18,7 @@ import numpy as np
 
 from internvl_edge.bundle import Bundle, Manifest
 from internvl_edge.errors import EngineError
+from internvl_edge.report.run import peak_memory
 
 from . import machine
 from .footprint import Footprint
@@ -85,7 +84,7 @@ def bench(folder: Path, *, repeat: int = 3, threads: int | None = None, **loadin
         dialect = model.engine.dialect
         answers = [*decode.values(), *runs.first_token(), runs.second_question()]
         figures = [Figure("load", load_s, "s"), *runs.vision(), *runs.prefill(), *answers]
-    peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak_rss = peak_memory()
     # Last, so that its arrays do not count as the model's memory.
     bandwidth = machine.read_bandwidth(threads)
     footprint = _footprint(manifest, dialect)

@@ -19,12 +19,12 @@ from internvl_edge.recipe import Recipe
 
 from .footprint import INT8, Precision
 
-_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
 
 def bundle_precision(manifest: Manifest, dialect: str = "standard") -> Precision:
     """How a bundle stores its weights for one of its decoder graphs."""
-    stored = Precision(_BYTES[manifest.dtype], _BYTES[manifest.activations], dialect=dialect)
+    stored = Precision(BYTES[manifest.dtype], BYTES[manifest.activations], dialect=dialect)
     if manifest.kv_cache == "int8":
         stored = replace(stored, cache_bytes=1)
     if manifest.token_table == "int8":

@@ -12,8 +12,8 @@ import click
 from internvl_edge.runtime.model import InternVL
 
 from ..demo import TEXT_MODELS, Question, demo_checkpoint, demo_questions
-from ..errors import EdgeError
 from .columns import print_columns
+from .data_options import missing_package
 from .output import print_json
 
 
@@ -53,7 +53,7 @@ def _export(checkpoint: Path, bundle: Path) -> Path:
     try:
         from internvl_edge.export import export_bundle
     except ImportError as error:
-        raise EdgeError(f"the demo needs the package {error.name}: pip install 'internvl-edge[cpu,export]'") from None
+        raise missing_package(error, "cpu,export") from None
     return export_bundle(checkpoint, bundle)
 
 

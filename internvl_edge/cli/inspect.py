@@ -9,15 +9,14 @@ from typing import Any
 
 import click
 
+from internvl_edge.runtime.precision import BYTES
+
 from ..bundle import MANIFEST, Bundle, Manifest
 from ..config import ModelConfig
 from ..hub import resolve_checkpoint
 from ..quality import figure_rows, quality_of
 from ..units import size
 from .output import print_json, print_table
-
-# Of one number in the KV cache.
-_BYTES = {"int8": 1, "float16": 2, "bfloat16": 2, "float32": 4}
 
 
 @click.command("inspect")
@@ -112,6 +111,6 @@ def _config_rows(config: ModelConfig, cache: str) -> list[tuple[str, object]]:
         ),
         ("vocabulary", decoder.vocab_size),
         ("rotary", rope),
-        ("KV cache", f"{size(numbers * _BYTES[cache])} per token in {cache}"),
+        ("KV cache", f"{size(numbers * BYTES[cache])} per token in {cache}"),
         ("template", config.template),
     ]
