@@ -1,15 +1,18 @@
 """Time and memory of calibrating and quantising a checkpoint in one command, against the limits set for it.
 
     python benchmarks/quantize_memory.py CHECKPOINT [--limit-seconds 600] [--limit-anonymous-gb 3]
+    python benchmarks/quantize_memory.py CHECKPOINT --work WORK --minutes 60    # again and again, until it has finished
 
 The data: 64 samples of about 512 tokens, each with one picture of one tile. Anonymous memory is what a machine must
-really have free; hidden states and weights are mapped files, whose pages can be dropped at any time.
+really have free; hidden states and weights are mapped files, whose pages can be dropped at any time. With --minutes the
+quantiser is killed after that time; repeated with the same WORK, it continues, and the attempts' times are added up.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import shutil
 import sys
@@ -19,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 from PIL import Image
-from record import run_measured, write_results
+from record import Run, run_measured, write_results
 
 from internvl_edge.config_reader import read_config
 from internvl_edge.export.tokenizer import build_tokenizer
@@ -29,6 +32,7 @@ WORDS = "the of and a total price date 图像 文字 number page name what is in
 
 def write_data(folder: Path, checkpoint: Path, samples: int, tokens: int) -> Path:
     """Pictures of smooth noise and answers long enough for `tokens` tokens with the picture's."""
+    folder.mkdir(parents=True, exist_ok=True)
     config = read_config(checkpoint)
     tokenizer = tokenizers.Tokenizer.from_buffer(build_tokenizer(checkpoint, config))
     size, chooser, noise = config.vision.image_size, random.Random(0), np.random.default_rng(0)
@@ -45,6 +49,14 @@ def write_data(folder: Path, checkpoint: Path, samples: int, tokens: int) -> Pat
     return path
 
 
+def add_attempt(file: Path, run: Run) -> list[dict[str, float]]:
+    """What all attempts have cost so far, this one included."""
+    attempts = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    attempts.append({name: getattr(run, name) for name in ("wall_s", "cpu_s", "peak_rss", "peak_anonymous")})
+    file.write_text(json.dumps(attempts), encoding="utf-8")
+    return list(attempts)
+
+
 def main() -> None:
     """Quantise once and write `results/quantize-NAME.json`."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -54,31 +66,37 @@ def main() -> None:
     parser.add_argument("--limit-seconds", type=float)
     parser.add_argument("--limit-anonymous-gb", type=float)
     parser.add_argument("--name", help="of the results, beside the checkpoint's")
-    parser.add_argument("--keep", type=Path, help="keep the checkpoint here")
+    parser.add_argument("--work", type=Path, help="keep data and checkpoint here, and continue what is there")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="kill the quantiser after this time")
     arguments, options = parser.parse_known_args()  # the rest goes to internvl-edge quantize
-    scratch = Path(tempfile.mkdtemp(dir=arguments.checkpoint.resolve().parent))
-    out = arguments.keep or scratch / "out"
+    work = arguments.work or Path(tempfile.mkdtemp(dir=arguments.checkpoint.resolve().parent))
     program = [sys.executable, "-c", "from internvl_edge.cli import main; main()"]
     try:
-        data = write_data(scratch, arguments.checkpoint, arguments.samples, arguments.tokens)
-        command = ["quantize", str(arguments.checkpoint), "--data", str(data), "-o", str(out), "--json", *options]
-        run = run_measured([*program, *command], interval_s=0.05)
+        data = write_data(work / "data", arguments.checkpoint, arguments.samples, arguments.tokens)
+        command = ["quantize", str(arguments.checkpoint), "--data", str(data), "-o", str(work / "out"), "--json"]
+        run = run_measured([*program, *command, *options], interval_s=0.05, limit_s=60 * arguments.minutes)
+        attempts = add_attempt(work / "attempts.json", run)
     finally:
-        shutil.rmtree(scratch)
+        if arguments.work is None:
+            shutil.rmtree(work)
+    if run.stopped:
+        sys.exit(f"stopped after {run.wall_s:.0f} s; the same command continues")
     facts = json.loads(run.stdout)
     figures = {
         "checkpoint": arguments.checkpoint.name,
         **{name: facts[name] for name in ("recipe", "samples", "tokens", "image_tokens", "bytes")},
-        "wall_s": round(run.wall_s, 1),
-        "cpu_s": round(run.cpu_s, 1),
-        "peak_rss": run.peak_rss,
-        "peak_anonymous": run.peak_anonymous,
+        "attempts": len(attempts),
+        "wall_s": round(sum(attempt["wall_s"] for attempt in attempts), 1),
+        "cpu_s": round(sum(attempt["cpu_s"] for attempt in attempts), 1),
+        "peak_rss": max(attempt["peak_rss"] for attempt in attempts),
+        "peak_anonymous": max(attempt["peak_anonymous"] for attempt in attempts),
         "limit_seconds": arguments.limit_seconds,
         "limit_anonymous": arguments.limit_anonymous_gb and int(arguments.limit_anonymous_gb * 1e9),
     }
     name = "-".join(filter(None, ["quantize", arguments.checkpoint.name, arguments.name]))
     path = write_results(name, figures)
-    print(f"{path}: {run.wall_s:.0f} s, {run.cpu_s:.0f} CPU s, {run.peak_anonymous / 1e9:.2f} GB anonymous")
+    memory = f"{figures['peak_anonymous'] / 1e9:.2f} GB anonymous"
+    print(f"{path}: {figures['wall_s']} s, {figures['cpu_s']} CPU s, {memory}")
 
 
 if __name__ == "__main__":

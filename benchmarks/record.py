@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -20,17 +21,20 @@ _PACKAGES = ("internvl-edge", "numpy", "onnx", "onnx-ir", "onnxruntime", "tokeni
 
 @dataclass(frozen=True)
 class Run:
-    """One finished child process: seconds of wall and CPU time, peak memory in bytes, and what it printed."""
+    """One child process: seconds of wall and CPU time, peak bytes of memory, what it printed, whether it was killed."""
 
     wall_s: float
     cpu_s: float
     peak_rss: int
     peak_anonymous: int
     stdout: str
+    stopped: bool = False
 
 
-def run_measured(command: list[str], interval_s: float = 0.02) -> Run:
+def run_measured(command: list[str], interval_s: float = 0.02, limit_s: float = math.inf) -> Run:
     """Run a command and sample its resident memory, all of it and the anonymous part (not backed by files).
+
+    After `limit_s` seconds it is killed.
 
     Raises:
         RuntimeError: the command failed; its standard error is in the message.
@@ -40,19 +44,23 @@ def run_measured(command: list[str], interval_s: float = 0.02) -> Run:
     # Into files: nobody empties a pipe while memory is sampled, and a full one would stop the program.
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stdout=out, stderr=errors)
-        peaks = {"VmHWM": 0, "RssAnon": 0}
+        peaks, stopped = {"VmHWM": 0, "RssAnon": 0}, False
         while process.poll() is None:
             for name, size in _memory(process.pid).items():
                 peaks[name] = max(peaks[name], size)
             time.sleep(interval_s)
+            stopped = time.perf_counter() - started > limit_s
+            if stopped:
+                process.kill()
+                process.wait()
         out.seek(0)
         errors.seek(0)
         stdout, stderr = out.read(), errors.read()
     after = os.times()
-    if process.returncode:
+    if process.returncode and not stopped:
         raise RuntimeError(f"{' '.join(command)} failed: {stderr.strip()}")
     cpu = after.children_user - before.children_user + after.children_system - before.children_system
-    return Run(time.perf_counter() - started, cpu, peaks["VmHWM"], peaks["RssAnon"], stdout)
+    return Run(time.perf_counter() - started, cpu, peaks["VmHWM"], peaks["RssAnon"], stdout, stopped)
 
 
 def write_results(name: str, values: dict[str, Any]) -> Path:
