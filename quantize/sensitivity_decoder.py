@@ -142,24 +142,39 @@ class DecoderSensitivity:
         arrays = self._work.read_arrays(_changes(layer))
         assert arrays is not None
         behind = self._gradients(layer + 1)
-        total = torch.zeros(len(self._quantisers) * len(self._groups), dtype=torch.float64)
+        total, power = torch.zeros(2, len(self._quantisers) * len(self._groups), dtype=torch.float64)
         before = {}
         for sample in self._samples:
             x = torch.from_numpy(arrays[f"x{sample}"]).to(self._exact.device)
             gradients = behind[sample].to(self._exact.device)
             changes = torch.from_numpy(arrays[f"d{sample}"]).view(torch.bfloat16).to(self._exact.device).float()
             total += ((gradients.flatten(1) @ changes.flatten(1).T).double().square().mean(0)).cpu()
+            power += changes.flatten(1).double().square().sum(1).cpu()
             if layer:
                 before[str(sample)] = self._pull(weights, x, gradients, sample).cpu().numpy()
         if layer:
             self._work.write_arrays(_gradient(layer), before)
-        nats = (total / 2 / self._positions()).reshape(len(self._quantisers), len(self._groups))
+        shape = len(self._quantisers), len(self._groups)
+        nats = self._pooled(total.reshape(shape), power.reshape(shape)) / 2 / self._positions()
         return {
             prefix + group.consumers[0]: {
                 str(precision): float(nats[row, column]) for row, precision in enumerate(self._quantisers)
             }
             for column, group in enumerate(self._groups)
         }
+
+    def _pooled(self, totals: Tensor, powers: Tensor) -> Tensor:
+        """Each candidate's share, by its squared error, of what was found for the unit; [candidates, units].
+
+        The squared error is known exactly, what it costs only to some tenths. Rounding a unit's weights more or less
+        finely changes the size of the error and hardly its direction, so all grids share one estimate of the cost;
+        rounded inputs err in other places and have their own.
+        """
+        pooled = torch.empty_like(totals)
+        inputs = torch.tensor([bool(p.scheme and p.scheme.static_inputs) for p in self._quantisers])
+        for rows in (inputs, ~inputs):
+            pooled[rows] = powers[rows] * totals[rows].sum(0) / powers[rows].sum(0).clamp(min=1e-300)
+        return pooled
 
     def _pull(self, weights: Mapping[str, Tensor], x: Tensor, gradients: Tensor, sample: int) -> Tensor:
         """The gradients [draws, tokens, width] one block further to the front."""

@@ -202,6 +202,20 @@ def test_predictions_are_what_is_measured(
     assert 0.85 < np.exp(np.log(ratios).mean()) < 1.15
 
 
+def test_few_draws_tell_the_grids_of_a_unit_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How much finer groups help is known better than how much the unit matters."""
+    monkeypatch.setattr(sensitivity_decoder, "_DRAWS", 2)
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", dtype="float32")
+    among = ("w4a16-awq-g64", "w4a16-awq-g32", "w8a16")
+    predicted, found = measured(checkpoint, tmp_path, mixed(max_kl=9, among=among))
+    for finer in among[1:]:
+        gains = [
+            (found[unit][among[0]] / found[unit][finer]) / (predicted[unit][among[0]] / predicted[unit][finer])
+            for unit in found
+        ]
+        assert np.exp(np.abs(np.log(gains)).mean()) < 1.15, finer
+
+
 # ---- from recipe to checkpoint ----
 
 

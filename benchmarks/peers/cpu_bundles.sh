@@ -23,7 +23,7 @@ bundle() { # bundle NAME EXPORT_OPTIONS -- QUANTIZE_OPTIONS
     if [ -e "$out/$name" ]; then return; fi
     internvl-edge quantize "$checkpoint" -o "$out/$name-checkpoint" "$@"
     internvl-edge export "$out/$name-checkpoint" -o "$out/$name" --dialect onnxruntime "${export[@]}"
-    rm -r "$out/$name-checkpoint" "$out/$name-checkpoint.report"
+    rm -r "$out/$name-checkpoint"
 }
 bundle int4-float-tower -- "${int4[@]}" --lm-head int8
 bundle int4 -- "${int4[@]}" --lm-head int8 "${tower[@]}"
