@@ -16,7 +16,7 @@ from torch import Tensor
 from internvl_edge.calibration.statistics import InputStatistics
 from internvl_edge.linear import Scheme
 
-from .grid import Grid, minmax_grid
+from .grid import Grid, extent, minmax_grid, spanning
 
 # Coarse alphas, then the neighbours of the best one.
 _ALPHAS = tuple(step / 10 for step in range(11))
@@ -26,7 +26,8 @@ _CLIP_RATIOS = tuple(1 - 0.05 * step for step in range(1, 11))
 _SYMMETRIC_RATIOS = (7 / 7.5, 7 / 8, *(7 / 8 * ratio for ratio in _CLIP_RATIOS))
 # Outputs of each layer that the choice of a scale looks at, evenly spaced: alpha is one number for all of them.
 _SEARCH_ROWS = 256
-_CLIP_ROWS = 2048
+# Weights whose clipping is tried together: few enough to stay in the processor's cache.
+_CLIP_WEIGHTS = 1 << 19
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -135,16 +136,19 @@ def search_clipping(weight: Tensor, blocks: Tensor, scheme: Scheme, stored: torc
         scheme: how weights are rounded.
         stored: type of the stored scales.
     """
-    parts = [_clip_rows(rows, blocks, scheme, stored) for rows in torch.split(weight, _CLIP_ROWS)]
+    rows = max(1, _CLIP_WEIGHTS // weight.shape[1])
+    parts = [_clip_rows(part, blocks, scheme, stored) for part in torch.split(weight, rows)]
     return Grid(scheme, torch.cat([part.scale for part in parts]), torch.cat([part.zero for part in parts]))
 
 
 def _clip_rows(weight: Tensor, blocks: Tensor, scheme: Scheme, stored: torch.dtype) -> Grid:
-    best = minmax_grid(weight, scheme, stored)
-    least = _group_error(weight, best, blocks)
+    spanned = extent(weight, scheme)
+    grouped = weight.reshape(len(weight), len(blocks), -1).transpose(0, 1).contiguous()
+    best = spanning(spanned, scheme, stored)
+    least = _group_error(grouped, best, blocks)
     for ratio in _SYMMETRIC_RATIOS if scheme.symmetric else _CLIP_RATIOS:
-        grid = minmax_grid(weight, scheme, stored, ratio)
-        error = _group_error(weight, grid, blocks)
+        grid = spanning(spanned, scheme, stored, ratio)
+        error = _group_error(grouped, grid, blocks)
         better = error < least
         least = torch.where(better, error, least)
         best = Grid(scheme, torch.where(better, grid.scale, best.scale), torch.where(better, grid.zero, best.zero))
@@ -152,7 +156,8 @@ def _clip_rows(weight: Tensor, blocks: Tensor, scheme: Scheme, stored: torch.dty
 
 
 def _group_error(weight: Tensor, grid: Grid, blocks: Tensor) -> Tensor:
-    """[out, groups] squared error of each group's share of the output."""
-    error = grid.dequantise(grid.round(weight)) - weight
-    grouped = error.reshape(len(weight), len(blocks), -1).transpose(0, 1)  # [groups, out, size]
-    return ((grouped @ blocks) * grouped).sum(-1).T
+    """[out, groups] squared error of each group's share of the output; weight [groups, out, size]."""
+    scale, zero = grid.scale.T[..., None], grid.zero.T[..., None]
+    error = torch.div(weight, scale).round_().add_(zero).clamp_(*grid.limits)
+    error.sub_(zero).mul_(scale).sub_(weight)
+    return (error @ blocks).mul_(error).sum(-1).T

@@ -21,25 +21,39 @@ _DAMPING = (0.01, 0.03, 0.1, 0.3, 1.0)
 def inverse_factor(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Order of the columns [in] and the upper Cholesky factor [in, in] of the inverse Gram matrix in that order.
 
-    Damped by 1 % of the mean diagonal, more only where float32 cannot factorise that.
+    Damped by 1 % of the mean diagonal, more only where float32 cannot factorise that. With the columns in reverse the
+    matrix is M M^T, and the factor of the inverse is M^-1 turned round: the inverse itself is never needed.
 
     Raises:
         EdgeError: the matrix cannot be factorised (activations that are not finite).
     """
     diagonal = gram.diagonal()
     order = torch.argsort(diagonal, descending=True, stable=True)
+    reverse = order.flip(0)
     for damping in _DAMPING:
-        h = gram[order][:, order]
+        h = gram[reverse][:, reverse]
         h.diagonal().add_(damping * float(diagonal.mean()) + 1e-10)
-        factor, failed = torch.linalg.cholesky_ex(h)
+        lower, failed = torch.linalg.cholesky_ex(h)
+        del h
         if int(failed) == 0:
-            del h
-            inverse = torch.cholesky_inverse(factor)
-            del factor
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if int(failed) == 0 and bool(torch.isfinite(upper).all()):
-                return order, upper
+            _invert_lower(lower)
+            if bool(torch.isfinite(lower).all()):
+                return order, lower.flip(0, 1)
     raise EdgeError("the activations' Gram matrix cannot be factorised; switch off error compensation")
+
+
+def _invert_lower(matrix: Tensor) -> None:
+    """Invert a lower triangular matrix in place, by halves: nearly all of the work is matrix products."""
+    size = len(matrix)
+    if size <= _BLOCK:
+        identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
+        matrix.copy_(torch.linalg.solve_triangular(matrix, identity, upper=False))
+        return
+    half = size // 2
+    first, second, below = matrix[:half, :half], matrix[half:, half:], matrix[half:, :half]
+    _invert_lower(first)
+    _invert_lower(second)
+    below.copy_(-(second @ (below @ first)))
 
 
 def compensated_rounding(weight: Tensor, grid: Grid, order: Tensor, upper: Tensor) -> Tensor:

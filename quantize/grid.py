@@ -65,18 +65,29 @@ def limits(scheme: Scheme) -> tuple[int, int]:
     )
 
 
-def minmax_grid(weight: Tensor, scheme: Scheme, stored: torch.dtype, ratio: Tensor | float = 1.0) -> Grid:
-    """The grid that spans the weights of each group, shrunk by `ratio` (a number, or [out, groups]).
+def minmax_grid(weight: Tensor, scheme: Scheme, stored: torch.dtype) -> Grid:
+    """The grid that spans the weights [out, in] of each group."""
+    return spanning(extent(weight, scheme), scheme, stored)
+
+
+def extent(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Smallest and largest weight of each group, [out, groups]; 0 lies between them."""
+    grouped = _groups(weight, 1 if scheme.group_size is None else weight.shape[1] // scheme.group_size)
+    smallest, largest = torch.aminmax(grouped, dim=-1)
+    return smallest.clamp_(max=0), largest.clamp_(min=0)
+
+
+def spanning(spanned: tuple[Tensor, Tensor], scheme: Scheme, stored: torch.dtype, ratio: float = 1.0) -> Grid:
+    """The grid for groups between two values, as `extent` finds them, shrunk by `ratio`.
 
     Asymmetric grids always hold 0. Symmetric ones span [-max, max] with the highest integer at ratio 1, so that a ratio
     of 7/8 puts the lowest integer of 4 bits at -max.
     """
-    grouped = _groups(weight, 1 if scheme.group_size is None else weight.shape[1] // scheme.group_size)
     low, high = limits(scheme)
+    smallest, largest = (values * ratio for values in spanned)
     if scheme.symmetric:
-        scale = round_scale(grouped.abs().amax(-1) * ratio / high, stored)
+        scale = round_scale(torch.maximum(-smallest, largest) / high, stored)
         return Grid(scheme, scale, torch.zeros_like(scale))
-    smallest, largest = grouped.amin(-1).clamp(max=0) * ratio, grouped.amax(-1).clamp(min=0) * ratio
     scale = round_scale((largest - smallest) / high, stored)
     return Grid(scheme, scale, torch.round(-smallest / scale).clamp_(low, high))
 

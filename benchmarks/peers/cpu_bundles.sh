@@ -28,4 +28,4 @@ bundle() { # bundle NAME EXPORT_OPTIONS -- QUANTIZE_OPTIONS
 bundle int4-float-tower -- "${int4[@]}" --lm-head int8
 bundle int4 -- "${int4[@]}" --lm-head int8 "${tower[@]}"
 bundle int4-prompts --int8-prompts -- "${int4[@]}" --lm-head int4 "${tower[@]}"
-bundle int8 -- --scheme w8a16 --lm-head int8 "${tower[@]}"
+bundle int8 -- --scheme w8a16 --no-compensate --lm-head int8 "${tower[@]}"
