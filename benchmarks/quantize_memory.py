@@ -51,10 +51,10 @@ def write_data(folder: Path, checkpoint: Path, samples: int, tokens: int) -> Pat
 
 def add_attempt(file: Path, run: Run) -> list[dict[str, float]]:
     """What all attempts have cost so far, this one included."""
-    attempts = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    attempts: list[dict[str, float]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     attempts.append({name: getattr(run, name) for name in ("wall_s", "cpu_s", "peak_rss", "peak_anonymous")})
     file.write_text(json.dumps(attempts), encoding="utf-8")
-    return list(attempts)
+    return attempts
 
 
 def main() -> None:

@@ -46,13 +46,14 @@ def run_measured(command: list[str], interval_s: float = 0.02, limit_s: float = 
         process = subprocess.Popen(command, stdout=out, stderr=errors)
         peaks, stopped = {"VmHWM": 0, "RssAnon": 0}, False
         while process.poll() is None:
+            if time.perf_counter() - started > limit_s:
+                process.kill()
+                process.wait()
+                stopped = True
+                break
             for name, size in _memory(process.pid).items():
                 peaks[name] = max(peaks[name], size)
             time.sleep(interval_s)
-            stopped = time.perf_counter() - started > limit_s
-            if stopped:
-                process.kill()
-                process.wait()
         out.seek(0)
         errors.seek(0)
         stdout, stderr = out.read(), errors.read()

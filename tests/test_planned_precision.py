@@ -76,9 +76,7 @@ def test_every_part_of_a_checkpoint_is_planned_as_it_is_stored(tmp_path: Path, l
 
 
 @pytest.mark.parametrize("listed", [True, False])
-@pytest.mark.parametrize(
-    "choices", [{"method": "awq"}, {}, {"place": "both", "head": INT8}, {"body": None, "head": INT8}]
-)
+@pytest.mark.parametrize("choices", PUBLISHED)
 def test_published_configurations_with_and_without_ignore(
     tmp_path: Path, choices: dict[str, Any], listed: bool
 ) -> None:
