@@ -27,7 +27,7 @@ from internvl_edge.errors import EdgeError
 from .compute import to_torch
 from .items import read_items
 from .samples import DEFAULT_MAX_TOKENS, SampleBuilder, good_samples
-from .work import WorkFolder
+from .work import WorkFolder, discard
 
 MANIFEST = "calibration.json"
 TOKENS = "tokens.npy"
@@ -224,7 +224,7 @@ def finish(work: Path, statistics: Mapping[str, NDArray[Any]], target: Path) -> 
     for name in (MANIFEST, TOKENS, EMBEDDINGS):
         _link(work / name, folder / name)
     folder.rename(target)
-    shutil.rmtree(work)
+    discard(work)
 
 
 def _link(source: Path, target: Path) -> None:

@@ -43,7 +43,7 @@ class WorkFolder:
     def __init__(self, path: Path, run: Mapping[str, Any], restart: bool = False) -> None:
         self.path = path
         if restart and (path / _RUN).is_file():
-            shutil.rmtree(path)
+            discard(path)
         path.mkdir(parents=True, exist_ok=True)
         wanted = json.loads(json.dumps(dict(run)))
         found = self.read_json(_RUN)
@@ -83,6 +83,12 @@ class WorkFolder:
         with new.open("wb") as file:
             np.savez(file, **dict(arrays))  # type: ignore[arg-type]  # numpy's stub takes the names for its own options
         os.replace(new, self.path / name)
+
+
+def discard(path: Path) -> None:
+    """Remove a work folder. Killed meanwhile, what is left is nobody's state: the description goes first."""
+    (path / _RUN).unlink()
+    shutil.rmtree(path)
 
 
 @contextmanager

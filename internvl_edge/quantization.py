@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from .codecs import autoawq, compressed_tensors
@@ -22,6 +23,8 @@ LARGE_TOWER_DEPTH = 45
 _CODECS = {autoawq.METHOD: autoawq, compressed_tensors.METHOD: compressed_tensors}
 # Where configurations of models stand inside config.json; "" is the top level.
 _SECTIONS = ("", "llm_config", "text_config", "vision_config")
+# What stands before a regular expression where modules are named.
+_REGULAR = "re:"
 _BNB_METHOD = re.compile(r"bitsandbytes|bnb")
 _BNB_FLAG = re.compile(r"_?load_in_[48]bit|bnb_.*|llm_int8_.*")
 _BNB_TENSOR = re.compile(r"\.quant_state\.|\.(absmax|nested_absmax|quant_map|nested_quant_map|SCB|weight_format)$")
@@ -148,10 +151,24 @@ def _read_one(described: Any, path: str) -> Quantization:
         refuse_few_bits(
             weights.get("num_bits") if isinstance(weights, Mapping) else None, f"config.json: {path}: {name}"
         )
-    return Quantization(method, _CODECS[method].read_configuration(described), *_CODECS[method].read_targets(described))
+    schemes = _CODECS[method].read_configuration(described)
+    targets, ignore = _CODECS[method].read_targets(described)
+    for pattern in (*chain.from_iterable(targets), *ignore):
+        if pattern.startswith(_REGULAR):
+            _require_regular(pattern, path)
+    return Quantization(method, schemes, targets, ignore)
+
+
+def _require_regular(pattern: str, path: str) -> None:
+    try:
+        re.compile(pattern.removeprefix(_REGULAR))
+    except re.error as error:
+        raise CheckpointError(
+            f"config.json: {path} names modules by {pattern!r}, which is no regular expression ({error}); correct it"
+        ) from None
 
 
 def _matches(pattern: str, name: str) -> bool:
-    if pattern.startswith("re:"):
-        return re.match(pattern.removeprefix("re:"), name) is not None
+    if pattern.startswith(_REGULAR):
+        return re.match(pattern.removeprefix(_REGULAR), name) is not None
     return name == pattern or name.endswith(f".{pattern}")

@@ -24,7 +24,7 @@ from internvl_edge.calibration.run import (
     say,
 )
 from internvl_edge.calibration.tower import Replacements, no_replacements
-from internvl_edge.calibration.work import WorkFolder, checkpoint_identity, readable_disk_errors
+from internvl_edge.calibration.work import WorkFolder, checkpoint_identity, discard, readable_disk_errors
 from internvl_edge.checkpoint import Checkpoint
 from internvl_edge.errors import EdgeError
 from internvl_edge.recipe import Recipe
@@ -201,7 +201,7 @@ class _Run:
             write_shards(folder, tensors, progress=advance)
         image_tokens = int(calibration.is_image.sum()) if calibration else 0
         folder.rename(self._target)
-        shutil.rmtree(self._work.path)
+        discard(self._work.path)
         report = QuantisationReport(
             folder=self._target,
             recipe=self._recipe,

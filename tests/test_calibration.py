@@ -20,6 +20,7 @@ from torch import Tensor
 from internvl_edge.calibration import CalibrationSet, DataOptions, calibrate, choose_compute, read_statistics
 from internvl_edge.calibration.items import read_items
 from internvl_edge.calibration.statistics import Observer, Wanted, whole_gram
+from internvl_edge.calibration.work import WorkFolder, discard
 from internvl_edge.errors import EdgeError
 
 FLOAT32 = choose_compute("cpu", "float32")
@@ -332,3 +333,17 @@ def test_another_run_does_not_continue_a_killed_one(tmp_path: Path) -> None:
     with pytest.raises(EdgeError, match=r"another data; .*--restart"):
         calibrate(checkpoint, tmp_path / "out", other, FLOAT32)
     calibrate(checkpoint, tmp_path / "out", other, FLOAT32, restart=True)
+
+
+def test_a_work_folder_half_removed_is_nobodys_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = WorkFolder(tmp_path / "work", {"data": "d"})
+    work.write_json("state.json", {})
+
+    def killed(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        discard(work.path)
+    with pytest.raises(EdgeError, match="no work folder"):
+        WorkFolder(work.path, {"data": "d"})

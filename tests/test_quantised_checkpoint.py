@@ -169,6 +169,13 @@ def test_a_configuration_without_quantised_tensors_is_an_error(tmp_path: Path, a
         Checkpoint(folder)
 
 
+def test_a_pattern_that_is_no_regular_expression_is_named(tmp_path: Path) -> None:
+    quantised, _ = write_quantised(tiny.write_checkpoint(tmp_path / "float"), tmp_path, **COMPRESSED)
+    edit_config(quantised, lambda c: c["llm_config"]["quantization_config"].update(ignore=["re:.*mlp[1"]))
+    with pytest.raises(CheckpointError, match=r"^config\.json: llm_config\..*'re:\.\*mlp\[1'.*no regular expr"):
+        Checkpoint(quantised)
+
+
 def test_several_schemes_are_told_apart_or_named(tmp_path: Path) -> None:
     choices = COMPRESSED | {"body": INT4_SYMMETRIC, "head": INT8}
     quantised, _ = write_quantised(tiny.write_checkpoint(tmp_path / "float"), tmp_path, **choices)
