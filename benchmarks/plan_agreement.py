@@ -43,10 +43,9 @@ def compare(bundle: Bundle) -> dict[str, dict[str, Any]]:
     precision = bundle_precision(bundle.manifest)
     footprint = Footprint(bundle.manifest.model, precision)
     counted, files = footprint.weights, bundle.manifest.files
-    # The CPU engine's cache holds what its graphs compute in, the planned one 16 bits.
+    # The CPU engine's cache holds what its graphs compute in, the planned one 16 or 8 bits.
     cache = OnnxRuntimeEngine(bundle, capacity=CONTEXT)._cache
-    width = {"float32": 4, "float16": 2, "bfloat16": 2}[bundle.manifest.activations]
-    allocated = sum(value.numpy().nbytes for value in cache.values()) * precision.cache_bytes // width
+    allocated = sum(value.numpy().size for value in cache.values()) * precision.cache_bytes
     pairs = {
         "vision": (counted.vision, files["vision.data"]["bytes"]),
         "decoder": (counted.decoder + counted.head, files["decoder.data"]["bytes"]),
