@@ -119,3 +119,22 @@ def test_questions_that_share_a_picture_do_not_see_one_another(example: Example)
     ]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=1e-4)
     assert example.batches.attention_bias(torch.tensor([[0, 1, 2]]))[0, 2].tolist() == [0.0, -30000.0, 0.0]
+
+
+@pytest.mark.parametrize("task", ["chart", "receipt"])
+def test_bonds_are_in_the_tokens_of_names_and_say_what_belongs_to_them(example: Example, task: str) -> None:
+    rng = random.Random(2)
+    seen = 0
+    for _ in range(20):
+        picture, _ = draw_picture(rng, "train", [task])
+        labels = example.batches.bond_labels(picture, len(example.batches.tiles(picture.image)))
+        partners = [line.split()[-1] for line in picture.transcript.splitlines()]
+        characters = ["", *example.dense.CHARACTERS]
+        said = [characters[first] + characters[second] for _, first, second in labels]
+        each = 2 if task == "chart" else 1  # the name of a bar may lie in two tokens
+        if labels:  # none where a receipt's names and prices are in different tiles
+            assert said == [text[:2] for text in partners for _ in range(each)]
+            rows = [token // 4 for token, _, _ in labels]
+            assert all(row % 4 == 3 for row in rows) if task == "chart" else rows == sorted(rows)
+            seen += 1
+    assert seen > 5

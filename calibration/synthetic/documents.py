@@ -109,7 +109,8 @@ def page(rng: random.Random, split: str, scale: float) -> Picture:
     length = 9 if columns == 1 else 16
     lines = [_page_line(rng, split, length) for _ in range(rng.randint(2, 4))]
     _rows(rng, sheet, lines, pick_face(rng, split, "a"), "left", rng.uniform(17, 25), ink)
-    return sheet.picture([(f"Read line {i + 1}.", line) for i, line in enumerate(lines)], "\n".join(lines))
+    drill = [(f"Which line is {line}?", str(i)) for i, line in enumerate(lines, 1) if lines.count(line) == 1]
+    return sheet.picture([(f"Read line {i}.", line) for i, line in enumerate(lines, 1)], "\n".join(lines), drill)
 
 
 _FIELDS = ("Name", "Date", "Lot", "Size", "Code", "Room", "Net")
@@ -177,6 +178,8 @@ def _draw_receipt(rng: random.Random, page: Page, rows: list[tuple[str, str]], f
     for i, (left, right) in enumerate(rows):
         y = _MARGIN / 2 + pitch * (i + 0.5)
         page.text(_MARGIN, y, left, face, size, ink)
+        if page.width <= TILE:  # further away they are in different tiles, which do not see each other
+            page.bonds.append((_MARGIN + page.text_width(left, face, size) / 2, y, right))
         page.text(right_edge, y, right, face, size, ink, "rm")
     if rng.random() < 0.6:
         y = _MARGIN / 2 + pitch * (len(rows) - 1)
@@ -215,7 +218,10 @@ def _receipt(rng: random.Random, split: str, scale: float, chinese: bool) -> Pic
     else:
         questions = [("What is the total?", rows[-1][1]), ("Which item costs most?", _dearest(names, cents))]
         questions += [(f"How much is the {name}?", price) for name, price in rows[:-1]]
-    return sheet.picture(questions, "\n".join(f"{left} {right}" for left, right in rows))
+    lines = [f"{left} {right}" for left, right in rows]
+    drill = [(f"Read line {i}.", line) for i, line in enumerate(lines, 1)]
+    drill += [(f"Which line is {name}?", str(i)) for i, name in enumerate(names, 1)]
+    return sheet.picture(questions, "\n".join(lines), drill)
 
 
 def receipt(rng: random.Random, split: str, scale: float) -> Picture:

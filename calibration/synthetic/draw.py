@@ -49,6 +49,8 @@ class Picture:
     """Everything on the page, line by line in reading order: its text, or its shapes."""
     drill: tuple[tuple[str, str], ...] = ()
     """More questions like the others, too many to be asked about one picture except in training."""
+    bonds: tuple[tuple[float, float, str], ...] = ()
+    """(x, y, text) in design units: what belongs to the name that stands there, such as its price."""
 
 
 @dataclass
@@ -64,6 +66,7 @@ class Page:
         size = (round(self.width * self.scale), round(self.height * self.scale))
         self.image = Image.new("RGB", size, self.paper)
         self.pen = ImageDraw.Draw(self.image)
+        self.bonds: list[tuple[float, float, str]] = []
 
     def font(self, face: Face, size: float) -> ImageFont.FreeTypeFont:
         """The face at `size` units per em."""
@@ -77,7 +80,7 @@ class Page:
         self, questions: list[tuple[str, str]], transcript: str = "", drill: list[tuple[str, str]] | None = None
     ) -> Picture:
         """What the finished page shows and what may be asked about it, as in `Picture`."""
-        return Picture(self.image, self.paper, tuple(questions), transcript, tuple(drill or ()))
+        return Picture(self.image, self.paper, tuple(questions), transcript, tuple(drill or ()), tuple(self.bonds))
 
     def fit(self, text: str, face: Face, size: float, width: float) -> float:
         """The largest font size, at most `size`, at which `text` is no wider than `width`."""

@@ -27,7 +27,11 @@ _SHAPES_ZH = {"circle": "圆形", "square": "方形", "triangle": "三角形", "
 
 
 def chart(rng: random.Random, split: str, scale: float) -> Picture:
-    """Three to five bars, each with a name below and its value above. Asked: a value, the tallest, the shortest."""
+    """Three to five bars, each with a name below and its value above. Asked: a value, the tallest, the shortest.
+
+    In half of the training charts values stand anywhere along their bars, most of them at the foot: a partner is found
+    next to a name long before it is found far away.
+    """
     wide = rng.random() < 0.25
     paper, ink = paper_and_ink(rng, 0.08)
     page = Page(TILE * (2 if wide else 1), TILE, paper, scale)
@@ -50,12 +54,19 @@ def chart(rng: random.Random, split: str, scale: float) -> Picture:
     value_size = rng.uniform(16, 19)
     floor, ceiling = page.height - 22, 24
     fixed = rng.choice(list(COLOURS.values())) if rng.random() < 0.6 else None
+    near = split == "train" and rng.random() < 0.5
     for i, (name, value) in enumerate(zip(names, values, strict=True)):
         x = 3 + pitch * (i + 0.5)
         top = floor - (floor - ceiling) * value / max(values)
         page.box(x - pitch * 0.3, top, x + pitch * 0.3, floor, fixed or rng.choice(list(COLOURS.values())), None)
-        page.text(x, top - 10, str(value), face, value_size, ink, "mm")
+        y = top - 10
+        if near:
+            y = max(y, floor - 10 - (floor - ceiling) * rng.random() ** 2)
+            half = page.text_width(str(value), face, value_size) / 2 + 1
+            page.box(x - half, y - 8, x + half, y + 8, paper, None)
+        page.text(x, y, str(value), face, value_size, ink, "mm")
         page.text(x, floor + 11, name, face, name_size, ink, "mm")
+        page.bonds += [(x + side, floor + 11, str(value)) for side in (-4, 4)]
     page.line(3, floor, page.width - 3, floor, ink)
     questions = [(f"What is the value of {name}?", str(value)) for name, value in zip(names, values, strict=True)]
     questions.append(("Which bar is the tallest?", names[values.index(max(values))]))

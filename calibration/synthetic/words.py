@@ -117,12 +117,12 @@ def pool(name: str, split: str) -> tuple[str, ...]:
 
 
 def invented_word(rng: random.Random, split: str, max_length: int) -> str:
-    """A word that no dictionary holds, of 3 to `max_length` letters, owned by `split`; in training half of them are
+    """A word that no dictionary holds, of 3 to `max_length` letters, owned by `split`; in training a third of them are
     letters in any order, as real words have pairs (tt, nn, rf) that invented syllables do not.
     """
     while True:
         word = ""
-        if split == "train" and rng.random() < 0.5:
+        if split == "train" and rng.random() < 0.35:
             word = "".join(rng.choices(_LETTERS, k=rng.randint(3, max_length)))
         else:
             for _ in range(rng.randint(1, 3)):

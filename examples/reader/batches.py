@@ -13,13 +13,14 @@ from functools import cache
 
 import numpy as np
 import torch
-from dense import dense_tile
+from dense import INDEX, dense_tile
 from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 from vocabulary import SYSTEM, qwen2_tokenizer
 
 from internvl_edge.calibration.synthetic import draw_picture
+from internvl_edge.calibration.synthetic.draw import Picture
 from internvl_edge.runtime.preprocess import tile_image
 
 IGNORE = -100
@@ -34,9 +35,18 @@ READ = "Read all the text."
 """What asks for a picture's transcript: by task, and of every other task."""
 BOS_STAND_IN = "<|endoftext|>"
 """The token that plays `<s>`, which the Qwen2 side does not have, while the InternLM2 layout is trained."""
+DISTORTED = 0.2
+"""Share of the training pictures that are distorted."""
 TILE_SIZE = 112
 MAX_TILES = 6
-IMAGE_TOKENS_PER_TILE = 16
+SIDE = 4
+"""Image tokens along one side of a tile."""
+IMAGE_TOKENS_PER_TILE = SIDE * SIDE
+TOKEN_SIZE = TILE_SIZE // SIDE
+
+
+# (image token, class, class): where a name is, and the first two characters of what belongs to it.
+Bonds = list[tuple[int, int, int]]
 
 
 @dataclass
@@ -55,8 +65,12 @@ class Batch:
     """int64 [rows, seq]: the token to predict here, or IGNORE."""
     branches: list[tuple[int, int, str]]
     """(row, segment, task) of every question."""
+    bonds: np.ndarray
+    """int64 [n, 3]: the bonds of `pixels` and, behind them, `dense`, their tokens counted from the batch's first."""
     dense: np.ndarray
+    """uint8 [tiles, S, S, 3] that no question is about: full of text, then of charts."""
     dense_labels: np.ndarray
+    """int64 [tiles of text, tokens, 8], see dense.py."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +83,7 @@ class Row:
     segments: list[int]
     targets: list[int]
     tasks: list[str]
+    bonds: Bonds
 
 
 @cache
@@ -86,7 +101,25 @@ def tiles(image: Image.Image) -> np.ndarray:
     return tile_image(image, image_size=TILE_SIZE, max_tiles=MAX_TILES)
 
 
-def make_row(pixels: np.ndarray, questions: list[tuple[str, str, str]], bos: bool = False) -> Row:
+def bond_labels(picture: Picture, count: int) -> Bonds:
+    """Those of a picture's bonds that are in its first `count` tiles."""
+    across = max(1, round(picture.image.width / picture.image.height))
+    found = []
+    for x, y, text in picture.bonds:
+        column, row = int(x // TOKEN_SIZE), int(y // TOKEN_SIZE)
+        tile = row // SIDE * across + column // SIDE
+        if tile < count:
+            token = tile * SIDE * SIDE + row % SIDE * SIDE + column % SIDE
+            found.append((token, INDEX[text[0]], INDEX[text[1]] if len(text) > 1 else 0))
+    return found
+
+
+def make_row(
+    pixels: np.ndarray,
+    questions: list[tuple[str, str, str]],
+    bos: bool = False,
+    bonds: Bonds | None = None,
+) -> Row:
     """Tokens of one picture with its (question, answer, task) triples; `bos` begins with InternLM2's `<s>`."""
     context = encoder().token_to_id("<IMG_CONTEXT>")
     ids = (
@@ -104,7 +137,7 @@ def make_row(pixels: np.ndarray, questions: list[tuple[str, str, str]], bos: boo
         positions += range(start, start + length)
         segments += [number] * length
         targets += [IGNORE] * (len(asked) - 1) + said
-    return Row(pixels, ids, positions, segments, targets, [task for _, _, task in questions])
+    return Row(pixels, ids, positions, segments, targets, [task for _, _, task in questions], bonds or [])
 
 
 def pad(rows: list[Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -121,12 +154,39 @@ def pad(rows: list[Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray
     return table("ids", 0), table("positions", 0), table("segments", -1), table("targets", IGNORE)
 
 
-def join(rows: list[Row], dense: list[tuple[np.ndarray, np.ndarray]]) -> Batch:
-    """One batch of rows; `dense` adds stage-one tiles, which keep the vision tower from forgetting small text."""
+def join(
+    rows: list[Row], dense: list[tuple[np.ndarray, np.ndarray]], charts: list[tuple[np.ndarray, Bonds]] | None = None
+) -> Batch:
+    """One batch of rows; `dense` and `charts` add tiles for the vision tower alone, which keep it from forgetting."""
     branches = [(r, s, task) for r, row in enumerate(rows) for s, task in enumerate(row.tasks, 1)]
-    tiles_, labels = zip(*dense, strict=True) if dense else ((), ())
-    extra = (np.stack(tiles_), np.stack(labels)) if dense else (np.zeros(0, np.uint8), np.zeros(0, np.int64))
-    return Batch(np.concatenate([row.pixels for row in rows]), *pad(rows), branches, *extra)
+    extra = [pixels for pixels, _ in (*dense, *(charts or []))]
+    labels = [cells for _, cells in dense]
+    bonds = [(len(row.pixels), row.bonds) for row in rows] + [(len(dense), [])]
+    bonds += [(1, found) for _, found in charts or []]
+    return Batch(
+        np.concatenate([row.pixels for row in rows]),
+        *pad(rows),
+        branches,
+        joined_bonds(bonds),
+        np.stack(extra) if extra else np.zeros(0, np.uint8),
+        np.stack(labels) if labels else np.zeros(0, np.int64),
+    )
+
+
+def joined_bonds(parts: list[tuple[int, Bonds]]) -> np.ndarray:
+    """int64 [n, 3]: the bonds of pictures of so many tiles, one behind the other."""
+    starts = np.cumsum([0, *(IMAGE_TOKENS_PER_TILE * count for count, _ in parts)])
+    found = [(start + token, *text) for start, (_, bonds) in zip(starts, parts, strict=False) for token, *text in bonds]
+    return np.array(found, np.int64).reshape(-1, 3)
+
+
+def chart_tile(rng: random.Random) -> tuple[np.ndarray, Bonds]:
+    """A chart of one tile, uint8 [S, S, 3], with its bonds."""
+    while True:
+        picture, _ = draw_picture(rng, "train", ["chart"])
+        pixels = tiles(picture.image)
+        if len(pixels) == 1:
+            return pixels[0], bond_labels(picture, 1)
 
 
 @dataclass(frozen=True)
@@ -138,6 +198,8 @@ class Recipe:
     """Rows of a batch."""
     dense: int
     """Stage-one tiles added to a batch."""
+    charts: int
+    """Tiles of charts added to a batch."""
     questions: int
     """Questions asked about one picture, at most."""
     drill: int
@@ -148,6 +210,15 @@ class Recipe:
     """Tasks to draw, by their shares."""
     bos: bool
     """Whether prompts begin with `<s>`, as InternLM2's do."""
+
+
+def distorted(image: Image.Image, rng: random.Random, fill: tuple[int, int, int]) -> Image.Image:
+    """Narrower, lower and slanted by a little: more letter shapes than the training typefaces have."""
+    narrow, low, slant = rng.uniform(1, 1.13), rng.uniform(1, 1.13), rng.uniform(-0.1, 0.1)
+    x, y = image.width / 2, image.height / 2
+    # Output to input positions, the centre stays where it is.
+    matrix = (narrow, slant, x - narrow * x - slant * y, 0.0, low, y - low * y)
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=fill)
 
 
 def training_group(number: int, recipe: Recipe) -> list[Batch]:
@@ -161,11 +232,16 @@ def training_group(number: int, recipe: Recipe) -> list[Batch]:
         triples = [(question, answer, task) for question, answer in asked]
         if picture.transcript and rng.random() < recipe.transcribe:
             triples.append((TRANSCRIBE.get(task, READ), picture.transcript, "transcript"))
-        rows.append(make_row(tiles(picture.image), triples, recipe.bos))
+        image = distorted(picture.image, rng, picture.paper) if rng.random() < DISTORTED else picture.image
+        pixels = tiles(image)
+        rows.append(make_row(pixels, triples, recipe.bos, bond_labels(picture, len(pixels))))
     rows.sort(key=lambda row: len(row.ids))
     cut = [rows[i : i + recipe.pictures] for i in range(0, len(rows), recipe.pictures)]
     rng.shuffle(cut)
-    return [join(part, [dense_tile(rng) for _ in range(recipe.dense)]) for part in cut]
+    return [
+        join(part, [dense_tile(rng) for _ in range(recipe.dense)], [chart_tile(rng) for _ in range(recipe.charts)])
+        for part in cut
+    ]
 
 
 def attention_bias(segments: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from internvl_edge.calibration.synthetic.words import (
 CHARACTERS = "".join(map(chr, range(33, 127))) + CHINESE_CHARACTERS
 CLASSES = len(CHARACTERS) + 1
 IGNORE = -100
-_INDEX = {character: i + 1 for i, character in enumerate(CHARACTERS)}
+INDEX = {character: i + 1 for i, character in enumerate(CHARACTERS)}
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 _MARKS = ".,:;-+/%&#()!?$*=\"'"
 
@@ -33,7 +33,7 @@ _MARKS = ".,:;-+/%&#()!?$*=\"'"
 def random_line(rng: random.Random, split: str) -> str:
     """Words, prices, dates, codes, digits or a row of random characters; now and then Chinese."""
     kind = rng.random()
-    if kind < 0.1:
+    if kind < 0.2:
         return invented_chinese(rng, split, 5)
     if kind < 0.5:
         words = []
@@ -75,7 +75,7 @@ def dense_tile(rng: random.Random, size: int = 112, split: str = "train") -> tup
             advance = character_width(face, em, character)
             column = math.floor((left + advance / 2) / 7)
             if character != " " and 0 <= column < cells.shape[1] and row < cells.shape[0]:
-                cells[row, column] = IGNORE if cells[row, column] else _INDEX[character]
+                cells[row, column] = IGNORE if cells[row, column] else INDEX[character]
             left += advance
         y += em * rng.uniform(1.15, 1.7) + (3 if has_chinese(line) else 0)
     image = damage(page.image, rng, 1.0, paper, rotate=False) if rng.random() < 0.4 else page.image

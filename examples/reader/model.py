@@ -28,7 +28,7 @@ class ReaderConfig:
     vision_heads: int = 3
     vision_intermediate: int = 768
     hidden_size: int = 256
-    layers: int = 4
+    layers: int = 6
     heads: int = 4
     kv_heads: int = 2
     head_dim: int = 64

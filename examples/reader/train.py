@@ -43,6 +43,7 @@ class Student(nn.Module):
         super().__init__()
         self.reader = Reader(TRUNK if layout == "trunk" else layout_config(layout))
         self.slots = nn.Linear(self.reader.config.hidden_size, CELLS * CLASSES)
+        self.bond_slots = nn.Linear(self.reader.config.hidden_size, 2 * CLASSES)
         self.context = encoder().token_to_id("<IMG_CONTEXT>")
         self.dense_weight = dense_weight
 
@@ -52,6 +53,10 @@ class Student(nn.Module):
 
     def answers(self, batch: Batch, bf16: bool = True) -> Tensor:
         """Float32 logits [n, vocab] at the answer positions, in the order of `batch.targets`."""
+        return self.read(batch, bf16)[0]
+
+    def read(self, batch: Batch, bf16: bool = True) -> tuple[Tensor, Tensor]:
+        """The logits of `answers`, and the image tokens [tokens, hidden] of all pictures."""
         ids, segments, positions, targets, pixels = (
             self.tensor(a) for a in (batch.ids, batch.segments, batch.positions, batch.targets, batch.pixels)
         )
@@ -61,23 +66,31 @@ class Student(nn.Module):
             image = self.reader.see(pixels).to(embeds.dtype)
             embeds = embeds.masked_scatter((ids == self.context)[..., None], image)
             out = self.reader.think(embeds, cos, sin, attention_bias(segments))
-            return self.reader.language_model.lm_head(out[targets != IGNORE]).float()
+            return self.reader.language_model.lm_head(out[targets != IGNORE]).float(), image.flatten(0, -2)
 
 
 def loss_of(student: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
-    """Answer loss plus the weighted slot loss of one micro-batch, and the figures to log."""
+    """Answer loss plus the weighted losses of the throw-away heads of one micro-batch, and the figures to log."""
     assert isinstance(student, Student)
-    logits = student.answers(batch)
+    logits, image = student.read(batch)
     targets = student.tensor(batch.targets)
     targets = targets[targets != IGNORE]
     total = F.cross_entropy(logits, targets)
     figures = {"loss": total.item(), "token": (logits.argmax(-1) == targets).float().mean().item()}
     if len(batch.dense):
         with torch.autocast(targets.device.type, torch.bfloat16):
-            slots = student.slots(student.reader.see(student.tensor(batch.dense)))
+            seen = student.reader.see(student.tensor(batch.dense))
+            slots = student.slots(seen[: len(batch.dense_labels)])
         dense, accuracy = slot_loss(slots.view(-1, CLASSES), student.tensor(batch.dense_labels).view(-1))
         total = total + student.dense_weight * dense
         figures["dense"] = accuracy.item()
+        image = torch.cat([image, seen.flatten(0, 1)])
+    if len(batch.bonds):
+        bonds = student.tensor(batch.bonds)
+        with torch.autocast(targets.device.type, torch.bfloat16):
+            bound = student.bond_slots(image[bonds[:, 0]]).view(-1, CLASSES).float()
+        total = total + student.dense_weight * F.cross_entropy(bound, bonds[:, 1:].flatten())
+        figures["bonds"] = (bound.argmax(-1) == bonds[:, 1:].flatten()).float().mean().item()
     return total, figures | {"right": right_branches(batch, logits)}
 
 
@@ -171,7 +184,15 @@ def run(a: argparse.Namespace) -> None:
     trainer = Trainer(a.out, a)
     bos = a.layout == "internlm2"
     recipe = Recipe(
-        a.seed, a.batch // a.pieces, a.dense // a.pieces, a.questions, a.drill, a.transcribe, tuple(a.tasks), bos
+        a.seed,
+        a.batch // a.pieces,
+        a.dense // a.pieces,
+        a.charts // a.pieces,
+        a.questions,
+        a.drill,
+        a.transcribe,
+        tuple(a.tasks),
+        bos,
     )
     data = batches(partial(training_group, recipe=recipe), trainer.step * a.pieces // GROUP, a.workers)
     held = validation_rows(a.validation, bos=bos)
@@ -217,6 +238,7 @@ def main() -> None:
     parser.add_argument("--decay-minutes", type=float, default=0.0, help="let the rate fall over the last of --minutes")
     parser.add_argument("--batch", type=int, default=48, help="pictures a step")
     parser.add_argument("--dense", type=int, default=16, help="dense tiles a step")
+    parser.add_argument("--charts", type=int, default=16, help="tiles of charts a step, for the vision tower")
     parser.add_argument("--dense-weight", type=float, default=0.5)
     parser.add_argument("--questions", type=int, default=2, help="questions a picture, at most")
     parser.add_argument("--drill", type=int, default=0, help="more of them from a picture's drill, at most")
