@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -170,6 +171,15 @@ def test_models_with_other_prompts_are_not_compared(pair: Pair, cases: list[Case
     other = export_bundle(tiny.write_checkpoint(tmp_path / "other"), tmp_path / "bundle")
     with pytest.raises(EdgeError, match="compare bundles of the same model"):
         _compare(other, pair.reference, cases)
+
+
+def test_a_full_disk_is_named_with_what_to_do(pair: Pair, cases: list[Case], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, array: np.ndarray) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("internvl_edge.evaluation.compare.np.save", full)
+    with pytest.raises(EdgeError, match=r"logits in /.*\(No space left on device\), .* MB; set TMPDIR .*--samples$"):
+        _compare(pair.candidate, pair.reference, cases)
 
 
 def test_an_answer_along_its_own_tokens_has_the_same_logits(pair: Pair) -> None:

@@ -155,7 +155,13 @@ class _LogitStore:
         self._folder = folder
 
     def put(self, index: int, kind: str, logits: NDArray[np.float32]) -> None:
-        np.save(self._folder / f"{index}-{kind}.npy", logits)
+        try:
+            np.save(self._folder / f"{index}-{kind}.npy", logits)
+        except OSError as error:
+            raise EdgeError(
+                f"cannot keep the reference's logits in {self._folder.parent} ({error.strerror or error}), a case needs "
+                f"{logits.nbytes / 1e6:.0f} MB; set TMPDIR to a folder with more room or give fewer --samples"
+            ) from None
 
     def take(self, index: int, kind: str) -> NDArray[np.float32]:
         """Read once; the file is removed."""
