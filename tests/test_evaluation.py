@@ -177,8 +177,10 @@ def test_a_full_disk_is_named_with_what_to_do(pair: Pair, cases: list[Case], mon
     def full(path: Path, array: np.ndarray) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("internvl_edge.evaluation.compare.np.save", full)
-    with pytest.raises(EdgeError, match=r"logits in /.*\(No space left on device\), .* MB; set TMPDIR .*--samples$"):
+    monkeypatch.setattr("numpy.save", full)
+    with pytest.raises(
+        EdgeError, match=r"logits in /.*\(No space left on device\), .* MB a case; set TMPDIR .*--samples$"
+    ):
         _compare(pair.candidate, pair.reference, cases)
 
 

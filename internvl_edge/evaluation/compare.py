@@ -159,8 +159,8 @@ class _LogitStore:
             np.save(self._folder / f"{index}-{kind}.npy", logits)
         except OSError as error:
             raise EdgeError(
-                f"cannot keep the reference's logits in {self._folder.parent} ({error.strerror or error}), a case needs "
-                f"{logits.nbytes / 1e6:.0f} MB; set TMPDIR to a folder with more room or give fewer --samples"
+                f"cannot keep the reference's logits in {self._folder.parent} ({error.strerror or error}), which take "
+                f"{logits.nbytes / 1e6:.0f} MB a case; set TMPDIR to a folder with more room or give fewer --samples"
             ) from None
 
     def take(self, index: int, kind: str) -> NDArray[np.float32]:
