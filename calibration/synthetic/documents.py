@@ -221,6 +221,7 @@ def _receipt(rng: random.Random, split: str, scale: float, chinese: bool) -> Pic
     lines = [f"{left} {right}" for left, right in rows]
     drill = [(f"Read line {i}.", line) for i, line in enumerate(lines, 1)]
     drill += [(f"Which line is {name}?", str(i)) for i, name in enumerate(names, 1)]
+    drill += [(f"What is the value of {name}?", price) for name, price in rows[:-1]]  # as charts ask
     return sheet.picture(questions, "\n".join(lines), drill)
 
 
