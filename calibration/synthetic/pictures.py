@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import random
 from itertools import product
+from operator import itemgetter
 
 from internvl_edge.calibration.synthetic.documents import TILE, word
 from internvl_edge.calibration.synthetic.draw import Colour, Page, Picture, paper_and_ink, pick_face
@@ -26,55 +27,62 @@ _COLOURS_ZH = {"red": "红色", "green": "绿色", "blue": "蓝色", "yellow": "
 _SHAPES_ZH = {"circle": "圆形", "square": "方形", "triangle": "三角形", "star": "星形"}
 
 
-def chart(rng: random.Random, split: str, scale: float) -> Picture:
-    """Three to five bars, each with a name below and its value above. Asked: a value, the tallest, the shortest.
-
-    In half of the training charts values stand anywhere along their bars, most of them at the foot: a partner is found
-    next to a name long before it is found far away.
-    """
-    wide = rng.random() < 0.25
-    paper, ink = paper_and_ink(rng, 0.08)
-    page = Page(TILE * (2 if wide else 1), TILE, paper, scale)
-    count = rng.randint(3, 5) if wide else 3
+def _bars(rng: random.Random, split: str, count: int, longest: int) -> list[tuple[str, int]]:
+    """(name, value) of each bar; values differ enough to be told apart by height."""
     names: list[str] = []
     while len(names) < count:
-        name = word(rng, split, "names", 4 if wide else 3, 0.7)
+        name = word(rng, split, "names", longest, 0.7)
         if name not in names:
             names.append(name)
     style = rng.choice((str.upper, str.title))
-    names = [style(name) for name in names]
     values: list[int] = []
     while len(values) < count:
         value = rng.randint(5, 99)
         if all(abs(value - other) >= 6 for other in values):
             values.append(value)
+    return [(style(name), value) for name, value in zip(names, values, strict=True)]
+
+
+def _draw_bars(rng: random.Random, split: str, page: Page, bars: list[tuple[str, int]], ink: Colour) -> None:
+    """Names below, values above; in half of the training charts values stand anywhere along their bars, most of them at
+    the foot: a partner is found next to a name long before it is found far away.
+    """
     face = pick_face(rng, split, "a")
-    pitch = (page.width - 6) / count
-    name_size = min(page.fit(name, face, rng.uniform(16, 19), pitch - 4) for name in names)
+    pitch = (page.width - 6) / len(bars)
+    name_size = min(page.fit(name, face, rng.uniform(16, 19), pitch - 4) for name, _ in bars)
     value_size = rng.uniform(16, 19)
     floor, ceiling = page.height - 22, 24
     fixed = rng.choice(list(COLOURS.values())) if rng.random() < 0.6 else None
     near = split == "train" and rng.random() < 0.5
-    for i, (name, value) in enumerate(zip(names, values, strict=True)):
+    largest = max(value for _, value in bars)
+    for i, (name, value) in enumerate(bars):
         x = 3 + pitch * (i + 0.5)
-        top = floor - (floor - ceiling) * value / max(values)
+        top = floor - (floor - ceiling) * value / largest
         page.box(x - pitch * 0.3, top, x + pitch * 0.3, floor, fixed or rng.choice(list(COLOURS.values())), None)
         y = top - 10
         if near:
             y = max(y, floor - 10 - (floor - ceiling) * rng.random() ** 2)
             half = page.text_width(str(value), face, value_size) / 2 + 1
-            page.box(x - half, y - 8, x + half, y + 8, paper, None)
+            page.box(x - half, y - 8, x + half, y + 8, page.paper, None)
         page.text(x, y, str(value), face, value_size, ink, "mm")
         page.text(x, floor + 11, name, face, name_size, ink, "mm")
-        page.bonds += [(x + side, floor + 11, str(value)) for side in (-4, 4)]
+        page.bonds += [(x + side, floor + 11, str(value)) for side in (-4, 4)]  # in both tokens that a name may be in
     page.line(3, floor, page.width - 3, floor, ink)
-    questions = [(f"What is the value of {name}?", str(value)) for name, value in zip(names, values, strict=True)]
-    questions.append(("Which bar is the tallest?", names[values.index(max(values))]))
-    questions.append(("Which bar is the shortest?", names[values.index(min(values))]))
-    bars = list(zip(names, values, strict=True))
+
+
+def chart(rng: random.Random, split: str, scale: float) -> Picture:
+    """Three to five bars, each with a name below and its value above. Asked: a value, the tallest, the shortest."""
+    wide = rng.random() < 0.25
+    paper, ink = paper_and_ink(rng, 0.08)
+    page = Page(TILE * (2 if wide else 1), TILE, paper, scale)
+    bars = _bars(rng, split, rng.randint(3, 5) if wide else 3, 4 if wide else 3)
+    _draw_bars(rng, split, page, bars, ink)
+    questions = [(f"What is the value of {name}?", str(value)) for name, value in bars]
+    questions.append(("Which bar is the tallest?", max(bars, key=itemgetter(1))[0]))
+    questions.append(("Which bar is the shortest?", min(bars, key=itemgetter(1))[0]))
     drill = [(f"What is the value of bar {number}?", str(value)) for number, (_, value) in enumerate(bars, 1)]
-    drill += [(f"What is the name of bar {number}?", name) for number, name in enumerate(names, 1)]
-    drill += [(f"Which bar is {name}?", str(number)) for number, name in enumerate(names, 1)]
+    drill += [(f"What is the name of bar {number}?", name) for number, (name, _) in enumerate(bars, 1)]
+    drill += [(f"Which bar is {name}?", str(number)) for number, (name, _) in enumerate(bars, 1)]
     drill += [(f"How much is the {name}?", str(value)) for name, value in bars]  # as receipts ask, where it is easier
     return page.picture(questions, "\n".join(f"{name} {value}" for name, value in bars), drill)
 
