@@ -81,7 +81,7 @@ def test_torch_and_bundle_agree_token_for_token(example: Example, layout: str, t
         s = sample("test", index)
         reply = bundle.chat(s.question, images=[s.image], max_new_tokens=NEW_TOKENS)
         row = example.batches.make_row(
-            example.batches.tiles(s.image), [(s.question, "", s.task)], bos=layout == "internlm2"
+            example.pages.tiles(s.image), [(s.question, "", s.task)], bos=layout == "internlm2"
         )
         assert [numbers[i] for i in reply.prompt_ids] == row.ids
         expected = greedy(example, reader, row, allowed)
@@ -111,7 +111,7 @@ def test_questions_that_share_a_picture_do_not_see_one_another(example: Example)
     student.reader = example.export_reader.rounded_reader(random_weights(example, "internlm2"), "internlm2")
     picture, _ = draw_picture(random.Random(5), "train", ["receipt"])
     triples = [(question, answer, "receipt") for question, answer in picture.questions[:3]]
-    pixels = example.batches.tiles(picture.image)
+    pixels = example.pages.tiles(picture.image)
     together = student.answers(example.batches.join([example.batches.make_row(pixels, triples)], []), bf16=False)
     alone = [
         student.answers(example.batches.join([example.batches.make_row(pixels, [triple])], []), bf16=False)
@@ -127,7 +127,7 @@ def test_bonds_are_in_the_tokens_of_names_and_say_what_belongs_to_them(example: 
     seen = 0
     for _ in range(20):
         picture, _ = draw_picture(rng, "train", [task])
-        labels = example.batches.bond_labels(picture, len(example.batches.tiles(picture.image)))
+        labels = example.bonds.bond_labels(picture, len(example.pages.tiles(picture.image)))
         partners = [line.split()[-1] for line in picture.transcript.splitlines()]
         characters = ["", *example.dense.CHARACTERS]
         said = [characters[first] + characters[second] for _, first, second in labels]

@@ -13,15 +13,14 @@ from functools import cache
 
 import numpy as np
 import torch
-from dense import INDEX, dense_tile
-from PIL import Image
+from bonds import Bonds, bond_labels, chart_tile, joined_bonds
+from dense import dense_tile
+from pages import IMAGE_TOKENS_PER_TILE, distorted, tiles
 from tokenizers import Tokenizer
 from torch import Tensor
 from vocabulary import SYSTEM, qwen2_tokenizer
 
 from internvl_edge.calibration.synthetic import draw_picture
-from internvl_edge.calibration.synthetic.draw import Picture
-from internvl_edge.runtime.preprocess import tile_image
 
 IGNORE = -100
 BLOCKED = -30000.0
@@ -37,16 +36,6 @@ BOS_STAND_IN = "<|endoftext|>"
 """The token that plays `<s>`, which the Qwen2 side does not have, while the InternLM2 layout is trained."""
 DISTORTED = 0.2
 """Share of the training pictures that are distorted."""
-TILE_SIZE = 112
-MAX_TILES = 6
-SIDE = 4
-"""Image tokens along one side of a tile."""
-IMAGE_TOKENS_PER_TILE = SIDE * SIDE
-TOKEN_SIZE = TILE_SIZE // SIDE
-
-
-# (image token, class, class): where a name is, and the first two characters of what belongs to it.
-Bonds = list[tuple[int, int, int]]
 
 
 @dataclass
@@ -94,24 +83,6 @@ def encoder() -> Tokenizer:
 
 def encode(text: str) -> list[int]:
     return encoder().encode(text, add_special_tokens=False).ids
-
-
-def tiles(image: Image.Image) -> np.ndarray:
-    """uint8 [tiles, TILE_SIZE, TILE_SIZE, 3], cut as the runtime cuts them."""
-    return tile_image(image, image_size=TILE_SIZE, max_tiles=MAX_TILES)
-
-
-def bond_labels(picture: Picture, count: int) -> Bonds:
-    """Those of a picture's bonds that are in its first `count` tiles."""
-    across = max(1, round(picture.image.width / picture.image.height))
-    found = []
-    for x, y, text in picture.bonds:
-        column, row = int(x // TOKEN_SIZE), int(y // TOKEN_SIZE)
-        tile = row // SIDE * across + column // SIDE
-        if tile < count:
-            token = tile * SIDE * SIDE + row % SIDE * SIDE + column % SIDE
-            found.append((token, INDEX[text[0]], INDEX[text[1]] if len(text) > 1 else 0))
-    return found
 
 
 def make_row(
@@ -173,22 +144,6 @@ def join(
     )
 
 
-def joined_bonds(parts: list[tuple[int, Bonds]]) -> np.ndarray:
-    """int64 [n, 3]: the bonds of pictures of so many tiles, one behind the other."""
-    starts = np.cumsum([0, *(IMAGE_TOKENS_PER_TILE * count for count, _ in parts)])
-    found = [(start + token, *text) for start, (_, bonds) in zip(starts, parts, strict=False) for token, *text in bonds]
-    return np.array(found, np.int64).reshape(-1, 3)
-
-
-def chart_tile(rng: random.Random) -> tuple[np.ndarray, Bonds]:
-    """A chart of one tile, uint8 [S, S, 3], with its bonds."""
-    while True:
-        picture, _ = draw_picture(rng, "train", ["chart"])
-        pixels = tiles(picture.image)
-        if len(pixels) == 1:
-            return pixels[0], bond_labels(picture, 1)
-
-
 @dataclass(frozen=True)
 class Recipe:
     """What a training batch is made of."""
@@ -210,15 +165,6 @@ class Recipe:
     """Tasks to draw, by their shares."""
     bos: bool
     """Whether prompts begin with `<s>`, as InternLM2's do."""
-
-
-def distorted(image: Image.Image, rng: random.Random, fill: tuple[int, int, int]) -> Image.Image:
-    """Narrower, lower and slanted by a little: more letter shapes than the training typefaces have."""
-    narrow, low, slant = rng.uniform(1, 1.13), rng.uniform(1, 1.13), rng.uniform(-0.1, 0.1)
-    x, y = image.width / 2, image.height / 2
-    # Output to input positions, the centre stays where it is.
-    matrix = (narrow, slant, x - narrow * x - slant * y, 0.0, low, y - low * y)
-    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=fill)
 
 
 def training_group(number: int, recipe: Recipe) -> list[Batch]:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from batches import MAX_TILES
 from internlm2_vocabulary import internlm2_row_sources, write_internlm2
 from model import ReaderConfig
+from pages import MAX_TILES
 from safetensors.torch import save_file
 from torch import Tensor
 from vocabulary import SYSTEM, qwen2_vocabulary, write_qwen2

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from batches import IGNORE, Batch, join, make_row, tiles
+from batches import IGNORE, Batch, join, make_row
+from pages import tiles
 from torch import Tensor
 
 from internvl_edge.calibration.synthetic import sample

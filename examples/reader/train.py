@@ -77,21 +77,27 @@ def loss_of(student: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
     targets = targets[targets != IGNORE]
     total = F.cross_entropy(logits, targets)
     figures = {"loss": total.item(), "token": (logits.argmax(-1) == targets).float().mean().item()}
-    if len(batch.dense):
-        with torch.autocast(targets.device.type, torch.bfloat16):
-            seen = student.reader.see(student.tensor(batch.dense))
-            slots = student.slots(seen[: len(batch.dense_labels)])
-        dense, accuracy = slot_loss(slots.view(-1, CLASSES), student.tensor(batch.dense_labels).view(-1))
-        total = total + student.dense_weight * dense
-        figures["dense"] = accuracy.item()
-        image = torch.cat([image, seen.flatten(0, 1)])
-    if len(batch.bonds):
-        bonds = student.tensor(batch.bonds)
-        with torch.autocast(targets.device.type, torch.bfloat16):
-            bound = student.bond_slots(image[bonds[:, 0]]).view(-1, CLASSES).float()
-        total = total + student.dense_weight * F.cross_entropy(bound, bonds[:, 1:].flatten())
-        figures["bonds"] = (bound.argmax(-1) == bonds[:, 1:].flatten()).float().mean().item()
+    for name, (loss, accuracy) in heads(student, batch, image).items():
+        total = total + student.dense_weight * loss
+        figures[name] = accuracy.item()
     return total, figures | {"right": right_branches(batch, logits)}
+
+
+def heads(student: Student, batch: Batch, image: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """(loss, accuracy) of the throw-away heads that have something to learn from a batch with the tokens `image`."""
+    found = {}
+    with torch.autocast(image.device.type, torch.bfloat16):
+        if len(batch.dense):
+            seen = student.reader.see(student.tensor(batch.dense))
+            image = torch.cat([image, seen.flatten(0, 1)])
+        if len(batch.dense_labels):
+            slots = student.slots(seen[: len(batch.dense_labels)])
+            found["dense"] = slot_loss(slots.view(-1, CLASSES), student.tensor(batch.dense_labels).view(-1))
+        if len(batch.bonds):
+            bonds = student.tensor(batch.bonds)
+            said, labels = student.bond_slots(image[bonds[:, 0]]).view(-1, CLASSES).float(), bonds[:, 1:].flatten()
+            found["bonds"] = F.cross_entropy(said, labels), (said.argmax(-1) == labels).float().mean()
+    return found
 
 
 class Trainer:
