@@ -24,7 +24,7 @@ from internvl_edge.calibration.synthetic import draw_picture
 
 IGNORE = -100
 BLOCKED = -30000.0
-GROUP = 4
+GROUP = 8
 """Batches that are drawn together."""
 BEFORE = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n<img>"
 AFTER = "</img>\n"
@@ -163,8 +163,8 @@ class Recipe:
     """Share of the pictures that are also read out in full."""
     tasks: tuple[str, ...]
     """Tasks to draw, by their shares."""
-    bos: bool
-    """Whether prompts begin with `<s>`, as InternLM2's do."""
+    bos: float
+    """Share of the prompts that begin with `<s>`, as InternLM2's do."""
 
 
 def training_group(number: int, recipe: Recipe) -> list[Batch]:
@@ -180,7 +180,8 @@ def training_group(number: int, recipe: Recipe) -> list[Batch]:
             triples.append((TRANSCRIBE.get(task, READ), picture.transcript, "transcript"))
         image = distorted(picture.image, rng, picture.paper) if rng.random() < DISTORTED else picture.image
         pixels = tiles(image)
-        rows.append(make_row(pixels, triples, recipe.bos, bond_labels(picture, len(pixels))))
+        bos = rng.random() < recipe.bos
+        rows.append(make_row(pixels, triples, bos, bond_labels(picture, len(pixels))))
     rows.sort(key=lambda row: len(row.ids))
     cut = [rows[i : i + recipe.pictures] for i in range(0, len(rows), recipe.pictures)]
     rng.shuffle(cut)

@@ -15,7 +15,7 @@ import torch
 from internlm2_vocabulary import internlm2_row_sources, write_internlm2
 from model import ReaderConfig
 from pages import MAX_TILES
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from vocabulary import SYSTEM, qwen2_vocabulary, write_qwen2
 
@@ -71,6 +71,20 @@ def qwen2_weights(weights: dict[str, Tensor], c: ReaderConfig) -> dict[str, Tens
             stem = f"language_model.model.layers.{layer}.self_attn.{p}_proj."
             out.setdefault(stem + "bias", torch.zeros(len(weights[stem + "weight"])))
     return out
+
+
+def starting_weights(folder: Path, c: ReaderConfig) -> dict[str, Tensor]:
+    """Float32 weights of a Qwen2-layout checkpoint, for a network that may have more text layers and no biases.
+
+    The outputs of the layers that the checkpoint lacks are zero, so that the network answers as the checkpoint does.
+    """
+    weights = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
+    for layer in range(c.layers):
+        stem = f"language_model.model.layers.{layer}."
+        if f"{stem}mlp.down_proj.weight" not in weights:
+            weights[f"{stem}self_attn.o_proj.weight"] = torch.zeros(c.hidden_size, c.heads * c.head_dim)
+            weights[f"{stem}mlp.down_proj.weight"] = torch.zeros(c.hidden_size, c.intermediate_size)
+    return weights if c.qkv_bias else {name: w for name, w in weights.items() if "_proj.bias" not in name}
 
 
 def _llm_config(c: ReaderConfig, layout: str, vocab_size: int, ids: dict[str, int]) -> dict[str, Any]:

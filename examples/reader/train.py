@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from batches import GROUP, IGNORE, Batch, Recipe, attention_bias, encoder, training_group
+from checkpoint import starting_weights
 from crew import Crew
 from dense import CLASSES
 from export_reader import LAYOUTS, layout_config
@@ -34,6 +35,8 @@ from internvl_edge.calibration.synthetic import TASKS
 
 TRUNK = ReaderConfig(vocab_size=encoder().get_vocab_size())
 """What both layouts grow from."""
+BEGINNINGS = {"trunk": 0.4, "qwen2": 0.0, "internlm2": 1.0}
+"""Share of the prompts that begin with `<s>`, by layout."""
 
 
 class Student(nn.Module):
@@ -117,8 +120,10 @@ class Trainer:
         self.crew = Crew(self.student, arguments.threads)
 
     def load_start(self) -> None:
-        """Start from another run's weights (--start), or from stage one when its file is there."""
-        if self.a.start:
+        """Start from another run's weights or a checkpoint (--start), or from stage one when its file is there."""
+        if self.a.start and self.a.start.is_dir():
+            self.model.load_state_dict(starting_weights(self.a.start, self.model.config), strict=False)
+        elif self.a.start:
             self.student.load_state_dict(
                 torch.load(self.a.start, weights_only=True, map_location=self.a.device)["student"], strict=False
             )
@@ -145,6 +150,7 @@ class Trainer:
 
     def update(self, pieces: list[Batch], multiplier: float) -> list[dict[str, Any]]:
         """One optimiser step over the micro-batches; returns each one's figures."""
+        pieces = sorted(pieces, key=lambda piece: -piece.ids.size)  # the longest first, so that threads end together
         figures = self.crew.gradients(loss_of, pieces)
         self.optimisers.step(multiplier, self.crew)
         self.step += 1
@@ -188,7 +194,7 @@ def right_branches(batch: Batch, logits: Tensor) -> list[tuple[str, bool]]:
 
 def run(a: argparse.Namespace) -> None:
     trainer = Trainer(a.out, a)
-    bos = a.layout == "internlm2"
+    bos = BEGINNINGS[a.layout]
     recipe = Recipe(
         a.seed,
         a.batch // a.pieces,
@@ -201,7 +207,7 @@ def run(a: argparse.Namespace) -> None:
         bos,
     )
     data = batches(partial(training_group, recipe=recipe), trainer.step * a.pieces // GROUP, a.workers)
-    held = validation_rows(a.validation, bos=bos)
+    held = validation_rows(a.validation, bos=bos == 1)
     started = saved = logged = time.time()
     steps = 0
     sums: dict[str, float] = defaultdict(float)
@@ -237,7 +243,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of state, log and plot")
     parser.add_argument("--layout", choices=("trunk", *LAYOUTS), default="trunk", help="trunk: no biases, no <s>")
-    parser.add_argument("--start", type=Path, help="state of another run to begin with")
+    parser.add_argument("--start", type=Path, help="state of another run, or a Qwen2 checkpoint, to begin with")
     parser.add_argument("--steps", type=int, default=30000, help="where the learning rate ends")
     parser.add_argument("--decay", type=int, default=8000, help="steps of linear decay at the end")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop, resumable, after so long")
