@@ -18,9 +18,8 @@ from internvl_edge.linear import Scheme
 
 from .grid import Grid, extent, minmax_grid, spanning
 
-# Coarse alphas, then the neighbours of the best one.
-_ALPHAS = tuple(step / 10 for step in range(11))
-_FINE = (-0.05, 0.05)
+# Alphas as the paper's authors try them, then the neighbours of the best one.
+_ALPHA_STEPS = (tuple(step / 20 for step in range(21)), (-0.025, 0.025))
 _CLIP_RATIOS = tuple(1 - 0.05 * step for step in range(1, 11))
 # Symmetric 4-bit scales beside max/7: max/7.5 and max/8, which use the lowest integer; then clipping.
 _SYMMETRIC_RATIOS = (7 / 7.5, 7 / 8, *(7 / 8 * ratio for ratio in _CLIP_RATIOS))
@@ -80,18 +79,18 @@ def search_scale(
 
     unscaled = torch.ones(rows[0].shape[1], device=rows[0].device)
     plain = loss(unscaled)
-    best = (plain, 0.0, False, unscaled)
-    for alphas in (_ALPHAS, _FINE):
-        around = best[1] if alphas is _FINE else 0.0
-        kinds = (best[2],) if alphas is _FINE else (False, True)
-        for weighted in kinds:
-            for alpha in (around + step for step in alphas):
+    best = (plain, unscaled)
+    for weighted in (False, True):
+        tried: dict[float, float] = {}
+        for steps in _ALPHA_STEPS:
+            around = min(tried, key=tried.__getitem__, default=0.0)
+            for alpha in (around + step for step in steps):
                 if 0 <= alpha <= 1:
                     scale = candidate(alpha, weighted)
-                    found = loss(scale)
-                    if found < best[0]:
-                        best = (found, alpha, weighted, scale)
-    return ScaleChoice(best[3], best[0] / plain if plain else 1.0)
+                    tried[alpha] = loss(scale)
+                    if tried[alpha] < best[0]:
+                        best = (tried[alpha], scale)
+    return ScaleChoice(best[1], best[0] / plain if plain else 1.0)
 
 
 def _relative_size(weight: Tensor, scheme: Scheme) -> Tensor:

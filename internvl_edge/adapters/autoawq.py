@@ -90,13 +90,24 @@ def _search(checkpoint: Checkpoint, sequences: Tensor, group_size: int) -> dict[
         raise EdgeError(f"AutoAWQ cannot be imported ({error}): pip install 'internvl-edge[autoawq]'") from None
 
     class Embedded(AwqQuantizer):  # type: ignore[misc]  # the library has no types
-        """Starts from embeddings instead of token ids."""
+        """Starts from embeddings instead of token ids, and keeps copies of weights while it tries scales.
+
+        AutoAWQ keeps them with `.cpu()`, which on a CPU copies nothing: the first scale tried would stay in the model.
+        """
 
         def init_quant(self, n_samples: int = 0, max_seq_len: int = 0) -> tuple[Any, dict[str, Any], Tensor]:
             positions = torch.arange(sequences.shape[1])[None]
             rotary = self.model.model.rotary_emb(sequences, positions)
             given = {"attention_mask": None, "position_ids": positions, "position_embeddings": rotary}
             return self.awq_model.get_model_layers(self.model), given, sequences
+
+        def _compute_best_scale(self, x: Any, w_mean: Any, x_mean: Any, module: Any, *rest: Any) -> Any:
+            kept = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+            module.state_dict = lambda: kept
+            try:
+                return super()._compute_best_scale(x, w_mean, x_mean, module, *rest)
+            finally:
+                del module.state_dict
 
     model = _text_model(checkpoint)
     wrapped = Qwen2AWQForCausalLM(model, "qwen2", False, model.config, None, None)
