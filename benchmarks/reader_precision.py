@@ -4,7 +4,8 @@
 
 Calibration is the built-in set with seed 0; divergences are measured over samples of seed 1, at every token that is not
 an image's, with the float tower's image tokens: nothing but the decoder's layers differs. Weights, and inputs where
-these are rounded too, go through one float32 forward. WORK keeps what was made. Results: results/reader-precision.json.
+these are rounded too, go through one float32 forward. WORK keeps what was made. Results:
+results/reader-precision-LAYOUT.json.
 """
 
 from __future__ import annotations
@@ -82,6 +83,7 @@ def compare(source: Checkpoint, weights: dict[str, torch.Tensor], test: Calibrat
 def main(checkpoint: Path, work: Path) -> None:
     """Measure all rows and write the results."""
     source, compute = Checkpoint(checkpoint), choose_compute("cpu", "float32")
+    layout = source.config.decoder.architecture
     options = {name: DataOptions(samples=SAMPLES[name], seed=seed) for seed, name in enumerate(SAMPLES)}
     folder = WorkFolder(work / "test", {"samples": SAMPLES["test"]})
     test, _ = embedded_set(folder, source, checkpoint_identity(checkpoint), options["test"], compute)
@@ -99,7 +101,7 @@ def main(checkpoint: Path, work: Path) -> None:
         rows.append({"name": name, "recipe": fields, **json.loads(said.read_text(encoding="utf-8")), **figures})
         click.echo(f"{name:28} {rows[-1]['bits_per_weight']:.3f} bits, KL {figures['kl_mean']:.5f}")
     tokens = int((~test.is_image).sum())
-    write_results("reader-precision", {"samples": SAMPLES, "test_tokens": tokens, "results": rows})
+    write_results(f"reader-precision-{layout}", {"samples": SAMPLES, "test_tokens": tokens, "results": rows})
 
 
 if __name__ == "__main__":
