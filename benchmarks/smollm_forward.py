@@ -21,7 +21,7 @@ from internvl_edge.calibration.compute import to_torch
 from internvl_edge.checkpoint import Checkpoint
 from internvl_edge.codecs import autoawq
 from internvl_edge.config import DecoderConfig
-from internvl_edge.evaluation.divergence import Divergence, divergence
+from internvl_edge.evaluation.divergence import Divergence, divergence, summarise
 from internvl_edge.quantize.block import computed
 from internvl_edge.runtime.rope import RotaryAngles
 from internvl_edge.tensor_files import open_tensor_files
@@ -113,6 +113,11 @@ def compare(reference: Path, weights: Weights, test: list[Sequence], decoder: De
             found.append(divergence(rows, part.numpy(), sequence.ids[sequence.start + 1 :]))
             start += len(part)
     return found
+
+
+def figures_of(parts: list[Divergence]) -> dict[str, float]:
+    """Divergences over all sequences, for a file of results."""
+    return {name: float(f"{value:.6g}") for name, value in summarise(parts).to_dict().items()}
 
 
 def _few(test: list[Sequence]) -> list[list[Sequence]]:

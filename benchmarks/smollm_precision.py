@@ -19,8 +19,8 @@ from typing import Any
 import click
 import numpy as np
 from record import run_measured, write_results
-from smollm_awq import HERE, VOCABULARY, Bench, Method, _round, _versions
-from smollm_forward import read_weights, write_logits
+from smollm_awq import HERE, VOCABULARY, Bench, Method, _versions
+from smollm_forward import figures_of, read_weights, write_logits
 
 from internvl_edge.calibration import choose_compute, dataset
 from internvl_edge.calibration.run import progress_bar
@@ -159,7 +159,7 @@ class PrecisionBench(Bench):
             rows = slice(start, start + len(targets))
             parts.append(divergence(np.array(expected[rows]), np.array(found[rows, :VOCABULARY]), targets))
             start = rows.stop
-        return {"all": _round(parts)}
+        return {"all": figures_of(parts)}
 
     def _reference(self) -> Path:
         path = self.work / "reference-logits.npy"

@@ -82,7 +82,7 @@ def chart(rng: random.Random, split: str, scale: float) -> Picture:
     questions.append(("Which bar is the shortest?", min(bars, key=itemgetter(1))[0]))
     drill = [(f"What is the value of bar {number}?", str(value)) for number, (_, value) in enumerate(bars, 1)]
     drill += [(f"What is the name of bar {number}?", name) for number, (name, _) in enumerate(bars, 1)]
-    drill += [(f"Which bar is {name}?", str(number)) for number, (name, _) in enumerate(bars, 1)]
+    drill += [(f"What is the number of {name}?", str(number)) for number, (name, _) in enumerate(bars, 1)]
     drill += [(f"How much is the {name}?", str(value)) for name, value in bars]  # as receipts ask, where it is easier
     return page.picture(questions, "\n".join(f"{name} {value}" for name, value in bars), drill)
 

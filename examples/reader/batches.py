@@ -24,6 +24,8 @@ from internvl_edge.calibration.synthetic import draw_picture
 
 IGNORE = -100
 BLOCKED = -30000.0
+PLACES = 6
+"""Bars of a chart and lines of a receipt, at most."""
 GROUP = 8
 """Batches that are drawn together."""
 BEFORE = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n<img>"
@@ -56,6 +58,8 @@ class Batch:
     """(row, segment, task) of every question."""
     bonds: np.ndarray
     """int64 [n, 3]: the bonds of `pixels` and, behind them, `dense`, their tokens counted from the batch's first."""
+    places: np.ndarray
+    """int64 [n, 3]: row and position at which an answer begins, and which bar or line it is found by name."""
     dense: np.ndarray
     """uint8 [tiles, S, S, 3] that no question is about: full of text, then of charts."""
     dense_labels: np.ndarray
@@ -72,6 +76,7 @@ class Row:
     segments: list[int]
     targets: list[int]
     tasks: list[str]
+    places: list[tuple[int, int]]
     bonds: Bonds
 
 
@@ -90,8 +95,12 @@ def make_row(
     questions: list[tuple[str, str, str]],
     bos: bool = False,
     bonds: Bonds | None = None,
+    transcript: str = "",
 ) -> Row:
-    """Tokens of one picture with its (question, answer, task) triples; `bos` begins with InternLM2's `<s>`."""
+    """Tokens of one picture with its (question, answer, task) triples; `bos` begins with InternLM2's `<s>`.
+
+    `transcript` tells for which questions a name has to be looked up.
+    """
     context = encoder().token_to_id("<IMG_CONTEXT>")
     ids = (
         [encoder().token_to_id(BOS_STAND_IN)] * bos
@@ -101,14 +110,26 @@ def make_row(
     )
     start = len(ids)
     positions, segments, targets = list(range(start)), [0] * start, [IGNORE] * start
+    places = []
     for number, (question, answer, _) in enumerate(questions, 1):
         asked, said = encode(question + ASK), encode(answer + "<|im_end|>")
+        if (place := place_of(question, answer, transcript)) is not None:
+            places.append((len(ids) + len(asked) - 1, place))
         ids += asked + said[:-1]
         length = len(asked) + len(said) - 1
         positions += range(start, start + length)
         segments += [number] * length
         targets += [IGNORE] * (len(asked) - 1) + said
-    return Row(pixels, ids, positions, segments, targets, [task for _, _, task in questions], bonds or [])
+    return Row(pixels, ids, positions, segments, targets, [task for _, _, task in questions], places, bonds or [])
+
+
+def place_of(question: str, answer: str, transcript: str) -> int | None:
+    """The line "name answer" of the transcript whose name the question ends with, counted from 0; None without one."""
+    for place, line in enumerate(transcript.splitlines()[:PLACES]):
+        name, _, value = line.rpartition(" ")
+        if value == answer and name and (f" {name}?" in question or question.startswith(name)):
+            return place
+    return None
 
 
 def pad(rows: list[Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -132,6 +153,7 @@ def join(
     branches = [(r, s, task) for r, row in enumerate(rows) for s, task in enumerate(row.tasks, 1)]
     extra = [pixels for pixels, _ in (*dense, *(charts or []))]
     labels = [cells for _, cells in dense]
+    places = [(r, *place) for r, row in enumerate(rows) for place in row.places]
     bonds = [(len(row.pixels), row.bonds) for row in rows] + [(len(dense), [])]
     bonds += [(1, found) for _, found in charts or []]
     return Batch(
@@ -139,6 +161,7 @@ def join(
         *pad(rows),
         branches,
         joined_bonds(bonds),
+        np.array(places, np.int64).reshape(-1, 3),
         np.stack(extra) if extra else np.zeros(0, np.uint8),
         np.stack(labels) if labels else np.zeros(0, np.int64),
     )
@@ -181,7 +204,7 @@ def training_group(number: int, recipe: Recipe) -> list[Batch]:
         image = distorted(picture.image, rng, picture.paper) if rng.random() < DISTORTED else picture.image
         pixels = tiles(image)
         bos = rng.random() < recipe.bos
-        rows.append(make_row(pixels, triples, bos, bond_labels(picture, len(pixels))))
+        rows.append(make_row(pixels, triples, bos, bond_labels(picture, len(pixels)), picture.transcript))
     rows.sort(key=lambda row: len(row.ids))
     cut = [rows[i : i + recipe.pictures] for i in range(0, len(rows), recipe.pictures)]
     rng.shuffle(cut)

@@ -9,11 +9,14 @@ Knows nothing of tokenizers, tasks or files.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Observe = Callable[[Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -200,6 +203,10 @@ class TextLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+def unseen(hidden: Tensor) -> None:
+    """The observer of hidden states that nobody looks at."""
+
+
 class TextModel(nn.Module):
     def __init__(self, c: ReaderConfig) -> None:
         super().__init__()
@@ -207,9 +214,10 @@ class TextModel(nn.Module):
         self.layers = nn.ModuleList(TextLayer(c) for _ in range(c.layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, observe: Observe = unseen) -> Tensor:
         for layer in self.layers:
             x = layer(x, cos, sin, bias)
+            observe(x)
         return self.norm(x)
 
 
@@ -259,9 +267,12 @@ class Reader(nn.Module):
         x = x.view(n, half, 2, half, 2, width).permute(0, 1, 3, 2, 4, 5).reshape(n, half * half, 4 * width)
         return self.mlp1(x.to(torch.float32))
 
-    def think(self, embeds: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
-        """Embeddings [batch, seq, hidden] and an additive mask [batch, seq, seq] -> final hidden states."""
-        return self.language_model.model(embeds, cos, sin, bias)
+    def think(self, embeds: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, observe: Observe = unseen) -> Tensor:
+        """Embeddings [batch, seq, hidden] and an additive mask [batch, seq, seq] -> final hidden states.
+
+        `observe` sees the hidden states behind every layer.
+        """
+        return self.language_model.model(embeds, cos, sin, bias, observe)
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from batches import GROUP, IGNORE, Batch, Recipe, attention_bias, encoder, training_group
+from batches import GROUP, IGNORE, PLACES, Batch, Recipe, attention_bias, encoder, training_group
 from checkpoint import starting_weights
 from crew import Crew
 from dense import CLASSES
@@ -47,6 +47,7 @@ class Student(nn.Module):
         self.reader = Reader(TRUNK if layout == "trunk" else layout_config(layout))
         self.slots = nn.Linear(self.reader.config.hidden_size, CELLS * CLASSES)
         self.bond_slots = nn.Linear(self.reader.config.hidden_size, 2 * CLASSES)
+        self.place_slots = nn.Linear(self.reader.config.hidden_size, PLACES)
         self.context = encoder().token_to_id("<IMG_CONTEXT>")
         self.dense_weight = dense_weight
 
@@ -58,8 +59,8 @@ class Student(nn.Module):
         """Float32 logits [n, vocab] at the answer positions, in the order of `batch.targets`."""
         return self.read(batch, bf16)[0]
 
-    def read(self, batch: Batch, bf16: bool = True) -> tuple[Tensor, Tensor]:
-        """The logits of `answers`, and the image tokens [tokens, hidden] of all pictures."""
+    def read(self, batch: Batch, bf16: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        """The logits of `answers`, the image tokens [tokens, hidden] of all pictures, and hidden states half way up."""
         ids, segments, positions, targets, pixels = (
             self.tensor(a) for a in (batch.ids, batch.segments, batch.positions, batch.targets, batch.pixels)
         )
@@ -68,26 +69,31 @@ class Student(nn.Module):
             embeds = self.reader.language_model.model.embed_tokens(ids)
             image = self.reader.see(pixels).to(embeds.dtype)
             embeds = embeds.masked_scatter((ids == self.context)[..., None], image)
-            out = self.reader.think(embeds, cos, sin, attention_bias(segments))
-            return self.reader.language_model.lm_head(out[targets != IGNORE]).float(), image.flatten(0, -2)
+            layers: list[Tensor] = []
+            out = self.reader.think(embeds, cos, sin, attention_bias(segments), layers.append)
+            logits = self.reader.language_model.lm_head(out[targets != IGNORE]).float()
+            return logits, image.flatten(0, -2), layers[len(layers) // 2 - 1]
 
 
 def loss_of(student: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
     """Answer loss plus the weighted losses of the throw-away heads of one micro-batch, and the figures to log."""
     assert isinstance(student, Student)
-    logits, image = student.read(batch)
+    logits, image, middle = student.read(batch)
     targets = student.tensor(batch.targets)
     targets = targets[targets != IGNORE]
     total = F.cross_entropy(logits, targets)
     figures = {"loss": total.item(), "token": (logits.argmax(-1) == targets).float().mean().item()}
-    for name, (loss, accuracy) in heads(student, batch, image).items():
+    for name, (loss, accuracy) in heads(student, batch, image, middle).items():
         total = total + student.dense_weight * loss
         figures[name] = accuracy.item()
     return total, figures | {"right": right_branches(batch, logits)}
 
 
-def heads(student: Student, batch: Batch, image: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """(loss, accuracy) of the throw-away heads that have something to learn from a batch with the tokens `image`."""
+def heads(student: Student, batch: Batch, image: Tensor, middle: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """(loss, accuracy) of the throw-away heads that have something to learn from a batch.
+
+    `image` holds its image tokens, `middle` [rows, seq, hidden] its hidden states half way up the text model.
+    """
     found = {}
     with torch.autocast(image.device.type, torch.bfloat16):
         if len(batch.dense):
@@ -100,6 +106,10 @@ def heads(student: Student, batch: Batch, image: Tensor) -> dict[str, tuple[Tens
             bonds = student.tensor(batch.bonds)
             said, labels = student.bond_slots(image[bonds[:, 0]]).view(-1, CLASSES).float(), bonds[:, 1:].flatten()
             found["bonds"] = F.cross_entropy(said, labels), (said.argmax(-1) == labels).float().mean()
+        if len(batch.places):
+            rows, positions, labels = student.tensor(batch.places).T
+            said = student.place_slots(middle[rows, positions]).float()
+            found["places"] = F.cross_entropy(said, labels), (said.argmax(-1) == labels).float().mean()
     return found
 
 
@@ -120,13 +130,13 @@ class Trainer:
         self.crew = Crew(self.student, arguments.threads)
 
     def load_start(self) -> None:
-        """Start from another run's weights or a checkpoint (--start), or from stage one when its file is there."""
+        """Start from another run's average or a checkpoint (--start), or from stage one when its file is there."""
         if self.a.start and self.a.start.is_dir():
             self.model.load_state_dict(starting_weights(self.a.start, self.model.config), strict=False)
         elif self.a.start:
-            self.student.load_state_dict(
-                torch.load(self.a.start, weights_only=True, map_location=self.a.device)["student"], strict=False
-            )
+            state = torch.load(self.a.start, weights_only=True, map_location=self.a.device)
+            averaged = {f"reader.{name}": weight for name, weight in state["average"].items()}
+            self.student.load_state_dict(state["student"] | averaged, strict=False)
         elif (self.out / "vision.pt").exists():
             state = torch.load(self.out / "vision.pt", weights_only=True, map_location=self.a.device)
             vision = {k: v for k, v in state["model"].items() if not k.startswith("language_model")}
@@ -172,14 +182,14 @@ class Trainer:
         return result
 
     def multiplier(self, seconds: float) -> float:
-        """Warm-up over 200 steps, then constant, then linear to 5 % over the last `decay` steps or minutes.
+        """Warm-up over 50 steps, then constant, then linear to 5 % over the last `decay` steps or minutes.
 
         `seconds` is how long this run has lasted; minutes count only with --decay-minutes.
         """
         left = (self.a.steps - self.step) / max(1, self.a.decay)
         if self.a.decay_minutes:
             left = min(left, (self.a.minutes - seconds / 60) / self.a.decay_minutes)
-        return min(1.0, (self.step + 1) / 200, max(0.05, left))
+        return min(1.0, (self.step + 1) / 50, max(0.05, left))
 
 
 def right_branches(batch: Batch, logits: Tensor) -> list[tuple[str, bool]]:
