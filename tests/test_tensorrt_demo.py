@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from test_calibration import FLOAT32
 from internvl_edge import export_bundle
 from internvl_edge.bundle import Bundle
 from internvl_edge.calibration import DataOptions
+from internvl_edge.checkpoint import Checkpoint
 from internvl_edge.demo import TEXT_MODELS, demo_checkpoint
 from internvl_edge.devices import Devices
 from internvl_edge.quantize import quantize_checkpoint
@@ -37,5 +39,8 @@ def test_engines_of_the_demo_models_are_built(text_model: str, recipe: str, tmp_
     assert record.compute_capabilities == (86, 89, 120)
     sizes = {name: facts["bytes"] for name, facts in record.files.items()}
     assert sizes.keys() == set(ENGINES.values())
-    # 16-bit weights make 9.6 MB, of which 3 are no weights.
-    assert (sizes["decoder.engine"] < 8.5e6) == (recipe != "none")
+    shapes = Checkpoint(demo_checkpoint(text_model)).shapes
+    names = [name for name in shapes if name.startswith("decoder.") and "embed_tokens" not in name]
+    weights = sum(2 * math.prod(shapes[name]) for name in names)
+    # 3 MB of an engine are no weights, up to 7 where it copies an int8 cache.
+    assert (sizes["decoder.engine"] < 1.2 * weights) == (recipe != "none")

@@ -29,21 +29,18 @@ def token_numbers(layout: str) -> list[int]:
 
 @torch.no_grad()
 def greedy(reader: Reader, pixels: Tensor, prompt: list[int], numbers: list[int], limit: int) -> list[int]:
-    """What plain greedy decoding says after a prompt, without a cache: at most `limit` of the tokens `numbers`."""
+    """What plain greedy decoding says after a prompt, without a cache: at most `limit` of `numbers`, end included."""
     context, end = (encoder().token_to_id(token) for token in ("<IMG_CONTEXT>", "<|im_end|>"))
     allowed = torch.full((encoder().get_vocab_size(),), -torch.inf)
     allowed[numbers] = 0.0
     image, said = reader.see(pixels), list[int]()
-    while len(said) < limit:
+    while len(said) < limit and end not in said:
         ids = torch.tensor([prompt + said])
         embeds = reader.language_model.model.embed_tokens(ids)
         embeds = embeds.masked_scatter((ids == context)[..., None], image)
         table = rotary_table(reader.config, torch.arange(ids.shape[1])[None])
         hidden = reader.think(embeds, *table, attention_bias(torch.zeros_like(ids)))
-        token = int((reader.language_model.lm_head(hidden[0, -1]) + allowed).argmax())
-        if token == end:
-            break
-        said.append(token)
+        said.append(int((reader.language_model.lm_head(hidden[0, -1]) + allowed).argmax()))
     return said
 
 

@@ -17,12 +17,15 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def draw(folder: Path) -> Path:
-    """Left: characters of dense tiles. Middle: answer loss and token accuracy. Right: exact match per task."""
+    """Characters of dense tiles, where stage one ran; answer loss and token accuracy; exact match per task."""
     mpl.use("Agg")
     vision, reader = read_log(folder / "vision.jsonl"), read_log(folder / "reader.jsonl")
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.5))
-    left.plot([e["tiles"] / 1e3 for e in vision], [e["accuracy"] for e in vision])
-    left.set(title="Stage 1: characters in dense tiles", xlabel="thousand tiles", ylabel="accuracy", ylim=(0, 1))
+    count = 3 if vision else 2
+    figure, panels = plt.subplots(1, count, figsize=(5 * count, 4.5))
+    middle, right = panels[-2:]
+    if vision:
+        panels[0].plot([e["tiles"] / 1e3 for e in vision], [e["accuracy"] for e in vision])
+        panels[0].set(title="Stage 1: letters in dense tiles", xlabel="thousand tiles", ylabel="accuracy", ylim=(0, 1))
     x = [e["pictures"] / 1e3 for e in reader]
     middle.plot(x, [e["loss"] for e in reader], color="tab:red")
     middle.set(title="Stage 2: answers", xlabel="thousand pictures", ylabel="loss (red)", ylim=(0, None))
