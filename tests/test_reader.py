@@ -6,6 +6,7 @@ import importlib
 import random
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +108,36 @@ def test_bonds_are_in_the_tokens_of_names_and_say_what_belongs_to_them(example: 
             assert all(row % 4 == 3 for row in rows) if task == "chart" else rows == sorted(rows)
             seen += 1
     assert seen > 5
+
+
+def test_more_layers_than_a_checkpoint_has_answer_as_it_does(example: Example, tmp_path: Path) -> None:
+    config = example.export_reader.layout_config("qwen2")
+    weights = random_weights(example, "qwen2")
+    example.checkpoint.write_checkpoint(weights, config, "qwen2", tmp_path)
+    deeper = replace(config, layers=config.layers + 2)
+    student = example.train.Student(0.5, "qwen2")
+    student.reader = example.model.Reader(deeper)
+    student.reader.load_state_dict(example.checkpoint.starting_weights(tmp_path, deeper), strict=False)
+    rows = example.judge.validation_rows(4, "test")
+    found = student.answers(rows[0], bf16=False)
+    student.reader = example.export_reader.rounded_reader(weights, "qwen2")
+    torch.testing.assert_close(found, student.answers(rows[0], bf16=False))
+    trunk = example.checkpoint.starting_weights(tmp_path, replace(deeper, qkv_bias=False))
+    assert not [name for name in trunk if "_proj.bias" in name]
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "place"),
+    [
+        ("What is the value of Bo?", "17", 1),
+        ("How much is the Ada?", "9", 0),
+        ("Bo多少钱？", "17", 1),
+        ("What is the value of Bo?", "9", None),
+        ("What is the value of bar 2?", "17", None),
+        ("Which bar is the tallest?", "Bo", None),
+    ],
+)
+def test_only_questions_that_look_a_name_up_have_a_place(
+    example: Example, question: str, answer: str, place: int | None
+) -> None:
+    assert example.batches.place_of(question, answer, "Ada 9\nBo 17\nCy 30") == place
