@@ -134,10 +134,15 @@ def test_more_layers_than_a_checkpoint_has_answer_as_it_does(example: Example, t
         ("Bo多少钱？", "17", 1),
         ("What is the value of Bo?", "9", None),
         ("What is the value of bar 2?", "17", None),
-        ("Which bar is the tallest?", "Bo", None),
+        ("Which bar is the tallest?", "Bo", 1),
+        ("What does the sign say?", "Bo 17", None),
     ],
 )
-def test_only_questions_that_look_a_name_up_have_a_place(
+def test_a_question_about_one_line_has_its_place(
     example: Example, question: str, answer: str, place: int | None
 ) -> None:
     assert example.batches.place_of(question, answer, "Ada 9\nBo 17\nCy 30") == place
+
+
+def test_a_name_that_two_lines_share_has_no_place(example: Example) -> None:
+    assert example.batches.place_of("What colour is the star?", "red", "red square\nred star") is None

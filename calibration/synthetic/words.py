@@ -117,14 +117,20 @@ def pool(name: str, split: str) -> tuple[str, ...]:
 
 
 def invented_word(rng: random.Random, split: str, max_length: int) -> str:
-    """A word that no dictionary holds, of 3 to `max_length` letters, owned by `split`; in training a third of them are
-    letters in any order, as real words have pairs (tt, nn, rf) that invented syllables do not.
+    """A word that no dictionary holds, of 3 to `max_length` letters, owned by `split`: syllables.
+
+    In training some are letters in any order, and some are begun as one real word and ended as another: real words
+    have letters side by side (tt, tch, mp) that syllables do not.
     """
     while True:
-        word = ""
-        if split == "train" and rng.random() < 0.35:
+        kind = rng.random() if split == "train" else 1.0
+        if kind < 0.2:
             word = "".join(rng.choices(_LETTERS, k=rng.randint(3, max_length)))
+        elif kind < 0.5:
+            first, last = (rng.choice(pool(rng.choice(("items", "places", "names")), split)) for _ in range(2))
+            word = first[: rng.randint(1, len(first))] + last[rng.randint(1, len(last) - 1) :]
         else:
+            word = ""
             for _ in range(rng.randint(1, 3)):
                 word += rng.choice(_CONSONANTS) + rng.choice(_VOWELS)
             word += rng.choice(_ENDINGS)

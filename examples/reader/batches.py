@@ -59,7 +59,7 @@ class Batch:
     bonds: np.ndarray
     """int64 [n, 3]: the bonds of `pixels` and, behind them, `dense`, their tokens counted from the batch's first."""
     places: np.ndarray
-    """int64 [n, 3]: row and position at which an answer begins, and which bar or line it is found by name."""
+    """int64 [n, 3]: row and position at which an answer begins, and which bar or line it is about."""
     dense: np.ndarray
     """uint8 [tiles, S, S, 3] that no question is about: full of text, then of charts."""
     dense_labels: np.ndarray
@@ -99,7 +99,7 @@ def make_row(
 ) -> Row:
     """Tokens of one picture with its (question, answer, task) triples; `bos` begins with InternLM2's `<s>`.
 
-    `transcript` tells for which questions a name has to be looked up.
+    `transcript` tells which line of the picture a question is about.
     """
     context = encoder().token_to_id("<IMG_CONTEXT>")
     ids = (
@@ -124,10 +124,16 @@ def make_row(
 
 
 def place_of(question: str, answer: str, transcript: str) -> int | None:
-    """The line "name answer" of the transcript whose name the question ends with, counted from 0; None without one."""
-    for place, line in enumerate(transcript.splitlines()[:PLACES]):
-        name, _, value = line.rpartition(" ")
-        if value == answer and name and (f" {name}?" in question or question.startswith(name)):
+    """The line "name value" of the transcript that is meant, counted from 0; None without one.
+
+    Meant is the line whose name the question ends with and whose value is the answer (a price), or whose name is the
+    answer (the dearest item) and no other line's.
+    """
+    lines = [line.rpartition(" ") for line in transcript.splitlines()[:PLACES]]
+    names = [name for name, _, _ in lines]
+    for place, (name, _, value) in enumerate(lines):
+        looked_up = value == answer and (f" {name}?" in question or question.startswith(name))
+        if name and (looked_up or (name == answer and names.count(name) == 1)):
             return place
     return None
 
