@@ -229,7 +229,7 @@ class LanguageModel(nn.Module):
 
 
 class Reader(nn.Module):
-    """The whole model. `see` and `think` are its two compiled halves; `forward` puts them together for training."""
+    """The whole model in two halves, `see` and `think`: training puts the image tokens among the others in between."""
 
     def __init__(self, c: ReaderConfig) -> None:
         super().__init__()

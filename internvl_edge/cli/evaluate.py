@@ -25,13 +25,13 @@ from internvl_edge.runtime.request import ChatOptions
 from ..bundle import Bundle
 from ..errors import EdgeError, QualityWarning
 from ..evaluation import SUITES, Case, Comparison, SuiteScore, compare, read_cases, reference_bundle, run_suite
-from ..evaluation.divergence import Summary
 from ..gate import METRICS, Condition, parse_condition, require_measurable
 from ..quality import Quality, quality_of, record
 from ..report.content import ComparisonFacts, SuiteFacts
 from ..report.files import read_report, write_report
 from ..report.judging import Asked, bundle_report, comparison_facts, suite_facts
 from ..report.run import run_of
+from .evaluate_rows import comparison_rows, gate_rows, suite_rows
 from .options import load_model, loading_options
 from .output import print_json, print_table, say_written
 
@@ -91,7 +91,7 @@ def command(bundle: Path, as_json: bool, **values: Any) -> int:
     if as_json:
         print_json(_as_json(request, found, quality))
     else:
-        print_table([*found.rows(), *_gate_rows(quality)])
+        print_table([*found.rows(), *gate_rows(quality)])
     asked_for = {str(condition) for condition in request.conditions}
     failed = [verdict for verdict in quality.failed if verdict.condition in asked_for]
     for verdict in failed:
@@ -226,8 +226,8 @@ class _Found:
 
     def rows(self) -> list[tuple[str, object]]:
         """For the terminal."""
-        rows = _comparison_rows(self.comparison) if self.comparison else []
-        return rows + (_suite_rows(self.suite, self.reference_suite) if self.suite else [])
+        rows = comparison_rows(self.comparison) if self.comparison else []
+        return rows + (suite_rows(self.suite, self.reference_suite) if self.suite else [])
 
 
 def _measure(request: _Request) -> _Found:
@@ -295,54 +295,6 @@ def _as_json(request: _Request, found: _Found, quality: Quality) -> dict[str, An
         "gate": quality.gate,
         "report": request.report and str(request.report),
     }
-
-
-def _comparison_rows(found: Comparison) -> list[tuple[str, object]]:
-    return [
-        ("questions", f"{found.cases}, {found.image_tokens} image tokens"),
-        ("tokens compared", found.greedy.positions),
-        *_divergence_rows(found.greedy),
-        ("largest in", found.worst),
-        ("greedy answers the same", f"{found.same_answers:.1%}"),
-        ("greedy tokens the same", f"{found.same_prefix:.1%} before the first difference"),
-        *_answer_rows(found.answers),
-    ]
-
-
-def _divergence_rows(summary: Summary) -> list[tuple[str, object]]:
-    return [
-        ("KL divergence", f"mean {summary.kl_mean:.5f}, p99 {summary.kl_p99:.4f}, max {summary.kl_max:.3f} nats"),
-        ("same most probable token", f"{summary.top1_agreement:.2%}"),
-    ]
-
-
-def _answer_rows(summary: Summary | None) -> list[tuple[str, object]]:
-    if summary is None:
-        return []
-    return [
-        (
-            "perplexity of the answers",
-            f"{summary.candidate_perplexity:.4f}, reference {summary.reference_perplexity:.4f}",
-        ),
-        ("KL on the answers", f"mean {summary.kl_mean:.5f} nats over {summary.positions} tokens"),
-    ]
-
-
-def _suite_rows(score: SuiteScore, reference: SuiteScore | None) -> list[tuple[str, object]]:
-    def row(name: str, count: int, share: Callable[[SuiteScore], float]) -> tuple[str, object]:
-        beside = f", reference {share(reference):.1%}" if reference else ""
-        return name, f"{share(score):.1%} of {count}{beside}"
-
-    def of_task(task: str) -> Callable[[SuiteScore], float]:
-        return lambda found: found.share(task)
-
-    total = row("exact answers", sum(score.asked.values()), lambda found: found.total)
-    return [total, *(row(task, count, of_task(task)) for task, count in score.asked.items())]
-
-
-def _gate_rows(quality: Quality) -> list[tuple[str, object]]:
-    conditions = [(f"  {'failed' if verdict.failed else 'passed'}", verdict) for verdict in quality.gate]
-    return [("gate", quality.state), *conditions] if quality.gate else []
 
 
 @contextmanager
