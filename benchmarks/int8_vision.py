@@ -65,7 +65,7 @@ def recipes() -> Iterator[tuple[str, VisionInt8]]:
         for calibrator in CALIBRATORS:
             yield calibrator, VisionInt8(calibrator, smoothing, cosine=0)
     yield "best, fc2 of the tower in floats", VisionInt8(cosine=0, keep=("vision.*.fc2",))
-    for cosine in (0.999, 0.9995, 0.9998):
+    for cosine in (0.9995, 0.9997, 0.9998):
         yield f"best, floats where {cosine} needs them", VisionInt8(cosine=cosine)
 
 

@@ -71,7 +71,7 @@ class VisionInt8:
 
     calibrator: str = "best"
     smoothing: bool = True
-    cosine: float = 0.9995
+    cosine: float = 0.9997
     keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -38,7 +38,7 @@ def draw(folder: Path) -> Path:
         right.plot([e["pictures"] / 1e3 for e in judged], scores, label=task, linewidth=3 if task == "all" else 1)
     right.set(title="Exact match, unseen fonts and words", xlabel="thousand pictures", ylim=(0, 1))
     if judged:
-        right.legend(fontsize=7)
+        right.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     figure.savefig(folder / "curves.png", dpi=80)
     return folder / "curves.png"
