@@ -50,7 +50,7 @@ def quantise(checkpoint: Path, out: Path, scheme: str) -> Path:
     from internvl_edge.recipe import Recipe
 
     if not out.is_dir():
-        quantize_checkpoint(checkpoint, out, Recipe(decoder=scheme, group_size=GROUP_SIZE, lm_head="int8"))
+        quantize_checkpoint(checkpoint, out, Recipe(scheme, GROUP_SIZE, lm_head="int8", error_compensation=False))
     return out
 
 

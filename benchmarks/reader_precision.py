@@ -42,6 +42,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "zero points, groups of 32": _ASYMMETRIC | {"group_size": 32},
     "zero points, mixed 4.625": _ASYMMETRIC | {"automatic": {"target_bits": 4.625}},
     "w8a16": {"decoder": "w8a16"},
+    "w8a16, rounded": {"decoder": "w8a16", "error_compensation": False},
     "w8a8": {"decoder": "w8a8"},
     "w8a8, all": {"decoder": "w8a8", "decoder_int8": {"max_kl": 0.0}},
 }

@@ -30,6 +30,7 @@ _AWQ = {"decoder": "w4a16-awq", "group_size": 64}
 ROWS: dict[str, dict[str, Any] | str | None] = {
     "float": None,
     "w8a16": {"decoder": "w8a16"},
+    "w8a16, rounded": {"decoder": "w8a16", "error_compensation": False},
     "w8a8": {"decoder": "w8a8"},
     "w4a16-awq, int8 head": _AWQ | {"lm_head": "int8"},
     "w4a16-awq": _AWQ,

@@ -41,6 +41,7 @@ _MEASURED = ("w4a16-awq", "w4a16-awq-g32", "w8a16", "w8a8")
 # Fields, as in a recipe file; None for the peer.
 ROWS: dict[str, dict[str, Any] | None] = {
     "w8a16": {"decoder": "w8a16"},
+    "w8a16, rounded": {"decoder": "w8a16", "error_compensation": False},
     "w8a8, all": _ALL_W8A8,
     "w8a8, all, largest value": {"decoder": "w8a8", "decoder_int8": {"max_kl": 0.0, "calibrator": "minmax"}},
     "modelopt": None,

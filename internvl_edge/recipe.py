@@ -145,8 +145,8 @@ class Recipe:
         group_size: inputs that share one scale of 4-bit weights: 32, 64 or 128.
         symmetric: no zero points, as TensorRT needs; otherwise AutoAWQ's asymmetric form. 8-bit weights always are.
         lm_head: "fp" (as it is), "int8" (one scale per output) or "int4" (as the decoder's 4-bit weights).
-        error_compensation: spread each column's rounding error over the columns not yet rounded (GPTQ); w4a16-awq, and
-            w8a16 where calibration data is used.
+        error_compensation: spread each column's rounding error over the columns not yet rounded (GPTQ); w4a16-awq and
+            w8a16. Without it, and where nothing but an exception is w8a16, that is rounding alone, without data.
         vision: "fp" or "int8" (weights and inputs of tower and projector); fewer bits are refused.
         vision_int8: how, where it is.
         decoder_int8: how linears become "w8a8".
@@ -247,7 +247,8 @@ class Recipe:
         """Whether the decoder's activations are needed: by a linear, by a choice, or for the range of the cache."""
         exceptions = [self.precision(text) for _, text in self.layers]
         chosen = self.choice is not None or self.kv_cache == "int8"
-        return chosen or any(each.needs_data for each in (self.base, *exceptions))
+        compensated = self.decoder == "w8a16" and self.error_compensation
+        return chosen or compensated or any(each.needs_data for each in (self.base, *exceptions))
 
     @property
     def is_autoawq(self) -> bool:

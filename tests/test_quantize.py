@@ -40,6 +40,7 @@ RECIPES: dict[str, Recipe] = {
     "rtn": Recipe("w4a16-rtn", group_size=32),
     "rtn, int4 head": Recipe("w4a16-rtn", group_size=32, lm_head="int4"),
     "w8a16": Recipe("w8a16", lm_head="int8"),
+    "w8a16, rounded": Recipe("w8a16", lm_head="int8", error_compensation=False),
 }
 # Mean KL divergence from the float model that a random one of this size may lose.
 LIMITS = {4: 0.6, 8: 0.01}
@@ -82,6 +83,16 @@ def test_every_scheme_reads_back_near_the_original(tmp_path: Path, kind: str, re
     assert divergence(checkpoint, tmp_path / "out") < LIMITS[bits]
     assert bool(report.errors) == recipe.needs_data
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_compensation_brings_8_bit_weights_nearer(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint")
+    total = {}
+    for compensated in (False, True):
+        # The cache asks for data in both cases, and with data come the errors of outputs.
+        recipe = Recipe("w8a16", kv_cache="int8", error_compensation=compensated)
+        total[compensated] = sum(quantize(checkpoint, tmp_path / str(compensated), recipe).errors.values())
+    assert total[True] < 0.8 * total[False]
 
 
 def test_what_is_not_the_decoder_is_carried_over_bit_for_bit(tmp_path: Path) -> None:

@@ -201,7 +201,7 @@ def test_options_replace_single_fields_of_a_recipe(tmp_path: Path) -> None:
     [
         (["--layer", "layers.0"], "is not PATTERN=SCHEME"),
         (["--target-bits", "4.5", "--max-kl", "0.1"], "one of the two"),
-        (["--scheme", "w8a16", "--data", "pictures"], "nothing in this recipe looks at data"),
+        (["--scheme", "w8a16", "--no-compensate", "--data", "pictures"], "nothing in this recipe looks at data"),
         (["--recipe", "jetson"], "presets: cpu, rtx, orin, thor"),
         (["--recipe", "cpu", "--group-size", "32", "--layer", "*.gate=w8a16"], "near: "),
     ],

@@ -32,7 +32,7 @@ _OPTIONS = (
     click.option(
         "--compensate/--no-compensate",
         default=None,
-        help="Spread rounding errors over later columns (GPTQ); with data.  [default: compensate]",
+        help="Spread rounding errors over later columns (GPTQ), 4 and 8 bits; with data.  [default: compensate]",
     ),
     click.option(
         "--layer",
