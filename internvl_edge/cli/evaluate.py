@@ -31,7 +31,7 @@ from ..report.content import ComparisonFacts, SuiteFacts
 from ..report.files import read_report, write_report
 from ..report.judging import Asked, bundle_report, comparison_facts, suite_facts
 from ..report.run import run_of
-from .evaluate_rows import comparison_rows, gate_rows, suite_rows
+from .evaluate_rows import Row, comparison_rows, gate_rows, suite_rows
 from .options import load_model, loading_options
 from .output import print_json, print_table, say_written
 
@@ -224,7 +224,7 @@ class _Found:
             measured["suite"] = {**asked, **where, "date": score.run.date}
         return measured
 
-    def rows(self) -> list[tuple[str, object]]:
+    def rows(self) -> list[Row]:
         """For the terminal."""
         rows = comparison_rows(self.comparison) if self.comparison else []
         return rows + (suite_rows(self.suite, self.reference_suite) if self.suite else [])
