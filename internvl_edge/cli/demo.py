@@ -42,7 +42,8 @@ def command(text_model: str, output: Path | None, as_json: bool) -> None:
     if output:
         click.echo(f'Next: internvl-edge run {output} --image {facts[0]["image"]} "Read all the text."')
     else:
-        click.echo(f"Next: internvl-edge quantize {checkpoint} -o demo-int4 --group-size 64 --lm-head int8")
+        command = f"internvl-edge quantize {checkpoint} -o demo-int4 --group-size 64 --lm-head int8"
+        click.echo(f"Next, with pip install 'internvl-edge[quantize]': {command}")
 
 
 def _folder(output: Path | None) -> AbstractContextManager[str | Path]:
