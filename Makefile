@@ -27,8 +27,8 @@ gpu-acceptance: $(VENV)/ready ## Build, compare and time on this machine's NVIDI
 lint: $(VENV)/ready ## Style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy typetree/internvl_edge
-	$(BIN)/mypy --python-version 3.10 --no-warn-return-any typetree/internvl_edge
+	$(BIN)/mypy internvl_edge
+	$(BIN)/mypy --python-version 3.10 --no-warn-return-any internvl_edge
 
 format: $(VENV)/ready ## Apply the style
 	$(BIN)/ruff check --fix .
@@ -37,13 +37,13 @@ format: $(VENV)/ready ## Apply the style
 wheel: $(VENV)/ready ## Build the wheel and import every module of it in a clean environment
 	.ci/check_wheel $(BIN)/python
 
-$(VENV)/ready: pyproject.toml setup.py
+$(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/pip install --quiet --group dev --editable ".[cpu,export,openvino,quantize,report,rtx,video]"
 	touch $@
 
-$(DEMO_VENV)/ready: pyproject.toml setup.py
+$(DEMO_VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(DEMO_VENV)
 	$(DEMO_VENV)/bin/pip install --quiet --editable ".[cpu,export]"
 	touch $@

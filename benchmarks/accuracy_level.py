@@ -35,9 +35,9 @@ def main() -> None:
     expected, texts = logits_of(plain), prompts(plain)
     figures: dict[str, Any] = {"float": {"perplexity": perplexity(expected, texts)}}
     for scheme in ("w4a16-rtn", "w8a16"):
-        quantised = quantise(arguments.checkpoint, arguments.work / scheme, scheme)
+        quantized = quantize(arguments.checkpoint, arguments.work / scheme, scheme)
         for level in LEVELS:
-            bundle = bundle_of(quantised, arguments.work / f"{scheme}-{level}", level)
+            bundle = bundle_of(quantized, arguments.work / f"{scheme}-{level}", level)
             for dialect in ("onnxruntime", "standard"):
                 got = logits_of(bundle, dialect, level)
                 figures[f"{scheme}, level {level}, {dialect}"] = compare(got, expected, texts)
@@ -45,9 +45,9 @@ def main() -> None:
     print(write_results("accuracy-level", values).read_text())
 
 
-def quantise(checkpoint: Path, out: Path, scheme: str) -> Path:
+def quantize(checkpoint: Path, out: Path, scheme: str) -> Path:
     from internvl_edge.quantize import quantize_checkpoint
-    from internvl_edge.recipe import Recipe
+    from internvl_edge.recipe.recipe import Recipe
 
     if not out.is_dir():
         quantize_checkpoint(checkpoint, out, Recipe(scheme, GROUP_SIZE, lm_head="int8", error_compensation=False))
@@ -56,16 +56,16 @@ def quantise(checkpoint: Path, out: Path, scheme: str) -> Path:
 
 def bundle_of(checkpoint: Path, out: Path, level: int | None) -> Path:
     from internvl_edge import export_bundle
-    from internvl_edge.export import quantised
+    from internvl_edge.export import quantized as quantized
 
     if out.is_dir():
         return out
-    before = quantised._ACCURACY_LEVEL
-    quantised._ACCURACY_LEVEL = level or before
+    before = quantized._ACCURACY_LEVEL
+    quantized._ACCURACY_LEVEL = level or before
     try:
         return export_bundle(checkpoint, out)
     finally:
-        quantised._ACCURACY_LEVEL = before
+        quantized._ACCURACY_LEVEL = before
 
 
 def prompts(bundle: Path) -> list[list[int]]:
@@ -77,7 +77,7 @@ def prompts(bundle: Path) -> list[list[int]]:
 
 def logits_of(bundle: Path, dialect: str = "onnxruntime", level: int = 4) -> list[np.ndarray]:
     """For each chapter [tokens, vocab]."""
-    from internvl_edge.bundle import Bundle
+    from internvl_edge.bundle.manifest import Bundle
     from internvl_edge.runtime.engines import onnxruntime
 
     onnxruntime._CONFIG["session.qdq_matmulnbits_accuracy_level"] = str(level)

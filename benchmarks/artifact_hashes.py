@@ -2,9 +2,9 @@
 
     python benchmarks/artifact_hashes.py CHECKPOINT [--samples 8] [-o hashes.json]
 
-A change that claims to leave numbers alone is run before and after: the two outputs must be equal. Only the command line
-is used, through the `internvl_edge` that Python finds, so the same file runs on both commits. Reports contain times and
-versions; of these only the figures are hashed, by name and in order.
+For a change that claims to leave numbers alone: run it on both commits and compare the outputs. Only the command line
+is used, through the `internvl_edge` that Python finds, so the same file runs on both. Reports also contain times and
+versions, so only their figures are hashed, by name and in order.
 """
 
 from __future__ import annotations

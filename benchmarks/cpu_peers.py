@@ -24,7 +24,7 @@ from typing import Any
 import click
 from record import write_results
 
-from internvl_edge.runtime import machine
+from internvl_edge.base import machine
 
 HERE = Path(__file__).parent / "peers"
 # What is timed, as `peers/cpu_worker.py` defines it: request and count.

@@ -26,9 +26,9 @@ from typing import Any
 
 from record import write_results
 
-from internvl_edge.demo import TEXT_MODELS, demo_checkpoint
-from internvl_edge.errors import EngineError
-from internvl_edge.runtime.engines.tensorrt_cuda import Cuda
+from internvl_edge.base.errors import EngineError
+from internvl_edge.demo import CHECKPOINT
+from internvl_edge.runtime.engines.tensorrt.cuda import Cuda
 
 HERE = Path(__file__).resolve().parent
 PACKAGES = {
@@ -62,7 +62,7 @@ class Model:
     name: str
     checkpoint: Path
     variant: str | None = None
-    quantise: bool = False
+    quantize: bool = False
 
 
 def main() -> None:
@@ -119,7 +119,7 @@ def run_all(work: Path, engines: list[str], deadline: float) -> Iterator[dict[st
             continue
         for engine in engines:
             yield row | child("gpu_rows.py", engine, str(bundle), deadline=deadline, engine=engine)
-        if model.variant and not model.quantise:
+        if model.variant and not model.quantize:
             yield row | child("gpu_peer.py", str(checkpoint), deadline=deadline, engine="torch, compiled")
         shutil.rmtree(bundle, ignore_errors=True)
 
@@ -130,11 +130,12 @@ def models(work: Path) -> list[Model]:
     folders = sorted(path.parent for path in oracle.glob("*/config.json")) if oracle.is_dir() else []
     return [
         *(Model(folder.name, folder) for folder in folders),
-        *(Model(f"demo, {text_model}", demo_checkpoint(text_model)) for text_model in TEXT_MODELS),
+        Model("demo, qwen2", CHECKPOINT),
+        Model("demo, internlm2", HERE.parent / "examples" / "reader" / "internlm2"),
         Model("random 1B, 16 bits", work / "1B", "1B"),
-        Model("random 1B, int4", work / "1B", "1B", quantise=True),
+        Model("random 1B, int4", work / "1B", "1B", quantize=True),
         Model("random 2B, 16 bits", work / "2B", "2B"),
-        Model("random 2B, int4", work / "2B", "2B", quantise=True),
+        Model("random 2B, int4", work / "2B", "2B", quantize=True),
     ]
 
 
@@ -144,11 +145,11 @@ def make(model: Model, work: Path, deadline: float) -> tuple[Path, Path]:
     if model.variant and not checkpoint.exists():
         _run([sys.executable, str(HERE / "random_checkpoint.py"), model.variant, str(checkpoint)], deadline)
     program = [sys.executable, "-c", "from internvl_edge.cli import main; main()"]
-    if model.quantise:
-        quantised = work / f"{checkpoint.name}-int4"
+    if model.quantize:
+        quantized = work / f"{checkpoint.name}-int4"
         scheme = ["--scheme", "w4a16-rtn", "--symmetric", "--lm-head", "int8"]
-        _run([*program, "quantize", str(checkpoint), "-o", str(quantised), *scheme], deadline)
-        checkpoint = quantised
+        _run([*program, "quantize", str(checkpoint), "-o", str(quantized), *scheme], deadline)
+        checkpoint = quantized
     _run([*program, "export", str(checkpoint), "-o", str(bundle), "--dtype", "float16", "--force"], deadline)
     return checkpoint, bundle
 

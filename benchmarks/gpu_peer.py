@@ -16,8 +16,8 @@ from typing import Any
 
 from gpu_rows import CAPACITY, DEPTHS, PROMPT, REPEATS, STEPS
 
-from internvl_edge.config import DecoderConfig
-from internvl_edge.config_reader import read_config
+from internvl_edge.checkpoint.config_reader import read_config
+from internvl_edge.model.config import DecoderConfig
 
 
 def main() -> None:

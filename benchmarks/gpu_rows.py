@@ -18,15 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from internvl_edge.bundle import Bundle
-from internvl_edge.devices import Target
-from internvl_edge.errors import EdgeError
+from internvl_edge.base.errors import EdgeError
+from internvl_edge.bundle.manifest import Bundle
+from internvl_edge.planning.devices import Target
+from internvl_edge.planning.footprint import Footprint
+from internvl_edge.planning.precision import bundle_precision
 from internvl_edge.runtime.engines import Engine
 from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from internvl_edge.runtime.engines.tensorrt import TensorRTEngine
-from internvl_edge.runtime.engines.tensorrt_cuda import Cuda
-from internvl_edge.runtime.footprint import Footprint
-from internvl_edge.runtime.precision import bundle_precision
+from internvl_edge.runtime.engines.tensorrt.cuda import Cuda
+from internvl_edge.runtime.engines.tensorrt.engine import TensorRTEngine
 
 CAPACITY = 4096
 PROMPT, DEPTHS, TILES = 1800, (300, 2000), 7
@@ -64,7 +64,7 @@ def open_engine(name: str, bundle: Bundle, sm: int) -> Engine:
     """The engine on the present GPU; TensorRT's are built first."""
     if name == "onnxruntime":
         return OnnxRuntimeEngine(bundle, device="cuda", capacity=CAPACITY)
-    from internvl_edge.runtime.builder.bundle_engines import build_engines, options_for
+    from internvl_edge.runtime.engines.tensorrt.build.bundle_engines import build_engines, options_for
 
     target = Target("acceptance", "this GPU", name, (f"{sm // 10}.{sm % 10}",))
     build_engines(bundle, target, options_for(target, capacity=CAPACITY))

@@ -17,11 +17,11 @@ from pydoc_data import topics
 
 import numpy as np
 import tokenizers
-from accuracy_level import compare, quantise
+from accuracy_level import compare, quantize
 from record import write_results
 
 from internvl_edge import export_bundle
-from internvl_edge.bundle import Bundle
+from internvl_edge.bundle.manifest import Bundle
 from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
 
 CHAPTERS = ("types", "customization", "execmodel", "objects", "specialnames", "formatstrings")
@@ -34,11 +34,11 @@ def main() -> None:
         sys.exit(__doc__)
     checkpoint, work = map(Path, sys.argv[1:3])
     work.mkdir(exist_ok=True)
-    quantised = quantise(checkpoint, work / "w4a16-rtn", "w4a16-rtn")
+    quantized = quantize(checkpoint, work / "w4a16-rtn", "w4a16-rtn")
     bundles = {
         "float": export_once(checkpoint, work / "float"),
-        "4 bits": export_once(quantised, work / "4-bits"),
-        "4 bits, prompts in int8": export_once(quantised, work / "int8-prompts", int8_prompts=True),
+        "4 bits": export_once(quantized, work / "4-bits"),
+        "4 bits, prompts in int8": export_once(quantized, work / "int8-prompts", int8_prompts=True),
     }
     texts = chapters(bundles["float"])
     logits = {name: following(bundle, texts) for name, bundle in bundles.items()}

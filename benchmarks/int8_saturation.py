@@ -2,7 +2,7 @@
 
     python benchmarks/int8_saturation.py CHECKPOINT     -> results/int8-saturation-NAME.json
 
-Quantises CHECKPOINT, then computes the embeddings of photographs once with exact sums and once as ONNX Runtime's fast
+Quantizes CHECKPOINT, then computes the embeddings of photographs once with exact sums and once as ONNX Runtime's fast
 kernels do on x86 without VNNI: inputs shifted to unsigned bytes, products of neighbouring inputs added with saturation.
 """
 
@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from int8_vision import agreement, photographs, quantise
+from int8_vision import agreement, photographs, quantize
 from record import write_results
 
 from internvl_edge.calibration import blocks, choose_compute
 from internvl_edge.calibration.weights import load_block, load_vision_embedding
-from internvl_edge.checkpoint import Checkpoint
+from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.quantize.vision_pass import blocks_of, run_block
-from internvl_edge.recipe import VisionInt8
+from internvl_edge.recipe.recipe import VisionInt8
 
 TILES = 24
 _LOWEST, _HIGHEST = -(1 << 15), (1 << 15) - 1
@@ -74,7 +74,7 @@ def main() -> None:
     torch.set_num_threads(1)
     source = Path(sys.argv[1])
     with tempfile.TemporaryDirectory() as folder:
-        quantise(source, Path(folder) / "int8", VisionInt8(cosine=0))
+        quantize(source, Path(folder) / "int8", VisionInt8(cosine=0))
         int8 = Checkpoint(Path(folder) / "int8")
         tiles = photographs(int8.config)
         tiles = np.ascontiguousarray(tiles[:: max(1, len(tiles) // TILES)])

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from internvl_edge.codecs import compressed_tensors
-from internvl_edge.linear import W8A8, PackedLinear
+from internvl_edge.checkpoint.codecs import compressed_tensors
+from internvl_edge.model.linear import W8A8, PackedLinear
 
 LINEAR = re.compile(r"vision_model\.encoder\.layers\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])\.weight")
 INPUT_SCALE = 0.05

@@ -4,11 +4,11 @@
     python benchmarks/int8_vision.py speed CHECKPOINT       -> results/int8-vision-speed-NAME.json
     python benchmarks/int8_vision.py cost CHECKPOINT        -> results/int8-vision-cost-NAME.json
 
-quality: each way of calibrating, with and without SmoothQuant and fallback, quantises CHECKPOINT with the built-in set,
+quality: each way of calibrating, with and without SmoothQuant and fallback, quantizes CHECKPOINT with the built-in set,
 exports it and compares its image embeddings, computed by ONNX Runtime, with those of the float bundle. Photographs are
 those of scikit-image, documents are drawn with words, fonts and seeds that calibration does not see. Last come towers
 that compute the same with some channels much larger than others, which is what SmoothQuant is for.
-speed, cost: of running and of quantising, for checkpoints in published shapes whose weights may be random. Both graphs
+speed, cost: of running and of quantizing, for checkpoints in published shapes whose weights may be random. Both graphs
 run in turn, one tile at a time.
 """
 
@@ -33,19 +33,19 @@ import torch
 from record import run_measured, write_results
 from safetensors.torch import load_file, save_file
 
-from internvl_edge.bundle import VISION
+from internvl_edge.bundle.manifest import VISION
 from internvl_edge.calibration import DataOptions, choose_compute
 from internvl_edge.calibration.synthetic import sample
-from internvl_edge.checkpoint import Checkpoint
-from internvl_edge.config import ModelConfig
+from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.export import export_bundle
 from internvl_edge.export.builder import Types
 from internvl_edge.export.exporter import DTYPES
 from internvl_edge.export.vision import build_vision
 from internvl_edge.export.weights import WeightFile
+from internvl_edge.model.config import ModelConfig
+from internvl_edge.model.preprocess import load_image, tile_image
 from internvl_edge.quantize import VisionReport, quantize_checkpoint
-from internvl_edge.recipe import CALIBRATORS, Recipe, VisionInt8
-from internvl_edge.runtime.preprocess import load_image, tile_image
+from internvl_edge.recipe.recipe import CALIBRATORS, Recipe, VisionInt8
 
 PHOTOGRAPHS = (
     *("astronaut.png", "brick.png", "camera.png", "cell.png", "chelsea.png", "clock_motion.png", "coffee.png"),
@@ -96,7 +96,7 @@ def compare(
 ) -> dict[str, Any]:
     """One recipe's row: what became of the embeddings of each set of tiles."""
     started = time.perf_counter()
-    report = quantise(checkpoint, work / "int8", how)
+    report = quantize(checkpoint, work / "int8", how)
     seconds = time.perf_counter() - started
     found = {key: embeddings(work / "int8", work / "bundle", tiles) for key, tiles in sets.items()}
     shutil.rmtree(work / "int8")
@@ -129,7 +129,7 @@ def with_outliers(checkpoint: Path, out: Path) -> Path:
     return out
 
 
-def quantise(checkpoint: Path, out: Path, how: VisionInt8, samples: int = CALIBRATION_SAMPLES) -> VisionReport:
+def quantize(checkpoint: Path, out: Path, how: VisionInt8, samples: int = CALIBRATION_SAMPLES) -> VisionReport:
     """The tower alone, with the built-in calibration set, computed in float32."""
     recipe = Recipe("fp", vision="int8", vision_int8=how)
     compute = choose_compute("cpu", "float32")
@@ -234,7 +234,7 @@ def write_vision(checkpoint: Path, out: Path, dtype: str) -> int:
 
 
 def cost(checkpoint: Path, work: Path) -> dict[str, Any]:
-    """Time and memory of quantising a tower with few tiles."""
+    """Time and memory of quantizing a tower with few tiles."""
     command = [sys.executable, "-c", "from internvl_edge.cli import main; main()", "quantize", str(checkpoint)]
     options = ["--vision", "int8", "--samples", "8", "--max-tiles", "1", "--json", "-o", str(work / "int8")]
     run = run_measured([*command, *options])

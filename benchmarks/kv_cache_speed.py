@@ -2,7 +2,7 @@
 
     python benchmarks/kv_cache_speed.py CHECKPOINT WORK
 
-CHECKPOINT is a quantised one in real shapes; scales are made up, for speed does not depend on them. Bundles are made
+CHECKPOINT is a quantized one in real shapes; scales are made up, for speed does not depend on them. Bundles are made
 in WORK and removed. Results: results/kv-cache-speed.json.
 """
 
@@ -19,9 +19,9 @@ import numpy as np
 from record import write_results
 
 from internvl_edge import export_bundle
-from internvl_edge.bundle import Bundle
-from internvl_edge.checkpoint import Checkpoint
-from internvl_edge.kv_cache import KvScales
+from internvl_edge.bundle.manifest import Bundle
+from internvl_edge.checkpoint.kv_scales import KvScales
+from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
 
 LENGTHS = (300, 2000, 4000)

@@ -13,10 +13,10 @@ from typing import Any
 
 from record import write_results
 
-from internvl_edge.bundle import EMBEDDINGS, Bundle
+from internvl_edge.bundle.manifest import EMBEDDINGS, Bundle
+from internvl_edge.planning.footprint import Footprint
+from internvl_edge.planning.precision import bundle_precision
 from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from internvl_edge.runtime.footprint import Footprint
-from internvl_edge.runtime.precision import bundle_precision
 
 CONTEXT = 512
 ALLOWED = 0.05

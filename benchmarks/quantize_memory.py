@@ -1,11 +1,11 @@
-"""Time and memory of calibrating and quantising a checkpoint in one command, against the limits set for it.
+"""Time and memory of calibrating and quantizing a checkpoint in one command, against the limits set for it.
 
     python benchmarks/quantize_memory.py CHECKPOINT [--limit-seconds 600] [--limit-anonymous-gb 3]
     python benchmarks/quantize_memory.py CHECKPOINT --work WORK --minutes 60    # again and again, until it has finished
 
 The data: 64 samples of about 512 tokens, each with one picture of one tile. Anonymous memory is what a machine must
 really have free; hidden states and weights are mapped files, whose pages can be dropped at any time. With --minutes the
-quantiser is killed after that time; repeated with the same WORK, it continues, and the attempts' times are added up.
+quantizer is killed after that time; repeated with the same WORK, it continues, and the attempts' times are added up.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import tokenizers
 from PIL import Image
 from record import Run, run_measured, write_results
 
-from internvl_edge.config_reader import read_config
-from internvl_edge.export.tokenizer import build_tokenizer
+from internvl_edge.checkpoint.config_reader import read_config
+from internvl_edge.checkpoint.tokenizer_files import build_tokenizer
 
 WORDS = "the of and a total price date 图像 文字 number page name what is in this picture 2024 17.50".split()  # noqa: SIM905
 
@@ -58,7 +58,7 @@ def add_attempt(file: Path, run: Run) -> list[dict[str, float]]:
 
 
 def main() -> None:
-    """Quantise once and write `results/quantize-NAME.json`."""
+    """Quantize once and write `results/quantize-NAME.json`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--samples", type=int, default=64)
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--limit-anonymous-gb", type=float)
     parser.add_argument("--name", help="of the results, beside the checkpoint's")
     parser.add_argument("--work", type=Path, help="keep data and checkpoint here, and continue what is there")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="kill the quantiser after this time")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="kill the quantizer after this time")
     arguments, options = parser.parse_known_args()  # the rest goes to internvl-edge quantize
     work = arguments.work or Path(tempfile.mkdtemp(dir=arguments.checkpoint.resolve().parent))
     program = [sys.executable, "-c", "from internvl_edge.cli import main; main()"]

@@ -24,7 +24,7 @@ import click
 import numpy as np
 from checkpoint_variants import VARIANTS, Tensor, Variant, json_files, tensors
 
-from internvl_edge.errors import EdgeError
+from internvl_edge.base.errors import EdgeError
 
 SHARD_BYTES = 4_000_000_000
 # Odd, so that rows of a table never line up with the block they are cut from.

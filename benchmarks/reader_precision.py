@@ -26,11 +26,11 @@ from internvl_edge.calibration.blocks import decoder_block, rms_norm, unseen
 from internvl_edge.calibration.dataset import TOKENS, CalibrationSet
 from internvl_edge.calibration.run import embedded_set
 from internvl_edge.calibration.work import WorkFolder, checkpoint_identity
-from internvl_edge.checkpoint import Checkpoint
+from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.evaluation.divergence import Divergence, divergence
+from internvl_edge.model.rope import RotaryAngles
 from internvl_edge.quantize import quantize_checkpoint
-from internvl_edge.recipe_files import make_recipe
-from internvl_edge.runtime.rope import RotaryAngles
+from internvl_edge.recipe.files import make_recipe
 
 _SYMMETRIC = {"decoder": "w4a16-awq", "group_size": 64, "symmetric": True}
 _ASYMMETRIC = _SYMMETRIC | {"symmetric": False}

@@ -1,4 +1,4 @@
-"""What quantising costs the demo reader: exact answers of its test stream, and divergence from its float weights.
+"""What quantizing costs the demo reader: exact answers of its test stream, and divergence from its float weights.
 
     python benchmarks/reader_quality.py CHECKPOINT WORK
 
@@ -19,10 +19,10 @@ from record import write_results
 
 from internvl_edge import InternVL, export_bundle
 from internvl_edge.calibration import DataOptions, choose_compute
-from internvl_edge.checkpoint import Checkpoint
+from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.evaluation import SUITES, compare, read_cases, run_suite
 from internvl_edge.quantize import quantize_checkpoint
-from internvl_edge.recipe_files import make_recipe, presets, read_recipe
+from internvl_edge.recipe.files import make_recipe, presets, read_recipe
 from internvl_edge.runtime.request import ChatOptions
 
 _AWQ = {"decoder": "w4a16-awq", "group_size": 64}
@@ -47,9 +47,9 @@ OPTIONS: ChatOptions = {"max_new_tokens": 64}
 
 
 def made(checkpoint: Path, work: Path, name: str) -> tuple[Path, dict[str, Any]]:
-    """The bundle of a row and what its quantiser said; what is there stays."""
+    """The bundle of a row and what its quantizer said; what is there stays."""
     folder = work / name.replace(" ", "-").replace(",", "")
-    source, said = checkpoint, folder / "quantised.json"
+    source, said = checkpoint, folder / "quantized.json"
     fields = ROWS[name]
     if fields is not None:
         source = folder / "checkpoint"

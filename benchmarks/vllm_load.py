@@ -37,12 +37,12 @@ from internvl_edge.calibration.items import CalibrationItem
 from internvl_edge.calibration.samples import SampleBuilder
 from internvl_edge.calibration.synthetic import sample as drawn_sample
 from internvl_edge.calibration.weights import load_block, load_tensor, load_vision_embedding
-from internvl_edge.checkpoint import Checkpoint
-from internvl_edge.export.tokenizer import build_tokenizer
+from internvl_edge.checkpoint.reader import Checkpoint
+from internvl_edge.checkpoint.tokenizer_files import build_tokenizer
+from internvl_edge.model.prompt import build_prompt
+from internvl_edge.model.rope import RotaryAngles
+from internvl_edge.model.template import template_for
 from internvl_edge.quantize.block import computed
-from internvl_edge.runtime.prompt import build_prompt
-from internvl_edge.runtime.rope import RotaryAngles
-from internvl_edge.template import template_for
 
 HERE = Path(__file__).parent
 DEMO = HERE.parent / "internvl_edge" / "data" / "demo"
@@ -50,7 +50,7 @@ SAMPLES = ("--samples", "16")
 AWQ = ("--scheme", "w4a16-awq", "--group-size", "64")
 NO_PROJECTOR = ("--group-size", "64", "--vision-float", "projector.*")
 ORIN = ("--recipe", "orin", *NO_PROJECTOR)
-# name: options of `quantize` (None: not quantised) and vLLM's type. Its 4-bit products on a CPU take 16-bit types
+# name: options of `quantize` (None: not quantized) and vLLM's type. Its 4-bit products on a CPU take 16-bit types
 # alone, and float16 rounds least; the float row of that type is those variants' yardstick.
 VARIANTS: dict[str, tuple[tuple[str, ...] | None, str]] = {
     "float": (None, "float32"),
@@ -182,7 +182,7 @@ def _disturb(x: Tensor, noise: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Model:
-    """One unquantised checkpoint, the prompts it is asked and the folder that vLLM takes the tokeniser from."""
+    """One unquantized checkpoint, the prompts it is asked and the folder that vLLM takes the tokeniser from."""
 
     label: str
     folder: Path
@@ -205,7 +205,7 @@ def open_model(label: str, folder: Path, work: Path, text_file: Path | None) -> 
 
 
 def one_row(model: Model, variant: str, peer: Path, work: Path) -> dict[str, Any]:
-    """Quantise, load, compare."""
+    """Quantize, load, compare."""
     options, dtype = VARIANTS[variant]
     checkpoint = model.folder if options is None else work / f"{model.label}-{variant}"
     if not checkpoint.exists():

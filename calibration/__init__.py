@@ -1,4 +1,4 @@
-"""Images and prompts -> what a quantiser needs to know about a model's activations.
+"""Images and prompts -> what a quantizer needs to know about a model's activations.
 
 `calibrate` makes a calibration set; `internvl_edge.calibration.synthetic` draws the pictures of the built-in one.
 """

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from internvl_edge.config import PROJECTOR_NORM_EPS, DecoderConfig, ModelConfig, VisionConfig
+from internvl_edge.model.config import PROJECTOR_NORM_EPS, DecoderConfig, ModelConfig, VisionConfig
 
 # ImageNet statistics of the original transform, in units of pixel / 255.
 PIXEL_MEAN = (0.485, 0.456, 0.406)

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from internvl_edge.config import DecoderConfig
+from internvl_edge.model.config import DecoderConfig
 
 
 class CacheRanges:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from internvl_edge.errors import EdgeError
+from internvl_edge.base.errors import EdgeError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last is how Arm spells it

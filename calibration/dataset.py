@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_edge.checkpoint import Checkpoint
-from internvl_edge.errors import EdgeError
+from internvl_edge.base.errors import EdgeError
+from internvl_edge.checkpoint.reader import Checkpoint
 
 from .compute import to_torch
 from .items import read_items
@@ -115,7 +115,7 @@ class CalibrationSet:
             found = CalibrationSet(folder, **json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise EdgeError(f"{path} is damaged ({error}); make the calibration set again") from None
-        _ = found.is_image, found.embeddings()  # found out now, not after hours of quantising
+        _ = found.is_image, found.embeddings()  # found out now, not after hours of quantizing
         return found
 
     @property
@@ -175,7 +175,7 @@ def prepare(
     if work.read_json(MANIFEST) is not None:
         return CalibrationSet.open(work.path)
     # The tokenizer of a checkpoint is read by the exporter's code; this is the only thing calibration takes from there.
-    from internvl_edge.export.tokenizer import build_tokenizer
+    from internvl_edge.checkpoint.tokenizer_files import build_tokenizer
 
     tokenizer = work.path / _TOKENIZER
     tokenizer.write_bytes(build_tokenizer(checkpoint.folder, checkpoint.config))

@@ -1,4 +1,4 @@
-"""The decoder half of a calibration run: layer by layer over all samples, statistics out, quantised weights in.
+"""The decoder half of a calibration run: layer by layer over all samples, statistics out, quantized weights in.
 
 One layer's tensors are in memory at a time; hidden states lie in memory-mapped files, so that the page cache decides
 what stays in memory. After each layer the state is saved: a killed run continues with the layer it was in.
@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from internvl_edge.checkpoint import Checkpoint
-from internvl_edge.kv_cache import KvScales
-from internvl_edge.runtime.rope import RotaryAngles
+from internvl_edge.checkpoint.kv_scales import KvScales
+from internvl_edge.checkpoint.reader import Checkpoint
+from internvl_edge.model.rope import RotaryAngles
 
 from .blocks import decoder_block, rms_norm, unseen
 from .cache_ranges import CacheRanges

@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from internvl_edge.errors import EdgeError
+from internvl_edge.base.errors import EdgeError
 
 from .texts import IMAGE_PROMPTS, TEXTS
 

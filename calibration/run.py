@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from internvl_edge.checkpoint import Checkpoint
-from internvl_edge.errors import EdgeError
+from internvl_edge.base.errors import EdgeError
+from internvl_edge.checkpoint.reader import Checkpoint
 
 from .compute import Compute, choose_compute
 from .dataset import CalibrationSet, DataOptions, finish, prepare

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_edge.config import ModelConfig
-from internvl_edge.errors import EdgeError
-from internvl_edge.runtime.preprocess import load_image, tile_image
-from internvl_edge.runtime.prompt import build_prompt
-from internvl_edge.runtime.tokenizer import Tokenizer
-from internvl_edge.template import template_for
+from internvl_edge.base.errors import EdgeError
+from internvl_edge.model.config import ModelConfig
+from internvl_edge.model.preprocess import load_image, tile_image
+from internvl_edge.model.prompt import build_prompt
+from internvl_edge.model.template import template_for
+from internvl_edge.model.tokenizer import Tokenizer
 
 from .items import CalibrationItem
 

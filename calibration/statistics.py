@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from internvl_edge.errors import EdgeError
+from internvl_edge.base.errors import EdgeError
 
 # Wider Gram matrices are computed in block columns above the diagonal: half the work of the full product.
 _GRAM_BLOCK = 1024

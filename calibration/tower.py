@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from internvl_edge.checkpoint import Checkpoint
-from internvl_edge.config import ModelConfig
+from internvl_edge.checkpoint.reader import Checkpoint
+from internvl_edge.model.config import ModelConfig
 
 from .blocks import embed_pixels, project, unseen, vision_block
 from .compute import Compute
@@ -55,7 +55,7 @@ def embed(
     Args:
         work, checkpoint, calibration, compute, progress: of the run.
         replaced: tensors of a block ("vision.layers.0", "projector") that take the place of its own, by their name in
-            the block: those of a quantised tower.
+            the block: those of a quantized tower.
         gather: False leaves the statistics out, which cost a seventh of the time.
 
     Returns:

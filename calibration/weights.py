@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from internvl_edge.checkpoint import Checkpoint
-from internvl_edge.errors import CheckpointError
+from internvl_edge.base.errors import CheckpointError
+from internvl_edge.checkpoint.reader import Checkpoint
 
 from .compute import Compute, to_torch
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_edge.errors import EdgeError
+from internvl_edge.base.errors import EdgeError
 
 _RUN = "run.json"
 _SAMPLED_BYTES = 1 << 20

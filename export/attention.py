@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from internvl_edge.config import DecoderConfig
+from internvl_edge.model.config import DecoderConfig
 
 from .builder import MICROSOFT, GraphBuilder
 from .weights import Array

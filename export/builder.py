@@ -36,7 +36,7 @@ class Types:
 
 
 class PackedMatMul(Protocol):
-    """Writes the products with quantised weights; see `quantised.PackedWeights`."""
+    """Writes the products with quantized weights; see `quantized.PackedWeights`."""
 
     def __call__(self, g: GraphBuilder, x: ir.Value, name: str) -> ir.Value | None:
         """x times the weights of linear `name`; None where they are floats."""
@@ -45,7 +45,7 @@ class PackedMatMul(Protocol):
 class GraphBuilder:
     """One ONNX graph under construction; matrices go to the shared `WeightFile`, small constants into the header.
 
-    `read(name)` returns a tensor by canonical name, `shapes` says which exist, `packed` writes what is quantised.
+    `read(name)` returns a tensor by canonical name, `shapes` says which exist, `packed` writes what is quantized.
     """
 
     def __init__(

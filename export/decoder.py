@@ -16,12 +16,12 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
-from internvl_edge.checkpoint import Checkpoint
-from internvl_edge.config import DecoderConfig
+from internvl_edge.checkpoint.reader import Checkpoint
+from internvl_edge.model.config import DecoderConfig
 
 from .attention import ATTENTION, Attend, Dialect, Inputs, LayerCache
 from .builder import INT64_MAX, GraphBuilder, Types
-from .quantised import PackedWeights
+from .quantized import PackedWeights
 from .weights import Array, WeightFile
 
 DIALECTS: tuple[Dialect, ...] = tuple(ATTENTION)
@@ -44,8 +44,8 @@ def build_decoder(
     """The decoder of a checkpoint in one dialect; weights are placed in `file`, shared between dialects.
 
     Args:
-        packed: the checkpoint's quantised linears, if they are to stay quantised.
-        vocabulary: tokens that the tokenizer has; rows of a quantised checkpoint beyond them never win an argmax.
+        packed: the checkpoint's quantized linears, if they are to stay quantized.
+        vocabulary: tokens that the tokenizer has; rows of a quantized checkpoint beyond them never win an argmax.
     """
     decoder = checkpoint.config.decoder
     matmul = partial(packed.matmul, dialect=dialect) if packed else None
@@ -111,7 +111,7 @@ def _padding(checkpoint: Checkpoint, vocabulary: int | None) -> Array:
     penalty = np.zeros(len(head), np.float32)
     for start in range(0, len(head), _ROWS):
         rows = np.arange(start, min(start + _ROWS, len(head)))
-        weights = head[rows] if packed is None else packed.rows(rows).dequantise()
+        weights = head[rows] if packed is None else packed.rows(rows).dequantize()
         penalty[rows] = np.where(weights.any(axis=1), 0, _NEVER)
     penalty[vocabulary or len(head) :] = _NEVER
     return penalty

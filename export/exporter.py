@@ -19,21 +19,21 @@ import onnx_ir as ir
 import tokenizers
 from tqdm import tqdm
 
-from internvl_edge import bundle
-from internvl_edge.checkpoint import Checkpoint
-from internvl_edge.components import Component, components
-from internvl_edge.errors import EdgeError
-from internvl_edge.linear import Scheme
-from internvl_edge.report.files import dump, making_of
-from internvl_edge.template import template_for
-from internvl_edge.token_table import TYPES, int8_table, table_bytes
+from internvl_edge.base.errors import EdgeError
+from internvl_edge.bundle import manifest as bundle
+from internvl_edge.bundle.token_table import TYPES, int8_table, table_bytes
+from internvl_edge.checkpoint.chat_template import check_chat_template
+from internvl_edge.checkpoint.reader import Checkpoint
+from internvl_edge.checkpoint.tokenizer_files import build_tokenizer, token_ids
+from internvl_edge.evaluation.report.files import dump, making_of
+from internvl_edge.model.components import Component, components
+from internvl_edge.model.linear import Scheme
+from internvl_edge.model.template import template_for
 
 from .builder import Types
-from .chat_template import check_chat_template
 from .decoder import build_decoder
 from .prompts import build_prompts
-from .quantised import PackedWeights
-from .tokenizer import build_tokenizer, token_ids
+from .quantized import PackedWeights
 from .vision import build_vision, vision_summary
 from .weights import NUMPY_DTYPES, WeightFile, convert_blocks
 
@@ -57,13 +57,13 @@ def export_bundle(
     """Export an InternVL 2.5 checkpoint folder to a bundle folder.
 
     Args:
-        checkpoint: local folder (a hub id is resolved by the command line, see `internvl_edge.hub`).
+        checkpoint: local folder (a hub id is resolved by the command line, see `internvl_edge.checkpoint.hub`).
         out: the bundle to make.
         dtype: how weights are stored: "float32", "float16" or "bfloat16".
         activations: what the graphs compute in; float32 is right for CPUs.
         asymmetric: what the standard dialect makes of weights with zero points, which TensorRT does not take: "exact"
-            adds their part as a small product, "requantise" rounds again without them.
-        dialects: which decoders to write; quantised weights are stored once for each.
+            adds their part as a small product, "requantize" rounds again without them.
+        dialects: which decoders to write; quantized weights are stored once for each.
         token_table: "float" (in `dtype`) or "int8" (one scale per token).
         int8_prompts: add a graph that computes long prompts in int8, for CPUs and decoders with 4-bit weights: faster,
             at the price of a second copy of the weights in 8 bits (see `prompts`).

@@ -16,8 +16,8 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from internvl_edge.checkpoint import Checkpoint
-from internvl_edge.linear import PackedLinear
+from internvl_edge.checkpoint.reader import Checkpoint
+from internvl_edge.model.linear import PackedLinear
 
 from .builder import GraphBuilder
 from .weights import NUMPY_DTYPES, Array

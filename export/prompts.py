@@ -18,9 +18,9 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from internvl_edge.checkpoint import Checkpoint
-from internvl_edge.errors import EdgeError
-from internvl_edge.linear import PackedLinear
+from internvl_edge.base.errors import EdgeError
+from internvl_edge.checkpoint.reader import Checkpoint
+from internvl_edge.model.linear import PackedLinear
 
 from .builder import MICROSOFT, GraphBuilder, Types
 from .decoder import layers, output_cache
@@ -42,7 +42,7 @@ def build_prompts(checkpoint: Checkpoint, types: Types, file: WeightFile) -> ir.
     if types.activations != ir.DataType.FLOAT:
         raise EdgeError("prompts in int8 are for CPUs, whose graphs compute in float32; leave out --activations")
     if not any(scheme.bits == 4 for name, scheme in checkpoint.schemes.items() if name.startswith("decoder.layers")):
-        raise EdgeError("prompts in int8 are made from 4-bit weights, and this decoder has none; quantise it first")
+        raise EdgeError("prompts in int8 are made from 4-bit weights, and this decoder has none; quantize it first")
     g = GraphBuilder("prompts", types, file, checkpoint.shapes, checkpoint.tensor, _TokenwiseMatMul(checkpoint))
     _, presents = layers(g, checkpoint, "onnxruntime", whole=False)
     output_cache(g, checkpoint, presents)
@@ -50,7 +50,7 @@ def build_prompts(checkpoint: Checkpoint, types: Types, file: WeightFile) -> ir.
 
 
 class _TokenwiseMatMul:
-    """Writes the products of quantised linears; see `builder.PackedMatMul`."""
+    """Writes the products of quantized linears; see `builder.PackedMatMul`."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
@@ -96,6 +96,6 @@ class _TokenwiseMatMul:
 
 def round_per_output(linear: PackedLinear) -> tuple[Array, Array]:
     """The weights as int8 [out, in] and one scale per output [out], float32: the largest of each becomes 127."""
-    weights = linear.dequantise()
+    weights = linear.dequantize()
     scale = np.maximum(np.abs(weights).max(axis=1), np.finfo(np.float32).tiny) / _LARGEST
     return np.rint(weights / scale[:, None]).astype(np.int8), scale.astype(np.float32)

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from internvl_edge.checkpoint import Checkpoint
-from internvl_edge.config import PROJECTOR_NORM_EPS, ModelConfig
+from internvl_edge.checkpoint.reader import Checkpoint
+from internvl_edge.model.config import PROJECTOR_NORM_EPS, ModelConfig
 
 from .builder import GraphBuilder, Types
 from .int8 import IntegerMatMul

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from internvl_edge.errors import CheckpointError
+from internvl_edge.base.errors import CheckpointError
 
 Array = np.ndarray[Any, Any]
 NUMPY_DTYPES: dict[ir.DataType, np.dtype[Any]] = {

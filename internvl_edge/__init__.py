@@ -1,4 +1,4 @@
-"""InternVL 2.5 on the edge: export, calibrate, quantise, run.
+"""InternVL 2.5 on the edge: export, calibrate, quantize, run.
 
 from internvl_edge import InternVL
 reply = InternVL.load("bundle/").chat("What is the total?", images=["receipt.jpg"])
@@ -10,11 +10,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .errors import QualityWarning
+    from .base.errors import QualityWarning
     from .export import export_bundle
     from .runtime.conversation import Conversation
     from .runtime.model import InternVL
     from .runtime.reply import Reply
+
+__version__ = "0.2.0"
 
 __all__ = ["Conversation", "InternVL", "QualityWarning", "Reply", "export_bundle"]
 
@@ -23,7 +25,7 @@ _HOMES = {
     "InternVL": "runtime.model",
     "Reply": "runtime.reply",
     "Conversation": "runtime.conversation",
-    "QualityWarning": "errors",
+    "QualityWarning": "base.errors",
     "export_bundle": "export",
 }
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from math import prod
 
+from internvl_edge.base.errors import EdgeError
 from internvl_edge.calibration.compute import Compute
 from internvl_edge.calibration.dataset import CalibrationSet
 from internvl_edge.calibration.work import WorkFolder
-from internvl_edge.checkpoint import Checkpoint
-from internvl_edge.components import bits_per_weight
-from internvl_edge.errors import EdgeError
-from internvl_edge.recipe import Automatic, Precision, Recipe
+from internvl_edge.checkpoint.reader import Checkpoint
+from internvl_edge.model.components import bits_per_weight
+from internvl_edge.recipe.recipe import Automatic, Precision, Recipe
 
 from .choose import Option, cheapest, choose_for_cost, choose_for_divergence
-from .layer import BlockQuantiser
+from .layer import BlockQuantizer
 from .output import OutputLayout, scale_dtype
 from .plan import Choice, Plan, plan_decoder, units
 from .sensitivity_decoder import DecoderSensitivity, Divergences
@@ -39,12 +39,12 @@ def measure_divergences(
     if divergences is None:
         dtype = scale_dtype(recipe, OutputLayout(checkpoint, recipe).float_dtype)
         names = plan_decoder(checkpoint, recipe)
-        quantisers = {
-            precision: BlockQuantiser(checkpoint, recipe, compute, dtype, dict.fromkeys(names, Choice(precision)))
+        quantizers = {
+            precision: BlockQuantizer(checkpoint, recipe, compute, dtype, dict.fromkeys(names, Choice(precision)))
             for precision in recipe.candidates
             if precision.scheme is not None
         }
-        divergences = DecoderSensitivity(work, checkpoint, calibration, compute, quantisers).run(bars)
+        divergences = DecoderSensitivity(work, checkpoint, calibration, compute, quantizers).run(bars)
         work.write_json(_STATE, divergences)
     return divergences
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from internvl_edge.calibration.statistics import InputStatistics
-from internvl_edge.linear import Scheme
+from internvl_edge.model.linear import Scheme
 
 from .grid import Grid, extent, minmax_grid, spanning
 
@@ -68,7 +68,7 @@ def search_scale(
         for weight, scheme in zip(rows, each, strict=True):
             scaled = weight * scale
             grid = minmax_grid(scaled, scheme, stored)
-            total += error(grid.dequantise(grid.round(scaled)) / scale - weight)
+            total += error(grid.dequantize(grid.round(scaled)) / scale - weight)
         return total
 
     def candidate(alpha: float, weighted: bool) -> Tensor:

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from internvl_edge.calibration.compute import Compute, to_torch
-from internvl_edge.linear import PackedLinear
-from internvl_edge.report.linears import LinearFacts
+from internvl_edge.checkpoint.record import LinearFacts
+from internvl_edge.model.linear import PackedLinear
 
 
 @dataclass
-class QuantisedBlock:
+class QuantizedBlock:
     """What becomes of one block's tensors, by canonical name.
 
     Attributes:
@@ -46,7 +46,7 @@ class QuantisedBlock:
 def computed(packed: PackedLinear, dtype: torch.dtype) -> Mapping[str, Tensor]:
     """A packed linear as `calibration.blocks.linear` takes it: weights, or integers with their scales."""
     if packed.input_scale is None:
-        return {"weight": to_torch(packed.dequantise()).to(dtype)}
+        return {"weight": to_torch(packed.dequantize()).to(dtype)}
     return {
         "weight": torch.from_numpy(packed.values).to(dtype),
         "weight_scale": torch.from_numpy(packed.scale[:, 0].copy()),

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from internvl_edge.base.errors import EdgeError
 from internvl_edge.calibration.compute import one_thread
-from internvl_edge.errors import EdgeError
 
 from .grid import Grid
 

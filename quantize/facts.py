@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from internvl_edge.calibration.statistics import InputStatistics
-from internvl_edge.report.linears import ActivationRange
+from internvl_edge.checkpoint.record import ActivationRange
 
 from .calibrators import find_range, histogram
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_edge.tensor_files import DTYPES, StoredTensor
+from internvl_edge.checkpoint.tensor_files import DTYPES, StoredTensor
 
 SHARD_BYTES = 4_000_000_000
 _BLOCK_BYTES = 64 << 20

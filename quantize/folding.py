@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from internvl_edge.config import DecoderConfig
+from internvl_edge.model.config import DecoderConfig
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from internvl_edge.linear import PackedLinear, Scheme
+from internvl_edge.model.linear import PackedLinear, Scheme
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Grid:
         q = torch.round(grouped / self.scale[..., None]) + self.zero[..., None]
         return q.clamp_(*self.limits).flatten(1)
 
-    def dequantise(self, q: Tensor) -> Tensor:
+    def dequantize(self, q: Tensor) -> Tensor:
         """The weights [out, in] that integers stand for."""
         grouped = _groups(q, self.scale.shape[1])
         return ((grouped - self.zero[..., None]) * self.scale[..., None]).flatten(1)

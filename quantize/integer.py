@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from internvl_edge.calibration.statistics import InputStatistics
-from internvl_edge.linear import PackedLinear
+from internvl_edge.model.linear import PackedLinear
 
 from .calibrators import CALIBRATORS, HIGHEST, find_range, histogram
 from .smoothing import STRENGTHS, smoothing_scale
@@ -27,7 +27,7 @@ _ARRAYS = ("values", "scale", "input_scale", "smoothing")
 
 @dataclass(frozen=True)
 class IntegerLinear:
-    """A quantised layer, and how it came about.
+    """A quantized layer, and how it came about.
 
     Attributes:
         packed: int8 weights with their scales, and the input's scale.
@@ -68,14 +68,14 @@ class IntegerLinear:
         return IntegerLinear(packed, kept, facts["calibrator"], facts["strength"], facts["error"])
 
 
-def quantise_linear(
+def quantize_linear(
     weight: Tensor,
     inputs: InputStatistics,
     calibrator: str,
     norm: Sequence[Tensor] | None,
     per_token: bool = False,
 ) -> IntegerLinear:
-    """Quantise weight [out, in] float32 for these inputs, of which a token subset must have been kept.
+    """Quantize weight [out, in] float32 for these inputs, of which a token subset must have been kept.
 
     Args:
         weight: the linear.

@@ -16,19 +16,19 @@ from torch import Tensor
 from internvl_edge.calibration.compute import Compute, to_numpy, to_torch
 from internvl_edge.calibration.statistics import InputStatistics, Wanted, whole_gram
 from internvl_edge.calibration.weights import require_finite
-from internvl_edge.checkpoint import Checkpoint
-from internvl_edge.components import bits_per_weight
-from internvl_edge.linear import PackedLinear
-from internvl_edge.recipe import Precision, Recipe
-from internvl_edge.report.linears import LinearFacts
+from internvl_edge.checkpoint.reader import Checkpoint
+from internvl_edge.checkpoint.record import LinearFacts
+from internvl_edge.model.components import bits_per_weight
+from internvl_edge.model.linear import PackedLinear
+from internvl_edge.recipe.recipe import Precision, Recipe
 
 from .awq import block_gram, search_clipping, search_scale
-from .block import QuantisedBlock, computed
+from .block import QuantizedBlock, computed
 from .compensation import compensated_rounding, inverse_factor
 from .facts import OutputComparison, activation_range
 from .folding import HEAD_GROUP, SCALE_GROUPS, ScaleGroup, reduce_channels, spread_channels, storable_scale
 from .grid import Grid, minmax_grid
-from .integer import best_strength, quantise_linear, round_inputs
+from .integer import best_strength, quantize_linear, round_inputs
 from .plan import Choice, Plan, plan_decoder
 from .smoothing import STRENGTHS, power_of_two, smoothing_scale
 
@@ -60,8 +60,8 @@ class _Shared:
     integers: Mapping[str, PackedLinear]
 
 
-class BlockQuantiser:
-    """Quantises blocks of one checkpoint; `scale_dtype` is how scales will be stored.
+class BlockQuantizer:
+    """Quantizes blocks of one checkpoint; `scale_dtype` is how scales will be stored.
 
     Args:
         checkpoint: with float weights.
@@ -98,16 +98,16 @@ class BlockQuantiser:
         gram = self._recipe.error_compensation and precision.method == "w4a16-awq"
         return Wanted(gram=gram, tokens=_SUBSET_TOKENS)
 
-    def layer(self, number: int, statistics: Mapping[str, InputStatistics] | None) -> QuantisedBlock:
+    def layer(self, number: int, statistics: Mapping[str, InputStatistics] | None) -> QuantizedBlock:
         """One decoder layer; without statistics of its inputs by rounding alone."""
         groups = SCALE_GROUPS[self._decoder.architecture]
         return self._block(f"decoder.layers.{number}.", groups, statistics)
 
-    def head(self, inputs: InputStatistics | None) -> QuantisedBlock:
+    def head(self, inputs: InputStatistics | None) -> QuantizedBlock:
         """lm_head, likewise."""
         return self._block("decoder.", [HEAD_GROUP], None if inputs is None else {"lm_head": inputs})
 
-    def alone(self, prefix: str, group: ScaleGroup, block: QuantisedBlock) -> dict[str, Tensor]:
+    def alone(self, prefix: str, group: ScaleGroup, block: QuantizedBlock) -> dict[str, Tensor]:
         """Of a block that `layer` made, what rounds the consumers of one input and nothing else.
 
         Float32 tensors by their name below `prefix`: the consumers as they are computed, with rows that were divided
@@ -140,8 +140,8 @@ class BlockQuantiser:
 
     def _block(
         self, prefix: str, groups: Sequence[ScaleGroup], statistics: Mapping[str, InputStatistics] | None
-    ) -> QuantisedBlock:
-        block = QuantisedBlock()
+    ) -> QuantizedBlock:
+        block = QuantizedBlock()
         if statistics is None:
             for name in (prefix + name for group in groups for name in group.consumers):
                 self._round_alone(name, block)
@@ -199,7 +199,7 @@ class BlockQuantiser:
         spread = {strength: spread_channels(scale, group, self._decoder) for strength, scale in tried.items()}
         return tried.get(best_strength(some, inputs, spread, per_token=True))
 
-    def _fold(self, prefix: str, group: ScaleGroup, scale: Tensor, block: QuantisedBlock) -> Tensor:
+    def _fold(self, prefix: str, group: ScaleGroup, scale: Tensor, block: QuantizedBlock) -> Tensor:
         """Divide what is stored of the producer beside rows of weights; returns the scale that this made exact."""
         fitted, divided = storable_scale(scale, self._vector(prefix, group))
         if divided is not None:
@@ -213,7 +213,7 @@ class BlockQuantiser:
 
     # -- rounding ---------------------------------------------------------------------------------------------------
 
-    def _round_alone(self, name: str, block: QuantisedBlock) -> None:
+    def _round_alone(self, name: str, block: QuantizedBlock) -> None:
         """Nearest values, without data."""
         precision = self._precision(name)
         if precision.scheme is not None:
@@ -222,7 +222,7 @@ class BlockQuantiser:
             block.linears[name] = grid.pack(grid.round(weight))
         block.facts[name] = self._facts(name)
 
-    def _round_group(self, prefix: str, group: ScaleGroup, inputs: InputStatistics, block: QuantisedBlock) -> None:
+    def _round_group(self, prefix: str, group: ScaleGroup, inputs: InputStatistics, block: QuantizedBlock) -> None:
         """Clip and round the consumers of one input."""
         produced = block.scales.get(prefix + group.producer)
         scale = None if produced is None else spread_channels(produced, group, self._decoder)
@@ -243,7 +243,7 @@ class BlockQuantiser:
             block.facts[name] = self._facts(name, inputs, packed, comparison if packed else None)
 
     def _share(
-        self, names: Sequence[str], inputs: InputStatistics, scale: Tensor | None, block: QuantisedBlock
+        self, names: Sequence[str], inputs: InputStatistics, scale: Tensor | None, block: QuantizedBlock
     ) -> _Shared:
         precisions = {name: self._precision(name) for name in names}
         ones = torch.ones_like(inputs.max_abs) if scale is None else scale
@@ -258,7 +258,7 @@ class BlockQuantiser:
         if rounded := [name for name, precision in precisions.items() if precision.method == "w8a8"]:
             weights = [self._scaled(name, scale, block) for name in rounded]
             how = self._recipe.decoder_int8
-            made = quantise_linear(torch.cat(weights), divided(inputs, scale), how.calibrator, None, True).packed
+            made = quantize_linear(torch.cat(weights), divided(inputs, scale), how.calibrator, None, True).packed
             starts = np.cumsum([0, *(len(weight) for weight in weights)])
             rows = [np.arange(start, stop) for start, stop in pairwise(starts)]
             integers = {name: made.rows(index) for name, index in zip(rounded, rows, strict=True)}
@@ -275,7 +275,7 @@ class BlockQuantiser:
             compensated = shared.factor is not None and precision.method in _COMPENSATED
             q = compensated_rounding(rows, grid, *shared.factor) if compensated and shared.factor else grid.round(rows)
             some = slice(None, None, max(1, len(rows) // _REPORT_ROWS))
-            comparison.add(rows[some] @ tokens, grid.dequantise(q)[some] @ tokens)
+            comparison.add(rows[some] @ tokens, grid.dequantize(q)[some] @ tokens)
             packed.append(grid.pack(q))
         return join_rows(packed)
 
@@ -291,7 +291,7 @@ class BlockQuantiser:
         assert linear.input_scale is not None
         some = slice(None, None, max(1, len(weight) // _REPORT_ROWS))
         tokens = _tokens(shared)
-        values = torch.from_numpy(linear.dequantise()[some]).to(self._device)
+        values = torch.from_numpy(linear.dequantize()[some]).to(self._device)
         found = round_inputs(tokens, linear.input_scale) @ values.T * linear.input_scale
         comparison.add(tokens @ weight[some].T, found)
 
@@ -322,7 +322,7 @@ class BlockQuantiser:
 
     # -- weights ----------------------------------------------------------------------------------------------------
 
-    def _scaled(self, name: str, scale: Tensor | None, block: QuantisedBlock) -> Tensor:
+    def _scaled(self, name: str, scale: Tensor | None, block: QuantizedBlock) -> Tensor:
         """A weight [out, in] float32, multiplied by the scale of its input, divided by that of its outputs."""
         weight = self._float(f"{name}.weight")
         if scale is not None:

@@ -1,4 +1,4 @@
-"""The quantised checkpoint as a Hugging Face folder in the layout of the one it came from.
+"""The quantized checkpoint as a Hugging Face folder in the layout of the one it came from.
 
 Packed linears take the place of their weights under the stored names (InternLM2's q, k and v as rows of the fused
 `wqkv`), everything else is carried over, config.json says how weights are packed.
@@ -17,15 +17,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from internvl_edge import layouts
-from internvl_edge.checkpoint import Checkpoint
-from internvl_edge.codecs import autoawq, compressed_tensors
-from internvl_edge.config import DecoderConfig
-from internvl_edge.linear import W8A8, PackedLinear, Scheme
-from internvl_edge.recipe import Recipe
-from internvl_edge.tensor_files import DTYPES, open_tensor_files
+from internvl_edge.checkpoint import layouts
+from internvl_edge.checkpoint.codecs import autoawq, compressed_tensors
+from internvl_edge.checkpoint.reader import Checkpoint
+from internvl_edge.checkpoint.tensor_files import DTYPES, open_tensor_files
+from internvl_edge.model.config import DecoderConfig
+from internvl_edge.model.linear import W8A8, PackedLinear, Scheme
+from internvl_edge.recipe.recipe import Recipe
 
-from .block import QuantisedBlock
+from .block import QuantizedBlock
 from .files import OutTensor
 from .plan import Plan, plan_decoder
 
@@ -50,7 +50,7 @@ _MODULE = re.compile(r".*\.layers\.(?P<layer>\d+)\.(?P<kind>.+)")
 
 
 class OutputLayout:
-    """Names and forms of one checkpoint's quantised tensors; `plan` is by default the recipe's."""
+    """Names and forms of one checkpoint's quantized tensors; `plan` is by default the recipe's."""
 
     def __init__(self, checkpoint: Checkpoint, recipe: Recipe, plan: Plan | None = None) -> None:
         self._checkpoint = checkpoint
@@ -62,8 +62,8 @@ class OutputLayout:
         weight = self._stored[self._disk[self._source("decoder.layers.0.mlp.up_proj.weight").names[0]]]
         self.float_dtype = DTYPES[weight.dtype]
 
-    def tensors(self, block: QuantisedBlock) -> list[OutTensor]:
-        """The tensors of one quantised block as they will be stored."""
+    def tensors(self, block: QuantizedBlock) -> list[OutTensor]:
+        """The tensors of one quantized block as they will be stored."""
         out = [OutTensor.of(name, array) for name, array in self._floats(block.tensors)]
         for module, packed in self._modules(block.linears):
             out += [OutTensor.of(f"{module}.{part}", array) for part, array in self._pack(packed).items()]
@@ -77,9 +77,9 @@ class OutputLayout:
         return [OutTensor.stored(name, tensor) for name, tensor in self._stored.items() if name not in gone]
 
     def config(self, replaced: Iterable[str]) -> dict[str, Any]:
-        """config.json with the quantisation, at the top and, where the text model has a part, in its section.
+        """config.json with the quantization, at the top and, where the text model has a part, in its section.
 
-        `replaced` are the names of all tensors that quantisation has made.
+        `replaced` are the names of all tensors that quantization has made.
         """
         values: dict[str, Any] = json.loads((self._checkpoint.folder / "config.json").read_text(encoding="utf-8"))
         described = self._description(set(replaced))

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
-from internvl_edge import layouts
-from internvl_edge.checkpoint import Checkpoint
-from internvl_edge.errors import EdgeError
-from internvl_edge.recipe import GROUP_SIZES, Precision, Recipe
+from internvl_edge.base.errors import EdgeError
+from internvl_edge.checkpoint import layouts
+from internvl_edge.checkpoint.reader import Checkpoint
+from internvl_edge.recipe.recipe import GROUP_SIZES, Precision, Recipe
 
 from .folding import SCALE_GROUPS
 
@@ -85,19 +85,19 @@ def units(checkpoint: Checkpoint) -> list[list[str]]:
 
 
 def check_recipe(checkpoint: Checkpoint, recipe: Recipe) -> None:
-    """Refuse what cannot be quantised as asked.
+    """Refuse what cannot be quantized as asked.
 
     Raises:
-        EdgeError: quantised already, a group size that does not divide a layer's inputs (named, with the sizes that
+        EdgeError: quantized already, a group size that does not divide a layer's inputs (named, with the sizes that
             fit), outputs that AutoAWQ cannot pack, a head that is also the token table, or what `plan_decoder` refuses.
     """
     if checkpoint.quantization is not None:
-        raise EdgeError(f"{checkpoint.folder} is quantised already; give the original checkpoint")
+        raise EdgeError(f"{checkpoint.folder} is quantized already; give the original checkpoint")
     plan = plan_decoder(checkpoint, recipe)
     wanted = {name: [choice.precision, *([] if choice.fixed else recipe.candidates)] for name, choice in plan.items()}
     if recipe.lm_head != "fp":
         if checkpoint.config.decoder.tie_word_embeddings:
-            raise EdgeError("lm_head is also the token table of this model and cannot be quantised; use --lm-head fp")
+            raise EdgeError("lm_head is also the token table of this model and cannot be quantized; use --lm-head fp")
         wanted["decoder.lm_head"] = [recipe.head]
     grouped = {name: sizes for name, precisions in wanted.items() if (sizes := _group_sizes(precisions))}
     inputs = {name: checkpoint.shapes[f"{name}.weight"][1] for name in grouped}

@@ -1,4 +1,4 @@
-"""`quantize`: checkpoint -> quantised checkpoint, one layer at a time, resumable, whole or not at all."""
+"""`quantize`: checkpoint -> quantized checkpoint, one layer at a time, resumable, whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from internvl_edge.base.errors import EdgeError
+from internvl_edge.base.jsonable import decode
 from internvl_edge.calibration.compute import Compute, choose_compute
 from internvl_edge.calibration.dataset import CalibrationSet, DataOptions, prepare
 from internvl_edge.calibration.decoder_pass import DecoderPass, Statistics
@@ -25,35 +27,33 @@ from internvl_edge.calibration.run import (
 )
 from internvl_edge.calibration.tower import Replacements, no_replacements
 from internvl_edge.calibration.work import WorkFolder, checkpoint_identity, discard, readable_disk_errors
-from internvl_edge.checkpoint import Checkpoint
-from internvl_edge.errors import EdgeError
-from internvl_edge.recipe import Recipe
-from internvl_edge.report.codec import decode
-from internvl_edge.report.linears import LinearFacts
-from internvl_edge.tensor_files import open_tensor_files
+from internvl_edge.checkpoint.reader import Checkpoint
+from internvl_edge.checkpoint.record import LinearFacts
+from internvl_edge.checkpoint.tensor_files import open_tensor_files
+from internvl_edge.recipe.recipe import Recipe
 
 from .automatic import average_bits, measure_divergences, plan_by_divergence, predicted_divergence
-from .block import QuantisedBlock
+from .block import QuantizedBlock
 from .files import OutTensor, write_file, write_shards
-from .layer import BlockQuantiser
+from .layer import BlockQuantizer
 from .output import OutputLayout, scale_dtype
 from .plan import Plan, check_recipe, kept_vision, plan_decoder
 from .sensitivity_decoder import Divergences
-from .vision import VisionQuantiser, VisionReport
+from .vision import VisionQuantizer, VisionReport
 
 _OUT = "out"
 _FACTS = "facts.json"
 
 
 @dataclass(frozen=True)
-class QuantisationReport:
+class QuantizationReport:
     """What `quantize_checkpoint` did.
 
     Attributes:
         folder: the new checkpoint.
         recipe: what was asked for.
         bytes: size of its weight files.
-        linears: every linear of the decoder's layers, and lm_head where it is quantised; "part" in nats, where
+        linears: every linear of the decoder's layers, and lm_head where it is quantized; "part" in nats, where
             precision was chosen.
         bits_per_weight: of the decoder's layers on average, as devices hold them: scales in 16 bits, zero points.
         predicted_kl: of the next token, in nats, that the choice of precision expects of the decoder's layers; None
@@ -95,8 +95,8 @@ def quantize_checkpoint(
     compute: Compute | None = None,
     restart: bool = False,
     progress: bool = False,
-) -> QuantisationReport:
-    """Quantise a checkpoint folder into another one.
+) -> QuantizationReport:
+    """Quantize a checkpoint folder into another one.
 
     The state of an unfinished run lies in `OUT.partial`; the same call continues it, with the same result.
 
@@ -126,11 +126,11 @@ def quantize_checkpoint(
     check_recipe(source, recipe)
     with readable_disk_errors(target):
         run = _Run(source, target, recipe, compute, progress)
-        return run.finish(run.quantise(data, None if stats is None else Path(stats), restart))
+        return run.finish(run.quantize(data, None if stats is None else Path(stats), restart))
 
 
 class _Run:
-    """One quantisation in progress."""
+    """One quantization in progress."""
 
     def __init__(self, checkpoint: Checkpoint, target: Path, recipe: Recipe, compute: Compute, progress: bool) -> None:
         self._checkpoint = checkpoint
@@ -146,9 +146,9 @@ class _Run:
         self._plan = plan
         self._layout = OutputLayout(self._checkpoint, self._recipe, plan)
         dtype = scale_dtype(self._recipe, self._layout.float_dtype)
-        self._quantiser = BlockQuantiser(self._checkpoint, self._recipe, self._compute, dtype, plan)
+        self._quantizer = BlockQuantizer(self._checkpoint, self._recipe, self._compute, dtype, plan)
 
-    def quantise(self, data: DataOptions | None, stats: Path | None, restart: bool) -> CalibrationSet | None:
+    def quantize(self, data: DataOptions | None, stats: Path | None, restart: bool) -> CalibrationSet | None:
         """All blocks into the work folder; returns the calibration set where one was used."""
         identity = checkpoint_identity(self._checkpoint.folder)
         needed = self._recipe.needs_data or self._recipe.vision == "int8"
@@ -165,7 +165,7 @@ class _Run:
         else:
             assert options is not None
             calibration = prepare(self._work, self._checkpoint, identity, options, say)
-            replaced = self._quantise_vision(calibration) if self._recipe.vision == "int8" else no_replacements
+            replaced = self._quantize_vision(calibration) if self._recipe.vision == "int8" else no_replacements
             if self._recipe.needs_data:  # image tokens as the device will compute them
                 embedded_set(self._work, self._checkpoint, identity, options, self._compute, self._progress, replaced)
         if self._recipe.choice:
@@ -178,14 +178,14 @@ class _Run:
             self._without_data()
         return calibration
 
-    def finish(self, calibration: CalibrationSet | None) -> QuantisationReport:
+    def finish(self, calibration: CalibrationSet | None) -> QuantizationReport:
         """Put the new checkpoint together and into place."""
         blocks = sorted(self._work.path.glob("block-*"))
-        quantised = [
+        quantized = [
             OutTensor.stored(name, tensor) for block in blocks for name, tensor in open_tensor_files(block).items()
         ]
-        unchanged = self._layout.unchanged(tensor.name for tensor in quantised)
-        tensors = sorted([*quantised, *unchanged], key=lambda tensor: tensor.name)
+        unchanged = self._layout.unchanged(tensor.name for tensor in quantized)
+        tensors = sorted([*quantized, *unchanged], key=lambda tensor: tensor.name)
         total = sum(tensor.nbytes for tensor in tensors)
         facts = [facts for block in blocks for facts in _read_facts(block)]
         folder = self._work.path / _OUT
@@ -193,7 +193,7 @@ class _Run:
         folder.mkdir()
         _require_space(folder, total)
         self._layout.copy_side_files(folder)
-        config = json.dumps(self._layout.config(tensor.name for tensor in quantised), indent=2, ensure_ascii=False)
+        config = json.dumps(self._layout.config(tensor.name for tensor in quantized), indent=2, ensure_ascii=False)
         (folder / "config.json").write_text(config + "\n", encoding="utf-8")
         if self._recipe.kv_cache == "int8":
             self._decoder_pass(calibration).kv_scales().write(folder)
@@ -202,7 +202,7 @@ class _Run:
         image_tokens = int(calibration.is_image.sum()) if calibration else 0
         folder.rename(self._target)
         discard(self._work.path)
-        report = QuantisationReport(
+        report = QuantizationReport(
             folder=self._target,
             recipe=self._recipe,
             bytes=total,
@@ -222,14 +222,14 @@ class _Run:
             broken=tuple(calibration.broken),
         )
 
-    def _quantise_vision(self, calibration: CalibrationSet) -> Replacements:
+    def _quantize_vision(self, calibration: CalibrationSet) -> Replacements:
         how = self._recipe.vision_int8
         how = replace(how, keep=(*how.keep, *kept_vision(self._checkpoint, self._recipe)))
-        quantiser = VisionQuantiser(self._work, self._checkpoint, calibration, self._compute, how)
-        self._vision = quantiser.run(self._bars)
-        for block in quantiser.blocks:
-            self._once(f"block-{block}", partial(quantiser.block, block))
-        return quantiser.replacements
+        quantizer = VisionQuantizer(self._work, self._checkpoint, calibration, self._compute, how)
+        self._vision = quantizer.run(self._bars)
+        for block in quantizer.blocks:
+            self._once(f"block-{block}", partial(quantizer.block, block))
+        return quantizer.replacements
 
     def _bars(self, label: str, steps: int) -> AbstractContextManager[Callable[[int], object]]:
         return progress_bar(label, steps, self._progress)
@@ -239,19 +239,19 @@ class _Run:
         layers = self._checkpoint.config.decoder.num_hidden_layers if rounded else 0
         with self._bars("quantize", layers) as advance:
             for layer in range(layers):
-                self._once(f"block-{layer:03}", partial(self._quantiser.layer, layer, None))
+                self._once(f"block-{layer:03}", partial(self._quantizer.layer, layer, None))
                 advance(1)
         if self._recipe.lm_head != "fp":
-            self._once("block-head", lambda: self._quantiser.head(None))
+            self._once("block-head", lambda: self._quantizer.head(None))
 
     def _with_data(self, calibration: CalibrationSet) -> None:
         layers = self._checkpoint.config.decoder.num_hidden_layers
         with self._bars("quantize", DecoderPass.steps(calibration, layers)) as advance:
             decoder = self._decoder_pass(calibration, advance)
-            decoder.run(self._quantiser.wanted, self._handle)
+            decoder.run(self._quantizer.wanted, self._handle)
         if self._recipe.lm_head != "fp":
-            inputs = decoder.observe_head(self._quantiser.wanted_of_head)
-            self._once("block-head", lambda: self._quantiser.head(inputs))
+            inputs = decoder.observe_head(self._quantizer.wanted_of_head)
+            self._once("block-head", lambda: self._quantizer.head(inputs))
 
     def _decoder_pass(
         self, calibration: CalibrationSet | None, advance: Callable[[int], object] = lambda steps: None
@@ -260,15 +260,15 @@ class _Run:
         return DecoderPass(self._work, self._checkpoint, calibration, self._compute, advance)
 
     def _handle(self, layer: int, statistics: Statistics) -> Mapping[str, Tensor]:
-        block = self._quantiser.layer(layer, statistics)
+        block = self._quantizer.layer(layer, statistics)
         self._store(f"block-{layer:03}", block)
         return block.replacements(f"decoder.layers.{layer}.", self._compute)
 
-    def _once(self, name: str, make: Callable[[], QuantisedBlock]) -> None:
+    def _once(self, name: str, make: Callable[[], QuantizedBlock]) -> None:
         if not (self._work.path / name / "model.safetensors").is_file():
             self._store(name, make())
 
-    def _store(self, name: str, block: QuantisedBlock) -> None:
+    def _store(self, name: str, block: QuantizedBlock) -> None:
         folder = self._work.path / name
         folder.mkdir(exist_ok=True)
         self._work.write_json(f"{name}/{_FACTS}", [asdict(facts) for facts in block.facts.values()])
@@ -283,6 +283,6 @@ def _require_space(folder: Path, total: int) -> None:
     free = shutil.disk_usage(folder).free
     if total > free:
         raise EdgeError(
-            f"the quantised checkpoint needs {total / 1e9:.2f} GB, {folder.parent} has {free / 1e9:.2f} GB free; make "
+            f"the quantized checkpoint needs {total / 1e9:.2f} GB, {folder.parent} has {free / 1e9:.2f} GB free; make "
             "room and repeat the command, which continues here"
         )

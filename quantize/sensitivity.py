@@ -22,7 +22,7 @@ from internvl_edge.calibration.blocks import Weights, unseen
 from internvl_edge.calibration.compute import Compute
 from internvl_edge.calibration.weights import load_block
 from internvl_edge.calibration.work import WorkFolder
-from internvl_edge.checkpoint import Checkpoint
+from internvl_edge.checkpoint.reader import Checkpoint
 
 from .vision_pass import PROJECTOR, Progress, VisionPass, blocks_of, run_block
 

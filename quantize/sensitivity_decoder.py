@@ -29,11 +29,11 @@ from internvl_edge.calibration.decoder_pass import DecoderPass, Statistics
 from internvl_edge.calibration.statistics import InputStatistics, Wanted
 from internvl_edge.calibration.weights import load_block, load_tensor
 from internvl_edge.calibration.work import WorkFolder
-from internvl_edge.checkpoint import Checkpoint
-from internvl_edge.recipe import Precision
+from internvl_edge.checkpoint.reader import Checkpoint
+from internvl_edge.recipe.recipe import Precision
 
 from .folding import SCALE_GROUPS
-from .layer import BlockQuantiser
+from .layer import BlockQuantizer
 from .vision import Bars
 
 # Tokens of the samples that are followed back, and draws for each of them.
@@ -54,7 +54,7 @@ class DecoderSensitivity:
 
     Args:
         work, checkpoint, calibration, compute: of the run.
-        quantisers: one for each candidate that rounds something, all linears alike.
+        quantizers: one for each candidate that rounds something, all linears alike.
     """
 
     _pass: DecoderPass
@@ -65,7 +65,7 @@ class DecoderSensitivity:
         checkpoint: Checkpoint,
         calibration: CalibrationSet,
         compute: Compute,
-        quantisers: Mapping[Precision, BlockQuantiser],
+        quantizers: Mapping[Precision, BlockQuantizer],
     ) -> None:
         self._work = work
         self._checkpoint = checkpoint
@@ -74,7 +74,7 @@ class DecoderSensitivity:
         self._compute = compute
         # Differences of nearly equal outputs: bfloat16 would drown them.
         self._exact = replace(compute, dtype=torch.float32)
-        self._quantisers = quantisers
+        self._quantizers = quantizers
         self._groups = SCALE_GROUPS[self._decoder.architecture]
         self._samples = probe_samples(calibration.lengths)
 
@@ -111,16 +111,16 @@ class DecoderSensitivity:
     # -- forward ----------------------------------------------------------------------------------------------------
 
     def _wanted(self) -> Wanted:
-        each = [quantiser.wanted for quantiser in self._quantisers.values()]
+        each = [quantizer.wanted for quantizer in self._quantizers.values()]
         return Wanted(gram=any(wanted.gram for wanted in each), tokens=max(wanted.tokens for wanted in each))
 
     def _candidates(self, layer: int, statistics: Statistics) -> None:
         """Round one layer by every candidate, and store what that changes behind it, one unit at a time."""
         prefix = f"decoder.layers.{layer}."
         replaced: list[dict[str, Tensor]] = []
-        for quantiser in self._quantisers.values():
-            block = quantiser.layer(layer, {name: _copy(inputs) for name, inputs in statistics.items()})
-            replaced += [quantiser.alone(prefix, group, block) for group in self._groups]
+        for quantizer in self._quantizers.values():
+            block = quantizer.layer(layer, {name: _copy(inputs) for name, inputs in statistics.items()})
+            replaced += [quantizer.alone(prefix, group, block) for group in self._groups]
         weights = load_block(self._checkpoint, prefix, self._exact)
         arrays = {}
         for sample in self._samples:
@@ -142,7 +142,7 @@ class DecoderSensitivity:
         arrays = self._work.read_arrays(_changes(layer))
         assert arrays is not None
         behind = self._gradients(layer + 1)
-        total, power = torch.zeros(2, len(self._quantisers) * len(self._groups), dtype=torch.float64)
+        total, power = torch.zeros(2, len(self._quantizers) * len(self._groups), dtype=torch.float64)
         before = {}
         for sample in self._samples:
             x = torch.from_numpy(arrays[f"x{sample}"]).to(self._exact.device)
@@ -154,11 +154,11 @@ class DecoderSensitivity:
                 before[str(sample)] = self._pull(weights, x, gradients, sample).cpu().numpy()
         if layer:
             self._work.write_arrays(_gradient(layer), before)
-        shape = len(self._quantisers), len(self._groups)
+        shape = len(self._quantizers), len(self._groups)
         nats = self._pooled(total.reshape(shape), power.reshape(shape)) / 2 / self._positions()
         return {
             prefix + group.consumers[0]: {
-                str(precision): float(nats[row, column]) for row, precision in enumerate(self._quantisers)
+                str(precision): float(nats[row, column]) for row, precision in enumerate(self._quantizers)
             }
             for column, group in enumerate(self._groups)
         }
@@ -171,7 +171,7 @@ class DecoderSensitivity:
         rounded inputs err in other places and have their own.
         """
         pooled = torch.empty_like(totals)
-        inputs = torch.tensor([bool(p.scheme and p.scheme.static_inputs) for p in self._quantisers])
+        inputs = torch.tensor([bool(p.scheme and p.scheme.static_inputs) for p in self._quantizers])
         for rows in (inputs, ~inputs):
             pooled[rows] = powers[rows] * totals[rows].sum(0) / powers[rows].sum(0).clamp(min=1e-300)
         return pooled
@@ -235,7 +235,7 @@ def probe_samples(lengths: Sequence[int], tokens: int = _PROBE_TOKENS) -> list[i
 
 
 def _copy(inputs: InputStatistics) -> InputStatistics:
-    """Statistics that a quantiser may use up."""
+    """Statistics that a quantizer may use up."""
     return replace(inputs, gram=None if inputs.gram is None else inputs.gram.clone())
 
 

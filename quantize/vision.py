@@ -18,20 +18,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from internvl_edge.base.errors import EdgeError
+from internvl_edge.base.jsonable import decode
 from internvl_edge.calibration.compute import Compute, to_numpy, to_torch
 from internvl_edge.calibration.dataset import CalibrationSet
 from internvl_edge.calibration.statistics import InputStatistics, Wanted
 from internvl_edge.calibration.weights import require_finite
 from internvl_edge.calibration.work import WorkFolder
-from internvl_edge.checkpoint import Checkpoint
-from internvl_edge.errors import EdgeError
-from internvl_edge.recipe import VisionInt8
-from internvl_edge.report.codec import decode
-from internvl_edge.report.linears import ActivationRange
+from internvl_edge.checkpoint.reader import Checkpoint
+from internvl_edge.checkpoint.record import ActivationRange
+from internvl_edge.recipe.recipe import VisionInt8
 
-from .block import QuantisedBlock
+from .block import QuantizedBlock
 from .facts import activation_range
-from .integer import IntegerLinear, quantise_linear
+from .integer import IntegerLinear, quantize_linear
 from .sensitivity import SensitivityPass, choose_floats
 from .smoothing import divide
 from .vision_pass import PROJECTOR, TileSample, VisionPass, blocks_of
@@ -74,8 +74,8 @@ class VisionReport:
         return [name for name, facts in self.layers.items() if facts["stored"] == "float"]
 
 
-class VisionQuantiser:
-    """Quantises the tower of one checkpoint; all state lies in the work folder."""
+class VisionQuantizer:
+    """Quantizes the tower of one checkpoint; all state lies in the work folder."""
 
     def __init__(
         self, work: WorkFolder, checkpoint: Checkpoint, calibration: CalibrationSet, compute: Compute, how: VisionInt8
@@ -119,9 +119,9 @@ class VisionQuantiser:
         kept = {n: linear for n, linear in self._load(block).items() if f"{block}.{n}" not in floats}
         return self._tensors(block, kept, self._compute.dtype)
 
-    def block(self, block: str) -> QuantisedBlock:
+    def block(self, block: str) -> QuantizedBlock:
         """What is stored of a block; after `run`."""
-        made = QuantisedBlock()
+        made = QuantizedBlock()
         for name, linear in self._load(block).items():
             if f"{block}.{name}" in self._floats():
                 continue
@@ -144,7 +144,7 @@ class VisionQuantiser:
             weight = to_torch(self._checkpoint.tensor(f"{block}.{name}.weight"))
             require_finite(weight, f"{block}.{name}.weight")
             vectors = [to_torch(self._checkpoint.tensor(vector)) for vector in self._norm_vectors(block, norm)]
-            linear = quantise_linear(
+            linear = quantize_linear(
                 weight.to(self._compute.device, torch.float32, copy=True),
                 statistics[name],
                 self._how.calibrator,

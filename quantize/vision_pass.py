@@ -22,8 +22,8 @@ from internvl_edge.calibration.statistics import InputStatistics, Observer, Want
 from internvl_edge.calibration.tower import Replacements, no_replacements
 from internvl_edge.calibration.weights import load_block, load_vision_embedding
 from internvl_edge.calibration.work import WorkFolder
-from internvl_edge.checkpoint import Checkpoint
-from internvl_edge.config import ModelConfig
+from internvl_edge.checkpoint.reader import Checkpoint
+from internvl_edge.model.config import ModelConfig
 
 PROJECTOR = "projector"
 _BATCH = 4

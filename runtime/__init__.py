@@ -1,1 +1,1 @@
-"""Bundle -> answers, on a device: no torch, no export, no quantisation."""
+"""Bundle -> answers, on a device: no torch, no export, no quantization."""

@@ -16,15 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from internvl_edge.bundle import Bundle, Manifest
-from internvl_edge.errors import EngineError
-from internvl_edge.report.run import peak_memory
+from internvl_edge.base import machine
+from internvl_edge.base.errors import EngineError
+from internvl_edge.base.run import peak_memory
+from internvl_edge.bundle.manifest import Bundle, Manifest
+from internvl_edge.planning.footprint import Footprint
+from internvl_edge.planning.precision import bundle_precision
 
-from . import machine
-from .footprint import Footprint
 from .image_cache import ImageCache
 from .model import InternVL
-from .precision import bundle_precision
 
 PROMPTS = (300, 1800)
 CONTEXTS = (300, 2000)

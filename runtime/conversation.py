@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from internvl_edge.model.prompt import IMAGE_MARK
+
 from .model import InternVL
-from .prompt import IMAGE_MARK
 from .reply import Reply
 from .request import ChatOptions, ImageSource
 

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_edge import bundle
-from internvl_edge.bundle import Bundle
-from internvl_edge.errors import EngineError, QualityWarning
-from internvl_edge.quality import quality_warning
-from internvl_edge.template import PromptTemplate
+from internvl_edge.base.errors import EngineError, QualityWarning
+from internvl_edge.bundle import manifest as bundle
+from internvl_edge.bundle.manifest import Bundle
+from internvl_edge.bundle.quality import quality_warning
+from internvl_edge.model.rope import RotaryAngles
+from internvl_edge.model.template import PromptTemplate
+from internvl_edge.model.tokenizer import Tokenizer
 
 from .engines import Engine
 from .engines.choice import cpu_engine
@@ -26,11 +28,9 @@ from .image_cache import ImageCache, pixel_key
 from .lookup import PromptLookup
 from .reply import Reply, ReplyStream
 from .request import ChatOptions, Images, Request, RequestBuilder
-from .rope import RotaryAngles
 from .sampling import Chooser, Sampler, Sampling
 from .session import Session, image_keys
 from .text_stream import TextStream
-from .tokenizer import Tokenizer
 from .trace import Recorder, Trace
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class InternVL:
             EngineError: the device is not available.
 
         Warns:
-            QualityWarning: the bundle failed its quality gate, or is quantised and has none.
+            QualityWarning: the bundle failed its quality gate, or is quantized and has none.
         """
         if device not in DEVICES:
             raise EngineError(f"device {device!r} is not one of {', '.join(DEVICES)}")
@@ -95,7 +95,7 @@ class InternVL:
         if warning := quality_warning(Path(folder), opened.manifest):
             warnings.warn(warning, QualityWarning, stacklevel=2)
         if device == "tensorrt":
-            from .engines.tensorrt import TensorRTEngine
+            from .engines.tensorrt.engine import TensorRTEngine
 
             return cls(opened, TensorRTEngine(opened))
         if device == "cuda":

@@ -15,13 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from internvl_edge.config import ModelConfig
-from internvl_edge.errors import PromptError
-from internvl_edge.template import PromptTemplate
-
-from .preprocess import load_image, tile_image
-from .prompt import build_prompt
-from .tokenizer import Tokenizer
+from internvl_edge.base.errors import PromptError
+from internvl_edge.model.config import ModelConfig
+from internvl_edge.model.preprocess import load_image, tile_image
+from internvl_edge.model.prompt import build_prompt
+from internvl_edge.model.template import PromptTemplate
+from internvl_edge.model.tokenizer import Tokenizer
 
 ImageSource = str | Path | bytes | Image.Image
 # One entry per `<image>` mark; a list of images shares one mark.

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_edge.errors import PromptError
+from internvl_edge.base.errors import PromptError
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_edge.config import DecoderConfig
+from internvl_edge.model.config import DecoderConfig
+from internvl_edge.model.rope import RotaryAngles
 
 from .engines import Engine
-from .rope import RotaryAngles
 
 Keys = NDArray[np.int64]
 

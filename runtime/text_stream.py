@@ -9,9 +9,8 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 
-from internvl_edge.errors import PromptError
-
-from .tokenizer import Tokenizer
+from internvl_edge.base.errors import PromptError
+from internvl_edge.model.tokenizer import Tokenizer
 
 
 class TextStream:

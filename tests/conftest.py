@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from internvl_edge.runtime import machine
+from internvl_edge.base import machine
 
 settings.register_profile("shared machines stall", deadline=None)
 settings.load_profile("shared machines stall")

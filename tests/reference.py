@@ -3,7 +3,7 @@
 Reads a checkpoint folder with its own few lines (remote-code and native layout, either key prefix, safetensors or
 `.bin`, one file or shards) and computes what the original code computes: tiles, image features, logits, greedy tokens
 with a key/value cache. Imports nothing from internvl_edge, so that a mistake there cannot hide here. Knows nothing of
-prompts, tokenizers or quantised weights; a tensor that it would not use is an error.
+prompts, tokenizers or quantized weights; a tensor that it would not use is an error.
 `test_reference.py` holds it to the oracle's goldens.
 """
 

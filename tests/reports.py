@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from internvl_edge.components import Component
-from internvl_edge.report.content import (
+from internvl_edge.checkpoint.record import ActivationRange, LinearFacts
+from internvl_edge.evaluation.report.bundle_report import histogram, small_picture
+from internvl_edge.evaluation.report.content import (
     ComparisonFacts,
     Figures,
     Gate,
@@ -20,8 +21,7 @@ from internvl_edge.report.content import (
     Task,
     TowerFacts,
 )
-from internvl_edge.report.judging import histogram, small_picture
-from internvl_edge.report.linears import ActivationRange, LinearFacts
+from internvl_edge.model.components import Component
 
 HOSTILE = '"><script src="https://example.com/x.js">alert(1)</script><img src=x onerror=alert(2)> \u202e & 中文'
 RUN = Run("2026-01-02 03:04", 3725.0, 3_210_000_000, "Some CPU, 8 cores", {"python": "3.12", "numpy": "2.1"})
@@ -55,7 +55,7 @@ def full_report() -> Report:
         name="internvl-1b-int4",
         source=HOSTILE,
         architecture=(("Decoder", "qwen2, 24 layers"),),
-        quantised=True,
+        quantized=True,
         bytes=812_000_000,
         components=(
             Component("vision", 304_000_000, 310_000_000, 8.16, {"int8 per output, symmetric, int8 inputs": 96}),

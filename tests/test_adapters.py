@@ -11,9 +11,9 @@ import tiny
 
 from internvl_edge.adapters import optimum as optimum_adapter
 from internvl_edge.adapters.autoawq import quantize_with_autoawq
+from internvl_edge.base.errors import EdgeError
 from internvl_edge.calibration import DataOptions, calibrate, choose_compute
-from internvl_edge.checkpoint import Checkpoint
-from internvl_edge.errors import EdgeError
+from internvl_edge.checkpoint.reader import Checkpoint
 
 WIDE = {"num_key_value_heads": 4, "hidden_size": 64, "intermediate_size": 128}
 

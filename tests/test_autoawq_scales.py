@@ -11,10 +11,10 @@ from test_awq import ASYMMETRIC, nearest, observed, output_error
 from torch import Tensor
 
 from internvl_edge.calibration.blocks import decoder_block
-from internvl_edge.config import DecoderConfig, RopeConfig
+from internvl_edge.model.config import DecoderConfig, RopeConfig
+from internvl_edge.model.rope import RotaryAngles
 from internvl_edge.quantize.awq import search_scale
 from internvl_edge.quantize.folding import SCALE_GROUPS, ScaleGroup
-from internvl_edge.runtime.rope import RotaryAngles
 
 DECODER = DecoderConfig(
     architecture="qwen2",

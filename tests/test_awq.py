@@ -1,4 +1,4 @@
-"""The parts of the quantiser, on numbers made for them: scales, folding, clipping, compensation, grids."""
+"""The parts of the quantizer, on numbers made for them: scales, folding, clipping, compensation, grids."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from internvl_edge.calibration.decoder_pass import DecoderPass
 from internvl_edge.calibration.run import embedded_set
 from internvl_edge.calibration.statistics import InputStatistics, Observer, Wanted
 from internvl_edge.calibration.work import WorkFolder
-from internvl_edge.checkpoint import Checkpoint
-from internvl_edge.linear import PackedLinear, Scheme
+from internvl_edge.checkpoint.reader import Checkpoint
+from internvl_edge.model.linear import PackedLinear, Scheme
 from internvl_edge.quantize import layer as layer_module
 from internvl_edge.quantize.awq import block_gram, search_clipping, search_scale
 from internvl_edge.quantize.compensation import compensated_rounding, inverse_factor
 from internvl_edge.quantize.folding import storable_scale
 from internvl_edge.quantize.grid import Grid, minmax_grid
-from internvl_edge.quantize.layer import BlockQuantiser
-from internvl_edge.recipe import Recipe
+from internvl_edge.quantize.layer import BlockQuantizer
+from internvl_edge.recipe.recipe import Recipe
 
 ASYMMETRIC, SYMMETRIC = Scheme(4, 32, symmetric=False), Scheme(4, 32, symmetric=True)
 SCHEMES = pytest.mark.parametrize("scheme", [ASYMMETRIC, SYMMETRIC], ids=str)
@@ -64,7 +64,7 @@ def output_error(x: Tensor, weight: Tensor, rounded: Tensor) -> float:
 
 def nearest(weight: Tensor, scheme: Scheme) -> Tensor:
     grid = minmax_grid(weight, scheme, torch.float16)
-    return grid.dequantise(grid.round(weight))
+    return grid.dequantize(grid.round(weight))
 
 
 # ---- scales ----
@@ -127,7 +127,7 @@ class ExactGrid(Grid):
     def round(self, weight: Tensor) -> Tensor:
         return weight
 
-    def dequantise(self, q: Tensor) -> Tensor:
+    def dequantize(self, q: Tensor) -> Tensor:
         return q
 
     def pack(self, q: Tensor, bias: Any = None) -> PackedLinear:
@@ -154,22 +154,22 @@ def test_folding_scales_leaves_the_logits_as_they_were(
         layer_module, "search_clipping", lambda rows, *_: ExactGrid(ASYMMETRIC, torch.ones(1), torch.zeros(1))
     )
     decoder, source = decoder_pass(tmp_path, folder)
-    quantiser = BlockQuantiser(
+    quantizer = BlockQuantizer(
         source, Recipe(group_size=32, error_compensation=False, lm_head="int4"), FLOAT32, torch.float16
     )
     scaled = Reference(folder, torch.float64)
     changed: list[float] = []
 
     def fold(number: int | None, statistics: Any) -> None:
-        block = quantiser.head(statistics) if number is None else quantiser.layer(number, statistics)
-        tensors = {f"{name}.weight": packed.dequantise() for name, packed in block.linears.items()}
+        block = quantizer.head(statistics) if number is None else quantizer.layer(number, statistics)
+        tensors = {f"{name}.weight": packed.dequantize() for name, packed in block.linears.items()}
         for name, array in (tensors | block.tensors).items():
             old = scaled.weights[text_name(name)]
             scaled.weights[text_name(name)] = torch.from_numpy(np.asarray(array, np.float64))
             changed.append(float((scaled.weights[text_name(name)] / old - 1).abs().nanmedian()))
 
-    decoder.run(quantiser.wanted, fold)
-    fold(None, decoder.observe_head(quantiser.wanted))
+    decoder.run(quantizer.wanted, fold)
+    fold(None, decoder.observe_head(quantizer.wanted))
     assert np.mean([change > 0.01 for change in changed]) > 0.8  # scales were applied nearly everywhere
     ids = list(range(40, 90))
     torch.testing.assert_close(scaled.logits(ids), Reference(folder, torch.float64).logits(ids), rtol=1e-4, atol=2e-5)
@@ -205,9 +205,9 @@ def test_image_tokens_change_the_chosen_scales(tmp_path: Path) -> None:
     chosen = {}
     for name, data in (("with", with_images), ("without", without_images)):
         decoder, source = decoder_pass(tmp_path, folder, data, name)
-        quantiser = BlockQuantiser(source, Recipe(group_size=32), FLOAT32, torch.float16)
+        quantizer = BlockQuantizer(source, Recipe(group_size=32), FLOAT32, torch.float16)
         blocks: list[Any] = []
-        decoder.run(quantiser.wanted, lambda n, s, q=quantiser, b=blocks: b.append(q.layer(n, s)))
+        decoder.run(quantizer.wanted, lambda n, s, q=quantizer, b=blocks: b.append(q.layer(n, s)))
         chosen[name] = blocks[0].tensors["decoder.layers.0.input_layernorm.weight"].astype(np.float32)
     assert np.abs(chosen["with"] / chosen["without"] - 1).max() > 0.1
 
@@ -222,7 +222,7 @@ def test_clipping_lowers_the_output_error(scheme: Scheme) -> None:
     x = outlier_inputs()
     blocks = block_gram(observed(x), torch.ones(64), 32)
     grid = search_clipping(weight, blocks, scheme, torch.float16)
-    clipped = output_error(x, weight, grid.dequantise(grid.round(weight)))
+    clipped = output_error(x, weight, grid.dequantize(grid.round(weight)))
     assert clipped < output_error(x, weight, nearest(weight, scheme))
 
 
@@ -233,7 +233,7 @@ def test_compensation_lowers_the_output_error(scheme: Scheme) -> None:
     q = compensated_rounding(weight, grid, *inverse_factor(x.T @ x))
     assert torch.equal(q, q.round())
     assert grid.limits[0] <= int(q.min()) <= int(q.max()) <= grid.limits[1]
-    assert output_error(x, weight, grid.dequantise(q)) < 0.7 * output_error(x, weight, nearest(weight, scheme))
+    assert output_error(x, weight, grid.dequantize(q)) < 0.7 * output_error(x, weight, nearest(weight, scheme))
 
 
 def test_compensation_survives_dead_and_repeated_channels() -> None:
@@ -242,7 +242,7 @@ def test_compensation_survives_dead_and_repeated_channels() -> None:
     grid = minmax_grid(weight, ASYMMETRIC, torch.float16)
     q = compensated_rounding(weight, grid, *inverse_factor(x.T @ x))
     assert torch.isfinite(q).all()
-    assert output_error(x, weight, grid.dequantise(q)) < output_error(x, weight, nearest(weight, ASYMMETRIC))
+    assert output_error(x, weight, grid.dequantize(q)) < output_error(x, weight, nearest(weight, ASYMMETRIC))
 
 
 # ---- grids ----
@@ -254,11 +254,11 @@ def test_rounding_stays_within_half_a_step_and_keeps_zero(seed: int, shift: floa
     weight = weights(8, 64, seed) + shift
     weight[0], weight[1, :32] = 0, 1e-9
     grid = minmax_grid(weight, scheme, torch.float16)
-    error = (grid.dequantise(grid.round(weight)) - weight).abs().reshape(8, 2, 32)
+    error = (grid.dequantize(grid.round(weight)) - weight).abs().reshape(8, 2, 32)
     # The zero point is rounded too, so the ends of a range may be half a step further away.
     allowed = 0.5 if scheme.symmetric else 1.0
     assert (error <= grid.scale[..., None] * allowed * 1.01 + 2e-3 * weight.abs().max()).all()
-    assert (grid.dequantise(grid.round(torch.zeros(8, 64))) == 0).all()
+    assert (grid.dequantize(grid.round(torch.zeros(8, 64))) == 0).all()
 
 
 @SCHEMES
@@ -267,4 +267,4 @@ def test_integers_fit_the_scales_as_they_are_stored(scheme: Scheme) -> None:
     grid = minmax_grid(weight, scheme, torch.float16)
     packed = grid.pack(grid.round(weight))
     stored = replace(packed, scale=packed.scale.astype(np.float16).astype(np.float32))
-    assert np.array_equal(stored.dequantise(), grid.dequantise(grid.round(weight)).numpy())
+    assert np.array_equal(stored.dequantize(), grid.dequantize(grid.round(weight)).numpy())

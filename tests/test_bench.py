@@ -10,9 +10,9 @@ import tiny
 from click.testing import CliRunner
 
 from internvl_edge import export_bundle
+from internvl_edge.base import machine
+from internvl_edge.base.errors import EdgeError, EngineError
 from internvl_edge.cli.bench import command
-from internvl_edge.errors import EdgeError, EngineError
-from internvl_edge.runtime import machine
 from internvl_edge.runtime.bench import Report, bench
 
 

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from tiny import write_checkpoint
 from torch import Tensor
 
+from internvl_edge.base.errors import EdgeError
 from internvl_edge.calibration import CalibrationSet, DataOptions, calibrate, choose_compute, read_statistics
 from internvl_edge.calibration.items import read_items
 from internvl_edge.calibration.statistics import Observer, Wanted, whole_gram
 from internvl_edge.calibration.work import WorkFolder, discard
-from internvl_edge.errors import EdgeError
 
 FLOAT32 = choose_compute("cpu", "float32")
 KINDS: dict[str, dict[str, Any]] = {

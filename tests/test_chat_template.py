@@ -9,8 +9,8 @@ import pytest
 import tiny
 
 from internvl_edge import export_bundle
-from internvl_edge.errors import CheckpointError
-from internvl_edge.export.chat_template import check_chat_template
+from internvl_edge.base.errors import CheckpointError
+from internvl_edge.checkpoint.chat_template import check_chat_template
 
 NATIVE = Path(__file__).resolve().parent / "data" / "internvl-hf-qwen2-tiny" / "checkpoint"
 

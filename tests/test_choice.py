@@ -15,6 +15,7 @@ from test_calibration import FLOAT32, contents, run_and_be_killed, write_data
 from tiny import write_checkpoint
 from torch import Tensor
 
+from internvl_edge.base.errors import EdgeError
 from internvl_edge.calibration import DataOptions
 from internvl_edge.calibration.blocks import decoder_block, rms_norm, unseen
 from internvl_edge.calibration.decoder_pass import DecoderPass
@@ -22,15 +23,14 @@ from internvl_edge.calibration.run import embedded_set
 from internvl_edge.calibration.statistics import Wanted, whole_gram
 from internvl_edge.calibration.weights import load_block
 from internvl_edge.calibration.work import WorkFolder
-from internvl_edge.checkpoint import Checkpoint
-from internvl_edge.errors import EdgeError
-from internvl_edge.quantize import QuantisationReport, quantize_checkpoint, sensitivity_decoder
+from internvl_edge.checkpoint.reader import Checkpoint
+from internvl_edge.quantize import QuantizationReport, quantize_checkpoint, sensitivity_decoder
 from internvl_edge.quantize.choose import Option, choose_for_cost, choose_for_divergence, lower_hull
 from internvl_edge.quantize.folding import SCALE_GROUPS
-from internvl_edge.quantize.layer import BlockQuantiser
+from internvl_edge.quantize.layer import BlockQuantizer
 from internvl_edge.quantize.plan import Choice, decoder_linears, units
 from internvl_edge.quantize.sensitivity_decoder import DecoderSensitivity, probe_samples
-from internvl_edge.recipe import Automatic, DecoderInt8, Recipe
+from internvl_edge.recipe.recipe import Automatic, DecoderInt8, Recipe
 
 Options = dict[str, list[Option]]
 
@@ -114,25 +114,25 @@ def measured(checkpoint: Path, tmp_path: Path, recipe: Recipe) -> tuple[dict[str
     options = DataOptions(write_data(tmp_path / "data", count=4), max_tiles=1)
     calibration, _ = embedded_set(work, source, "", options, FLOAT32)
     names = decoder_linears(source)
-    quantisers = {
-        precision: BlockQuantiser(source, recipe, FLOAT32, torch.float32, dict.fromkeys(names, Choice(precision)))
+    quantizers = {
+        precision: BlockQuantizer(source, recipe, FLOAT32, torch.float32, dict.fromkeys(names, Choice(precision)))
         for precision in recipe.candidates
         if precision.scheme is not None
     }
     made: dict[tuple[int, str], dict[str, dict[str, Tensor]]] = {}
     found = {}
-    sensitivity = DecoderSensitivity(work, source, calibration, FLOAT32, quantisers)
+    sensitivity = DecoderSensitivity(work, source, calibration, FLOAT32, quantizers)
     predicted = sensitivity.run(lambda label, steps: NoBar())
 
     groups = SCALE_GROUPS[source.config.decoder.architecture]
     run = DecoderPass(work, source, calibration, FLOAT32, lambda count: None, "again-")
 
     def keep(layer: int, statistics: Any) -> None:
-        for precision, quantiser in quantisers.items():
+        for precision, quantizer in quantizers.items():
             copies = {name: sensitivity_decoder._copy(inputs) for name, inputs in statistics.items()}
-            block = quantiser.layer(layer, copies)
+            block = quantizer.layer(layer, copies)
             prefix = f"decoder.layers.{layer}."
-            made[layer, str(precision)] = {g.consumers[0]: quantiser.alone(prefix, g, block) for g in groups}
+            made[layer, str(precision)] = {g.consumers[0]: quantizer.alone(prefix, g, block) for g in groups}
 
     run.run(sensitivity._wanted(), keep)
     lengths, is_image = calibration.lengths, calibration.is_image
@@ -219,7 +219,7 @@ def test_few_draws_tell_the_grids_of_a_unit_apart(tmp_path: Path, monkeypatch: p
 # ---- from recipe to checkpoint ----
 
 
-def quantize(checkpoint: Path, out: Path, recipe: Recipe) -> QuantisationReport:
+def quantize(checkpoint: Path, out: Path, recipe: Recipe) -> QuantizationReport:
     data = checkpoint.parent / "data"
     if not data.exists():
         write_data(data, count=3)
@@ -306,14 +306,14 @@ from pathlib import Path
 from internvl_edge.calibration import DataOptions, choose_compute
 from internvl_edge.calibration.work import WorkFolder
 from internvl_edge.quantize import quantize_checkpoint
-from internvl_edge.quantize.layer import BlockQuantiser
-from internvl_edge.recipe import Automatic, Recipe
+from internvl_edge.quantize.layer import BlockQuantizer
+from internvl_edge.recipe.recipe import Automatic, Recipe
 moment, checkpoint, data, out = sys.argv[1:]
 at = {
     "candidates": ("float-decoder.json", {"layers": 2}),
     "back": ("decoder-sensitivity.json", 0),
     "measured": ("decoder-divergences.json", None),
-    "quantised": ("decoder.json", {"layers": 1}),
+    "quantized": ("decoder.json", {"layers": 1}),
 }[moment]
 write_json = WorkFolder.write_json
 
@@ -332,7 +332,7 @@ quantize_checkpoint(checkpoint, out, recipe, data=options, compute=choose_comput
 def test_a_killed_choice_continues_to_the_same_bytes(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint", text="internlm2")
     whole = quantize(checkpoint, tmp_path / "whole", mixed(target_bits=5.0))
-    for moment in ("candidates", "back", "measured", "quantised"):  # each run continues the one killed before
+    for moment in ("candidates", "back", "measured", "quantized"):  # each run continues the one killed before
         run_and_be_killed(KILLED, moment, checkpoint, tmp_path / "data", tmp_path / "killed")
         assert not (tmp_path / "killed").exists()
     report = quantize(checkpoint, tmp_path / "killed", mixed(target_bits=5.0))

@@ -15,7 +15,7 @@ import tiny
 from click.testing import CliRunner
 from PIL import Image
 
-from internvl_edge.bundle import MANIFEST
+from internvl_edge.bundle.manifest import MANIFEST
 from internvl_edge.cli import cli, doctor, main
 
 PROGRAM = [sys.executable, "-c", "from internvl_edge.cli import main; main()"]

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internvl_edge.codecs import autoawq, compressed_tensors
-from internvl_edge.errors import CheckpointError
-from internvl_edge.linear import PackedLinear, Scheme
+from internvl_edge.base.errors import CheckpointError
+from internvl_edge.checkpoint.codecs import autoawq, compressed_tensors
+from internvl_edge.model.linear import PackedLinear, Scheme
 
 PEERS = np.load(Path(__file__).parent / "data" / "packing.npz")
 AWQ_CASES = sorted({name.split("/")[1] for name in PEERS if name.startswith("autoawq/")})
@@ -53,7 +53,7 @@ def assert_same(got: PackedLinear, expected: PackedLinear) -> None:
 def test_autoawq_round_trip(linear: PackedLinear) -> None:
     packed = autoawq.pack(linear)
     again = autoawq.unpack(**packed)
-    np.testing.assert_array_equal(again.dequantise(), linear.dequantise())
+    np.testing.assert_array_equal(again.dequantize(), linear.dequantize())
     if linear.zero_point is not None:
         assert_same(again, linear)
     for name, tensor in autoawq.pack(again).items():
@@ -75,7 +75,7 @@ def test_counting_from_the_middle_changes_no_difference(linear: PackedLinear) ->
     again = values.astype(np.float32)
     if zeros is not None:
         again -= np.repeat(zeros, linear.group_size, axis=1)
-    np.testing.assert_array_equal(again * np.repeat(linear.scale, linear.group_size, axis=1), linear.dequantise())
+    np.testing.assert_array_equal(again * np.repeat(linear.scale, linear.group_size, axis=1), linear.dequantize())
 
 
 @pytest.mark.parametrize("case", AWQ_CASES)

@@ -11,9 +11,9 @@ import pytest
 from tiny_config import Tiny, native_config, remote_config
 from tiny_tokenizers import Vocabulary
 
-from internvl_edge.config import ModelConfig
-from internvl_edge.config_reader import read_config
-from internvl_edge.errors import CheckpointError
+from internvl_edge.base.errors import CheckpointError
+from internvl_edge.checkpoint.config_reader import read_config
+from internvl_edge.model.config import ModelConfig
 
 VOCABULARY = Vocabulary(
     size=600, ids=dict.fromkeys(("<|endoftext|>", "<|im_end|>", "<s>", "</s>", "<IMG_CONTEXT>", "<|im_start|>"), 7)

@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from internvl_edge.base.errors import EdgeError
 from internvl_edge.cli import cli
-from internvl_edge.demo import TEXT_MODELS, demo_checkpoint, demo_questions
-from internvl_edge.errors import EdgeError
+from internvl_edge.demo import CHECKPOINT, demo_questions
+
+INTERNLM2 = Path(__file__).resolve().parent.parent / "examples" / "reader" / "internlm2"
 
 
-@pytest.mark.parametrize("text_model", TEXT_MODELS)
-def test_the_small_model_reads_the_shipped_pictures(text_model: str) -> None:
-    done = CliRunner().invoke(cli, ["demo", "--text-model", text_model, "--json"])
+@pytest.mark.parametrize("checkpoint", [CHECKPOINT, INTERNLM2], ids=["qwen2", "internlm2"])
+def test_the_small_model_reads_the_shipped_pictures(checkpoint: Path) -> None:
+    done = CliRunner().invoke(cli, ["demo", "--checkpoint", str(checkpoint), "--json"])
     assert done.exit_code == 0, done.output
     answers = json.loads(done.stdout)["answers"]
     assert [answer["answer"] for answer in answers] == [answer["expected"] for answer in answers]
@@ -31,6 +33,11 @@ def test_the_table_shows_picture_question_answer_and_what_was_expected(tmp_path:
     assert (tmp_path / "bundle" / "manifest.json").exists()
 
 
-def test_only_two_text_models_are_shipped() -> None:
-    with pytest.raises(EdgeError, match="'phi' is not one of qwen2, internlm2"):
-        demo_checkpoint("phi")
+def test_without_a_choice_the_shipped_checkpoint_answers(tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli, ["demo", "--json"])
+    assert json.loads(done.stdout)["checkpoint"] == str(CHECKPOINT)
+
+
+def test_a_checkpoint_that_does_not_exist_is_one_line(tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli, ["demo", "--checkpoint", str(tmp_path / "none")])
+    assert isinstance(done.exception, EdgeError)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from internvl_edge.devices import FLAVOURS, DeviceError, Devices, Target
+from internvl_edge.planning.devices import FLAVOURS, DeviceError, Devices, Target
 
 MINE = """
 [devices.my-board]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import tiny
-import tiny_quantised
+import tiny_quantized
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -18,7 +18,7 @@ from reference import Reference, tile_image
 from test_cli import assert_one_line, internvl_edge
 
 from internvl_edge import InternVL, export_bundle
-from internvl_edge.errors import EdgeError
+from internvl_edge.base.errors import EdgeError
 from internvl_edge.evaluation import Case, Comparison, compare, reference_bundle, run_suite
 from internvl_edge.evaluation.divergence import divergence, summarise
 
@@ -36,7 +36,7 @@ class Pair(NamedTuple):
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     folder = tmp_path_factory.mktemp("pair")
     original = tiny.write_checkpoint(folder / "original", text="internlm2", dtype="float32")
-    _, rounded = tiny_quantised.write_quantised(original, folder / "quantised")
+    _, rounded = tiny_quantized.write_quantized(original, folder / "quantized")
     bundles = [export_bundle(made, folder / f"{made.name}-bundle") for made in (original, rounded)]
     return Pair(original, rounded, *bundles)
 

@@ -13,11 +13,11 @@ import pytest
 import tiny
 
 from internvl_edge import export_bundle
-from internvl_edge.bundle import EMBEDDINGS, MANIFEST, Bundle
-from internvl_edge.errors import EdgeError
-from internvl_edge.runtime.footprint import Footprint
-from internvl_edge.runtime.precision import bundle_precision
-from internvl_edge.token_table import table_bytes
+from internvl_edge.base.errors import EdgeError
+from internvl_edge.bundle.manifest import EMBEDDINGS, MANIFEST, Bundle
+from internvl_edge.bundle.token_table import table_bytes
+from internvl_edge.planning.footprint import Footprint
+from internvl_edge.planning.precision import bundle_precision
 
 # Exports argv[1] to argv[2] and waits in the middle of writing, having said so.
 SLOW_EXPORT = """
@@ -144,7 +144,7 @@ def test_an_int8_token_table_is_near_the_floats_and_counted(tmp_path: Path, dtyp
     assert np.abs(found - expected).max() > 0
     assert (np.abs(found - expected) <= 0.501 * step).all()
     np.testing.assert_array_equal(rounded.embeddings()[7], found[7])
-    assert rounded.manifest.is_quantised
+    assert rounded.manifest.is_quantized
     sizes = {part["name"]: part["bytes"] for part in rounded.manifest.components or []}
     assert sizes["token table"] == pytest.approx(table_bytes(shape, "int8"), rel=0.01)
     counted = Footprint(rounded.manifest.model, bundle_precision(rounded.manifest)).weights.embeddings

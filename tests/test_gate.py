@@ -14,17 +14,17 @@ from typing import Any
 
 import pytest
 import tiny
-import tiny_quantised
+import tiny_quantized
 from click.testing import CliRunner
 from test_cli import assert_one_line, internvl_edge
 
 from internvl_edge import InternVL, QualityWarning, export_bundle
-from internvl_edge.bundle import DECODERS, MANIFEST, Bundle, Manifest
+from internvl_edge.base.errors import BundleError, EdgeError
+from internvl_edge.bundle.gate import METRICS, Condition, Verdict, judge, parse_condition, require_measurable
+from internvl_edge.bundle.manifest import DECODERS, MANIFEST, Bundle, Manifest
+from internvl_edge.bundle.quality import Quality, quality_of, quality_warning, record
 from internvl_edge.cli import cli, evaluate
-from internvl_edge.errors import BundleError, EdgeError
 from internvl_edge.evaluation import Comparison, compare
-from internvl_edge.gate import METRICS, Condition, Verdict, judge, parse_condition, require_measurable
-from internvl_edge.quality import Quality, quality_of, quality_warning, record
 
 FIGURES = {"kl": 0.02, "exact_match": 0.97}
 
@@ -34,12 +34,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A float bundle and one of the same model in 4 bits."""
     folder = tmp_path_factory.mktemp("made")
     original = tiny.write_checkpoint(folder / "original", dtype="float32")
-    quantised, _ = tiny_quantised.write_quantised(original, folder)
-    return export_bundle(original, folder / "float"), export_bundle(quantised, folder / "int4")
+    quantized, _ = tiny_quantized.write_quantized(original, folder)
+    return export_bundle(original, folder / "float"), export_bundle(quantized, folder / "int4")
 
 
 @pytest.fixture
-def quantised(made: tuple[Path, Path], tmp_path: Path) -> Path:
+def quantized(made: tuple[Path, Path], tmp_path: Path) -> Path:
     """A copy of the 4-bit bundle, of which nothing is known."""
     return Path(shutil.copytree(made[1], tmp_path / "bundle"))
 
@@ -115,34 +115,34 @@ def test_conditions_on_what_is_not_measured_are_refused() -> None:
 # ---- the manifest ----
 
 
-def test_figures_and_conditions_survive_the_manifest(quantised: Path) -> None:
-    recorded = _graded(quantised, "kl>0.05", "exact_match<0.99")
+def test_figures_and_conditions_survive_the_manifest(quantized: Path) -> None:
+    recorded = _graded(quantized, "kl>0.05", "exact_match<0.99")
     assert [verdict.failed for verdict in recorded.gate] == [False, True]
-    reread = quality_of(Bundle.open(quantised).manifest)
+    reread = quality_of(Bundle.open(quantized).manifest)
     assert reread == recorded
     assert (reread.state, reread.figures) == ("failed", FIGURES)
 
 
-def test_a_figure_that_is_no_number_survives_the_manifest(quantised: Path) -> None:
-    record(quantised, Quality(Manifest.read(quantised).fingerprint, {}, {}, (Verdict("kl>0.05", math.nan, True),)))
-    json.loads((quantised / MANIFEST).read_text(encoding="utf-8"), parse_constant=pytest.fail)
-    assert math.isnan(quality_of(Manifest.read(quantised)).gate[0].value)
+def test_a_figure_that_is_no_number_survives_the_manifest(quantized: Path) -> None:
+    record(quantized, Quality(Manifest.read(quantized).fingerprint, {}, {}, (Verdict("kl>0.05", math.nan, True),)))
+    json.loads((quantized / MANIFEST).read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    assert math.isnan(quality_of(Manifest.read(quantized)).gate[0].value)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_the_figures_of_a_broken_model_are_null_in_json_and_fail_when_read_back(quantised: Path, value: float) -> None:
-    record(quantised, Quality(Manifest.read(quantised).fingerprint).with_figures({"kl": value, "top1": 0.5}, {}, []))
-    written = json.loads((quantised / MANIFEST).read_text(encoding="utf-8"), parse_constant=pytest.fail)
+def test_the_figures_of_a_broken_model_are_null_in_json_and_fail_when_read_back(quantized: Path, value: float) -> None:
+    record(quantized, Quality(Manifest.read(quantized).fingerprint).with_figures({"kl": value, "top1": 0.5}, {}, []))
+    written = json.loads((quantized / MANIFEST).read_text(encoding="utf-8"), parse_constant=pytest.fail)
     assert written["quality"]["figures"] == {"kl": None, "top1": 0.5}
-    reread = quality_of(Manifest.read(quantised))
+    reread = quality_of(Manifest.read(quantized))
     assert math.isnan(reread.figures["kl"])
     assert reread.with_figures({}, {}, [parse_condition("kl>0.05")]).state == "failed"
 
 
-def test_recording_changes_the_manifest_alone_and_in_one_step(quantised: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = {path.name: path.stat().st_mtime_ns for path in quantised.iterdir()}
-    whole = (quantised / MANIFEST).read_text(encoding="utf-8")
-    (quantised / MANIFEST).chmod(0o640)
+def test_recording_changes_the_manifest_alone_and_in_one_step(quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in quantized.iterdir()}
+    whole = (quantized / MANIFEST).read_text(encoding="utf-8")
+    (quantized / MANIFEST).chmod(0o640)
 
     def interrupted(path: Path, target: Path) -> None:
         raise OSError(28, "No space left on device")
@@ -150,28 +150,28 @@ def test_recording_changes_the_manifest_alone_and_in_one_step(quantised: Path, m
     with monkeypatch.context() as broken:
         broken.setattr(Path, "replace", interrupted)
         with pytest.raises(BundleError, match=r"cannot be written.*--no-record"):
-            _graded(quantised, "kl>0.05")
-    assert (quantised / MANIFEST).read_text(encoding="utf-8") == whole
-    _graded(quantised, "kl>0.05")
-    after = {path.name: path.stat().st_mtime_ns for path in quantised.iterdir()}
+            _graded(quantized, "kl>0.05")
+    assert (quantized / MANIFEST).read_text(encoding="utf-8") == whole
+    _graded(quantized, "kl>0.05")
+    after = {path.name: path.stat().st_mtime_ns for path in quantized.iterdir()}
     assert set(after) == set(before), "a temporary file was left"
     assert {name for name in after if after[name] != before[name]} == {MANIFEST}
-    assert stat.S_IMODE((quantised / MANIFEST).stat().st_mode) == 0o640
-    Bundle.open(quantised)
+    assert stat.S_IMODE((quantized / MANIFEST).stat().st_mode) == 0o640
+    Bundle.open(quantized)
 
 
-def test_figures_of_other_weights_do_not_count(made: tuple[Path, Path], quantised: Path) -> None:
+def test_figures_of_other_weights_do_not_count(made: tuple[Path, Path], quantized: Path) -> None:
     """The entry is copied into the manifest of a bundle with other weights."""
-    _graded(quantised, "kl>0.05")
-    strange = json.loads((quantised / MANIFEST).read_text(encoding="utf-8"))["quality"]
-    other = replace(Manifest.read(made[0]), quality=strange, quantization=Manifest.read(quantised).quantization)
+    _graded(quantized, "kl>0.05")
+    strange = json.loads((quantized / MANIFEST).read_text(encoding="utf-8"))["quality"]
+    other = replace(Manifest.read(made[0]), quality=strange, quantization=Manifest.read(quantized).quantization)
     assert quality_of(other) == Quality(other.fingerprint)
     assert "nobody has measured" in (quality_warning(made[0], other) or "")
 
 
-def test_figures_are_not_recorded_for_files_that_changed_meanwhile(made: tuple[Path, Path], quantised: Path) -> None:
+def test_figures_are_not_recorded_for_files_that_changed_meanwhile(made: tuple[Path, Path], quantized: Path) -> None:
     with pytest.raises(BundleError, match="changed while it was evaluated"):
-        record(quantised, quality_of(Manifest.read(made[0])))
+        record(quantized, quality_of(Manifest.read(made[0])))
 
 
 def test_newer_figures_are_held_against_earlier_conditions() -> None:
@@ -187,12 +187,12 @@ def test_newer_figures_are_held_against_earlier_conditions() -> None:
 
 
 @pytest.mark.parametrize("damage", [{"gate": [{"condition": "kl"}]}, {"gate": 3}, {"more": 1}, {"files": None}])
-def test_an_entry_that_cannot_be_read_counts_as_none(quantised: Path, damage: dict[str, Any]) -> None:
-    recorded = _graded(quantised, "kl>0.05").to_dict()
+def test_an_entry_that_cannot_be_read_counts_as_none(quantized: Path, damage: dict[str, Any]) -> None:
+    recorded = _graded(quantized, "kl>0.05").to_dict()
     values = {name: value for name, value in (recorded | damage).items() if value is not None}
-    manifest = replace(Manifest.read(quantised), quality=values)
+    manifest = replace(Manifest.read(quantized), quality=values)
     assert quality_of(manifest) == Quality(manifest.fingerprint)
-    assert "nobody has measured" in (quality_warning(quantised, manifest) or "")
+    assert "nobody has measured" in (quality_warning(quantized, manifest) or "")
 
 
 # ---- warnings ----
@@ -207,26 +207,26 @@ def _warnings(folder: Path) -> list[str]:
     return [str(warning.message) for warning in caught if warning.category is QualityWarning]
 
 
-def test_a_quantised_bundle_without_a_gate_warns_once(quantised: Path) -> None:
-    (message,) = _warnings(quantised)
+def test_a_quantized_bundle_without_a_gate_warns_once(quantized: Path) -> None:
+    (message,) = _warnings(quantized)
     assert "nobody has measured" in message
     assert "\n" not in message
-    _graded(quantised)
-    (message,) = _warnings(quantised)
+    _graded(quantized)
+    (message,) = _warnings(quantized)
     assert "passed no gate yet" in message
 
 
-def test_a_failed_gate_warns_until_it_is_accepted(quantised: Path) -> None:
-    _graded(quantised, "exact_match<0.99")
-    (message,) = _warnings(quantised)
+def test_a_failed_gate_warns_until_it_is_accepted(quantized: Path) -> None:
+    _graded(quantized, "exact_match<0.99")
+    (message,) = _warnings(quantized)
     assert "exact_match is 97.00% (exact_match<0.99)" in message
-    _graded(quantised, "exact_match<0.99", accepted="good enough for signs")
-    assert _warnings(quantised) == []
+    _graded(quantized, "exact_match<0.99", accepted="good enough for signs")
+    assert _warnings(quantized) == []
 
 
-def test_a_passed_gate_and_float_weights_do_not_warn(made: tuple[Path, Path], quantised: Path) -> None:
-    _graded(quantised, "kl>0.05")
-    assert _warnings(quantised) == []
+def test_a_passed_gate_and_float_weights_do_not_warn(made: tuple[Path, Path], quantized: Path) -> None:
+    _graded(quantized, "kl>0.05")
+    assert _warnings(quantized) == []
     assert _warnings(made[0]) == []
 
 
@@ -241,59 +241,59 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_failed_condition_is_a_line_and_exit_status_1(
-    made: tuple[Path, Path], quantised: Path, questions: Path
+    made: tuple[Path, Path], quantized: Path, questions: Path
 ) -> None:
-    evaluate = ("evaluate", quantised, "--reference", made[0], "--data", questions, "--max-new-tokens", 4)
+    evaluate = ("evaluate", quantized, "--reference", made[0], "--data", questions, "--max-new-tokens", 4)
     failed = internvl_edge(*evaluate, "--fail-if", "kl>=0", "--fail-if", "top1<0", "--fail-if", "kl_max>=0", "--json")
     assert failed.returncode == 1, failed.stderr
     lines = [line for line in failed.stderr.splitlines() if line.startswith("failed: ")]
     assert [line.split()[1] for line in lines] == ["kl", "kl_max"]
     printed = json.loads(failed.stdout)
     assert [entry["failed"] for entry in printed["gate"]] == [True, False, True]
-    assert quality_of(Manifest.read(quantised)).figures == pytest.approx(printed["figures"])
+    assert quality_of(Manifest.read(quantized)).figures == pytest.approx(printed["figures"])
 
-    run = ("run", quantised, "What is rain?", "--max-new-tokens", 2)
+    run = ("run", quantized, "What is rain?", "--max-new-tokens", 2)
     warned = internvl_edge(*run)
     assert warned.returncode == 0
     assert warned.stderr.count("\n") == 1
     assert warned.stderr.startswith("internvl-edge: warning: ")
     assert "failed its quality gate" in warned.stderr
-    shown = internvl_edge("inspect", quantised, "--json")
+    shown = internvl_edge("inspect", quantized, "--json")
     facts = json.loads(shown.stdout)
     assert facts["gate"].startswith("failed: kl is ")
     assert "kl " in facts["quality"]
 
-    accepted = internvl_edge("evaluate", quantised, "--accept", "a test")
+    accepted = internvl_edge("evaluate", quantized, "--accept", "a test")
     assert accepted.returncode == 0, accepted.stderr
     assert internvl_edge(*run).stderr == ""
-    assert json.loads(internvl_edge("inspect", quantised, "--json").stdout)["accepted"] == "a test"
+    assert json.loads(internvl_edge("inspect", quantized, "--json").stdout)["accepted"] == "a test"
 
 
-def test_a_passed_gate_is_exit_status_0_and_silence(made: tuple[Path, Path], quantised: Path, questions: Path) -> None:
-    evaluate = ("evaluate", quantised, "--reference", made[0], "--data", questions, "--max-new-tokens", 4)
+def test_a_passed_gate_is_exit_status_0_and_silence(made: tuple[Path, Path], quantized: Path, questions: Path) -> None:
+    evaluate = ("evaluate", quantized, "--reference", made[0], "--data", questions, "--max-new-tokens", 4)
     passed = internvl_edge(*evaluate, "--fail-if", "top1<0")
     assert passed.returncode == 0, passed.stderr
     assert "top1 is" in passed.stdout
-    assert internvl_edge("run", quantised, "What is rain?", "--max-new-tokens", 2).stderr == ""
+    assert internvl_edge("run", quantized, "What is rain?", "--max-new-tokens", 2).stderr == ""
     unrecorded = internvl_edge(*evaluate, "--fail-if", "kl>=0", "--no-record", "--no-report")
     assert unrecorded.returncode == 1
-    assert quality_of(Manifest.read(quantised)).state == "passed"
+    assert quality_of(Manifest.read(quantized)).state == "passed"
 
 
 @pytest.mark.parametrize(("locked", "hint"), [("bundle", "--no-record"), ("", "--no-report")])
 def test_what_cannot_be_written_is_found_out_first(
-    quantised: Path, questions: Path, monkeypatch: pytest.MonkeyPatch, locked: str, hint: str
+    quantized: Path, questions: Path, monkeypatch: pytest.MonkeyPatch, locked: str, hint: str
 ) -> None:
-    closed = quantised if locked else quantised.parent
+    closed = quantized if locked else quantized.parent
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK or Path(path) != closed)
-    asked = ["evaluate", str(quantised), "--reference", "nowhere", "--data", str(questions)]
+    asked = ["evaluate", str(quantized), "--reference", "nowhere", "--data", str(questions)]
     with pytest.raises(EdgeError, match=hint):
         CliRunner().invoke(cli, asked, catch_exceptions=False)
 
 
 @pytest.mark.parametrize("suite", [(), ("--suite", "reader")])
 def test_a_bundle_that_cannot_be_loaded_is_found_out_before_the_reference_is_exported(
-    quantised: Path, questions: Path, monkeypatch: pytest.MonkeyPatch, suite: tuple[str, ...]
+    quantized: Path, questions: Path, monkeypatch: pytest.MonkeyPatch, suite: tuple[str, ...]
 ) -> None:
     monkeypatch.setattr(evaluate, "reference_bundle", lambda *_, **__: pytest.fail("the reference was prepared"))
 
@@ -303,40 +303,40 @@ def test_a_bundle_that_cannot_be_loaded_is_found_out_before_the_reference_is_exp
             CliRunner().invoke(cli, asked, catch_exceptions=False)
         return str(raised.value)
 
-    assert "not a bundle" in refused(quantised.with_name("typo"))
-    assert refused(quantised, "--device", "tensorrt")  # there are no engines, whatever else this machine lacks
-    decoder = quantised / DECODERS["onnxruntime"]
-    assert "no room" in refused(quantised, "--context", "1")
+    assert "not a bundle" in refused(quantized.with_name("typo"))
+    assert refused(quantized, "--device", "tensorrt")  # there are no engines, whatever else this machine lacks
+    decoder = quantized / DECODERS["onnxruntime"]
+    assert "no room" in refused(quantized, "--context", "1")
     changed = bytearray(decoder.read_bytes())
     changed[len(changed) // 2] ^= 1
     decoder.write_bytes(changed)
-    assert "was changed" in refused(quantised)
+    assert "was changed" in refused(quantized)
     decoder.unlink()
-    manifest = Manifest.read(quantised)
+    manifest = Manifest.read(quantized)
     files = {name: entry for name, entry in manifest.files.items() if name != decoder.name}
-    replace(manifest, files=files).write(quantised)
-    assert "dialect" in refused(quantised, "--dialect", "onnxruntime")
+    replace(manifest, files=files).write(quantized)
+    assert "dialect" in refused(quantized, "--dialect", "onnxruntime")
 
 
 def test_the_command_prints_null_for_a_broken_model(
-    made: tuple[Path, Path], quantised: Path, questions: Path, monkeypatch: pytest.MonkeyPatch
+    made: tuple[Path, Path], quantized: Path, questions: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*arguments: Any, **options: Any) -> Comparison:
         found = compare(*arguments, **options)
         return replace(found, greedy=replace(found.greedy, kl_mean=math.nan, kl_max=math.inf))
 
     monkeypatch.setattr(evaluate, "compare", broken)
-    asked = ["evaluate", str(quantised), "--reference", str(made[0]), "--data", str(questions), "--json"]
+    asked = ["evaluate", str(quantized), "--reference", str(made[0]), "--data", str(questions), "--json"]
     result = CliRunner().invoke(cli, [*asked, "--max-new-tokens", "2", "--fail-if", "kl>1"], catch_exceptions=False)
     printed = json.loads(result.stdout, parse_constant=pytest.fail)
     assert (printed["figures"]["kl"], printed["greedy"]["kl_max"], printed["gate"][0]["value"]) == (None, None, None)
     assert printed["gate"][0]["failed"]
 
 
-def test_mistakes_are_one_line_before_anything_is_loaded(quantised: Path, questions: Path) -> None:
-    compared = ("evaluate", quantised, "--reference", "nowhere", "--data", questions)
+def test_mistakes_are_one_line_before_anything_is_loaded(quantized: Path, questions: Path) -> None:
+    compared = ("evaluate", quantized, "--reference", "nowhere", "--data", questions)
     assert_one_line(internvl_edge(*compared, "--fail-if", "accuracy<0.9"), "no metric 'accuracy'", "kl_p99")
     assert_one_line(internvl_edge(*compared, "--fail-if", "exact_match<0.9"), "exact_match<0.9 needs --suite")
     assert_one_line(internvl_edge(*compared, "--fail-if", "perplexity_ratio>2"), "holds answers")
-    assert_one_line(internvl_edge("evaluate", quantised, "--fail-if", "kl>1"), "--fail-if needs figures")
-    assert_one_line(internvl_edge("evaluate", quantised, "--accept", " "), "needs a reason")
+    assert_one_line(internvl_edge("evaluate", quantized, "--fail-if", "kl>1"), "--fail-if needs figures")
+    assert_one_line(internvl_edge("evaluate", quantized, "--accept", " "), "needs a reason")

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from internvl_edge import InternVL, Reply, export_bundle
-from internvl_edge.bundle import DECODERS, TOKENIZER, Bundle
+from internvl_edge.bundle.manifest import DECODERS, TOKENIZER, Bundle
+from internvl_edge.model.preprocess import load_image, tile_image
+from internvl_edge.model.tokenizer import Tokenizer
 from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from internvl_edge.runtime.preprocess import load_image, tile_image
-from internvl_edge.runtime.tokenizer import Tokenizer
 
 DATA = Path(__file__).resolve().parent / "data"
 REMOTE = ("internvl2_5-qwen2-tiny", "internvl2_5-internlm2-tiny")

@@ -15,10 +15,10 @@ import tiny
 from fake_gpu import FakeCuda
 
 from internvl_edge import export_bundle
-from internvl_edge.bundle import Bundle
-from internvl_edge.errors import EngineError
+from internvl_edge.base.errors import EngineError
+from internvl_edge.bundle.manifest import Bundle
 from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from internvl_edge.runtime.engines.tensorrt_cuda import Cuda
+from internvl_edge.runtime.engines.tensorrt.cuda import Cuda
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))

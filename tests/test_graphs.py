@@ -13,7 +13,7 @@ import tiny
 from reference import Reference
 
 from internvl_edge import export_bundle
-from internvl_edge.bundle import DECODERS, VISION, Bundle
+from internvl_edge.bundle.manifest import DECODERS, VISION, Bundle
 from internvl_edge.runtime.engines.onnxruntime import PREFILL_CHUNK, OnnxRuntimeEngine
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -126,7 +126,7 @@ def test_the_cache_is_written_in_place_and_can_be_wound_back(tmp_path: Path, dia
 
 def test_the_fastest_dialect_that_fits_is_taken(tmp_path: Path) -> None:
     """GroupQueryAttention takes heads of a multiple of 8; others run in the standard dialect, or are refused."""
-    from internvl_edge.errors import EngineError
+    from internvl_edge.base.errors import EngineError
 
     odd = tiny.write_checkpoint(tmp_path / "checkpoint", hidden_size=80, num_attention_heads=4)  # heads of 20
     opened = Bundle.open(export_bundle(odd, tmp_path / "bundle"))

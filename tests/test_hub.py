@@ -8,8 +8,8 @@ from typing import Any
 import huggingface_hub
 import pytest
 
-from internvl_edge.errors import CheckpointError
-from internvl_edge.hub import resolve_checkpoint, resolve_configuration
+from internvl_edge.base.errors import CheckpointError
+from internvl_edge.checkpoint.hub import resolve_checkpoint, resolve_configuration
 
 
 @pytest.fixture

@@ -15,18 +15,18 @@ from hypothesis import strategies as st
 from test_awq import observed
 from torch import Tensor
 
-from internvl_edge.codecs import compressed_tensors
-from internvl_edge.errors import CheckpointError, EdgeError
+from internvl_edge.base.errors import CheckpointError, EdgeError
+from internvl_edge.checkpoint.codecs import compressed_tensors
 from internvl_edge.export.builder import GraphBuilder, Types
 from internvl_edge.export.int8 import IntegerMatMul, scale_outputs
 from internvl_edge.export.weights import WeightFile
-from internvl_edge.linear import W8A8, PackedLinear, Scheme
+from internvl_edge.model.linear import W8A8, PackedLinear, Scheme
 from internvl_edge.quantize.calibrators import CALIBRATORS, find_range, histogram, rounded
-from internvl_edge.quantize.integer import IntegerLinear, quantise_linear, round_inputs
+from internvl_edge.quantize.integer import IntegerLinear, quantize_linear, round_inputs
 from internvl_edge.quantize.sensitivity import choose_floats
 from internvl_edge.quantize.smoothing import divide, smoothing_scale
-from internvl_edge.recipe import CALIBRATORS as OFFERED
-from internvl_edge.recipe import Recipe, VisionInt8
+from internvl_edge.recipe.recipe import CALIBRATORS as OFFERED
+from internvl_edge.recipe.recipe import Recipe, VisionInt8
 
 # ---- ranges ----
 
@@ -85,7 +85,7 @@ def test_what_recipes_offer_is_what_exists() -> None:
     for choices in ({"calibrator": "average"}, {"cosine": 1.0}):
         with pytest.raises(EdgeError, match=r"average|cosine of 1"):
             VisionInt8(**choices)  # type: ignore[arg-type]
-    with pytest.raises(EdgeError, match="quantise at least one"):
+    with pytest.raises(EdgeError, match="quantize at least one"):
         Recipe("fp")
 
 
@@ -115,7 +115,7 @@ def test_smoothing_makes_channels_alike_and_helps_the_layer() -> None:
     inputs = observed(x)
     scale = smoothing_scale(inputs.max_abs, weight.abs().amax(0), 0.8, [torch.ones(64)])
     assert spread(inputs.max_abs / scale) < 0.2 * spread(inputs.max_abs)
-    plain, smooth = (quantise_linear(weight, inputs, "mse", norm) for norm in (None, [torch.ones(64)]))
+    plain, smooth = (quantize_linear(weight, inputs, "mse", norm) for norm in (None, [torch.ones(64)]))
     assert plain.smoothing is None
     assert smooth.strength > 0
     assert smooth.error < 0.5 * plain.error
@@ -126,8 +126,8 @@ def test_smoothing_makes_channels_alike_and_helps_the_layer() -> None:
 @pytest.mark.parametrize("calibrator", CALIBRATORS)
 def test_best_is_no_worse_than_any_calibrator(calibrator: str) -> None:
     x, weight = with_outliers(), 0.1 * torch.randn(48, 64, generator=torch.Generator().manual_seed(1))
-    one = quantise_linear(weight, observed(x), calibrator, None)
-    best = quantise_linear(weight, observed(x), "best", None)
+    one = quantize_linear(weight, observed(x), calibrator, None)
+    best = quantize_linear(weight, observed(x), "best", None)
     assert one.calibrator == calibrator
     assert best.error <= one.error
 
@@ -136,13 +136,13 @@ def test_a_layer_survives_being_stored_and_dead_inputs() -> None:
     x, weight = with_outliers(), torch.zeros(8, 64)
     weight[1:] = 0.1
     x[:, 5] = 0
-    made = quantise_linear(weight, observed(x), "best", [torch.ones(64)])
+    made = quantize_linear(weight, observed(x), "best", [torch.ones(64)])
     assert np.isfinite(made.error)
     assert (made.packed.scale > 0).all()
     again = IntegerLinear.stored(made.arrays(), made.facts())
     assert again.facts() == made.facts()
     assert all(np.array_equal(again.arrays()[name], array) for name, array in made.arrays().items())
-    nothing = quantise_linear(weight, observed(torch.zeros(20, 64)), "best", None)
+    nothing = quantize_linear(weight, observed(torch.zeros(20, 64)), "best", None)
     assert nothing.packed.input_scale is not None
     assert nothing.packed.input_scale > 0
 
@@ -229,8 +229,8 @@ def test_folded_scales_stay_positive_and_change_no_integer_but_its_sign() -> Non
     np.testing.assert_array_equal(made.values[0], -linear.values[0])
     np.testing.assert_array_equal(made.values[1], linear.values[1])
     assert made.values[2, 0] == 127
-    np.testing.assert_allclose(made.dequantise(), linear.dequantise() * factor[:, None], atol=1e-5 * 1.1)
-    np.testing.assert_allclose(made.dequantise()[22:], linear.dequantise()[22:] * factor[22:, None], atol=2.0**-25)
+    np.testing.assert_allclose(made.dequantize(), linear.dequantize() * factor[:, None], atol=1e-5 * 1.1)
+    np.testing.assert_allclose(made.dequantize()[22:], linear.dequantize()[22:] * factor[22:, None], atol=2.0**-25)
 
 
 # ---- the format ----
@@ -245,7 +245,7 @@ def test_integers_are_stored_as_they_are() -> None:
         "input_scale": ("float32", (1,)),
     }
     again = compressed_tensors.unpack_integers(stored["weight"], stored["weight_scale"], stored["input_scale"])
-    np.testing.assert_array_equal(again.dequantise(), linear.dequantise())
+    np.testing.assert_array_equal(again.dequantize(), linear.dequantize())
     assert again.input_scale == np.float32(0.03)
 
 
@@ -262,10 +262,10 @@ def test_a_mixed_configuration_reads_back() -> None:
 @pytest.mark.parametrize(
     "changes", [{"dynamic": True}, {"strategy": "token"}, {"symmetric": False}, {"num_bits": 4}, {"type": "float"}]
 )
-def test_other_quantised_activations_are_refused(changes: dict[str, Any]) -> None:
+def test_other_quantized_activations_are_refused(changes: dict[str, Any]) -> None:
     config = compressed_tensors.configuration({W8A8: ["Linear"]}, [])
     config["config_groups"]["group_0"]["input_activations"] |= changes
-    with pytest.raises(CheckpointError, match="group_0 quantises activations otherwise"):
+    with pytest.raises(CheckpointError, match="group_0 quantizes activations otherwise"):
         compressed_tensors.read_configuration(config)
 
 

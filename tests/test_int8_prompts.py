@@ -9,13 +9,13 @@ import onnx
 import onnxruntime
 import pytest
 import tiny
-from tiny_quantised import write_quantised
+from tiny_quantized import write_quantized
 
 from internvl_edge import InternVL, export_bundle
-from internvl_edge.bundle import PROMPTS, Bundle
-from internvl_edge.errors import EdgeError
+from internvl_edge.base.errors import EdgeError
+from internvl_edge.bundle.manifest import PROMPTS, Bundle
 from internvl_edge.export.prompts import round_per_output
-from internvl_edge.linear import PackedLinear, Scheme
+from internvl_edge.model.linear import PackedLinear, Scheme
 from internvl_edge.runtime.engines import onnxruntime as engine_module
 from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
 
@@ -27,8 +27,8 @@ def bundles(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """The same 4-bit decoder without and with the graph for prompts."""
     folder = tmp_path_factory.mktemp("prompts")
     source = tiny.write_checkpoint(folder / "float", text=request.param)
-    quantised, _ = write_quantised(source, folder, method="compressed-tensors", body=BODIES[request.param])
-    return export_bundle(quantised, folder / "plain"), export_bundle(quantised, folder / "int8", int8_prompts=True)
+    quantized, _ = write_quantized(source, folder, method="compressed-tensors", body=BODIES[request.param])
+    return export_bundle(quantized, folder / "plain"), export_bundle(quantized, folder / "int8", int8_prompts=True)
 
 
 def _engine(bundle: Path) -> OnnxRuntimeEngine:
@@ -112,7 +112,7 @@ def test_the_int8_weights_are_those_of_4_bits_to_half_a_step() -> None:
     linear = PackedLinear(values, random.uniform(0.01, 0.1, (24, 2)).astype(np.float32), None, 4)
     rounded, scale = round_per_output(linear)
     assert np.abs(rounded).max(axis=1).tolist() == [127] * 24
-    missed = np.abs(rounded * scale[:, None] - linear.dequantise())
+    missed = np.abs(rounded * scale[:, None] - linear.dequantize())
     assert (missed <= scale[:, None] * 0.5001).all()
 
 
@@ -126,11 +126,11 @@ def test_answers_through_the_whole_model(bundles: tuple[Path, Path]) -> None:
 
 def test_what_has_no_4_bit_weights_is_refused_in_one_line(tmp_path: Path) -> None:
     source = tiny.write_checkpoint(tmp_path / "float")
-    with pytest.raises(EdgeError, match="this decoder has none; quantise it first"):
+    with pytest.raises(EdgeError, match="this decoder has none; quantize it first"):
         export_bundle(source, tmp_path / "bundle", int8_prompts=True)
     assert not (tmp_path / "bundle").exists()
     with pytest.raises(EdgeError, match="--dialect leaves out"):
         export_bundle(source, tmp_path / "bundle", dialects=("standard",), int8_prompts=True)
-    quantised, _ = write_quantised(source, tmp_path, method="compressed-tensors", body=BODIES["qwen2"])
+    quantized, _ = write_quantized(source, tmp_path, method="compressed-tensors", body=BODIES["qwen2"])
     with pytest.raises(EdgeError, match="leave out --activations"):
-        export_bundle(quantised, tmp_path / "bundle", activations="float16", int8_prompts=True)
+        export_bundle(quantized, tmp_path / "bundle", activations="float16", int8_prompts=True)

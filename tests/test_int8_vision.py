@@ -1,4 +1,4 @@
-"""Towers quantised to int8: checkpoints in every layout, graphs against the same integers in torch, kills, fallback."""
+"""Towers quantized to int8: checkpoints in every layout, graphs against the same integers in torch, kills, fallback."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from test_calibration import FLOAT32, contents, poison, run_and_be_killed, write
 from tiny import write_checkpoint
 from torch import Tensor
 
-from internvl_edge.bundle import VISION, Bundle
+from internvl_edge.base.errors import EdgeError
+from internvl_edge.bundle.manifest import VISION, Bundle
 from internvl_edge.calibration import DataOptions, calibrate
-from internvl_edge.checkpoint import Checkpoint
+from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.cli import cli
-from internvl_edge.errors import EdgeError
 from internvl_edge.export import export_bundle
-from internvl_edge.linear import W8A8
-from internvl_edge.quantize import QuantisationReport, quantize_checkpoint, vision
-from internvl_edge.recipe import Recipe, VisionInt8
+from internvl_edge.model.linear import W8A8
+from internvl_edge.quantize import QuantizationReport, quantize_checkpoint, vision
+from internvl_edge.recipe.recipe import Recipe, VisionInt8
 from internvl_edge.runtime.engines import onnxruntime as engine_module
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -47,18 +47,18 @@ KINDS: dict[str, dict[str, Any]] = {
 ALL_INT8 = VisionInt8(cosine=0)
 
 
-def quantize(checkpoint: Path, out: Path, recipe: Recipe | None = None, **more: Any) -> QuantisationReport:
+def quantize(checkpoint: Path, out: Path, recipe: Recipe | None = None, **more: Any) -> QuantizationReport:
     data = more.pop("data", None) or write_data(checkpoint.parent / "data")
     recipe = recipe or Recipe("fp", vision="int8", vision_int8=ALL_INT8)
     return quantize_checkpoint(checkpoint, out, recipe, data=DataOptions(data, max_tiles=2), compute=FLOAT32, **more)
 
 
 class IntegerReference(Reference):
-    """The reference with the integers that a quantised checkpoint stores; reads them with its own few lines."""
+    """The reference with the integers that a quantized checkpoint stores; reads them with its own few lines."""
 
-    def __init__(self, original: Path, quantised: Path) -> None:
+    def __init__(self, original: Path, quantized: Path) -> None:
         super().__init__(original, torch.float32)
-        stored = _read_weights(quantised)
+        stored = _read_weights(quantized)
         self.integers: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         for name, tensor in stored.items():
             module, _, last = name.rpartition(".")
@@ -187,7 +187,7 @@ def test_smoothing_moves_between_norm_and_weights_exactly(tmp_path: Path, vision
                 np.testing.assert_array_equal(read.tensor(name).astype(np.float64) * scale, source.tensor(name))
             packed = read.linear(f"{block}.{linear}")
             assert packed is not None
-            missed = packed.dequantise() - source.tensor(f"{block}.{linear}.weight").astype(np.float64) * scale
+            missed = packed.dequantize() - source.tensor(f"{block}.{linear}.weight").astype(np.float64) * scale
             assert (np.abs(missed) <= 0.5001 * packed.scale).all()
     assert max(strengths) > 0
 
@@ -308,7 +308,7 @@ from pathlib import Path
 from internvl_edge.calibration import DataOptions, choose_compute
 from internvl_edge.calibration.work import WorkFolder
 from internvl_edge.quantize import quantize_checkpoint
-from internvl_edge.recipe import Recipe, VisionInt8
+from internvl_edge.recipe.recipe import Recipe, VisionInt8
 from internvl_edge.runtime.engines import onnxruntime as engine_module
 moment, checkpoint, data, out = sys.argv[1:]
 name, values = {

@@ -12,12 +12,12 @@ from reference import Reference
 from test_graphs import TEXT, engine_for, greedy, random_tiles
 
 from internvl_edge import export_bundle
-from internvl_edge.bundle import DECODERS, Bundle
+from internvl_edge.base.errors import CheckpointError
+from internvl_edge.bundle.manifest import DECODERS, Bundle
 from internvl_edge.calibration.cache_ranges import CacheRanges
-from internvl_edge.checkpoint import Checkpoint
-from internvl_edge.errors import CheckpointError
-from internvl_edge.kv_cache import KV_CACHE_SCALES, KvScales
-from internvl_edge.runtime.rope import RotaryAngles
+from internvl_edge.checkpoint.kv_scales import KV_CACHE_SCALES, KvScales
+from internvl_edge.checkpoint.reader import Checkpoint
+from internvl_edge.model.rope import RotaryAngles
 
 
 def write_scales(checkpoint: Path, seed: int = 0) -> KvScales:

@@ -13,7 +13,7 @@ from PIL import Image
 from reference import Reference
 
 from internvl_edge import Conversation, InternVL, export_bundle
-from internvl_edge.errors import EngineError, PromptError
+from internvl_edge.base.errors import EngineError, PromptError
 from internvl_edge.runtime.image_cache import ImageCache
 from internvl_edge.runtime.session import image_keys
 

@@ -14,23 +14,23 @@ from click.testing import CliRunner
 from test_kv_cache import write_scales
 from test_precision import quantize
 from tiny import write_checkpoint
-from tiny_quantised import write_quantised
+from tiny_quantized import write_quantized
 
-from internvl_edge.bundle import DECODERS, Bundle, Manifest
-from internvl_edge.checkpoint import Checkpoint
+from internvl_edge.base import machine
+from internvl_edge.bundle.manifest import DECODERS, Bundle, Manifest
+from internvl_edge.checkpoint.config_reader import read_config
+from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.cli.inspect import command as inspect_command
 from internvl_edge.cli.plan import command as plan_command
-from internvl_edge.config_reader import read_config
-from internvl_edge.devices import Devices
 from internvl_edge.export import export_bundle
-from internvl_edge.linear import W8A8, Scheme
-from internvl_edge.recipe import INT8, DecoderInt8, Recipe, VisionInt8
-from internvl_edge.runtime import machine
+from internvl_edge.model.linear import W8A8, Scheme
+from internvl_edge.planning.devices import Devices
+from internvl_edge.planning.footprint import Footprint, Precision
+from internvl_edge.planning.planner import predict
+from internvl_edge.planning.precision import bundle_precision, checkpoint_precision
+from internvl_edge.recipe.recipe import INT8, DecoderInt8, Recipe, VisionInt8
 from internvl_edge.runtime.bench import _footprint
 from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from internvl_edge.runtime.footprint import Footprint, Precision
-from internvl_edge.runtime.planner import predict
-from internvl_edge.runtime.precision import bundle_precision, checkpoint_precision
 
 TOWER: dict[str, Any] = {"vision": "int8", "vision_int8": VisionInt8(cosine=0, keep=("projector.*",))}
 W8A8_DECODER = Recipe("w8a8", decoder_int8=DecoderInt8(max_kl=0))
@@ -82,14 +82,14 @@ def test_published_configurations_with_and_without_ignore(
 ) -> None:
     source = write_checkpoint(tmp_path / "checkpoint")
     choices = {"method": "compressed-tensors", "listed": listed, **choices}
-    folder, _ = write_quantised(source, tmp_path / "made", **choices)
+    folder, _ = write_quantized(source, tmp_path / "made", **choices)
     assert_is_what_is_stored(folder)
 
 
 # -- bundles -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_bundle_with_a_quantised_head_alone_has_a_float_body(tmp_path: Path) -> None:
+def test_a_bundle_with_a_quantized_head_alone_has_a_float_body(tmp_path: Path) -> None:
     quantize(write_checkpoint(tmp_path / "checkpoint"), tmp_path / "out", RECIPES["head alone"])
     bundle = Bundle.open(export_bundle(tmp_path / "out", tmp_path / "bundle"))
     found = bundle_precision(bundle.manifest)
@@ -117,10 +117,10 @@ def test_a_decoder_in_int8_is_not_taken_for_a_tower(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dialect", DECODERS)
-@pytest.mark.parametrize("asymmetric", ["exact", "requantise"])
+@pytest.mark.parametrize("asymmetric", ["exact", "requantize"])
 def test_counted_bytes_are_those_of_the_dialect(tmp_path: Path, asymmetric: str, dialect: str) -> None:
     source = write_checkpoint(tmp_path / "plain", hidden_size=128)
-    checkpoint, _ = write_quantised(source, tmp_path / "made")
+    checkpoint, _ = write_quantized(source, tmp_path / "made")
     bundle = Bundle.open(export_bundle(checkpoint, tmp_path / "bundle", asymmetric=asymmetric))
     counted = Footprint(bundle.manifest.model, bundle_precision(bundle.manifest, dialect)).weights
     graph = ir.load(bundle.path(DECODERS[dialect])).graph

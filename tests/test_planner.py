@@ -15,21 +15,21 @@ import pytest
 import tiny
 from click.testing import CliRunner
 from PIL import Image
-from tiny_quantised import write_quantised
+from tiny_quantized import write_quantized
 
 from internvl_edge import export_bundle
-from internvl_edge.bundle import EMBEDDINGS, Bundle
-from internvl_edge.checkpoint import Checkpoint
+from internvl_edge.base.errors import EdgeError
+from internvl_edge.bundle.manifest import EMBEDDINGS, Bundle
+from internvl_edge.checkpoint.config_reader import read_config
+from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.cli.plan import command
-from internvl_edge.config import ModelConfig
-from internvl_edge.config_reader import read_config
-from internvl_edge.devices import Device, Devices
-from internvl_edge.errors import EdgeError
-from internvl_edge.linear import Scheme
-from internvl_edge.runtime.footprint import INT4, RECIPES, Footprint, Precision
-from internvl_edge.runtime.planner import IMAGE_SIZES, TILE_LIMITS, make_plan, memory_of, predict, tile_table, tiles_of
-from internvl_edge.runtime.precision import bundle_precision
-from internvl_edge.runtime.preprocess import tile_image
+from internvl_edge.model.config import ModelConfig
+from internvl_edge.model.linear import Scheme
+from internvl_edge.model.preprocess import tile_image
+from internvl_edge.planning.devices import Device, Devices
+from internvl_edge.planning.footprint import INT4, RECIPES, Footprint, Precision
+from internvl_edge.planning.planner import IMAGE_SIZES, TILE_LIMITS, make_plan, memory_of, predict, tile_table, tiles_of
+from internvl_edge.planning.precision import bundle_precision
 
 # The published configurations, sizes alone: variant -> fields of the decoder. The tower is InternViT-300M.
 PUBLISHED = {
@@ -87,14 +87,14 @@ def test_counted_bytes_are_those_of_a_written_bundle(tmp_path: Path, text: str, 
 
 
 @pytest.mark.parametrize("kind", ["int4, zero points", "int4 and int8 head", "int8 tower"])
-def test_counted_bytes_are_those_of_a_quantised_bundle(tmp_path: Path, kind: str) -> None:
+def test_counted_bytes_are_those_of_a_quantized_bundle(tmp_path: Path, kind: str) -> None:
     source = tiny.write_checkpoint(tmp_path / "plain", hidden_size=128, vision_hidden_size=128)
     if kind == "int8 tower":
         checkpoint = tmp_path / "int8"
         subprocess.run([sys.executable, str(INT8_TOWER), str(source), str(checkpoint)], check=True)
     else:
         symmetric = {"method": "compressed-tensors", "body": Scheme(4, 32, True), "head": Scheme(8, None, True)}
-        checkpoint, _ = write_quantised(source, tmp_path / "made", **({} if "zero" in kind else symmetric))
+        checkpoint, _ = write_quantized(source, tmp_path / "made", **({} if "zero" in kind else symmetric))
     bundle = Bundle.open(export_bundle(checkpoint, tmp_path / "bundle", "float16"))
     weights = Footprint(bundle.manifest.model, bundle_precision(bundle.manifest)).weights
     for counted, name in ((weights.vision, "vision.data"), (weights.decoder + weights.head, "decoder.data")):

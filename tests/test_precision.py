@@ -17,19 +17,19 @@ from reference import Reference
 from test_awq import text_name
 from test_calibration import FLOAT32, write_data
 from test_int8_vision import require_wide_sums_where_needed
-from test_quantised_graphs import TEXT, float_activations, run
+from test_quantized_graphs import TEXT, float_activations, run
 from tiny import write_checkpoint
 from torch import Tensor
 
-from internvl_edge.bundle import DECODERS, Bundle
+from internvl_edge.bundle.manifest import DECODERS, Bundle
 from internvl_edge.calibration import DataOptions
-from internvl_edge.checkpoint import Checkpoint
+from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.export import export_bundle
-from internvl_edge.linear import W8A8
-from internvl_edge.quantize import QuantisationReport, quantize_checkpoint
+from internvl_edge.model.linear import W8A8
+from internvl_edge.quantize import QuantizationReport, quantize_checkpoint
 from internvl_edge.quantize.plan import plan_decoder
-from internvl_edge.recipe import DecoderInt8, Recipe, VisionInt8
-from internvl_edge.recipe_files import combine, make_recipe, presets
+from internvl_edge.recipe.files import combine, make_recipe, presets
+from internvl_edge.recipe.recipe import DecoderInt8, Recipe, VisionInt8
 from internvl_edge.runtime.engines import onnxruntime as engine_module
 
 __all__ = ["float_activations"]
@@ -54,18 +54,18 @@ MIXED: dict[str, Recipe] = {
 }
 
 
-def quantize(checkpoint: Path, out: Path, recipe: Recipe) -> QuantisationReport:
+def quantize(checkpoint: Path, out: Path, recipe: Recipe) -> QuantizationReport:
     options = DataOptions(write_data(checkpoint.parent / "data"), max_tiles=2)
     needed = recipe.needs_data or recipe.vision == "int8"
     return quantize_checkpoint(checkpoint, out, recipe, data=options if needed else None, compute=FLOAT32)
 
 
 class IntegerText(Reference):
-    """The reference of the original with the text model of a quantised checkpoint, rounded inputs included."""
+    """The reference of the original with the text model of a quantized checkpoint, rounded inputs included."""
 
-    def __init__(self, original: Path, quantised: Path, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, original: Path, quantized: Path, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(original, dtype)
-        read = Checkpoint(quantised)
+        read = Checkpoint(quantized)
         self.integers: dict[str, tuple[Tensor, Tensor, float]] = {}
         for name in read.shapes:
             if name.startswith("decoder."):
@@ -308,9 +308,9 @@ def test_every_preset_runs_in_both_dialects(tmp_path: Path, name: str, text: str
 @pytest.mark.parametrize("name", ["w8a8", "mixed", "orin", "rtx"])
 def test_int8_graphs_build_in_tensorrt(tmp_path: Path, name: str) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed (pip install tensorrt-rtx-cu13)")
-    from internvl_edge.devices import Devices
-    from internvl_edge.runtime.builder import build_engines
-    from internvl_edge.runtime.builder.bundle_engines import options_for
+    from internvl_edge.planning.devices import Devices
+    from internvl_edge.runtime.engines.tensorrt.build import build_engines
+    from internvl_edge.runtime.engines.tensorrt.build.bundle_engines import options_for
 
     # Blocks of 64 are the smallest that TensorRT documents.
     recipe = {

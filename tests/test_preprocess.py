@@ -18,8 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from internvl_edge.errors import ImageError
-from internvl_edge.runtime.preprocess import MAX_ASPECT_RATIO, load_image, tile_grid, tile_image
+from internvl_edge.base.errors import ImageError
+from internvl_edge.model.preprocess import MAX_ASPECT_RATIO, load_image, tile_grid, tile_image
 
 GRID_ROWS = json.loads((Path(__file__).parent / "data" / "tile_grid_table.json").read_text())["rows"]
 REMOTE = ("internvl2_5-internlm2-tiny", "internvl2_5-qwen2-tiny")

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internvl_edge.errors import BundleError, CheckpointError, PromptError
-from internvl_edge.runtime.prompt import build_prompt, video_question
-from internvl_edge.template import TEMPLATES, PromptTemplate, template_for
+from internvl_edge.base.errors import BundleError, CheckpointError, PromptError
+from internvl_edge.model.prompt import build_prompt, video_question
+from internvl_edge.model.template import TEMPLATES, PromptTemplate, template_for
 
 REMOTE = template_for("internvl2_5")
 NATIVE = template_for("internvl_native")

@@ -1,4 +1,4 @@
-"""Quantised checkpoints: every scheme in every layout reads back and answers like what was rounded; kills; refusals."""
+"""Quantized checkpoints: every scheme in every layout reads back and answers like what was rounded; kills; refusals."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from test_awq import text_name
 from test_calibration import FLOAT32, contents, poison, run_and_be_killed, write_data
 from tiny import write_checkpoint
 
+from internvl_edge.base.errors import EdgeError
 from internvl_edge.calibration import DataOptions, calibrate
 from internvl_edge.calibration.decoder_pass import DecoderPass
-from internvl_edge.checkpoint import Checkpoint
+from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.cli import cli
-from internvl_edge.errors import EdgeError
 from internvl_edge.export import export_bundle
 from internvl_edge.quantize import quantize_checkpoint, run
-from internvl_edge.recipe import Recipe
+from internvl_edge.recipe.recipe import Recipe
 
 KINDS: dict[str, dict[str, Any]] = {
     "qwen2": {},
@@ -52,18 +52,18 @@ def quantize(checkpoint: Path, out: Path, recipe: Recipe, data: Path | None = No
     return quantize_checkpoint(checkpoint, out, recipe, data=options, compute=FLOAT32)
 
 
-def dequantised(original: Path, quantised: Path) -> Reference:
-    """The reference of the original with the text model that the quantised checkpoint stands for."""
-    model, read = Reference(original), Checkpoint(quantised)
+def dequantized(original: Path, quantized: Path) -> Reference:
+    """The reference of the original with the text model that the quantized checkpoint stands for."""
+    model, read = Reference(original), Checkpoint(quantized)
     for name in read.shapes:
         if name.startswith("decoder."):
             model.weights[text_name(name)] = torch.from_numpy(read.tensor(name).astype(np.float32))
     return model
 
 
-def divergence(original: Path, quantised: Path) -> float:
+def divergence(original: Path, quantized: Path) -> float:
     base = Reference(original).logits(IDS).log_softmax(-1)
-    found = dequantised(original, quantised).logits(IDS).log_softmax(-1)
+    found = dequantized(original, quantized).logits(IDS).log_softmax(-1)
     return float((base.exp() * (base - found)).sum(-1).mean())
 
 
@@ -160,7 +160,7 @@ def test_a_recipe_that_autoawq_cannot_say_becomes_compressed_tensors(tmp_path: P
 
 @pytest.mark.parametrize("name", ["awq", "awq symmetric", "awq, int8 head", "w8a16"])
 @pytest.mark.parametrize("kind", ["qwen2", "internlm2"])
-def test_quantised_checkpoints_export(tmp_path: Path, kind: str, name: str) -> None:
+def test_quantized_checkpoints_export(tmp_path: Path, kind: str, name: str) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint", **KINDS[kind])
     quantize(checkpoint, tmp_path / "out", RECIPES[name])
     bundle = export_bundle(tmp_path / "out", tmp_path / "bundle", dtype="float16")
@@ -179,7 +179,7 @@ def test_statistics_of_calibrate_serve_quantize(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["tokens.npy", "embeddings.f32"])
-def test_statistics_that_lack_a_file_are_refused_before_a_layer_is_quantised(
+def test_statistics_that_lack_a_file_are_refused_before_a_layer_is_quantized(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     checkpoint, data = write_checkpoint(tmp_path / "checkpoint"), write_data(tmp_path / "data")
@@ -200,16 +200,16 @@ from pathlib import Path
 from internvl_edge.calibration import DataOptions, choose_compute
 from internvl_edge.calibration.work import WorkFolder
 from internvl_edge.quantize import quantize_checkpoint, run
-from internvl_edge.quantize.layer import BlockQuantiser
-from internvl_edge.recipe import Recipe
+from internvl_edge.quantize.layer import BlockQuantizer
+from internvl_edge.recipe.recipe import Recipe
 moment, checkpoint, data, out = sys.argv[1:]
 
 def kill(*ignored, **also):
     os.kill(os.getpid(), signal.SIGKILL)
 
-write_json, layer = WorkFolder.write_json, BlockQuantiser.layer
+write_json, layer = WorkFolder.write_json, BlockQuantizer.layer
 if moment == "layer":  # in the second layer, before its result is stored
-    BlockQuantiser.layer = lambda self, n, s: kill() if n == 1 else layer(self, n, s)
+    BlockQuantizer.layer = lambda self, n, s: kill() if n == 1 else layer(self, n, s)
 elif moment == "commit":  # the second layer's result and hidden states are stored, the state is not
     WorkFolder.write_json = lambda self, name, values: (
         kill() if (name, values) == ("decoder.json", {"layers": 2}) else write_json(self, name, values)
@@ -222,7 +222,7 @@ quantize_checkpoint(checkpoint, out, recipe, data=options, compute=choose_comput
 """
 
 
-def test_a_killed_quantisation_continues_to_the_same_bytes(tmp_path: Path) -> None:
+def test_a_killed_quantization_continues_to_the_same_bytes(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint", text="internlm2")
     data, recipe = write_data(tmp_path / "data"), RECIPES["awq, int4 head"]
     quantize(checkpoint, tmp_path / "whole", recipe, data)
@@ -258,10 +258,10 @@ def test_a_group_size_that_does_not_divide_names_the_layer_and_sizes_that_fit(tm
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_a_quantised_checkpoint_is_not_quantised_again(tmp_path: Path) -> None:
+def test_a_quantized_checkpoint_is_not_quantized_again(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint")
     quantize(checkpoint, tmp_path / "out", RECIPES["rtn"])
-    with pytest.raises(EdgeError, match="quantised already"):
+    with pytest.raises(EdgeError, match="quantized already"):
         quantize(tmp_path / "out", tmp_path / "again", RECIPES["rtn"])
 
 

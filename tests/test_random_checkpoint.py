@@ -23,8 +23,8 @@ sys.path.insert(0, str(BENCHMARKS))
 import checkpoint_variants as variants  # noqa: E402 - the folder of scripts is no package
 import random_checkpoint  # noqa: E402
 
-from internvl_edge.checkpoint import Checkpoint  # noqa: E402
-from internvl_edge.errors import EdgeError  # noqa: E402
+from internvl_edge.base.errors import EdgeError  # noqa: E402
+from internvl_edge.checkpoint.reader import Checkpoint  # noqa: E402
 
 # hidden, layers, heads, kv heads, head dim, intermediate, vocabulary, rms eps, model type, rope scaling
 PUBLISHED = {

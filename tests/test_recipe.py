@@ -11,13 +11,13 @@ from click.testing import CliRunner
 from test_calibration import write_data
 from tiny import write_checkpoint
 
-from internvl_edge.checkpoint import Checkpoint
+from internvl_edge.base.errors import EdgeError
+from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.cli import cli
-from internvl_edge.errors import EdgeError
 from internvl_edge.quantize import check_recipe
 from internvl_edge.quantize.plan import decoder_linears, plan_decoder
-from internvl_edge.recipe import Automatic, DecoderInt8, Recipe
-from internvl_edge.recipe_files import combine, make_recipe, presets, read_recipe
+from internvl_edge.recipe.files import combine, make_recipe, presets, read_recipe
+from internvl_edge.recipe.recipe import Automatic, DecoderInt8, Recipe
 
 
 def test_presets_are_recipes_that_differ_where_devices_do() -> None:
@@ -84,7 +84,7 @@ def test_names_that_are_neither_preset_nor_file_get_near_ones(tmp_path: Path) ->
         ({"decoder": "fp", "automatic": Automatic(target_bits=5)}, "give a decoder scheme below fp"),
         ({"decoder": "w8a8", "automatic": Automatic(target_bits=9)}, "give max_kl"),
         ({"decoder_int8": DecoderInt8(max_kl=0), "kv_cache": "int2"}, "kv_cache 'int2'"),
-        ({"decoder": "fp", "layers": (("*", "fp"),)}, "quantise at least one"),
+        ({"decoder": "fp", "layers": (("*", "fp"),)}, "quantize at least one"),
     ],
 )
 def test_choices_that_cannot_be_are_refused(choices: dict[str, Any], message: str) -> None:

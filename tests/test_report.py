@@ -19,14 +19,14 @@ from PIL import Image
 from reports import HOSTILE, full_report
 from test_cli import internvl_edge
 
-from internvl_edge.bundle import QUANTIZATION, Manifest
-from internvl_edge.components import Component
+from internvl_edge.base.jsonable import decode, encode
+from internvl_edge.bundle.manifest import QUANTIZATION, Manifest
+from internvl_edge.evaluation.report.bundle_report import histogram
+from internvl_edge.evaluation.report.content import Report, Run
+from internvl_edge.evaluation.report.files import HTML, JSON, making_of, read_report, write_report
+from internvl_edge.evaluation.report.page import difference, render
+from internvl_edge.model.components import Component
 from internvl_edge.quantize.run import _read_facts
-from internvl_edge.report.codec import decode, encode
-from internvl_edge.report.content import Report, Run
-from internvl_edge.report.files import HTML, JSON, making_of, read_report, write_report
-from internvl_edge.report.judging import histogram
-from internvl_edge.report.page import difference, render
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 BARE = Report("bundle", "b", "c", (), False, 10, (), figures={})
@@ -85,7 +85,7 @@ def test_without_the_extra_figures_are_written_and_a_line_says_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_report(BARE, tmp_path)
-    monkeypatch.delitem(sys.modules, "internvl_edge.report.page")
+    monkeypatch.delitem(sys.modules, "internvl_edge.evaluation.report.page")
     monkeypatch.setitem(sys.modules, "jinja2", None)
     written = write_report(replace(BARE, name="newer"), tmp_path)
     assert "jinja2: pip install 'internvl-edge[report]'" in written.hint
@@ -167,7 +167,7 @@ def test_plots_have_no_colours_of_their_own(page: str) -> None:
 
 def test_what_is_not_known_is_left_out() -> None:
     text = render(BARE)
-    for heading in ("The gate", "side by side", "Suite", "Size", "How it was quantised", "<svg", "None"):
+    for heading in ("The gate", "side by side", "Suite", "Size", "How it was quantized", "<svg", "None"):
         assert heading not in text
 
 
@@ -232,7 +232,7 @@ def test_quantize_writes_both_files_into_its_folder(made: Path) -> None:
     assert sum(part["bytes"] for part in report["components"]) == pytest.approx(stored, rel=0.15)
 
 
-def test_export_carries_what_the_quantiser_said_of_these_weights(made: Path, tmp_path: Path) -> None:
+def test_export_carries_what_the_quantizer_said_of_these_weights(made: Path, tmp_path: Path) -> None:
     assert QUANTIZATION in Manifest.read(made / "int4").files
     assert QUANTIZATION not in Manifest.read(made / "float").files
     assert making_of(made / "original") is None

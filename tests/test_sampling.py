@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from internvl_edge.errors import PromptError
+from internvl_edge.base.errors import PromptError
 from internvl_edge.runtime.sampling import Sampler, Sampling
 
 LOGITS = arrays.arrays(

@@ -7,8 +7,8 @@ import re
 
 import pytest
 
+from internvl_edge.base.errors import EdgeError
 from internvl_edge.calibration.synthetic import SPLITS, TASKS, Sample, draw_picture, fonts, sample, words
-from internvl_edge.errors import EdgeError
 
 COUNT = 30
 HELD_OUT = [("train", "validation"), ("train", "test"), ("validation", "test")]

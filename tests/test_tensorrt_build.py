@@ -21,17 +21,17 @@ import onnx
 import pytest
 import tiny
 from test_kv_cache import write_scales
-from tiny_quantised import write_quantised
+from tiny_quantized import write_quantized
 
 from internvl_edge import export_bundle
-from internvl_edge.bundle import Bundle
-from internvl_edge.devices import Devices, Target
-from internvl_edge.errors import EdgeError, EngineError
-from internvl_edge.linear import Scheme
-from internvl_edge.runtime.builder import build_engines, bundle_engines
-from internvl_edge.runtime.builder.bundle_engines import headers, options_for
-from internvl_edge.runtime.builder.engine import Build, build_engine
-from internvl_edge.runtime.builder.network import (
+from internvl_edge.base.errors import EdgeError, EngineError
+from internvl_edge.bundle.manifest import Bundle
+from internvl_edge.model.linear import Scheme
+from internvl_edge.planning.devices import Devices, Target
+from internvl_edge.runtime.engines.tensorrt.build import build_engines, bundle_engines
+from internvl_edge.runtime.engines.tensorrt.build.bundle_engines import headers, options_for
+from internvl_edge.runtime.engines.tensorrt.build.engine import Build, build_engine
+from internvl_edge.runtime.engines.tensorrt.build.network import (
     layer_types,
     layers,
     outputs_of_type,
@@ -39,8 +39,8 @@ from internvl_edge.runtime.builder.network import (
     shape_inputs,
     tensors,
 )
-from internvl_edge.runtime.engines.tensorrt_flavour import load_flavour
-from internvl_edge.runtime.engines.tensorrt_record import ENGINES, RECORD, EngineRecord, engine_folder
+from internvl_edge.runtime.engines.tensorrt.flavour import load_flavour
+from internvl_edge.runtime.engines.tensorrt.record import ENGINES, RECORD, EngineRecord, engine_folder
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed (pip install tensorrt-rtx-cu13)")
 
@@ -50,10 +50,10 @@ SIZES = {"capacity": 256, "chunk": 64, "tiles": 2}
 SYMMETRIC = {"method": "compressed-tensors", "body": Scheme(4, 64, True), "head": Scheme(8, None, True)}
 
 
-def export(folder: Path, quantised: dict[str, Any] | None = None, **choices: Any) -> Bundle:
+def export(folder: Path, quantized: dict[str, Any] | None = None, **choices: Any) -> Bundle:
     checkpoint = tiny.write_checkpoint(folder / "plain", **choices)
-    if quantised is not None:
-        checkpoint, _ = write_quantised(checkpoint, folder / "quantised", **quantised)
+    if quantized is not None:
+        checkpoint, _ = write_quantized(checkpoint, folder / "quantized", **quantized)
     return Bundle.open(export_bundle(checkpoint, folder / "bundle", "float16"))
 
 
@@ -163,16 +163,16 @@ def test_the_tower_takes_bytes_and_has_one_attention_per_layer(bundle: Bundle) -
 
 @pytest.mark.parametrize("name", ["awq", "symmetric"])
 def test_int4_stays_weight_only_with_its_correction_beside_it(tmp_path: Path, name: str) -> None:
-    """A quantised product is a dequantised constant and a matrix product; zero points add one small product more."""
+    """A quantized product is a dequantized constant and a matrix product; zero points add one small product more."""
     bundle = export(tmp_path, {"skewed": True} if name == "awq" else SYMMETRIC)
     _, network = networks(bundle)
     config = bundle.manifest.model.decoder
     linears, head = 7 * config.num_hidden_layers, 1
-    dequantised = [layer for layer in layers(network) if layer.type.name == "DEQUANTIZE"]
-    assert len(dequantised) == (linears if name == "awq" else linears + head)
-    types = Counter(layer.get_input(0).dtype.name for layer in dequantised)
+    dequantized = [layer for layer in layers(network) if layer.type.name == "DEQUANTIZE"]
+    assert len(dequantized) == (linears if name == "awq" else linears + head)
+    types = Counter(layer.get_input(0).dtype.name for layer in dequantized)
     assert types == ({"INT4": linears} if name == "awq" else {"INT4": linears, "INT8": head})
-    assert {layer.get_output(0).dtype.name for layer in dequantised} == {"BF16"}
+    assert {layer.get_output(0).dtype.name for layer in dequantized} == {"BF16"}
     corrections = linears if name == "awq" else 0
     assert layer_types(network)["MATRIX_MULTIPLY"] == linears + head + corrections
     # q, k and v share the sums of their input, gate and up theirs; they are added up in float32.
@@ -181,8 +181,8 @@ def test_int4_stays_weight_only_with_its_correction_beside_it(tmp_path: Path, na
     assert outputs_of_type(network, "REDUCE")["FLOAT"] == norms + sums
 
 
-def test_int8_towers_keep_their_quantised_products(tmp_path: Path) -> None:
-    """Inputs and weights of every product in the blocks are quantised; attention and the rest have 16 bits."""
+def test_int8_towers_keep_their_quantized_products(tmp_path: Path) -> None:
+    """Inputs and weights of every product in the blocks are quantized; attention and the rest have 16 bits."""
     source, checkpoint = tiny.write_checkpoint(tmp_path / "plain"), tmp_path / "int8"
     script = Path(__file__).resolve().parent.parent / "benchmarks" / "int8_tower.py"
     subprocess.run([sys.executable, str(script), str(source), str(checkpoint)], check=True)
@@ -225,9 +225,9 @@ def test_one_file_for_all_cards_is_built_once(tmp_path: Path) -> None:
     assert [path.name for path in folder.parent.iterdir()] == ["rtx"]
 
 
-@pytest.mark.parametrize("quantised", [{"skewed": True}, SYMMETRIC])
-def test_quantised_engines_build(tmp_path: Path, quantised: dict[str, Any]) -> None:
-    bundle = export(tmp_path, quantised)
+@pytest.mark.parametrize("quantized", [{"skewed": True}, SYMMETRIC])
+def test_quantized_engines_build(tmp_path: Path, quantized: dict[str, Any]) -> None:
+    bundle = export(tmp_path, quantized)
     assert build_engines(bundle, RTX, options_for(RTX, **SIZES))[1]
 
 

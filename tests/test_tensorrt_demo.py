@@ -9,26 +9,28 @@ import pytest
 from test_calibration import FLOAT32
 
 from internvl_edge import export_bundle
-from internvl_edge.bundle import Bundle
+from internvl_edge.bundle.manifest import Bundle
 from internvl_edge.calibration import DataOptions
-from internvl_edge.checkpoint import Checkpoint
-from internvl_edge.demo import TEXT_MODELS, demo_checkpoint
-from internvl_edge.devices import Devices
+from internvl_edge.checkpoint.reader import Checkpoint
+from internvl_edge.demo import CHECKPOINT
+from internvl_edge.planning.devices import Devices
 from internvl_edge.quantize import quantize_checkpoint
-from internvl_edge.recipe_files import make_recipe, read_recipe
-from internvl_edge.runtime.builder import build_engines
-from internvl_edge.runtime.builder.bundle_engines import options_for
-from internvl_edge.runtime.engines.tensorrt_record import ENGINES
+from internvl_edge.recipe.files import make_recipe, read_recipe
+from internvl_edge.runtime.engines.tensorrt.build import build_engines
+from internvl_edge.runtime.engines.tensorrt.build.bundle_engines import options_for
+from internvl_edge.runtime.engines.tensorrt.record import ENGINES
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed (pip install tensorrt-rtx-cu13)")
 pytestmark = pytest.mark.slow
 
+INTERNLM2 = Path(__file__).resolve().parent.parent / "examples" / "reader" / "internlm2"
 
-@pytest.mark.parametrize("text_model", TEXT_MODELS)
+
+@pytest.mark.parametrize("source", [CHECKPOINT, INTERNLM2], ids=["qwen2", "internlm2"])
 @pytest.mark.parametrize("recipe", ["none", "cpu", "rtx", "orin"])
-def test_engines_of_the_demo_models_are_built(text_model: str, recipe: str, tmp_path: Path) -> None:
+def test_engines_of_the_demo_models_are_built(source: Path, recipe: str, tmp_path: Path) -> None:
     """`cpu` has zero points, which need the correction; `orin` an int8 cache."""
-    checkpoint = demo_checkpoint(text_model)
+    checkpoint = source
     if recipe != "none":
         data = DataOptions(samples=4, max_tiles=1)
         made = make_recipe(read_recipe(recipe))
@@ -39,7 +41,7 @@ def test_engines_of_the_demo_models_are_built(text_model: str, recipe: str, tmp_
     assert record.compute_capabilities == (86, 89, 120)
     sizes = {name: facts["bytes"] for name, facts in record.files.items()}
     assert sizes.keys() == set(ENGINES.values())
-    shapes = Checkpoint(demo_checkpoint(text_model)).shapes
+    shapes = Checkpoint(source).shapes
     names = [name for name in shapes if name.startswith("decoder.") and "embed_tokens" not in name]
     weights = sum(2 * math.prod(shapes[name]) for name in names)
     # 3 MB of an engine are no weights, up to 7 where it copies an int8 cache.

@@ -19,16 +19,16 @@ from fake_gpu import FakeCuda, FakeTensorRT
 from test_kv_cache import write_scales
 
 from internvl_edge import export_bundle
-from internvl_edge.bundle import Bundle, sha256
-from internvl_edge.errors import EngineError
-from internvl_edge.runtime.builder.bundle_engines import headers
-from internvl_edge.runtime.engines import tensorrt
+from internvl_edge.base.errors import EngineError
+from internvl_edge.bundle.manifest import Bundle, sha256
 from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from internvl_edge.runtime.engines.tensorrt import TensorRTEngine
-from internvl_edge.runtime.engines.tensorrt_buffers import HALVES
-from internvl_edge.runtime.engines.tensorrt_cuda import Cuda
-from internvl_edge.runtime.engines.tensorrt_flavour import Flavour, load_flavour, make_log
-from internvl_edge.runtime.engines.tensorrt_record import (
+from internvl_edge.runtime.engines.tensorrt import engine as tensorrt
+from internvl_edge.runtime.engines.tensorrt.buffers import HALVES
+from internvl_edge.runtime.engines.tensorrt.build.bundle_engines import headers
+from internvl_edge.runtime.engines.tensorrt.cuda import Cuda
+from internvl_edge.runtime.engines.tensorrt.engine import TensorRTEngine
+from internvl_edge.runtime.engines.tensorrt.flavour import Flavour, load_flavour, make_log
+from internvl_edge.runtime.engines.tensorrt.record import (
     ENGINES,
     BuildOptions,
     EngineRecord,

@@ -18,13 +18,13 @@ from pathlib import Path
 import pytest
 
 from internvl_edge import export_bundle
-from internvl_edge.bundle import Bundle
-from internvl_edge.checkpoint import Checkpoint
-from internvl_edge.devices import Devices
-from internvl_edge.runtime.builder.bundle_engines import headers, options_for, profiles
-from internvl_edge.runtime.builder.engine import Build, Built, build_engine
-from internvl_edge.runtime.builder.network import layer_types, layers, parsed_network
-from internvl_edge.runtime.engines.tensorrt_flavour import load_flavour
+from internvl_edge.bundle.manifest import Bundle
+from internvl_edge.checkpoint.reader import Checkpoint
+from internvl_edge.planning.devices import Devices
+from internvl_edge.runtime.engines.tensorrt.build.bundle_engines import headers, options_for, profiles
+from internvl_edge.runtime.engines.tensorrt.build.engine import Build, Built, build_engine
+from internvl_edge.runtime.engines.tensorrt.build.network import layer_types, layers, parsed_network
+from internvl_edge.runtime.engines.tensorrt.flavour import load_flavour
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed (pip install tensorrt-rtx-cu13)")
 pytestmark = [
@@ -58,7 +58,7 @@ def quantized(checkpoint: Path, *options: str) -> Path:
 
 
 def built(checkpoint: Path, folder: Path, graph: str) -> tuple[Built, Counter[str], Counter[str]]:
-    """One engine of a checkpoint for all three generations: figures, layers, and the types that are dequantised."""
+    """One engine of a checkpoint for all three generations: figures, layers, and the types that are dequantized."""
     bundle = Bundle.open(export_bundle(checkpoint, folder / "bundle", "float16", dialects=["standard"]))
     options = options_for(RTX)
     header, path = headers(bundle, options)[graph]

@@ -12,17 +12,17 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import tiny
-from tiny_quantised import write_quantised
+from tiny_quantized import write_quantized
 
 from internvl_edge import export_bundle
-from internvl_edge.bundle import Bundle
-from internvl_edge.errors import BundleError
-from internvl_edge.runtime.builder.bundle_engines import headers
-from internvl_edge.runtime.builder.header import decoder_header, vision_header
+from internvl_edge.base.errors import BundleError
+from internvl_edge.bundle.manifest import Bundle
+from internvl_edge.model.rope import RotaryAngles
 from internvl_edge.runtime.engines import onnxruntime as engine_module
 from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from internvl_edge.runtime.engines.tensorrt_record import BuildOptions
-from internvl_edge.runtime.rope import RotaryAngles
+from internvl_edge.runtime.engines.tensorrt.build.bundle_engines import headers
+from internvl_edge.runtime.engines.tensorrt.build.header import decoder_header, vision_header
+from internvl_edge.runtime.engines.tensorrt.record import BuildOptions
 
 CAPACITY = 64
 EXACT = ("session.qdq_matmulnbits_accuracy_level", "1")
@@ -112,9 +112,9 @@ def test_decomposed_headers_compute_the_same_with_operators_of_opset_21(tmp_path
     _assert_same_numbers(bundle, 0.03, decomposed=True)
 
 
-def test_quantised_decoders_keep_their_correction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantized_decoders_keep_their_correction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums over groups cancel: they stay in float32, while scales become 16-bit constants."""
-    checkpoint, _ = write_quantised(tiny.write_checkpoint(tmp_path / "plain"), tmp_path / "checkpoint", skewed=True)
+    checkpoint, _ = write_quantized(tiny.write_checkpoint(tmp_path / "plain"), tmp_path / "checkpoint", skewed=True)
     bundle = Bundle.open(export_bundle(checkpoint, tmp_path / "bundle", "float16"))
     model = ir.from_proto(onnx.load_from_string(tailored(bundle, "float16")[1]))
     sums = [node for node in model.graph if node.op_type == "ReduceSum"]

@@ -10,8 +10,8 @@ from fake_gpu import FakeCuda, FakeTensorRT
 from test_tensorrt_engine import open_engine, write_engines
 
 from internvl_edge import InternVL, export_bundle
-from internvl_edge.bundle import Bundle
-from internvl_edge.errors import EngineError
+from internvl_edge.base.errors import EngineError
+from internvl_edge.bundle.manifest import Bundle
 
 
 @pytest.fixture(scope="module")

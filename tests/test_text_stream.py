@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import write_checkpoint
 
-from internvl_edge.config_reader import read_config
-from internvl_edge.errors import PromptError
-from internvl_edge.export.tokenizer import build_tokenizer
+from internvl_edge.base.errors import PromptError
+from internvl_edge.checkpoint.config_reader import read_config
+from internvl_edge.checkpoint.tokenizer_files import build_tokenizer
+from internvl_edge.model.tokenizer import Tokenizer
 from internvl_edge.runtime.text_stream import TextStream
-from internvl_edge.runtime.tokenizer import Tokenizer
 
 KINDS = ("qwen2", "internlm2")
 # Stop strings that overlap, contain each other, end in whitespace and begin like much other text.

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from internvl_edge.config import ModelConfig
-from internvl_edge.config_reader import read_config
-from internvl_edge.errors import BundleError, CheckpointError
-from internvl_edge.export import sentencepiece_tokenizer
-from internvl_edge.export.tokenizer import build_tokenizer, token_ids
-from internvl_edge.runtime.prompt import build_prompt
-from internvl_edge.runtime.tokenizer import Tokenizer
-from internvl_edge.template import template_for
+from internvl_edge.base.errors import BundleError, CheckpointError
+from internvl_edge.checkpoint import sentencepiece_tokenizer
+from internvl_edge.checkpoint.config_reader import read_config
+from internvl_edge.checkpoint.tokenizer_files import build_tokenizer, token_ids
+from internvl_edge.model.config import ModelConfig
+from internvl_edge.model.prompt import build_prompt
+from internvl_edge.model.template import template_for
+from internvl_edge.model.tokenizer import Tokenizer
 
 INTERNLM2, QWEN2, NATIVE = "internvl2_5-internlm2-tiny", "internvl2_5-qwen2-tiny", "internvl-hf-qwen2-tiny"
 Load = Callable[[str], Tokenizer]

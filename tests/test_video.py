@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internvl_edge.errors import EdgeError, ImageError
-from internvl_edge.runtime import video
-from internvl_edge.runtime.preprocess import load_image, tile_image
-from internvl_edge.runtime.video import frame_indices, load_video
+from internvl_edge.base.errors import EdgeError, ImageError
+from internvl_edge.model import video
+from internvl_edge.model.preprocess import load_image, tile_image
+from internvl_edge.model.video import frame_indices, load_video
 
 
 def original_indices(total: int, count: int, fps: float, bound: tuple[float, float]) -> list[int]:

@@ -1,4 +1,4 @@
-"""llama.cpp's own converter and quantiser: cpu_gguf.py SOURCES CHECKPOINT OUT.
+"""llama.cpp's own converter and quantizer: cpu_gguf.py SOURCES CHECKPOINT OUT.
 
 SOURCES is the folder of llama.cpp inside llama-cpp-python's source distribution. The converter recognises tokenizers by
 a hash over their output; that of random checkpoints is made up, so it is told which one to take. It has no merges

@@ -22,7 +22,7 @@ once "$out/llama_cpp_python" sh -c "mkdir -p '$out/llama_cpp_python' && tar -xzf
     --strip-components=1 -C '$out/llama_cpp_python'"
 once "$out/gguf/mmproj-q8_0.gguf" "$peers/transformers/bin/python" "$here/cpu_gguf.py" \
     "$out/llama_cpp_python/vendor/llama.cpp" "$checkpoint" "$out/gguf"
-once "$out/gguf/text-Q8_0.gguf" "$peers/llama-cpp/bin/python" "$here/cpu_gguf_quantise.py" "$out/gguf/text-f16.gguf" "$out/gguf"
+once "$out/gguf/text-Q8_0.gguf" "$peers/llama-cpp/bin/python" "$here/cpu_gguf_quantize.py" "$out/gguf/text-f16.gguf" "$out/gguf"
 
 optimum=("$peers/openvino-genai/bin/optimum-cli" export openvino -m "$out/text" --task text-generation-with-past)
 once "$out/openvino-int4" "${optimum[@]}" --weight-format int4 --sym --group-size 64 --ratio 1.0 "$out/openvino-int4"

@@ -1,6 +1,6 @@
 """The tower as OpenVINO's own format holds it: cpu_openvino_tower.py FLOAT_VISION.onnx OUT.
 
-Writes OUT/vision-fp16.xml and OUT/vision-int8.xml, the latter by NNCF's post-training quantisation of a transformer on
+Writes OUT/vision-fp16.xml and OUT/vision-int8.xml, the latter by NNCF's post-training quantization of a transformer on
 random tiles: what it costs in speed does not depend on them.
 """
 

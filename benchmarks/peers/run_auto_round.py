@@ -46,8 +46,8 @@ def main() -> None:
         device_map="cpu",
         amp=False,
     )
-    quantised, _ = rounding.quantize()
-    state = {name: value.float().contiguous().clone() for name, value in quantised.state_dict().items()}
+    quantized, _ = rounding.quantize()
+    state = {name: value.float().contiguous().clone() for name, value in quantized.state_dict().items()}
     state.pop("lm_head.weight", None)  # the token table again
     _save(state, options.out)
 

@@ -1,6 +1,6 @@
 """NVIDIA ModelOpt's INT4_AWQ_CFG on a Llama folder: run_modelopt.py MODEL TOKENS.npy OUT --group-size 64.
 
-Needs the `modelopt` environment. OUT becomes a folder with the float32 weights that the quantised model multiplies
+Needs the `modelopt` environment. OUT becomes a folder with the float32 weights that the quantized model multiplies
 with: rounded ones times the scale of their inputs. The configuration is the tool's own (symmetric, alpha search without
 clipping), apart from the group size; `--clip` takes its full algorithm, which also searches clipping.
 
@@ -81,7 +81,7 @@ def _set_group_size(config: object, size: int) -> None:
 
 
 def _multiplied(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The model's tensors, quantised linears as what they multiply with."""
+    """The model's tensors, quantized linears as what they multiply with."""
     state = {name: value for name, value in model.state_dict().items() if "_quantizer" not in name}
     rounded = 0
     for name, module in model.named_modules():

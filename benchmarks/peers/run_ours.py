@@ -13,7 +13,7 @@ from pathlib import Path
 
 from internvl_edge.calibration import choose_compute
 from internvl_edge.quantize import quantize_checkpoint
-from internvl_edge.recipe_files import make_recipe
+from internvl_edge.recipe.files import make_recipe
 
 
 def main() -> None:

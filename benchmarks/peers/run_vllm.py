@@ -7,7 +7,7 @@ greedy answers to texts without their `answer`, and the error where loading or a
 
 The folder is loaded as `quantize` left it. Published checkpoints bring the code of their configuration classes and
 vLLM asks for it; those of this project's tests have none, so the classes are defined here. Nothing here knows
-quantisation.
+quantization.
 """
 
 from __future__ import annotations

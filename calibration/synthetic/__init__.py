@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 
 from PIL import Image
 
-from internvl_edge.calibration.synthetic import documents, pictures
-from internvl_edge.calibration.synthetic.draw import Picture, damage
-from internvl_edge.calibration.synthetic.words import SPLITS
-from internvl_edge.errors import EdgeError
+from internvl_edge.base.errors import EdgeError
+
+from . import documents, pictures
+from .draw import Picture, damage
+from .words import SPLITS
 
 __all__ = ["SPLITS", "TASKS", "Sample", "draw_picture", "sample"]
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import random
 
-from internvl_edge.calibration.synthetic.draw import Colour, Page, Picture, has_chinese, paper_and_ink, pick_face
-from internvl_edge.calibration.synthetic.fonts import Face
-from internvl_edge.calibration.synthetic.words import code, invented_chinese, invented_word, pool
+from .draw import Colour, Page, Picture, has_chinese, paper_and_ink, pick_face
+from .fonts import Face
+from .words import code, invented_chinese, invented_word, pool
 
 TILE = 112
 _MARGIN = 6.0

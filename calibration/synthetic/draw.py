@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from internvl_edge.calibration.synthetic.fonts import CHINESE, LATIN, Face, load_font
+from .fonts import CHINESE, LATIN, Face, load_font
 
 Colour = tuple[int, int, int]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import ImageFont
 
-from internvl_edge.errors import EdgeError
+from internvl_edge.base.errors import EdgeError
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import random
 from itertools import product
 from operator import itemgetter
 
-from internvl_edge.calibration.synthetic.documents import TILE, word
-from internvl_edge.calibration.synthetic.draw import Colour, Page, Picture, paper_and_ink, pick_face
+from .documents import TILE, word
+from .draw import Colour, Page, Picture, paper_and_ink, pick_face
 
 COLOURS: dict[str, Colour] = {
     "red": (215, 35, 35),

@@ -14,13 +14,7 @@ import numpy as np
 
 from internvl_edge.calibration.synthetic.draw import Page, damage, has_chinese, paper_and_ink, pick_face
 from internvl_edge.calibration.synthetic.fonts import Face, load_font
-from internvl_edge.calibration.synthetic.words import (
-    CHINESE_CHARACTERS,
-    code,
-    invented_chinese,
-    invented_word,
-    pool,
-)
+from internvl_edge.calibration.synthetic.words import CHINESE_CHARACTERS, code, invented_chinese, invented_word, pool
 
 CHARACTERS = "".join(map(chr, range(33, 127))) + CHINESE_CHARACTERS
 CLASSES = len(CHARACTERS) + 1

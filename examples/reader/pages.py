@@ -7,7 +7,7 @@ import random
 import numpy as np
 from PIL import Image
 
-from internvl_edge.runtime.preprocess import tile_image
+from internvl_edge.model.preprocess import tile_image
 
 TILE_SIZE = 112
 MAX_TILES = 6

@@ -17,19 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from internvl_edge.base.errors import EdgeError
 from internvl_edge.calibration.compute import to_numpy, to_torch
 from internvl_edge.calibration.dataset import CalibrationSet
 from internvl_edge.calibration.run import require_same_checkpoint
 from internvl_edge.calibration.work import checkpoint_identity
+from internvl_edge.checkpoint.codecs import autoawq
+from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.quantize import check_recipe
-from internvl_edge.quantize.block import QuantisedBlock
+from internvl_edge.quantize.block import QuantizedBlock
 from internvl_edge.quantize.files import write_shards
 from internvl_edge.quantize.output import OutputLayout
-
-from ..checkpoint import Checkpoint
-from ..codecs import autoawq
-from ..errors import EdgeError
-from ..recipe import Recipe
+from internvl_edge.recipe.recipe import Recipe
 
 # AutoAWQ joins its samples and cuts them into sequences of one length; this is its own default.
 SEQUENCE_LENGTH = 512
@@ -39,7 +38,7 @@ _PARTS = ("qweight", "qzeros", "scales")
 def quantize_with_autoawq(
     checkpoint: str | Path, calibration: str | Path, out: str | Path, group_size: int = 128
 ) -> Path:
-    """Quantise the decoder of a Qwen2 checkpoint to 4 bits with AutoAWQ's search.
+    """Quantize the decoder of a Qwen2 checkpoint to 4 bits with AutoAWQ's search.
 
     Args:
         checkpoint: local folder with float weights.
@@ -64,12 +63,12 @@ def quantize_with_autoawq(
     require_same_checkpoint(data, checkpoint_identity(source.folder))
     state = _search(source, _sequences(data), group_size)
     layout = OutputLayout(source, recipe)
-    quantised = layout.tensors(_as_block(source, state))
+    quantized = layout.tensors(_as_block(source, state))
     target.mkdir(parents=True)
-    tensors = [*quantised, *layout.unchanged(tensor.name for tensor in quantised)]
+    tensors = [*quantized, *layout.unchanged(tensor.name for tensor in quantized)]
     write_shards(target, sorted(tensors, key=lambda tensor: tensor.name))
     layout.copy_side_files(target)
-    config = layout.config(tensor.name for tensor in quantised)
+    config = layout.config(tensor.name for tensor in quantized)
     (target / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return target
 
@@ -151,9 +150,9 @@ def _renamed(name: str, prefixes: dict[str, str]) -> str:
     return next(new + name.removeprefix(old) for old, new in prefixes.items() if name.startswith(old))
 
 
-def _as_block(checkpoint: Checkpoint, state: dict[str, Tensor]) -> QuantisedBlock:
+def _as_block(checkpoint: Checkpoint, state: dict[str, Tensor]) -> QuantizedBlock:
     """AutoAWQ's result in this project's terms; norms and biases are rounded to the type they were stored in."""
-    block = QuantisedBlock()
+    block = QuantizedBlock()
     for name, tensor in state.items():
         module, _, kind = f"decoder.{name}".rpartition(".")
         if kind == "qweight":
@@ -171,7 +170,7 @@ def _as_block(checkpoint: Checkpoint, state: dict[str, Tensor]) -> QuantisedBloc
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--group-size", type=int, default=128, show_default=True)
 def main(checkpoint: Path, calibration: Path, out: Path, group_size: int) -> None:
-    """Quantise CHECKPOINT with AutoAWQ on CALIBRATION, the folder that `internvl-edge calibrate` made, into OUT."""
+    """Quantize CHECKPOINT with AutoAWQ on CALIBRATION, the folder that `internvl-edge calibrate` made, into OUT."""
     try:
         click.echo(quantize_with_autoawq(checkpoint, calibration, out, group_size))
     except EdgeError as error:

@@ -17,7 +17,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..errors import EdgeError
+from internvl_edge.base.errors import EdgeError
 
 BACKEND = "onnx"
 TASK = "image-text-to-text"
@@ -42,7 +42,7 @@ class InternVLExport:
         Raises:
             EdgeError: as `export_bundle`.
         """
-        from ..hub import resolve_checkpoint
+        from internvl_edge.checkpoint.hub import resolve_checkpoint
 
         try:
             from internvl_edge.export import export_bundle

@@ -15,13 +15,13 @@ from typing import Any
 
 import click
 
-from ..errors import EdgeError, QualityWarning
+from internvl_edge.base.errors import EdgeError, QualityWarning
 
 # Command -> one-line help. Commands are imported when they are called: `run` must not pay for `export`.
 COMMANDS = {
     "inspect": "Show what a checkpoint or a bundle is.",
     "calibrate": "Run calibration data through a checkpoint, for quantize.",
-    "quantize": "Quantise a checkpoint to 4 or 8 bits.",
+    "quantize": "Quantize a checkpoint to 4 or 8 bits.",
     "export": "Turn a checkpoint into a bundle of ONNX graphs.",
     "devices": "List what bundles can be planned and built for.",
     "plan": "Say whether a model fits a device, and how fast it can be.",
@@ -54,7 +54,7 @@ class _Commands(click.Group):
 @click.version_option(package_name="internvl-edge")
 @click.pass_context
 def cli(context: click.Context) -> None:
-    """InternVL 2.5 on the edge: export, calibrate, quantise, run."""
+    """InternVL 2.5 on the edge: export, calibrate, quantize, run."""
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import click
 
-from internvl_edge.errors import EdgeError
+from internvl_edge.base.errors import EdgeError
+from internvl_edge.base.units import size
 from internvl_edge.runtime.bench import Report, bench
 
-from ..units import size
 from .options import loading_options
 from .output import print_json, print_table
 

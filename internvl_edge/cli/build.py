@@ -8,11 +8,11 @@ from pathlib import Path
 
 import click
 
-from internvl_edge.runtime.engines.tensorrt_record import EngineRecord, engine_folder
+from internvl_edge.base.units import size
+from internvl_edge.bundle.manifest import Bundle
+from internvl_edge.planning.devices import Devices
+from internvl_edge.runtime.engines.tensorrt.record import EngineRecord, engine_folder
 
-from ..bundle import Bundle
-from ..devices import Devices
-from ..units import size
 from .output import print_json
 
 
@@ -32,7 +32,7 @@ def command(
 ) -> None:
     """Build TensorRT engines of BUNDLE for a device. Engines for RTX cards need no GPU to be built."""
     target = Devices(table).target(name)
-    from internvl_edge.runtime.builder.bundle_engines import build_engines, options_for
+    from internvl_edge.runtime.engines.tensorrt.build.bundle_engines import build_engines, options_for
 
     opened = Bundle.open(bundle)
     line = _Line()

@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from ..hub import resolve_checkpoint
+from internvl_edge.checkpoint.hub import resolve_checkpoint
+
 from .data_options import calibration_options, compute_options, data_options, missing_package, wait_politely
 from .output import print_json
 

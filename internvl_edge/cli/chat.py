@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
+from internvl_edge.base.errors import EdgeError
+from internvl_edge.model.preprocess import load_image
 from internvl_edge.runtime.conversation import Conversation
-from internvl_edge.runtime.preprocess import load_image
 
-from ..errors import EdgeError
 from .options import answering_options, chat_options, load_model, loading_options
 
 _HELP = "/image FILE shows an image with the next question, /clear starts anew, /history shows the turns, /quit ends"

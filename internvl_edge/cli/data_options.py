@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import EdgeError
+from internvl_edge.base.errors import EdgeError
 
 if TYPE_CHECKING:
     from internvl_edge.calibration import DataOptions
@@ -55,7 +55,7 @@ _OPTIONS = (
 def wait_politely() -> None:
     """Before torch is imported: its threads sleep at barriers instead of spinning.
 
-    A quantiser's many small operations meet a barrier each; with spinning threads they cost a multiple of their work
+    A quantizer's many small operations meet a barrier each; with spinning threads they cost a multiple of their work
     as soon as another program uses a core.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

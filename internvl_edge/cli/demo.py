@@ -9,21 +9,23 @@ from pathlib import Path
 
 import click
 
+from internvl_edge.demo import CHECKPOINT, Question, demo_questions
 from internvl_edge.runtime.model import InternVL
 
-from ..demo import TEXT_MODELS, Question, demo_checkpoint, demo_questions
 from .columns import print_columns
 from .data_options import missing_package
 from .output import print_json
 
 
 @click.command("demo")
-@click.option("--text-model", type=click.Choice(TEXT_MODELS), default=TEXT_MODELS[0], show_default=True)
+@click.option(
+    "--checkpoint", type=click.Path(path_type=Path), help="Another small model that reads.  [default: the shipped one]"
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Keep the bundle there, to ask it more.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(text_model: str, output: Path | None, as_json: bool) -> None:
+def command(checkpoint: Path | None, output: Path | None, as_json: bool) -> None:
     """Export the small model that comes with this package and ask it about pictures that do, too."""
-    checkpoint = demo_checkpoint(text_model)
+    checkpoint = checkpoint or CHECKPOINT
     with _folder(output) as folder:
         started = time.perf_counter()
         bundle = _export(checkpoint, Path(folder) if output else Path(folder) / "bundle")

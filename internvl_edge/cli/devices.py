@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from ..devices import Devices
+from internvl_edge.planning.devices import Devices
+
 from .columns import print_columns
 from .output import print_json
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import click
 
-from internvl_edge.runtime.machine import cores
+from internvl_edge.base.machine import cores
+from internvl_edge.base.units import size
 
-from ..units import size
 from .output import print_json, print_table
 
 _PACKAGES = (

@@ -19,18 +19,27 @@ from typing import Any
 
 import click
 
+from internvl_edge.base.errors import EdgeError, QualityWarning
+from internvl_edge.base.run import run_of
+from internvl_edge.bundle.gate import METRICS, Condition, parse_condition, require_measurable
+from internvl_edge.bundle.manifest import Bundle
+from internvl_edge.bundle.quality import Quality, quality_of, record
+from internvl_edge.evaluation import (
+    SUITES,
+    Case,
+    Comparison,
+    SuiteScore,
+    compare,
+    read_cases,
+    reference_bundle,
+    run_suite,
+)
+from internvl_edge.evaluation.report.bundle_report import Asked, bundle_report, comparison_facts, suite_facts
+from internvl_edge.evaluation.report.content import ComparisonFacts, SuiteFacts
+from internvl_edge.evaluation.report.files import read_report, write_report
 from internvl_edge.runtime.model import InternVL
 from internvl_edge.runtime.request import ChatOptions
 
-from ..bundle import Bundle
-from ..errors import EdgeError, QualityWarning
-from ..evaluation import SUITES, Case, Comparison, SuiteScore, compare, read_cases, reference_bundle, run_suite
-from ..gate import METRICS, Condition, parse_condition, require_measurable
-from ..quality import Quality, quality_of, record
-from ..report.content import ComparisonFacts, SuiteFacts
-from ..report.files import read_report, write_report
-from ..report.judging import Asked, bundle_report, comparison_facts, suite_facts
-from ..report.run import run_of
 from .evaluate_rows import Row, comparison_rows, gate_rows, suite_rows
 from .options import load_model, loading_options
 from .output import print_json, print_table, say_written

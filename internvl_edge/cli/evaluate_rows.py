@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..evaluation import Comparison, SuiteScore
-from ..evaluation.divergence import Summary
-from ..quality import Quality
+from internvl_edge.bundle.quality import Quality
+from internvl_edge.evaluation import Comparison, SuiteScore
+from internvl_edge.evaluation.divergence import Summary
 
 Row = tuple[str, object]
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import click
 
-from ..bundle import DECODERS, Manifest
-from ..errors import EdgeError
-from ..hub import resolve_checkpoint
-from ..token_table import TYPES
-from ..units import size
+from internvl_edge.base.errors import EdgeError
+from internvl_edge.base.units import size
+from internvl_edge.bundle.manifest import DECODERS, Manifest
+from internvl_edge.bundle.token_table import TYPES
+from internvl_edge.checkpoint.hub import resolve_checkpoint
+
 from .output import print_json
 
 _TYPES = click.Choice(["float32", "float16", "bfloat16"])
@@ -32,7 +33,7 @@ _TYPES = click.Choice(["float32", "float16", "bfloat16"])
 )
 @click.option(
     "--asymmetric",
-    type=click.Choice(["exact", "requantise"]),
+    type=click.Choice(["exact", "requantize"]),
     default="exact",
     show_default=True,
     help="Weights with zero points, which TensorRT does not take: as two exact terms, or rounded again without them.",
@@ -42,7 +43,7 @@ _TYPES = click.Choice(["float32", "float16", "bfloat16"])
     "dialects",
     type=click.Choice(list(DECODERS)),
     multiple=True,
-    help="Only this decoder (repeatable); quantised weights are stored once for each.  [default: both]",
+    help="Only this decoder (repeatable); quantized weights are stored once for each.  [default: both]",
 )
 @click.option(
     "--token-table",
@@ -99,14 +100,14 @@ def command(
     else:
         click.echo(f"{folder}: {size(total)} in {seconds:.1f} s")
         if quantization:
-            click.echo(_quantised(quantization))
+            click.echo(_quantized(quantization))
         if vision:
             floats = f"; floats in {', '.join(vision['floats'])}" if vision["floats"] else ""
             click.echo(f"{vision['method']}: {vision['int8']} linears of the tower in int8{floats}")
         click.echo(f'Try: internvl-edge run {folder} --image PHOTO.jpg "What is this?"')
 
 
-def _quantised(facts: dict[str, Any]) -> str:
+def _quantized(facts: dict[str, Any]) -> str:
     groups = f"groups of {facts['group_size']}" if facts["group_size"] else "one scale per output"
     text = f"{facts['method']}: int{facts['bits']}, {groups}, {facts['bits_per_weight']:.2f} bits per decoder weight"
     if facts["asymmetric"]:

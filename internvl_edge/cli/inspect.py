@@ -9,13 +9,13 @@ from typing import Any
 
 import click
 
-from internvl_edge.runtime.precision import BYTES
+from internvl_edge.base.units import size
+from internvl_edge.bundle.manifest import MANIFEST, Bundle, Manifest
+from internvl_edge.bundle.quality import figure_rows, quality_of
+from internvl_edge.checkpoint.hub import resolve_checkpoint
+from internvl_edge.model.config import ModelConfig
+from internvl_edge.planning.precision import BYTES
 
-from ..bundle import MANIFEST, Bundle, Manifest
-from ..config import ModelConfig
-from ..hub import resolve_checkpoint
-from ..quality import figure_rows, quality_of
-from ..units import size
 from .output import print_json, print_table
 
 
@@ -47,7 +47,7 @@ def _bundle_facts(folder: Path) -> tuple[dict[str, Any], ModelConfig, str]:
         "size": size(total),
     }
     if manifest.quantization:
-        facts["quantised"] = _quantised(manifest.quantization)
+        facts["quantized"] = _quantized(manifest.quantization)
     return facts | _quality(manifest), manifest.model, manifest.kv_cache or manifest.activations
 
 
@@ -55,7 +55,7 @@ def _quality(manifest: Manifest) -> dict[str, Any]:
     quality, facts = quality_of(manifest), {}
     if quality.figures:
         facts["quality"] = ", ".join(f"{metric} {value}" for metric, value in figure_rows(quality.figures))
-    if quality.gate or manifest.is_quantised:
+    if quality.gate or manifest.is_quantized:
         conditions = "; ".join(map(str, quality.failed or quality.gate))
         facts["gate"] = f"{quality.state}: {conditions}" if conditions else quality.state
     if quality.accepted:
@@ -65,9 +65,9 @@ def _quality(manifest: Manifest) -> dict[str, Any]:
 
 def _checkpoint_facts(folder: Path) -> tuple[dict[str, Any], ModelConfig, str]:
     try:
-        from ..checkpoint import Checkpoint
+        from internvl_edge.checkpoint.reader import Checkpoint
     except ImportError as error:
-        from ..errors import EdgeError
+        from internvl_edge.base.errors import EdgeError
 
         raise EdgeError(f"reading a checkpoint needs {error.name}: pip install 'internvl-edge[export]'") from None
     checkpoint = Checkpoint(folder)
@@ -80,13 +80,13 @@ def _checkpoint_facts(folder: Path) -> tuple[dict[str, Any], ModelConfig, str]:
     }
     if checkpoint.quantization:
         schemes = Counter(map(str, checkpoint.schemes.values())).most_common()
-        facts["quantised"] = f"{checkpoint.quantization.method}: " + "; ".join(
+        facts["quantized"] = f"{checkpoint.quantization.method}: " + "; ".join(
             f"{n} x {scheme}" for scheme, n in schemes
         )
     return facts, checkpoint.config, "int8" if checkpoint.kv_scales else "float32"
 
 
-def _quantised(quantization: dict[str, Any]) -> str:
+def _quantized(quantization: dict[str, Any]) -> str:
     zeros = "symmetric" if quantization["symmetric"] else "with zero points"
     groups = f"groups of {quantization['group_size']}" if quantization["group_size"] else "one scale per output"
     return f"{quantization['bits']} bits, {groups}, {zeros}, lm_head {quantization['lm_head']}"

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..report.codec import encode
+from internvl_edge.base.jsonable import encode
 
 if TYPE_CHECKING:
-    from ..report.files import Written
+    from internvl_edge.evaluation.report.files import Written
 
 
 def print_json(values: Any) -> None:

@@ -8,18 +8,18 @@ from typing import Any
 
 import click
 
-from internvl_edge.runtime.footprint import RECIPES, Footprint, Precision
-from internvl_edge.runtime.planner import TILE_LIMITS, Plan, make_plan, predict, tile_table, tiles_of
-from internvl_edge.runtime.precision import bundle_precision, checkpoint_precision, recipe_precision
+from internvl_edge.base.errors import EdgeError
+from internvl_edge.base.units import size
+from internvl_edge.bundle.manifest import EMBEDDINGS, MANIFEST, Manifest
+from internvl_edge.checkpoint.config_reader import read_config
+from internvl_edge.checkpoint.hub import resolve_configuration
+from internvl_edge.model.config import ModelConfig
+from internvl_edge.planning.devices import Device, Devices
+from internvl_edge.planning.footprint import RECIPES, Footprint, Precision
+from internvl_edge.planning.planner import TILE_LIMITS, Plan, make_plan, predict, tile_table, tiles_of
+from internvl_edge.planning.precision import bundle_precision, checkpoint_precision, recipe_precision
+from internvl_edge.recipe.files import make_recipe, presets, read_recipe
 
-from ..bundle import EMBEDDINGS, MANIFEST, Manifest
-from ..config import ModelConfig
-from ..config_reader import read_config
-from ..devices import Device, Devices
-from ..errors import EdgeError
-from ..hub import resolve_configuration
-from ..recipe_files import make_recipe, presets, read_recipe
-from ..units import size
 from .columns import print_columns
 from .output import print_json
 
@@ -49,7 +49,7 @@ def command(
     recipes = {"as it is": fixed} if fixed else RECIPES
     if recipe != "all":
         if fixed:
-            raise EdgeError(f"{path} is quantised already; leave out --recipe, or plan the original checkpoint")
+            raise EdgeError(f"{path} is quantized already; leave out --recipe, or plan the original checkpoint")
         recipes = {recipe: RECIPES.get(recipe) or recipe_precision(make_recipe(read_recipe(recipe)))}
     limit = max_tiles or config.max_tiles
     plans = [
@@ -87,9 +87,9 @@ def _source(path: str) -> tuple[ModelConfig, Precision | None, dict[str, tuple[i
             "token table": (EMBEDDINGS, counted.embeddings),
         }
         stored = {part: (files[name], count) for part, (name, count) in pairs.items() if name in files}
-        quantised = precision.body or precision.head or precision.vision or manifest.kv_cache
+        quantized = precision.body or precision.head or precision.vision or manifest.kv_cache
         # Engines hold 16-bit numbers, whatever the bundle stores.
-        return manifest.model, replace(precision, dtype_bytes=2, vector_bytes=2) if quantised else None, stored
+        return manifest.model, replace(precision, dtype_bytes=2, vector_bytes=2) if quantized else None, stored
     folder = resolve_configuration(path)
     config = read_config(folder)
     return config, checkpoint_precision(folder, config), None

@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import EdgeError
-from ..hub import resolve_checkpoint
-from ..units import size
+from internvl_edge.base.errors import EdgeError
+from internvl_edge.base.units import size
+from internvl_edge.checkpoint.hub import resolve_checkpoint
+
 from .data_options import calibration_options, compute_options, data_options, missing_package, wait_politely
 from .output import print_json, say_written
 from .recipe_options import recipe_of, recipe_options
 
 if TYPE_CHECKING:
-    from internvl_edge.quantize import QuantisationReport, VisionReport
+    from internvl_edge.quantize import QuantizationReport, VisionReport
 
 
 @click.command("quantize")
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 @calibration_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(checkpoint: str, output: Path, stats: Path | None, as_json: bool, **values: Any) -> None:
-    """Quantise the decoder of CHECKPOINT, its vision tower or both into another checkpoint.
+    """Quantize the decoder of CHECKPOINT, its vision tower or both into another checkpoint.
 
     The result loads wherever AutoAWQ or compressed-tensors checkpoints do, and is what export takes. A killed run
     continues when the command is repeated.
@@ -39,8 +40,8 @@ def command(checkpoint: str, output: Path, stats: Path | None, as_json: bool, **
     recipe = recipe_of(values)
     wait_politely()
     try:
+        from internvl_edge.evaluation.report.checkpoint_report import report_quantization
         from internvl_edge.quantize import quantize_checkpoint
-        from internvl_edge.report.making import report_quantisation
     except ImportError as error:
         raise missing_package(error) from None
     if stats is not None and values["data"] is not None:
@@ -60,7 +61,7 @@ def command(checkpoint: str, output: Path, stats: Path | None, as_json: bool, **
         progress=sys.stderr.isatty(),
     )
     seconds = time.perf_counter() - started
-    say_written(report_quantisation(report, source, seconds))
+    say_written(report_quantization(report, source, seconds))
     if as_json:
         facts = {
             "checkpoint": str(report.folder),
@@ -91,7 +92,7 @@ def command(checkpoint: str, output: Path, stats: Path | None, as_json: bool, **
     click.echo(f"Next: internvl-edge export {report.folder} -o BUNDLE")
 
 
-def _precisions(report: QuantisationReport) -> str:
+def _precisions(report: QuantizationReport) -> str:
     layers = [linear for linear in report.linears if linear.name.startswith("decoder.layers.")]
     counts = Counter(linear.scheme for linear in layers)
     said = ", ".join(f"{count} {scheme}" for scheme, count in counts.most_common())

@@ -1,4 +1,4 @@
-"""Options that say how `quantize` quantises: a recipe by name or file, and single choices that replace its fields."""
+"""Options that say how `quantize` quantizes: a recipe by name or file, and single choices that replace its fields."""
 
 from __future__ import annotations
 
@@ -7,9 +7,17 @@ from typing import Any
 
 import click
 
-from ..errors import EdgeError
-from ..recipe import CALIBRATORS, DECODER_SCHEMES, KV_CACHES, LM_HEADS, DecoderInt8, Recipe, VisionInt8
-from ..recipe_files import combine, make_recipe, presets, read_recipe
+from internvl_edge.base.errors import EdgeError
+from internvl_edge.recipe.files import combine, make_recipe, presets, read_recipe
+from internvl_edge.recipe.recipe import (
+    CALIBRATORS,
+    DECODER_SCHEMES,
+    KV_CACHES,
+    LM_HEADS,
+    DecoderInt8,
+    Recipe,
+    VisionInt8,
+)
 
 Command = Callable[..., Any]
 

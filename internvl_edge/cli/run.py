@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
-from internvl_edge.runtime.prompt import video_question
+from internvl_edge.base.errors import PromptError
+from internvl_edge.model.prompt import video_question
 from internvl_edge.runtime.reply import Reply
 
-from ..errors import PromptError
 from .options import answering_options, chat_options, load_model, loading_options
 from .output import print_json
 
@@ -35,7 +35,7 @@ def command(
     if video is not None:
         if sources:
             raise PromptError("--video and --image cannot be combined; ask about one of them")
-        from internvl_edge.runtime.video import load_video
+        from internvl_edge.model.video import load_video
 
         sources = list(load_video(video, frames))
         question, values["max_tiles"] = video_question(question, len(sources)), (1,)

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from internvl_edge.base.errors import EdgeError
 from internvl_edge.calibration.items import read_items
 from internvl_edge.calibration.texts import TEXTS
-from internvl_edge.errors import EdgeError
 
 # One built-in case in this many is text alone.
 _TEXT_EVERY = 4

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_edge.errors import EdgeError
+from internvl_edge.base.errors import EdgeError
 from internvl_edge.runtime.model import InternVL
 from internvl_edge.runtime.request import ChatOptions
 from internvl_edge.runtime.trace import Trace

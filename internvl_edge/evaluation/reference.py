@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from internvl_edge.bundle import MANIFEST
-from internvl_edge.errors import EdgeError
-from internvl_edge.hub import resolve_checkpoint
+from internvl_edge.base.errors import EdgeError
+from internvl_edge.bundle.manifest import MANIFEST
+from internvl_edge.checkpoint.hub import resolve_checkpoint
 
 
 @contextmanager

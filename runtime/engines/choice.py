@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from internvl_edge.bundle import Bundle
-from internvl_edge.errors import EngineError
+from internvl_edge.base import machine
+from internvl_edge.base.errors import EngineError
+from internvl_edge.bundle.manifest import Bundle
 
-from .. import machine
 from . import Engine
 from .onnxruntime import OnnxRuntimeEngine
 

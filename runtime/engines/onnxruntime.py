@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_edge import bundle
-from internvl_edge.bundle import Bundle
-from internvl_edge.errors import EngineError
-
-from ..machine import cores, multiplies_int8_exactly
-from ..rope import RotaryAngles
+from internvl_edge.base.errors import EngineError
+from internvl_edge.base.machine import cores, multiplies_int8_exactly
+from internvl_edge.bundle import manifest as bundle
+from internvl_edge.bundle.manifest import Bundle
+from internvl_edge.model.rope import RotaryAngles
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # Prompt tokens per step: bounds memory, and skips the upper triangle of the attention scores.
@@ -26,7 +25,7 @@ PREFILL_CHUNK = 256
 _INT8_PREFILL_CHUNK = 512
 # Shorter prompts are not worth a graph of their own.
 _SHORTEST_PROMPT = 16
-# For quantised weights of the standard dialect, which ONNX Runtime fuses at load: activations rounded to int8, and
+# For quantized weights of the standard dialect, which ONNX Runtime fuses at load: activations rounded to int8, and
 # blocks of 128 inputs where weights have one scale per output. The onnxruntime dialect says the same in its graph.
 _CONFIG = {"session.qdq_matmulnbits_accuracy_level": "4", "session.qdq_matmulnbits_block_size": "128"}
 # Products with int8 inputs added up in 32 bits where the CPU's fast way would saturate in 16 (half as fast, exact).

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_edge import bundle
-from internvl_edge.bundle import Bundle
-from internvl_edge.errors import EngineError
+from internvl_edge.base import machine
+from internvl_edge.base.errors import EngineError
+from internvl_edge.bundle import manifest as bundle
+from internvl_edge.bundle.manifest import Bundle
 
-from .. import machine
 from .onnxruntime import OnnxRuntimeEngine
 
 # The first release that reads RMSNormalization, RotaryEmbedding and GroupQueryAttention of these graphs.

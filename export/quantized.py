@@ -1,0 +1,288 @@
+"""Quantized linears in graphs, each dialect in the form its engine takes without rewriting weights at load.
+
+Linears whose inputs are int8 too are written the same way in both, see `int8`. Of the others:
+
+onnxruntime: MatMulNBits, integers [out, blocks of the inputs] and zero points as they are.
+
+standard: DequantizeLinear before MatMul, integers [in, out] counted from the middle (int4 or int8), the form TensorRT
+reads. It takes no zero points, so with z counted likewise, W = s (q - z) = s q - s z and
+
+    y = x @ DequantizeLinear(q, s) + R @ C,  R[k] = sum of x over group k,  C[k, n] = -s[k, n] z[k, n]
+
+R is summed in float32. The second term costs in / group_size rows of a matrix product and is exact, where clamping or
+rounding again would change weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from internvl_edge.base.errors import EdgeError
+from internvl_edge.checkpoint.reader import Checkpoint
+from internvl_edge.model.linear import PackedLinear, Scheme
+
+from .builder import MICROSOFT, GraphBuilder, Types
+from .int8 import IntegerMatMul
+from .weights import NUMPY_DTYPES, Array, WeightFile
+
+ASYMMETRIC = ("exact", "requantize")
+BLOCKS = "decoder.onnxruntime.data"
+# MatMulNBits takes blocks of a power of two; larger ones gain nothing measurable.
+_LARGEST_BLOCK, _SMALLEST_BLOCK = 128, 16
+# Activations rounded to int8 per block: decodes 1.7 times as fast as float32.
+_ACCURACY_LEVEL = 4
+_INTEGERS = {4: ir.DataType.INT4, 8: ir.DataType.INT8}
+# Rounding again tries scales that put the largest weight of a group on the highest integer, on the lowest, or between.
+_BELOW_MIDDLE = (1.0, 0.5, 0.0)
+# Outputs of each layer on which the weights' error is measured.
+_SAMPLED_ROWS = 256
+
+
+class PackedWeights:
+    """The quantized linears of a checkpoint as graphs take them.
+
+    Args:
+        checkpoint: any; without quantized linears nothing here does anything.
+        types: of the graphs.
+        asymmetric: "exact", or "requantize" to round weights with zero points again to a symmetric grid, in the
+            standard dialect only: ONNX Runtime takes zero points at no cost.
+
+    Attributes:
+        blocks: the file with ONNX Runtime's form of the weights; the standard form goes to the builder's own.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, types: Types, asymmetric: str = "exact") -> None:
+        if asymmetric not in ASYMMETRIC:
+            raise EdgeError(f"asymmetric {asymmetric!r} is not one of {', '.join(ASYMMETRIC)}")
+        self._checkpoint = checkpoint
+        self._types = types
+        self.blocks = WeightFile(BLOCKS)
+        self._requantizes = asymmetric == "requantize"
+        # A factor of 1 is no change but for scales that float16 cannot tell from 0.
+        self._integers = IntegerMatMul(checkpoint, lambda name: np.ones(checkpoint.shapes[f"{name}.weight"][0]))
+        self._last: tuple[str, bool, PackedLinear] | None = None
+        self._errors: dict[str, tuple[float, float]] = {}
+
+    def matmul(self, g: GraphBuilder, x: ir.Value, name: str, dialect: str) -> ir.Value | None:
+        """x [batch, seq, in] times the linear's weights, without its bias; None where they are floats.
+
+        Raises:
+            EdgeError: ONNX Runtime has no blocks that fit the group size; the layer is named.
+        """
+        scheme = self._checkpoint.schemes.get(name)
+        if scheme is None:
+            return None
+        if scheme.static_inputs:
+            return self._integers(g, x, name, unsigned=dialect == "onnxruntime")
+        out, inputs = self._checkpoint.shapes[f"{name}.weight"]
+        write = self._in_blocks if dialect == "onnxruntime" else self._dequantized
+        return write(g, x, name, scheme, out, inputs)
+
+    def _in_blocks(self, g: GraphBuilder, x: ir.Value, name: str, scheme: Scheme, out: int, inputs: int) -> ir.Value:
+        block = _block_size(name, scheme, inputs)
+        count = -(-inputs // block)
+        packed, row = block * scheme.bits // 8, -(-count * scheme.bits // 8)
+
+        def part(
+            last: str, dtype: ir.DataType, shape: tuple[int, ...], read: Callable[[PackedLinear], Array]
+        ) -> ir.Value:
+            return g.weight(f"{name}.{last}", dtype, shape, partial(self._part, name, read, False), self.blocks)
+
+        values = part("blocks", ir.DataType.UINT8, (out, count, packed), partial(block_values, block=block))
+        scale = part("block_scale", g.types.activations, (out * count,), partial(block_scales, block=block))
+        inputs_of_node = [x, values, scale]
+        if not scheme.symmetric:
+            zeros = part("block_zero_point", ir.DataType.UINT8, (out * row,), partial(block_zero_points, block=block))
+            inputs_of_node.append(zeros)
+        return g.op(
+            "MatMulNBits",
+            *inputs_of_node,
+            domain=MICROSOFT,
+            K=inputs,
+            N=out,
+            bits=scheme.bits,
+            block_size=block,
+            accuracy_level=_ACCURACY_LEVEL,
+        )
+
+    def _dequantized(self, g: GraphBuilder, x: ir.Value, name: str, scheme: Scheme, out: int, inputs: int) -> ir.Value:
+        # One scale per output is DequantizeLinear's per-axis form, anything else its blocked form.
+        groups = inputs // scheme.group_size if scheme.group_size else 1
+        grid = (groups, out) if scheme.group_size else (out,)
+        form: dict[str, Any] = {"axis": 0, "block_size": scheme.group_size} if scheme.group_size else {"axis": 1}
+
+        def part(
+            last: str, dtype: ir.DataType, shape: tuple[int, ...], read: Callable[[PackedLinear], Array]
+        ) -> ir.Value:
+            return g.weight(f"{name}.{last}", dtype, shape, partial(self._part, name, read, self._requantizes))
+
+        values = part("values", _INTEGERS[scheme.bits], (inputs, out), lambda linear: linear.signed()[0].T)
+        scale = part("scale", g.types.activations, grid, lambda linear: linear.scale.T)
+        y = g.op("MatMul", x, g.op("DequantizeLinear", values, scale, **form))
+        if scheme.symmetric or self._requantizes:
+            return y
+        correction = part("correction", g.types.activations, (groups, out), correction_of)
+        return g.op("Add", y, g.op("MatMul", g.group_sums(x, groups), correction))
+
+    def _part(self, name: str, read: Callable[[PackedLinear], Array], requantized: bool) -> Array:
+        """What `read` makes of a linear; the last one is kept, as parts of one are written one after the other."""
+        if self._last is None or self._last[:2] != (name, requantized):
+            source = self._checkpoint.linear(name)
+            assert source is not None
+            linear = requantize(source) if requantized and source.zero_point is not None else source
+            if requantized or name not in self._errors:
+                self._errors[name] = _squared_errors(source, linear, self._types.activations)
+            self._last = name, requantized, linear
+        return read(self._last[2])
+
+    def summary(self) -> dict[str, Any] | None:
+        """What the manifest says of a quantized decoder once its weights are written; None for float weights.
+
+        method: of the checkpoint. bits, group_size, symmetric: of most layers, of the head where it is alone. linears:
+        how many have which scheme, head included. lm_head: the head's. bits_per_weight: over all linears of the
+        decoder, with scales and zero points. asymmetric: what the standard dialect makes of zero points. weight_error:
+        root mean square of what its weights miss of the checkpoint's, relative to these, on up to 256 outputs of each
+        layer with float inputs.
+        """
+        quantization, found = self._checkpoint.quantization, self._checkpoint.schemes
+        schemes = {name: scheme for name, scheme in found.items() if name.startswith("decoder.")}
+        if quantization is None or not schemes:
+            return None
+        head = schemes.get("decoder.lm_head")
+        counts = Counter(schemes.values())
+        layers = Counter(scheme for name, scheme in schemes.items() if name != "decoder.lm_head")
+        most = (layers or counts).most_common(1)[0][0]
+        missed, whole = (sum(error) for error in zip((0.0, 0.0), *self._errors.values(), strict=True))
+        no_zeros = all(scheme.symmetric for scheme in schemes.values())
+        return {
+            "method": quantization.method,
+            "bits": most.bits,
+            "group_size": most.group_size,
+            "symmetric": most.symmetric,
+            "linears": {str(scheme): count for scheme, count in counts.most_common()},
+            "lm_head": str(head) if head else self._types.weights.name.lower(),
+            "bits_per_weight": round(self._bits_per_weight(), 3),
+            "asymmetric": None if no_zeros else "requantize" if self._requantizes else "exact",
+            "weight_error": math.sqrt(missed / whole) if whole else 0.0,
+        }
+
+    def _bits_per_weight(self) -> float:
+        types, bits, weights = self._types, 0.0, 0
+        for name, shape in self._checkpoint.shapes.items():
+            module = name.removesuffix(".weight")
+            if not name.startswith("decoder.") or len(shape) != 2 or module == "decoder.embed_tokens":
+                continue
+            scheme, size = self._checkpoint.schemes.get(module), int(np.prod(shape))
+            each: float = types.weights.bitwidth
+            if scheme:
+                grid = types.activations.bitwidth + (0 if scheme.symmetric else scheme.bits)
+                each = scheme.bits + grid / (scheme.group_size or shape[1])
+            bits, weights = bits + each * size, weights + size
+        return bits / weights
+
+
+def _block_size(name: str, scheme: Scheme, inputs: int) -> int:
+    """A power of two that divides the groups; with one scale per output one that wastes little."""
+    block = math.gcd(scheme.group_size or inputs, _LARGEST_BLOCK)
+    if scheme.group_size is None:
+        return block if block >= _LARGEST_BLOCK // 4 else _LARGEST_BLOCK
+    if block < _SMALLEST_BLOCK:
+        raise EdgeError(
+            f"{name} has groups of {scheme.group_size}, which ONNX Runtime's blocks of {_SMALLEST_BLOCK} to "
+            f"{_LARGEST_BLOCK} do not divide; quantize with group size 32, 64 or 128"
+        )
+    return block
+
+
+def _squared_errors(source: PackedLinear, linear: PackedLinear, activations: ir.DataType) -> tuple[float, float]:
+    """Sums over evenly spaced outputs: what the graph's weights miss of the checkpoint's, and the latter, squared."""
+    rows = np.unique(np.linspace(0, len(source.values) - 1, _SAMPLED_ROWS).astype(np.intp))
+    expected = source.rows(rows).dequantize().astype(np.float64)
+    missed = stored_weights(linear.rows(rows), activations) - expected
+    return float(np.square(missed).sum()), float(np.square(expected).sum())
+
+
+def block_values(linear: PackedLinear, block: int) -> Array:
+    """MatMulNBits' B, uint8 [out, blocks, block * bits / 8]: integers counted from the lowest, a last block filled."""
+    packed = _pack_rows(_unsigned(linear), -linear.values.shape[1] % block, linear)
+    return packed.reshape(len(packed), -1, block * linear.bits // 8)
+
+
+def block_scales(linear: PackedLinear, block: int) -> Array:
+    """[out * blocks], groups of several blocks repeated."""
+    return _per_block(linear.scale, linear, block).reshape(-1)
+
+
+def block_zero_points(linear: PackedLinear, block: int) -> Array:
+    """[out * bytes of a row], counted from the lowest, packed like the values."""
+    assert linear.zero_point is not None
+    zeros = _per_block(linear.zero_point, linear, block)
+    return _pack_rows(zeros, -zeros.shape[1] % (8 // linear.bits), linear).reshape(-1)
+
+
+def _per_block(grid: Array, linear: PackedLinear, block: int) -> Array:
+    return np.repeat(grid, -(-linear.group_size // block), axis=1)
+
+
+def _unsigned(linear: PackedLinear) -> Array:
+    if linear.zero_point is not None:
+        return linear.values
+    return linear.values.view(np.uint8) + np.uint8(linear.middle)
+
+
+def _pack_rows(integers: Array, missing: int, linear: PackedLinear) -> Array:
+    """[rows, columns] -> bytes [rows, (columns + missing) * bits / 8], lower half first; the middle fills up."""
+    if missing:
+        integers = np.pad(integers, ((0, 0), (0, missing)), constant_values=linear.middle)
+    return integers if linear.bits == 8 else integers[:, 0::2] | integers[:, 1::2] << 4
+
+
+def correction_of(linear: PackedLinear) -> Array:
+    """C [groups, out], float32, exact in it."""
+    zeros = linear.signed()[1]
+    assert zeros is not None
+    return np.asarray(-(linear.scale * zeros).T)
+
+
+def stored_weights(linear: PackedLinear, activations: ir.DataType) -> Array:
+    """The weights [out, in] of the standard dialect in float64, with scales and corrections as they are stored."""
+    dtype = NUMPY_DTYPES[activations]
+    values, zeros = linear.signed()
+    weights = np.repeat(linear.scale.astype(dtype).astype(np.float64), linear.group_size, axis=1) * values
+    if zeros is not None:
+        weights += np.repeat(correction_of(linear).T.astype(dtype).astype(np.float64), linear.group_size, axis=1)
+    return weights
+
+
+def requantize(linear: PackedLinear) -> PackedLinear:
+    """The same weights rounded again without zero points; of a few scales per group the one that misses least."""
+    values = np.empty(linear.values.shape, np.int8)
+    scale = np.empty(linear.scale.shape, np.float32)
+    for start in range(0, len(values), _SAMPLED_ROWS):
+        rows = slice(start, start + _SAMPLED_ROWS)
+        index = np.arange(*rows.indices(len(values)))
+        values[rows], scale[rows] = _round_symmetric(
+            linear.rows(index).dequantize(), linear.scale.shape[1], linear.middle
+        )
+    return PackedLinear(values, scale, None, linear.bits, linear.bias)
+
+
+def _round_symmetric(weights: Array, groups: int, middle: int) -> tuple[Array, Array]:
+    grouped = weights.reshape(len(weights), groups, -1)
+    largest = np.abs(grouped).max(-1)
+    best = np.full(largest.shape, np.inf, np.float32)
+    values, scale = np.zeros(grouped.shape, np.int8), np.ones(largest.shape, np.float32)
+    for below in _BELOW_MIDDLE:
+        tried = np.where(largest > 0, largest / (middle - below), 1).astype(np.float32)
+        rounded = np.clip(np.rint(grouped / tried[:, :, None]), -middle, middle - 1)
+        missed = np.square(rounded * tried[:, :, None] - grouped).sum(-1)
+        better = missed < best
+        values[better], scale[better], best[better] = rounded[better].astype(np.int8), tried[better], missed[better]
+    return values.reshape(weights.shape), scale

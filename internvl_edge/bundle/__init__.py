@@ -1,0 +1,1 @@
+"""The bundle that devices run: its manifest and verification, its token table, and the quality recorded in it."""

@@ -1,0 +1,46 @@
+"""A native checkpoint's chat template, compared with the one this project writes, without ever running it.
+
+A Jinja template is code that comes with a checkpoint. What must hold is visible in its text: turns open with
+`<|im_start|>` and their role, an image is one `<IMG_CONTEXT>`, and no system turn is written on its own account.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from internvl_edge.base.errors import CheckpointError
+
+from .tokenizer_files import read_json
+
+_EXPECTED = ("<|im_start|>", "<|im_end|>", "<IMG_CONTEXT>")
+_OWN_SYSTEM_TURN = "<|im_start|>system"
+
+
+def check_chat_template(folder: Path) -> None:
+    """Refuse a native checkpoint whose template would write other prompts than `internvl_native`.
+
+    A folder without a template passes: there is nothing that contradicts.
+
+    Raises:
+        CheckpointError: the template lacks a marker, adds a system turn of its own, or lies in a damaged file.
+    """
+    template = _read_template(folder)
+    if template is None:
+        return
+    missing = [marker for marker in _EXPECTED if marker not in template]
+    if missing or _OWN_SYSTEM_TURN in template:
+        found = f"lacks {', '.join(missing)}" if missing else "writes a system turn of its own"
+        raise CheckpointError(
+            f"{folder}: the chat template {found}; expected the template of native InternVL 2.5 checkpoints"
+        )
+
+
+def _read_template(folder: Path) -> str | None:
+    own_file = folder / "chat_template.jinja"
+    if own_file.is_file():
+        return own_file.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        template = read_json(folder / name, default={}).get("chat_template")
+        if isinstance(template, str):
+            return template
+    return None

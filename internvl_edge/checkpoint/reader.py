@@ -1,0 +1,204 @@
+"""A checkpoint folder as canonical tensors: strict about what is there, lazy about reading it.
+
+Every stored tensor is either used or named in an error, and so is every tensor that is missing or has another shape.
+Nothing here executes code that comes with a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from internvl_edge.base.errors import CheckpointError
+from internvl_edge.model.config import ModelConfig
+from internvl_edge.model.linear import PackedLinear, Scheme, concatenate
+
+from . import layouts
+from .config_reader import read_config
+from .kv_scales import KvScales
+from .packed_tensors import FLOATS, check_packed, is_packed, read_packed
+from .quantization import Quantization, read_quantization, refuse_bitsandbytes_tensors, refuse_vision_bits
+from .tensor_files import StoredTensor, open_tensor_files
+
+
+class Checkpoint:
+    """An InternVL 2.5 checkpoint in either layout, with float weights or quantized ones.
+
+    Attributes:
+        folder: where it lies.
+        config: what its `config.json` says.
+        shapes: canonical tensor name -> shape, all tensors of the model.
+        quantization: how linears are packed, None for float weights.
+        schemes: canonical name of each quantized linear (without `.weight`) -> how it is rounded.
+        kv_scales: of an int8 KV cache, None for one of floats.
+
+    Raises:
+        CheckpointError: from the constructor, when files, configuration and tensors do not fit together.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config: ModelConfig = read_config(folder)
+        if not layouts.supported(self.config):
+            raise CheckpointError(f"{self.config.decoder.architecture} does not exist in the native layout")
+        written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        self.quantization: Quantization | None = read_quantization(written, self.config.vision)
+        self._stored = _canonical_prefixes(open_tensor_files(folder), self.config)
+        refuse_bitsandbytes_tensors(self._stored, self.config.vision)
+        self.shapes = layouts.tensor_shapes(self.config)
+        self._sources = {name: self._source(name) for name in self.shapes}
+        self.schemes: dict[str, Scheme] = {}
+        self.kv_scales = KvScales.read(folder, self.config.decoder)
+        self._last_packed: tuple[tuple[str, ...], PackedLinear] | None = None
+        self._check()
+
+    def tensor(self, name: str) -> np.ndarray[Any, Any]:
+        """One tensor by canonical name in its stored dtype (float32, float16 or bfloat16), shape as in `shapes`.
+
+        A view of the mapped file where the layout allows it; joined or cut out of a fused tensor otherwise. A quantized
+        weight comes as the float32 numbers that its integers stand for.
+        """
+        packed = self.linear(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        if packed is not None:
+            return packed.dequantize()
+        source = self._sources[name]
+        arrays = [self._stored[stored].read() for stored in source.names]
+        array = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+        if source.part is not None:
+            array = self._part_of_fused(array, source.part)
+        return array.reshape(self.shapes[name])
+
+    def linear(self, name: str) -> PackedLinear | None:
+        """A quantized linear by canonical module name, its bias included; None where the weight is stored as floats.
+
+        Query, key and value of a fused `wqkv` are rows of what was quantized together, and keep its numbers.
+        """
+        if name not in self.schemes:
+            return None
+        source = self._sources[f"{name}.weight"]
+        linear = self._read_packed(source.names, self.schemes[name])
+        if source.part is not None:
+            linear = linear.rows(self._part_of_fused(np.arange(len(linear.values)), source.part).reshape(-1))
+        bias = f"{name}.bias"
+        return replace(linear, bias=self.tensor(bias)) if self.has(bias) else linear
+
+    def has(self, name: str) -> bool:
+        """Whether the model has this tensor (biases and norms differ between variants)."""
+        return name in self.shapes
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights in the model."""
+        return sum(int(np.prod(shape)) for shape in self.shapes.values())
+
+    def stored_dtypes(self) -> dict[str, int]:
+        """How many stored tensors have each dtype, most frequent first."""
+        kinds = [tensor.dtype for tensor in self._stored.values()]
+        return {kind: kinds.count(kind) for kind in sorted(set(kinds), key=kinds.count, reverse=True)}
+
+    def _read_packed(self, weights: tuple[str, ...], scheme: Scheme) -> PackedLinear:
+        """What the stored weights hold together; the last one read is kept, as its parts are asked for in a row."""
+        assert self.quantization is not None
+        if self._last_packed is None or self._last_packed[0] != weights:
+            modules = [name.removesuffix(".weight") for name in weights]
+            linears = [read_packed(self.quantization, self._stored, module, scheme) for module in modules]
+            self._last_packed = weights, concatenate(linears)
+        return self._last_packed[1]
+
+    def _source(self, name: str) -> layouts.Source:
+        source = layouts.tensor_source(self.config, name)
+        tied = name == "decoder.lm_head.weight" and self.config.decoder.tie_word_embeddings
+        if tied and not self._is_stored(source.names[0]):
+            return layouts.tensor_source(self.config, "decoder.embed_tokens.weight")
+        return source
+
+    def _is_stored(self, name: str) -> bool:
+        return name in self._stored or is_packed(self._stored, name.removesuffix(".weight"))
+
+    def _part_of_fused(self, array: np.ndarray[Any, Any], part: str) -> np.ndarray[Any, Any]:
+        """Rows of one part of a fused wqkv: [kv heads, G queries + key + value, head_dim, ...]."""
+        decoder = self.config.decoder
+        groups = decoder.num_query_groups
+        heads = array.reshape(decoder.num_key_value_heads, groups + 2, decoder.head_dim, *array.shape[1:])
+        rows = {"query": slice(groups), "key": slice(groups, groups + 1), "value": slice(groups + 1, None)}[part]
+        return heads[:, rows]
+
+    def _stored_shape(self, name: str) -> tuple[tuple[str, ...], list[tuple[int, ...]]]:
+        """The stored names behind a canonical tensor and the shape each must have."""
+        source, shape = self._sources[name], self.shapes[name]
+        if source.part is not None:
+            decoder = self.config.decoder
+            heads = decoder.num_attention_heads + 2 * decoder.num_key_value_heads
+            return source.names, [(heads * decoder.head_dim, *shape[1:])]
+        return source.names, [(shape[0] // len(source.names), *shape[1:])] * len(source.names)
+
+    def _check(self) -> None:
+        used = set()
+        for name in self.shapes:
+            stored_names, shapes = self._stored_shape(name)
+            modules = [stored.removesuffix(".weight") for stored in stored_names]
+            if name.endswith(".weight") and any(is_packed(self._stored, module) for module in modules):
+                for module, shape in zip(modules, shapes, strict=True):
+                    used.update(self._check_packed(name.removesuffix(".weight"), module, shape))
+                continue
+            for stored, shape in zip(stored_names, shapes, strict=True):
+                self._check_one(stored, shape)
+                used.add(stored)
+        unexpected = [n for n in self._stored if n not in used and not layouts.LEFTOVERS.search(n)]
+        if unexpected:
+            more = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
+            raise CheckpointError(
+                f"{self.folder}: unexpected tensor {unexpected[0]}{more}; config.json describes a model without it"
+            )
+        if self.quantization and not self.schemes:
+            raise CheckpointError(
+                f"{self.folder}: config.json says {self.quantization.method}, but no tensor is quantized; "
+                "remove its quantization_config or download the tensors again"
+            )
+
+    def _check_packed(self, name: str, module: str, shape: tuple[int, ...]) -> list[str]:
+        if self.quantization is None:
+            parts = ((n, tensor.dtype) for n, tensor in self._stored.items() if n.startswith(f"{module}."))
+            stored, dtype = next(((n, dtype) for n, dtype in parts if dtype not in FLOATS), (module, "packed"))
+            raise CheckpointError(
+                f"{self.folder}: tensor {stored} has dtype {dtype}, expected {', '.join(FLOATS)}: it looks quantized, "
+                "but config.json has no quantization_config; download it again"
+            )
+        try:
+            scheme, used = check_packed(self.quantization, self._stored, module, (shape[0], shape[-1]))
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.folder}: {error}") from None
+        refuse_vision_bits(name, scheme)
+        if self.schemes.setdefault(name, scheme) != scheme:
+            raise CheckpointError(f"{self.folder}: {module} is quantized unlike the layers it is one with")
+        return used
+
+    def _check_one(self, stored: str, shape: tuple[int, ...]) -> None:
+        tensor = self._stored.get(stored)
+        if tensor is None:
+            raise CheckpointError(f"{self.folder}: tensor {stored} is missing; config.json needs it, download it again")
+        if tensor.shape != shape:
+            raise CheckpointError(
+                f"{self.folder}: tensor {stored} has the shape {list(tensor.shape)}, config.json needs {list(shape)}"
+            )
+        if tensor.dtype not in FLOATS:
+            raise CheckpointError(
+                f"{self.folder}: tensor {stored} has dtype {tensor.dtype}, expected {', '.join(FLOATS)}"
+            )
+
+
+def _canonical_prefixes(stored: dict[str, StoredTensor], config: ModelConfig) -> dict[str, StoredTensor]:
+    if config.layout != "native" or not any(name.startswith("model.") for name in stored):
+        return stored
+
+    def rename(name: str) -> str:
+        for written, table in layouts.NATIVE_PREFIXES:
+            if name.startswith(written):
+                return table + name.removeprefix(written)
+        return name
+
+    return {rename(name): tensor for name, tensor in stored.items()}

@@ -1,0 +1,152 @@
+"""InternLM2's sentencepiece model becomes a `tokenizer.json`, proven against sentencepiece before anyone uses it.
+
+Knows byte-pair sentencepiece models with byte fallback. Method: sentencepiece merges whichever neighbours form the
+piece of the best score, so the merges are all splits of every piece into two pieces, ranked by the score of the whole.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from internvl_edge.base.errors import CheckpointError
+
+from .tokenizer_samples import SAMPLES
+
+# sentencepiece's piece types
+_NORMAL, _UNKNOWN, _CONTROL, _UNUSED, _BYTE = 1, 2, 3, 5, 6
+_EXPECTED = {
+    "model_type": ("trainer_spec", 2),  # byte-pair encoding
+    "byte_fallback": ("trainer_spec", True),
+    "add_dummy_prefix": ("normalizer_spec", False),
+    "remove_extra_whitespaces": ("normalizer_spec", False),
+    "escape_whitespaces": ("normalizer_spec", True),
+    "precompiled_charsmap": ("normalizer_spec", b""),
+}
+# sentencepiece never uses a piece that is a NUL and writes the byte instead. It keeps its id under a name that no text
+# reaches (no merge forms it) and that the runtime still reads as a byte.
+_NUL, _NUL_NAME = "\0", "<0x0>"
+
+
+def convert_sentencepiece(path: Path, added: list[dict[str, Any]], bos: bool) -> dict[str, Any]:
+    """The `tokenizer.json` values of a `tokenizer.model`, `added` tokens included; `bos` puts `<s>` in front.
+
+    Raises:
+        CheckpointError: damaged file, or an unsupported kind of model.
+    """
+    model = _read_model(path)
+    pieces = [piece.piece for piece in model.pieces]
+    for token in added:
+        if token["id"] < len(pieces):
+            pieces[token["id"]] = token["content"]  # placeholders of the vocabulary that became special tokens
+    bos_id = model.trainer_spec.bos_id
+    vocab = {piece: index for index, piece in enumerate(pieces)}
+    if len(vocab) != len(pieces):
+        raise CheckpointError(f"{path} has the same piece twice; download it again")
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        "pre_tokenizer": None,
+        "post_processor": _begin_with(pieces[bos_id], bos_id) if bos else None,
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "unk_token": pieces[model.trainer_spec.unk_id],
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "vocab": vocab,
+            "merges": _merges(model, {token["id"] for token in added}),
+        },
+    }
+
+
+def _read_model(path: Path) -> Any:
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # protobuf makes it at import
+    try:
+        model.ParseFromString(path.read_bytes())
+    except Exception as error:  # protobuf's DecodeError lives in different places in different versions
+        raise CheckpointError(f"{path} is not a sentencepiece model ({error}); download it again") from None
+    for name, (section, expected) in _EXPECTED.items():
+        if (found := getattr(getattr(model, section), name)) != expected:
+            raise CheckpointError(f"{path}: {section}.{name} is {found!r}, supported: {expected!r} (InternLM2)")
+    for piece in model.pieces:
+        if piece.piece == _NUL:
+            piece.piece, piece.type = _NUL_NAME, _UNUSED
+        elif piece.type not in (_NORMAL, _UNKNOWN, _CONTROL, _BYTE):
+            raise CheckpointError(f"{path}: piece {piece.piece!r} is of the unsupported type {piece.type}")
+    return model
+
+
+def _begin_with(token: str, token_id: int) -> dict[str, Any]:
+    """The post-processor that puts one token in front of a text."""
+    first = {"SpecialToken": {"id": token, "type_id": 0}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [first, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [first, {"Sequence": {"id": "A", "type_id": 0}}, first, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {token: {"id": token, "ids": [token_id], "tokens": [token]}},
+    }
+
+
+def _merges(model: Any, taken: set[int]) -> list[tuple[str, str]]:
+    """Every split of a piece into two pieces, best score of the whole first; `taken` ids are special tokens now."""
+    scores = {
+        piece.piece: piece.score
+        for index, piece in enumerate(model.pieces)
+        if piece.type == _NORMAL and index not in taken
+    }
+    splits = [
+        (-score, cut, piece)
+        for piece, score in scores.items()
+        for cut in range(1, len(piece))
+        if piece[:cut] in scores and piece[cut:] in scores
+    ]
+    return [(piece[:cut], piece[cut:]) for _, cut, piece in sorted(splits, key=lambda split: split[:2])]
+
+
+def verify_conversion(path: Path, definition: dict[str, Any], text: str) -> None:
+    """Compare ids and decoded text with sentencepiece itself, on the samples and on every piece as a text of its own.
+
+    The reference is the checkpoint's slow tokenizer: special tokens are cut out first, sentencepiece encodes the rest.
+
+    Raises:
+        CheckpointError: the first text that differs.
+    """
+    import sentencepiece
+
+    model = _read_model(path)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+    converted = tokenizers.Tokenizer.from_str(text)
+    added = {token["content"]: token["id"] for token in definition["added_tokens"]}
+    special = {token["id"] for token in definition["added_tokens"] if token["special"]}
+    cut = re.compile("|".join(sorted(map(re.escape, added), key=len, reverse=True)) or r"(?!)")
+    start = [model.trainer_spec.bos_id] if definition["post_processor"] else []
+    texts = [*SAMPLES, *(piece.piece.replace("▁", " ") for piece in model.pieces if piece.type == _NORMAL)]
+    for sample in texts:
+        found = converted.encode(sample).ids
+        ids, end = list(start), 0
+        for match in cut.finditer(sample):
+            ids += [*processor.encode(sample[end : match.start()]), added[match[0]]]
+            end = match.end()
+        ids += processor.encode(sample[end:])
+        if found != ids:
+            raise CheckpointError(f"{path}: {sample!r} becomes {found}, sentencepiece says {ids}")
+        back = converted.decode(found)
+        expected = processor.decode([token_id for token_id in ids if token_id not in special])
+        if back != expected:
+            raise CheckpointError(f"{path}: {sample!r} comes back as {back!r}, sentencepiece says {expected!r}")

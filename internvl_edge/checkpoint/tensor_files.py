@@ -1,0 +1,156 @@
+"""The weight files of a checkpoint folder as named, memory-mapped arrays: safetensors, or `.bin` without unpickling.
+
+Knows files and bytes only, nothing about models. Arrays are views of the mapped files; nothing is read until it is
+used.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from internvl_edge.base.errors import CheckpointError
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+_MAX_HEADER_BYTES = 100 << 20
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor in a file; `read` returns it as a read-only view in its stored dtype."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray[Any, Any]]
+
+
+def open_tensor_files(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor in the folder's weight files, safetensors preferred over `.bin`, one file or sharded.
+
+    Raises:
+        CheckpointError: no weight file, a shard that is missing, truncated or not what its header says, a name stored
+        twice.
+    """
+    for stem, reader in (("model.safetensors", _read_safetensors), ("pytorch_model.bin", _read_bin)):
+        index = folder / f"{stem}.index.json"
+        if index.is_file():
+            return _read_shards(index, reader)
+        if (folder / stem).is_file():
+            return reader(folder / stem)
+    raise CheckpointError(
+        f"{folder} has no model.safetensors or pytorch_model.bin (nor their .index.json); is it complete?"
+    )
+
+
+def _read_shards(index: Path, reader: Callable[[Path], dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise CheckpointError(f"{index} is not a shard index (weight_map); download it again") from None
+    tensors: dict[str, StoredTensor] = {}
+    for shard in shards:
+        path = index.parent / shard
+        if Path(shard).name != shard or not path.is_file():
+            raise CheckpointError(
+                f"{index.name} names the shard {shard}, which is not in {index.parent}; download it again"
+            )
+        for name, tensor in reader(path).items():
+            if name in tensors:
+                raise CheckpointError(f"tensor {name} is stored twice, in {tensors[name].file} and in {shard}")
+            tensors[name] = tensor
+    for name, shard in weight_map.items():
+        if name not in tensors:
+            raise CheckpointError(
+                f"{index.name} promises tensor {name} in {shard}, which does not hold it; download it again"
+            )
+    return tensors
+
+
+def _read_safetensors(path: Path) -> dict[str, StoredTensor]:
+    """Format: 8 bytes little-endian header length, JSON header, data; offsets count from the end of the header."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        if size < 8 or header_bytes > min(size - 8, _MAX_HEADER_BYTES):
+            raise CheckpointError(f"{path} is truncated or not a safetensors file ({size} bytes); download it again")
+        try:
+            header = json.loads(file.read(header_bytes))
+            entries = {
+                name: (
+                    str(e["dtype"]),
+                    tuple(int(n) for n in e["shape"]),
+                    int(e["data_offsets"][0]),
+                    int(e["data_offsets"][1]),
+                )
+                for name, e in header.items()
+                if name != "__metadata__"
+            }
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+            raise CheckpointError(f"{path} has a damaged safetensors header; download it again") from None
+    start = 8 + header_bytes
+    needed = start + max((end for *_, end in entries.values()), default=0)
+    if needed > size:
+        raise CheckpointError(f"{path} is truncated: {size} bytes, its header needs {needed}; download it again")
+    data = np.memmap(path, np.uint8, "r", offset=0) if size else np.empty(0, np.uint8)
+    return {
+        name: _mapped_tensor(path, name, dtype, shape, data[start + begin : start + end])
+        for name, (dtype, shape, begin, end) in entries.items()
+    }
+
+
+def _mapped_tensor(
+    path: Path, name: str, dtype: str, shape: tuple[int, ...], data: np.ndarray[Any, np.dtype[np.uint8]]
+) -> StoredTensor:
+    item = DTYPES.get(dtype)
+    if item is not None and data.nbytes != item.itemsize * int(np.prod(shape, dtype=np.int64)):
+        raise CheckpointError(f"{path.name}: tensor {name} has {data.nbytes} bytes, not those of {dtype} {list(shape)}")
+
+    def read() -> np.ndarray[Any, Any]:
+        if item is None:
+            raise CheckpointError(f"{path.name}: tensor {name} has the unsupported dtype {dtype}")
+        return data.view(item).reshape(shape)
+
+    return StoredTensor(path.name, dtype, shape, read)
+
+
+def _read_bin(path: Path) -> dict[str, StoredTensor]:
+    """A torch archive through `weights_only=True`: tensors only, no code in it is ever run."""
+    try:
+        import torch
+    except ImportError:
+        raise CheckpointError(f"{path.name} needs torch to be read: pip install 'internvl-edge[bin]'") from None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises many kinds for damaged archives and for pickles that hold code
+        reason = str(error).splitlines()[0][:160]
+        raise CheckpointError(f"{path} cannot be read without running its code or is damaged: {reason}") from None
+    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32", torch.int64: "I64"}
+
+    def reader(tensor: torch.Tensor) -> Callable[[], np.ndarray[Any, Any]]:
+        if tensor.dtype == torch.bfloat16:
+            return lambda: tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return lambda: np.asarray(tensor.numpy())
+
+    return {
+        name: StoredTensor(path.name, names.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), reader(tensor))
+        for name, tensor in state.items()
+        if isinstance(tensor, torch.Tensor)
+    }

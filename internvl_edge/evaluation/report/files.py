@@ -1,0 +1,90 @@
+"""`report.json` and `report.html` in a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from internvl_edge.base.errors import EdgeError
+from internvl_edge.base.jsonable import decode, encode
+
+from .content import FORMAT_VERSION, Making, Report
+
+JSON = "report.json"
+HTML = "report.html"
+# What the page is made with, of the extra `report`.
+_PACKAGES = ("jinja2", "markupsafe", "matplotlib")
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written; `hint` says in one line how to get the page where its packages are missing."""
+
+    json: Path
+    html: Path | None
+    hint: str = ""
+
+
+def write_report(report: Report, folder: Path) -> Written:
+    """Write both files into a folder, which is made where it is missing; each is replaced in one step.
+
+    Without the packages of the extra `report` there is no page, and an older one, with other figures, is removed.
+
+    Raises:
+        EdgeError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _replace(folder / JSON, dump(report))
+        try:
+            from .page import render
+        except ModuleNotFoundError as error:
+            if error.name not in _PACKAGES:
+                raise
+            (folder / HTML).unlink(missing_ok=True)
+            hint = f"{HTML} needs the package {error.name}: pip install 'internvl-edge[report]'"
+            return Written(folder / JSON, None, hint)
+        _replace(folder / HTML, render(report))
+    except OSError as error:
+        raise EdgeError(f"the report cannot be written to {folder} ({error.strerror}); choose another folder") from None
+    return Written(folder / JSON, folder / HTML)
+
+
+def read_report(folder: Path) -> Report | None:
+    """The report in a folder; None where there is none that this version understands."""
+    try:
+        values = json.loads((folder / JSON).read_text(encoding="utf-8"))
+        if values["format_version"] != FORMAT_VERSION:
+            return None
+        return decode(Report, values)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def making_of(checkpoint: Path) -> Making | None:
+    """How a checkpoint was quantized, as its own report says; None without one, or with one of other weights."""
+    report = read_report(checkpoint)
+    if report is None or report.making is None or report.making.weights != weight_files(checkpoint):
+        return None
+    return report.making
+
+
+def weight_files(checkpoint: Path) -> dict[str, int]:
+    """Name and bytes of a checkpoint's weight files."""
+    return {path.name: path.stat().st_size for path in sorted(checkpoint.glob("*.safetensors"))}
+
+
+def dump(content: Report | Making) -> str:
+    """As the text of a JSON file."""
+    return json.dumps(encode(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,225 @@
+"""A report as one HTML page that needs nothing else: no script, no network, in the colours the reader prefers.
+
+Everything that comes from data is escaped by the template engine; the page's policy forbids browsers to load anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Any
+
+import jinja2
+from markupsafe import Markup, escape
+
+from internvl_edge.base import units
+from internvl_edge.base.run import Run
+from internvl_edge.bundle.gate import METRICS, parse_condition
+from internvl_edge.checkpoint.record import LinearFacts
+
+from .content import Judged, Report
+from .plots import Plot, divergence_plot, layers_plot, ranges_plot
+
+_TEMPLATE = "page.html.jinja"
+_STYLE = "page.css"
+# Headline figures, the first that are known.
+_HEADLINES = ("kl", "top1", "exact_match", "same_answers", "perplexity_ratio")
+_MOST_HEADLINES = 3
+_LABELS = {
+    "kl": "KL divergence, mean",
+    "top1": "same most probable token",
+    "exact_match": "exact answers",
+    "same_answers": "same greedy answers",
+    "perplexity_ratio": "perplexity over the reference's",
+}
+# An outlier channel is this many times as large as the median channel.
+_OUTLIER = 10
+_OUTLIER_ROWS = 24
+# Embeddings, overrides and isolates of Unicode's bidirectional algorithm.
+_DIRECTION = dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)])
+
+
+def _without_direction(value: Any) -> Any:
+    """Text without marks of writing direction: one of them in an answer would turn around the page behind it."""
+    return value.translate(_DIRECTION) if isinstance(value, str) else value
+
+
+def render(report: Report) -> str:
+    """The page."""
+    environment = jinja2.Environment(
+        autoescape=True,
+        finalize=_without_direction,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "size": size,
+        "share": lambda value: f"{value:.1%}",
+        "number": number,
+        "count": lambda value: f"{value:,}".replace(",", "\N{THIN SPACE}"),
+        "duration": duration,
+        "difference": difference,
+    }
+    package = files(__package__)
+    template = environment.from_string(package.joinpath(_TEMPLATE).read_text("utf-8"))
+    return template.render(
+        report=report,
+        css=Markup(package.joinpath(_STYLE).read_text("utf-8")),
+        headlines=_headlines(report),
+        verdict=_verdict(report),
+        plots={name: plot and _markup(plot) for name, plot in _plots(report).items()},
+        conditions=[_condition(judged) for judged in report.gate.conditions] if report.gate else [],
+        largest=max((part.bytes for part in report.components), default=1),
+        choices=[linear for linear in _linears(report) if linear.reason],
+        outliers=_outliers(_linears(report)),
+        runs=_runs(report),
+        machines=_machines(_runs(report)),
+        summary=_summary(report),
+        recipe=_flat(report.making.recipe) if report.making else [],
+    )
+
+
+def size(count: float) -> str:
+    """Bytes for people, never broken between number and unit."""
+    return units.size(count).replace(" ", "\N{NO-BREAK SPACE}")
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: "42 s", "3 min 20 s", "2 h 5 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.3g} s"
+    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A figure with so many digits that count; a dash where there is none."""
+    if value is None:
+        return "\N{EN DASH}"
+    return f"{value:.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
+
+
+def difference(text: str, other: str) -> Markup:
+    """`text` with what comes after the part that both begin with marked."""
+    pairs = enumerate(zip(text, other, strict=False))
+    common = next((place for place, (a, b) in pairs if a != b), min(len(text), len(other)))
+    if common == len(text):
+        return escape(text)
+    return escape(text[:common]) + Markup("<mark>") + escape(text[common:]) + Markup("</mark>")
+
+
+def _headlines(report: Report) -> list[tuple[str, str]]:
+    bits = 8 * sum(part.bytes for part in report.components)
+    weights = sum(part.parameters for part in report.components)
+    rows = [(size(report.bytes), f"{bits / weights:.2f} bits per weight" if weights else "all files")]
+    figures = report.figures or {}
+    known = [name for name in _HEADLINES if name in figures][:_MOST_HEADLINES]
+    rows += [(METRICS[name].show(figures[name]), _LABELS[name]) for name in known]
+    if report.making and report.making.tower and len(rows) < 1 + _MOST_HEADLINES:
+        rows.append((f"{report.making.tower.cosine:.5f}", "cosine of the image embeddings to the float tower's"))
+    errors = [linear.error for linear in _linears(report) if linear.error is not None]
+    if errors and not figures:
+        rows.append((f"{sum(errors) / len(errors):.3f}", "output error of a linear, mean"))
+    return rows
+
+
+def _summary(report: Report) -> str:
+    """What the model is, in one sentence: how many weights, and how those of each part are stored."""
+    if not report.components:
+        return ""
+    weights = sum(part.parameters for part in report.components)
+    kinds: dict[str, list[str]] = {}
+    for part in report.components:
+        stored = dict.fromkeys(how.partition(",")[0].removesuffix(" per output") for how in part.stored)
+        kinds.setdefault(" and ".join(stored), []).append(part.name)
+    parts = "; ".join(f"{_listed(names)} in {kind}" for kind, names in kinds.items() if kind)
+    count = f"{weights / 1e9:.2f} billion" if weights >= 1e9 else f"{weights / 1e6:.3g} million"
+    return f"{count} weights: {parts}."
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def _runs(report: Report) -> list[tuple[str, Run]]:
+    parts = {"Quantized": report.making, "Compared": report.comparison, "Suite": report.suite}
+    return [(label, part.run) for label, part in parts.items() if part]
+
+
+def _machines(runs: Sequence[tuple[str, Run]]) -> list[tuple[str, str]]:
+    """(machine with its versions, the runs it made), each once."""
+    found: dict[str, list[str]] = {}
+    for label, run in runs:
+        versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
+        found.setdefault(f"{run.machine}; {versions}", []).append(label.lower())
+    return [(where, ", ".join(labels)) for where, labels in found.items()]
+
+
+def _verdict(report: Report) -> tuple[str, str]:
+    """(a word for the style, the words)."""
+    gate = report.gate
+    if gate is None:
+        return "open", "Quantized, not yet judged"
+    words = {"passed": "Passed its gate", "failed": "Failed its gate", "no gate": "Measured, no gate set"}[gate.state]
+    if gate.state == "no gate" and not report.figures:
+        words = "Not measured"
+    kind = {"passed": "passed", "failed": "failed", "no gate": "open"}[gate.state]
+    return kind, f"{words}, accepted" if gate.accepted else words
+
+
+def _condition(judged: Judged) -> dict[str, Any]:
+    condition = parse_condition(judged.condition)
+    metric = METRICS[condition.metric]
+    return {
+        "metric": condition.metric,
+        "meaning": metric.meaning,
+        "value": "no number" if judged.value is None else metric.show(judged.value),
+        "limit": f"{condition.sign.replace('<=', '≤').replace('>=', '≥')} {metric.show(condition.limit)}",
+        "failed": judged.failed,
+    }
+
+
+def _linears(report: Report) -> tuple[LinearFacts, ...]:
+    return report.making.linears if report.making else ()
+
+
+def _plots(report: Report) -> dict[str, Plot | None]:
+    plots: dict[str, Plot | None] = {}
+    if report.comparison:
+        plots["divergence"] = divergence_plot(report.comparison.histogram, report.comparison.figures)
+    parts = {"vision": "vision.", "decoder": "decoder."}
+    for part, prefix in parts.items():
+        linears = [linear for linear in _linears(report) if linear.name.startswith(prefix)]
+        plots[f"{part} sqnr"] = layers_plot(linears, lambda linear: linear.sqnr_db, "SQNR, dB")
+        plots[f"{part} cosine"] = layers_plot(linears, lambda linear: linear.cosine, "cosine")
+        plots[f"{part} ranges"] = ranges_plot(linears)
+    return plots
+
+
+def _markup(plot: Plot) -> Markup:
+    label = escape(plot.description)
+    each = Markup('<div class="{}" role="img" aria-label="{}">{}</div>')
+    return each.format("wide", label, Markup(plot.wide)) + each.format("narrow", label, Markup(plot.narrow))
+
+
+def _outliers(linears: Sequence[LinearFacts]) -> list[tuple[LinearFacts, float]]:
+    """Linears with channels far larger than the median one, and by how much, the largest first."""
+    found = []
+    for linear in linears:
+        inputs = linear.inputs
+        if inputs and inputs.channels and inputs.typical and inputs.channels[0][1] > _OUTLIER * inputs.typical:
+            found.append((linear, inputs.channels[0][1] / inputs.typical))
+    return sorted(found, key=lambda entry: -entry[1])[:_OUTLIER_ROWS]
+
+
+def _flat(values: Any, name: str = "") -> list[tuple[str, str]]:
+    """A recipe's nested fields as (name, text) rows; what is empty is left out."""
+    if isinstance(values, dict):
+        return [row for key, value in values.items() for row in _flat(value, f"{name} {key}".strip())]
+    if values in (None, [], ()):
+        return []
+    if isinstance(values, (list, tuple)):
+        parts = [" = ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value) for value in values]
+        return [(name, ", ".join(parts))]
+    return [(name, {True: "yes", False: "no"}.get(values, str(values)) if isinstance(values, bool) else str(values))]

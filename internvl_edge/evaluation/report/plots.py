@@ -1,0 +1,203 @@
+"""The plots of a report as SVG that takes colours and typeface from the page around it, and so follows its theme.
+
+Every plot is drawn twice, for wide and for narrow screens: text keeps its size, where a scaled picture's would not.
+Needs matplotlib.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from internvl_edge.checkpoint.record import LinearFacts
+
+from .content import Figures, Histogram
+
+# Colours that stand for the page's own until the SVG is written: what is drawn with -> CSS.
+_INK, _QUIET, _GRID, _ACCENT = "#010101", "#020202", "#030303", "#040404"
+_SERIES = tuple(f"#0505{number:02x}" for number in range(1, 9))
+_CSS = {_INK: "var(--ink)", _QUIET: "var(--quiet)", _GRID: "var(--line)", _ACCENT: "var(--accent)"} | {
+    colour: f"var(--series-{number})" for number, colour in enumerate(_SERIES, 1)
+}
+_MARKERS = "osD^vPX*"
+# Inches at 72 dots, of a column of text on a desk and on a phone.
+_WIDTHS = {"wide": 9.6, "narrow": 4.7}
+# Keys are a closed set of the type checker's, which differs between versions.
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 10.5,
+    "text.color": _INK,
+    "axes.labelcolor": _QUIET,
+    "axes.edgecolor": _GRID,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.linewidth": 0.8,
+    "grid.color": _GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": _QUIET,
+    "ytick.color": _QUIET,
+    "xtick.major.size": 0,
+    "xtick.minor.size": 0,
+    "ytick.major.size": 0,
+    "ytick.minor.size": 0,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 3.6,
+    "legend.frameon": False,
+}
+_PLAIN = FuncFormatter(lambda value, place: f"{value:g}")
+
+
+Value = Callable[[LinearFacts], float | None]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One plot; `wide` and `narrow` are SVG elements, `description` says in words what they show."""
+
+    wide: str
+    narrow: str
+    description: str
+
+
+def divergence_plot(histogram: Histogram, figures: Figures) -> Plot:
+    """How many tokens diverge by how much, with mean and 99th percentile."""
+
+    def draw(axes: Axes, narrow: bool) -> None:
+        edges, counts = np.array(histogram.edges), np.array(histogram.counts)
+        axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=_ACCENT, edgecolor="none", alpha=0.85)
+        axes.set_xscale("log")
+        shown = [*edges[:-1][counts > 0], *edges[1:][counts > 0], figures.kl_mean, figures.kl_p99]
+        axes.set_xlim(max(edges[0], min(shown) / 2), min(edges[-1], max(shown) * 2))
+        axes.grid(axis="x", visible=False)
+        for value, label in ((figures.kl_mean, "mean"), (figures.kl_p99, "99 %")):
+            if value > edges[0]:
+                axes.axvline(value, color=_INK, linewidth=1, linestyle=(0, (3, 2)))
+                axes.text(value, 1.02, label, transform=axes.get_xaxis_transform(), ha="center", va="bottom")
+        axes.xaxis.set_major_formatter(_PLAIN)
+        axes.set_xlabel("KL divergence at a token, nats")
+        axes.set_ylabel("tokens")
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+    described = f"Histogram of the divergence at {figures.positions} tokens; mean {figures.kl_mean:.4g} nats."
+    return _plot("divergence", draw, described, height=2.9)
+
+
+def layers_plot(linears: Sequence[LinearFacts], value: Value, label: str) -> Plot | None:
+    """One line for each kind of linear over the layers; None where no value is known of two layers."""
+    series = _by_kind(linears, value)
+    if not series:
+        return None
+
+    def draw(axes: Axes, narrow: bool) -> None:
+        for number, (kind, points) in enumerate(series.items()):
+            _line(axes, number, points, kind)
+        axes.set_ylabel(label)
+        _layers(axes, len(series), narrow)
+
+    description = f"{label} of each of {len(linears)} linears, by layer."
+    return _plot(f"{label} {linears[0].name}", draw, description, height=3.3)
+
+
+def ranges_plot(linears: Sequence[LinearFacts]) -> Plot | None:
+    """The largest input of each kind of linear over the layers (or what int8 represents), and of the median channel.
+
+    Kinds that share their input share a line.
+    """
+    largest = _by_kind(linears, _largest)
+    typical = _by_kind(linears, lambda linear: linear.inputs.typical if linear.inputs else None)
+    together: dict[tuple[tuple[int, float], ...], list[str]] = {}
+    for kind, points in largest.items():
+        together.setdefault(tuple(points), []).append(kind)
+    if not together:
+        return None
+
+    def draw(axes: Axes, narrow: bool) -> None:
+        for number, (points, kinds) in enumerate(together.items()):
+            _line(axes, number, points, ", ".join(kinds))
+            if kinds[0] in typical:
+                axes.plot(*zip(*typical[kinds[0]], strict=True), ":", color=_SERIES[number % len(_SERIES)])
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
+        axes.yaxis.set_major_formatter(_PLAIN)
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_ylabel("largest |x|")
+        _layers(axes, len(together), narrow)
+
+    description = f"Ranges of the inputs of {len(linears)} linears, by layer."
+    return _plot(f"ranges {linears[0].name}", draw, description, height=3.3)
+
+
+def _largest(linear: LinearFacts) -> float | None:
+    return linear.inputs.largest or linear.inputs.clipped_at if linear.inputs else None
+
+
+def _by_kind(linears: Sequence[LinearFacts], value: Value) -> dict[str, list[tuple[int, float]]]:
+    """(layer, value) points by kind; nothing where no kind has two."""
+    series: dict[str, list[tuple[int, float]]] = {}
+    for linear in linears:
+        found, (layer, kind) = value(linear), layer_and_kind(linear.name)
+        if found is not None and layer is not None:
+            series.setdefault(kind.removesuffix("_proj"), []).append((layer, found))
+    longest = max(map(len, series.values()), default=0)
+    return {kind: sorted(points) for kind, points in series.items()} if longest > 1 else {}
+
+
+def layer_and_kind(name: str) -> tuple[int | None, str]:
+    """Layer and kind of a canonical name: (3, "down_proj"); no layer outside the towers' blocks."""
+    found = re.search(r"\.layers\.(\d+)\.(?:.*\.)?(\w+)$", name)
+    return (int(found[1]), found[2]) if found else (None, name)
+
+
+def _line(axes: Axes, number: int, points: Sequence[tuple[int, float]], label: str) -> None:
+    colour, marker = _SERIES[number % len(_SERIES)], _MARKERS[number % len(_MARKERS)]
+    axes.plot(*zip(*points, strict=True), color=colour, marker=marker, label=label)
+
+
+def _layers(axes: Axes, entries: int, narrow: bool) -> None:
+    """The axis of layers, and the legend above the plot."""
+    axes.set_xlabel("layer")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6 if narrow else 14))
+    spacing = {"borderaxespad": 0.2, "handlelength": 1.4, "columnspacing": 1.0}
+    columns = min(entries, 4 if narrow else 8)
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns, **spacing)
+
+
+def _plot(name: str, draw: Callable[[Axes, bool], None], description: str, height: float) -> Plot:
+    drawn = {}
+    for form, width in _WIDTHS.items():
+        with mpl.rc_context({**_STYLE, "svg.hashsalt": f"{name}-{form}"}):
+            figure = Figure(figsize=(width, height), layout="constrained")
+            draw(figure.add_subplot(), form == "narrow")
+            file = io.StringIO()
+            figure.savefig(file, format="svg", transparent=True, dpi=72, metadata={"Date": None})
+        drawn[form] = _inline(file.getvalue(), re.sub(r"\W+", "-", f"{name}-{form}"))
+    return Plot(drawn["wide"], drawn["narrow"], description)
+
+
+def _inline(svg: str, prefix: str) -> str:
+    """A matplotlib SVG as an element of a page: no document header, no metadata, own ids, the page's colours."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' (?:xmlns:xlink|xmlns|version)="[^"]*"', "", svg)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"|(<svg[^>]*?) height="[^"]*" width="[^"]*"', r"\1\2", svg)
+    used = set(re.findall(r"#([\w.]+)[\")]", svg))
+    svg = re.sub(r' id="([^"]*)"', lambda found: f' id="{prefix}-{found[1]}"' if found[1] in used else "", svg)
+    svg = re.sub(r'(?:xlink:)?href="#', f'href="#{prefix}-', svg)
+    svg = svg.replace("url(#", f"url(#{prefix}-")
+    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
+    svg = re.sub(r"\s*\n\s*", " ", svg)
+    for colour, css in _CSS.items():
+        svg = svg.replace(colour, css)
+    return svg.strip()

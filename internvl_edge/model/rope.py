@@ -1,0 +1,46 @@
+"""Rotary angles from the host, in float64, for plain, linear and dynamic NTK rotary embedding.
+
+Dynamic NTK (InternLM2) depends on how long the sequence is at the moment of the call: beyond `max_position_embeddings`
+the base grows with the length, for all positions of that call; keys already cached keep their rotation. Feeding the
+angles makes the graph stateless and free of length limits.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .config import DecoderConfig
+
+
+class RotaryAngles:
+    """cos and sin tables of one decoder; remembers nothing between calls."""
+
+    def __init__(self, decoder: DecoderConfig) -> None:
+        self._rope = decoder.rope
+        self._head_dim = decoder.head_dim
+        self._limit = decoder.max_position_embeddings
+
+    def at(self, start: int, count: int, total: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """cos and sin [count, head_dim / 2] of positions start .. start + count - 1 in a sequence of `total` tokens.
+
+        A prompt computed in chunks passes the length of the whole prompt with every chunk.
+        """
+        positions = np.arange(start, start + count, dtype=np.float64)
+        if self._rope.scaling == "linear":
+            positions /= self._rope.factor
+        exponents = np.arange(0, self._head_dim, 2, dtype=np.float64) / self._head_dim
+        angles = np.outer(positions, self.base(total) ** -exponents)
+        return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+    def base(self, total: int) -> float:
+        """The rotary base for a sequence of `total` tokens."""
+        if not self.scales_at(total):
+            return self._rope.theta
+        factor, dim = self._rope.factor, self._head_dim
+        stretch: float = (factor * total / self._limit - (factor - 1)) ** (dim / (dim - 2))
+        return self._rope.theta * stretch
+
+    def scales_at(self, total: int) -> bool:
+        """Whether keys of a sequence this long are rotated by another base than those of shorter ones."""
+        return self._rope.scaling == "dynamic" and total > self._limit

@@ -1,0 +1,83 @@
+"""How each family of checkpoints writes a conversation, as data. `runtime.prompt` writes prompts with it.
+
+Sources: the `internvl2_5` conversation of the original code; the chat template of native checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from internvl_edge.base.errors import BundleError, CheckpointError
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """How one family of checkpoints writes a conversation; plain strings, stored in the bundle's manifest.
+
+    `system` is the default system text; None means no system turn. `merges_unmarked_images` says what several images do
+    when the question has no `<image>` mark: share one run of image tokens (the original), or get one run each.
+    """
+
+    name: str
+    system: str | None
+    system_prefix: str
+    user_prefix: str
+    assistant_prefix: str
+    turn_end: str
+    image_start: str
+    image_context: str
+    image_end: str
+    merges_unmarked_images: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """The template as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PromptTemplate:
+        """The inverse of `to_dict`.
+
+        Raises:
+            BundleError: a field is missing, unknown or of another type.
+        """
+        names = {field.name for field in fields(cls)}
+        if set(values) != names:
+            wrong = ", ".join(sorted(names.symmetric_difference(values)))
+            raise BundleError(f"prompt template: fields missing or unknown: {wrong}; export the checkpoint again")
+        for name, value in values.items():
+            good = isinstance(value, bool if name == "merges_unmarked_images" else str)
+            if not good and not (name == "system" and value is None):
+                raise BundleError(f"prompt template: {name} is {value!r}; export the checkpoint again")
+        return cls(**values)
+
+
+_INTERNVL2_5 = PromptTemplate(
+    name="internvl2_5",
+    system=(
+        "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+    ),
+    system_prefix="<|im_start|>system\n",
+    user_prefix="<|im_start|>user\n",
+    assistant_prefix="<|im_start|>assistant\n",
+    turn_end="<|im_end|>\n",
+    image_start="<img>",
+    image_context="<IMG_CONTEXT>",
+    image_end="</img>",
+    merges_unmarked_images=True,
+)
+_NATIVE = replace(_INTERNVL2_5, name="internvl_native", system=None, merges_unmarked_images=False)
+TEMPLATES = {template.name: template for template in (_INTERNVL2_5, _NATIVE)}
+
+
+def template_for(name: str, system_message: str | None = None) -> PromptTemplate:
+    """The template called `name`, with a checkpoint's own `system_message` in place of the default where it has one.
+
+    Raises:
+        CheckpointError: no such template.
+    """
+    if name not in TEMPLATES:
+        raise CheckpointError(f"prompt template is {name!r}, supported: {', '.join(TEMPLATES)}")
+    template = TEMPLATES[name]
+    return template if system_message is None else replace(template, system=system_message)

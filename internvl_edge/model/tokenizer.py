@@ -1,0 +1,124 @@
+"""Text to token ids and back, from one `tokenizer.json`.
+
+Encoding is the `tokenizers` library's. Decoding is by bytes: every token is a byte string and text is their UTF-8, so a
+stream can stop between any two tokens. Does not know prompts or checkpoints; `export.tokenizer` writes the file.
+
+Bytes that are not UTF-8 decode as in the checkpoint's own tokenizer: byte-level vocabularies (Qwen2) give one U+FFFD
+per broken sequence, byte-fallback vocabularies (InternLM2, as sentencepiece) one per byte. The original InternLM2 class
+also deletes spaces before English punctuation ("cd ./x" becomes "cd./x"); that harms code and is not done here.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from internvl_edge.base.errors import BundleError
+
+_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{1,2})>")
+_PER_BYTE = "internvl_edge.replace_each_byte"
+
+
+def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeDecodeError):
+        raise error
+    return "\ufffd" * (error.end - error.start), error.end
+
+
+codecs.register_error(_PER_BYTE, _replace_each_byte)
+
+
+class Tokenizer:
+    """A vocabulary with its special tokens."""
+
+    def __init__(self, path: Path) -> None:
+        """Read a `tokenizer.json`.
+
+        Raises:
+            BundleError: missing or damaged file, or tokens that are neither byte-level nor sentencepiece's with byte
+                fallback.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+            values = json.loads(text)
+            self._tokenizer = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises bare Exception
+            raise BundleError(f"{path} cannot be read ({error}); export the checkpoint again") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._byte_level = _is_byte_level(path, values.get("decoder"))
+        added = values["added_tokens"]
+        self._added = {token["id"]: token["content"].encode() for token in added}
+        self._special = {token["id"] for token in added if token["special"]}
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text; special tokens are recognised, and InternLM2's `<s>` is put in front."""
+        return list(self._tokenizer.encode(text).ids)
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """The text of token ids; ids outside the vocabulary are nothing."""
+        data = b"".join(self.token_bytes(token_id, skip_special) for token_id in ids)
+        return data.decode("utf-8", self.decode_errors)
+
+    def token_bytes(self, token_id: int, skip_special: bool = True) -> bytes:
+        """The bytes one token stands for, not always whole characters; special tokens are empty if `skip_special`."""
+        if token_id in self._added:
+            return b"" if skip_special and token_id in self._special else self._added[token_id]
+        piece = self._tokenizer.id_to_token(token_id)
+        if piece is None:
+            return b""
+        if self._byte_level:
+            return b"".join(_BYTE_OF.get(character) or character.encode() for character in piece)
+        byte = _BYTE_PIECE.fullmatch(piece)
+        return bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode()
+
+    def token_id(self, token: str) -> int:
+        """The id of a token such as `<|im_end|>`.
+
+        Raises:
+            BundleError: the vocabulary has no such token.
+        """
+        token_id = self._tokenizer.token_to_id(token)
+        if token_id is None:
+            raise BundleError(f"the tokenizer has no {token} token; is this an InternVL 2.5 checkpoint?")
+        return int(token_id)
+
+    @property
+    def decode_errors(self) -> str:
+        """How broken UTF-8 is shown, as an error handler's name for `codecs`."""
+        return "replace" if self._byte_level else _PER_BYTE
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens including the added ones."""
+        return int(self._tokenizer.get_vocab_size())
+
+
+def _is_byte_level(path: Path, decoder: Any) -> bool:
+    """Which of the two kinds of tokens a decoder section describes."""
+    sections = [decoder] if isinstance(decoder, dict) else []
+    if sections and sections[0].get("type") == "Sequence":
+        sections = sections[0]["decoders"]
+    kinds = [section.get("type") for section in sections]
+    if kinds == ["ByteLevel"]:
+        return True
+    if kinds == ["Replace", "ByteFallback", "Fuse"] and sections[0].get("pattern") == {"String": "▁"}:
+        return False
+    raise BundleError(f"{path} decodes with {kinds}, supported: ByteLevel, or Replace, ByteFallback, Fuse")
+
+
+def _byte_level_alphabet() -> dict[str, bytes]:
+    """GPT-2's character of each byte: itself where Latin-1 prints it, otherwise the next one from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    characters = [*printable, *range(0x100, 0x100 + len(others))]
+    return {chr(character): bytes([byte]) for character, byte in zip(characters, printable + others, strict=True)}
+
+
+_BYTE_OF = _byte_level_alphabet()

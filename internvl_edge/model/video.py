@@ -1,0 +1,136 @@
+"""A video becomes a few still images, taken at even distances like `load_video` on the InternVL 2.5 model cards.
+
+Knows PyAV (the `video` extra) and which frames to take. What the frames become is `preprocess` (with one tile each) and
+`prompt.video_question`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from internvl_edge.base.errors import EdgeError, ImageError
+
+from .preprocess import MAX_PIXELS
+
+MAX_FRAMES = 512
+
+
+def frame_indices(
+    total: int, count: int, *, fps: float = 0.0, start_s: float | None = None, end_s: float | None = None
+) -> list[int]:
+    """Numbers of the frames that stand for a video: the middle of each of `count` equal parts.
+
+    Rounds like the original (to even, then down), so a video shorter than `count` gives frames twice.
+
+    Args:
+        total: frames in the video.
+        count: frames to take, 1 to 512.
+        fps: frames per second, which `start_s` and `end_s` are converted with.
+        start_s: where to begin, in seconds; default: the start.
+        end_s: where to end, in seconds; default: the end.
+
+    Raises:
+        ImageError: no frames, a count out of range, or an empty span.
+    """
+    if not 1 <= count <= MAX_FRAMES:
+        raise ImageError(f"{count} frames are asked for, expected 1 to {MAX_FRAMES}")
+    if total < 1:
+        raise ImageError("the video has 0 frames; give one with at least 1")
+    if fps <= 0 and (start_s is not None or end_s is not None):
+        raise ImageError("the video does not say its frames per second; leave out where to begin and end")
+    first = max(0, round((start_s or 0.0) * fps))
+    last = total - 1 if end_s is None else min(round(end_s * fps), total - 1)
+    if first > last:
+        raise ImageError(
+            f"the span from frame {first} to {last} is empty; the video has {total} frames at {fps:g} a second"
+        )
+    part = (last - first) / count
+    return [int(first + part / 2 + round(part * index)) for index in range(count)]
+
+
+def load_video(
+    path: str | Path,
+    count: int = 8,
+    *,
+    start_s: float | None = None,
+    end_s: float | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> list[Image.Image]:
+    """Decode `count` frames of a video as RGB images, in order; ask about them with `prompt.video_question`.
+
+    Args:
+        path: the file.
+        count: frames to take.
+        start_s: where to begin, in seconds.
+        end_s: where to end, in seconds.
+        max_pixels: most pixels (width x height) of one frame.
+
+    Raises:
+        EdgeError: PyAV is not installed.
+        ImageError: missing or damaged file, no video in it, or beyond a limit.
+    """
+    try:
+        import av
+    except ImportError:
+        raise EdgeError("videos need PyAV, which is not installed; run: pip install 'internvl-edge[video]'") from None
+    with _reading(path):
+        with av.open(str(path)) as container:
+            stream = _video_stream(container, path, max_pixels)
+            total = stream.frames
+            fps = float(stream.average_rate or stream.guessed_rate or 0)
+        if not total:  # not every format says so
+            with av.open(str(path)) as container:
+                total = sum(packet.size > 0 for packet in container.demux(container.streams.video[0]))
+        wanted = frame_indices(total, count, fps=fps, start_s=start_s, end_s=end_s)
+        with av.open(str(path)) as container:
+            stream = _video_stream(container, path, max_pixels)
+            stream.thread_type = "AUTO"
+            return _take(container.decode(stream), wanted, path, max_pixels)
+
+
+def _video_stream(container: Any, path: str | Path, max_pixels: int) -> Any:
+    if not container.streams.video:
+        raise ImageError(f"{path} has no video in it; give a video file")
+    stream = container.streams.video[0]
+    _check_size(stream, path, max_pixels)
+    return stream
+
+
+def _check_size(frame: Any, path: str | Path, max_pixels: int) -> None:
+    if frame.width * frame.height > max_pixels:
+        raise ImageError(
+            f"{path} has frames of {frame.width}x{frame.height} = {frame.width * frame.height} pixels, "
+            f"the limit is {max_pixels}; make them smaller"
+        )
+
+
+def _take(frames: Iterator[Any], wanted: list[int], path: str | Path, max_pixels: int) -> list[Image.Image]:
+    """The wanted frames out of all, holding no others; `wanted` does not decrease."""
+    images: list[Image.Image] = []
+    read = 0
+    for index, frame in enumerate(frames):
+        read = index + 1
+        if index == wanted[len(images)]:
+            _check_size(frame, path, max_pixels)  # a stream may change its size on the way
+            image = Image.fromarray(frame.to_ndarray(format="rgb24"))
+            images += [image] * wanted.count(index)
+            if len(images) == len(wanted):
+                return images
+    raise ImageError(f"{path} ends after {read} frames, frame {wanted[len(images)]} is missing; the file is incomplete")
+
+
+@contextmanager
+def _reading(path: str | Path) -> Iterator[None]:
+    """Errors of FFmpeg, which PyAV gives many types, become one line."""
+    try:
+        yield
+    except EdgeError:
+        raise
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise ImageError(f"{path} cannot be read as a video ({reason}); check the file") from None

@@ -1,0 +1,204 @@
+"""Devices as data: what `plan` predicts for and `build` builds for. Knows numbers and names, opens no GPU.
+
+The shipped table is `devices.toml`; entries of ~/.config/internvl-edge/devices.toml and of a file given by the user
+come on top and may replace shipped ones.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from internvl_edge.base import toml
+from internvl_edge.base.errors import EdgeError
+
+FLAVOURS = ("tensorrt", "tensorrt_rtx")
+_CAPABILITY = re.compile(r"\d{1,2}\.\d")
+# Memory that the system, the display and the CUDA context keep for themselves; an estimate.
+_RESERVED_UNIFIED = 1.5 * 2**30
+_RESERVED_DISCRETE = 0.6 * 2**30
+
+
+class DeviceError(EdgeError):
+    """A device is not known, or a table of devices is not usable."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device; the fields are those of the table, see the comments there.
+
+    `compute_capability` is text like "8.7"; `memory_gib` in 2**30 bytes, `bandwidth_gbs` in 1e9 bytes/s, `tflops` and
+    `int8_tops` dense tensor operations in 1e12/s.
+    """
+
+    name: str
+    title: str
+    compute_capability: str
+    memory_gib: float
+    unified: bool
+    bandwidth_gbs: float
+    tflops: float
+    int8_tops: float
+    flavour: str
+    versions: str
+
+    @property
+    def sm(self) -> int:
+        """Compute capability as one number: 87 for 8.7, 120 for 12.0."""
+        return sm(self.compute_capability)
+
+    @property
+    def memory(self) -> int:
+        """Bytes, nominal."""
+        return int(self.memory_gib * 2**30)
+
+    @property
+    def usable_memory(self) -> int:
+        """Bytes left for a model, an estimate."""
+        return int(self.memory - (_RESERVED_UNIFIED if self.unified else _RESERVED_DISCRETE))
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Number formats its tensor cores compute with."""
+        return formats(self.sm)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What one engine file is built for: a device, or a group of them that can share a file."""
+
+    name: str
+    title: str
+    flavour: str
+    compute_capabilities: tuple[str, ...]
+
+    @property
+    def sms(self) -> tuple[int, ...]:
+        """Compute capabilities as numbers."""
+        return tuple(sm(capability) for capability in self.compute_capabilities)
+
+    @property
+    def dtype(self) -> str:
+        """What its graphs compute in: bfloat16 where all its devices have it, otherwise float16."""
+        return "bfloat16" if min(self.sms) >= 80 else "float16"
+
+
+def sm(compute_capability: str) -> int:
+    """ "8.7" -> 87, "12.0" -> 120."""
+    major, _, minor = compute_capability.partition(".")
+    return 10 * int(major) + int(minor)
+
+
+def formats(sm: int) -> tuple[str, ...]:
+    """Number formats of a compute capability, as vendor tables have them."""
+    first = {"fp16": 0, "int8": 0, "int4": 0, "bf16": 80, "fp8": 89, "fp4": 100}
+    return tuple(name for name, since in first.items() if sm >= since)
+
+
+class Devices:
+    """The known devices by name, the user's included.
+
+    Args:
+        extra: a table given by the user, on top of the shipped and the configured one.
+
+    Raises:
+        DeviceError: a table is missing or damaged; the file, the entry and the field are named.
+    """
+
+    def __init__(self, extra: Path | None = None) -> None:
+        self._tables = [_parse(files(__package__).joinpath("devices.toml").read_text("utf-8"), "devices.toml")]
+        configured = _configured()
+        for path in [*([configured] if configured.is_file() else []), *([extra] if extra else [])]:
+            try:
+                self._tables.append(_parse(path.read_text(encoding="utf-8"), str(path)))
+            except (OSError, UnicodeDecodeError) as error:
+                raise DeviceError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})") from None
+
+    @cached_property
+    def all(self) -> dict[str, Device]:
+        """Name -> device, in the order of the tables."""
+        return {name: device for devices, _ in self._tables for name, device in devices.items()}
+
+    @cached_property
+    def groups(self) -> dict[str, Target]:
+        """Name -> devices that share one engine file."""
+        return {name: group for _, groups in self._tables for name, group in groups.items()}
+
+    def device(self, name: str) -> Device:
+        """One device. Raises DeviceError with near names where there is none."""
+        if name not in self.all:
+            raise DeviceError(self._unknown(name, list(self.all)))
+        return self.all[name]
+
+    def target(self, name: str) -> Target:
+        """What to build for: a group or a device. Raises DeviceError as `device`."""
+        if name in self.groups:
+            return self.groups[name]
+        if name not in self.all:
+            raise DeviceError(self._unknown(name, [*self.groups, *self.all]))
+        device = self.all[name]
+        return Target(name, device.title, device.flavour, (device.compute_capability,))
+
+    @staticmethod
+    def _unknown(name: str, names: list[str]) -> str:
+        near = get_close_matches(name, names, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        return f"device {name!r} is not known; {hint}see internvl-edge devices, or add it with --devices FILE"
+
+
+def _configured() -> Path:
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "internvl-edge" / "devices.toml"
+
+
+def _parse(text: str, where: str) -> tuple[dict[str, Device], dict[str, Target]]:
+    values = toml.parse(text, where, DeviceError)
+    if unknown := set(values) - {"devices", "groups"}:
+        raise DeviceError(f"{where}: table {sorted(unknown)[0]!r} is not known, expected [devices.NAME]")
+    devices = {name: _device(name, entry, where) for name, entry in values.get("devices", {}).items()}
+    groups = {name: _group(name, entry, where) for name, entry in values.get("groups", {}).items()}
+    return devices, groups
+
+
+def _device(name: str, entry: Any, where: str) -> Device:
+    expected = {field.name: field.type for field in fields(Device) if field.name != "name"}
+    if not isinstance(entry, dict):
+        raise DeviceError(f"{where}: {name} is no table, expected [devices.{name}] with {', '.join(expected)}")
+    for field in sorted(expected.keys() ^ entry.keys()):
+        state = "missing" if field in expected else "not known"
+        raise DeviceError(f"{where}: devices.{name}: {field} is {state}, expected {', '.join(expected)}")
+    for field, kind in expected.items():
+        if not _is(kind, entry[field]):
+            wanted = {"str": "text", "bool": "true or false", "float": "a positive number"}[str(kind)]
+            raise DeviceError(f"{where}: devices.{name}: {field} is {entry[field]!r}, expected {wanted}")
+    if entry["flavour"] not in FLAVOURS:
+        raise DeviceError(f"{where}: devices.{name}: flavour is {entry['flavour']!r}, expected {' or '.join(FLAVOURS)}")
+    if not _CAPABILITY.fullmatch(entry["compute_capability"]):
+        raise DeviceError(
+            f"{where}: devices.{name}: compute_capability is {entry['compute_capability']!r}, expected text like '8.7'"
+        )
+    return Device(name=name, **entry)
+
+
+def _group(name: str, entry: Any, where: str) -> Target:
+    try:
+        capabilities = tuple(map(str, entry["compute_capabilities"]))
+        group = Target(name, str(entry["title"]), str(entry["flavour"]), capabilities)
+    except (KeyError, TypeError) as error:
+        raise DeviceError(f"{where}: groups.{name} has no usable {error}") from None
+    if group.flavour not in FLAVOURS or not capabilities or not all(map(_CAPABILITY.fullmatch, capabilities)):
+        raise DeviceError(
+            f"{where}: groups.{name}: expected a flavour of {', '.join(FLAVOURS)} and capabilities like '8.6'"
+        )
+    return group
+
+
+def _is(kind: Any, value: Any) -> bool:
+    if kind == "float":
+        return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    return isinstance(value, {"str": str, "bool": bool}[kind])

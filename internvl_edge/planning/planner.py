@@ -1,0 +1,210 @@
+"""Does a model fit a device, how fast can it be there at most, and what to change: from numbers alone.
+
+Speeds are roofline bounds: each phase takes at least its multiplications at the nominal arithmetic rate, and at least
+its bytes at the nominal bandwidth. They are predictions, never measurements; real runs stay below them.
+Knows no files; `footprint` counts, `internvl_edge.planning.devices` describes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from internvl_edge.model.config import ModelConfig
+from internvl_edge.model.preprocess import tile_grid
+
+from .devices import Device
+from .footprint import RECIPES, Footprint, Precision, builder_bytes
+
+# What a camera, a screen or a scanner gives: label -> width, height in pixels.
+IMAGE_SIZES = {
+    "VGA camera": (640, 480),
+    "HD camera": (1280, 720),
+    "full HD camera or screen": (1920, 1080),
+    "4K camera": (3840, 2160),
+    "phone photo, 12 megapixels": (4032, 3024),
+    "phone photo, upright": (3024, 4032),
+    "square photo": (1024, 1024),
+    "A4 page, 150 dpi": (1240, 1754),
+    "A4 page, 300 dpi": (2480, 3508),
+    "Letter page, 200 dpi": (1700, 2200),
+    "till receipt": (600, 1800),
+}
+TILE_LIMITS = (1, 2, 4, 6, 9, 12)
+# Tokens of the prompt beside the image: system text, question and marks.
+TEXT_TOKENS = 80
+ANSWER_TOKENS = 256
+# Prompt tokens and tiles that one engine call takes; see `build`.
+PREFILL_CHUNK = 512
+TILES_AT_ONCE = 4
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the device. `activations` and `workspace` are estimates, the rest is counted."""
+
+    vision: int
+    decoder: int
+    head: int
+    kv_cache: int
+    activations: int
+    workspace: int
+    embeddings_on_disk: int
+
+    @property
+    def total(self) -> int:
+        """All that the device holds; the token table is read from its file, row by row."""
+        return self.vision + self.decoder + self.head + self.kv_cache + self.activations + self.workspace
+
+
+@dataclass(frozen=True)
+class Speed:
+    """A roofline prediction for one image of `tiles` tiles; seconds and tokens per second, bounds."""
+
+    tiles: int
+    prompt_tokens: int
+    vision_s: float
+    prefill_s: float
+    decode_tokens_per_s: float
+
+    @property
+    def first_token_s(self) -> float:
+        """Seconds until the first token."""
+        return self.vision_s + self.prefill_s
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One model in one precision on one device."""
+
+    device: Device
+    recipe: str
+    context: int
+    max_tiles: int
+    memory: Memory
+    speed: Speed
+    advice: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device's memory suffices, beside what the system needs."""
+        return self.memory.total <= self.device.usable_memory
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON values; times are named predictions."""
+        return {
+            "device": self.device.name,
+            "recipe": self.recipe,
+            "context": self.context,
+            "max_tiles": self.max_tiles,
+            "fits": self.fits,
+            "memory": asdict(self.memory) | {"total": self.memory.total, "usable": self.device.usable_memory},
+            "prediction": asdict(self.speed) | {"first_token_s": self.speed.first_token_s, "method": "roofline bound"},
+            "advice": list(self.advice),
+        }
+
+
+def make_plan(
+    config: ModelConfig, device: Device, recipe: str, precision: Precision, *, context: int, max_tiles: int
+) -> Plan:
+    """Plan one model on one device.
+
+    Args:
+        config: the model.
+        device: where it should run.
+        recipe: how `precision` is called, for people.
+        precision: of weights and cache.
+        context: tokens that prompt and answer may have together.
+        max_tiles: most tiles of an image; the prediction is for an image that needs them all.
+    """
+    footprint = Footprint(config, precision)
+    memory = memory_of(footprint, context)
+    speed = predict(footprint, device, tiles_of(config, max_tiles))
+    advice: tuple[str, ...] = _refused_formats(device, precision)
+    if memory.total > device.usable_memory:
+        advice += tuple(_advice(footprint, device, context, memory))
+    if (needed := speed.prompt_tokens + ANSWER_TOKENS) > context:
+        advice += (f"--context {needed} or more, or fewer tiles: {speed.tiles} are {speed.prompt_tokens} tokens",)
+    building = builder_bytes(max(memory.vision, memory.decoder + memory.head))
+    if device.flavour == "tensorrt" and memory.total <= device.usable_memory < building:
+        advice += (f"engines are built on the device, which takes about {building / 1e9:.1f} GB: add swap for that",)
+    return Plan(device, recipe, context, max_tiles, memory, speed, advice)
+
+
+def memory_of(footprint: Footprint, context: int) -> Memory:
+    """Bytes on the device for a context of so many tokens."""
+    weights = footprint.weights
+    activations = footprint.activation_bytes(TILES_AT_ONCE, PREFILL_CHUNK)
+    return Memory(
+        vision=weights.vision,
+        decoder=weights.decoder,
+        head=weights.head,
+        kv_cache=footprint.cache_bytes(context),
+        activations=activations,
+        workspace=activations // 2 + (64 << 20),  # scratch of single kernels, their code, CUDA graphs
+        embeddings_on_disk=weights.embeddings,
+    )
+
+
+def predict(footprint: Footprint, device: Device, tiles: int) -> Speed:
+    """The roofline of one question about one image of `tiles` tiles, thumbnail included."""
+    config, precision, weights = footprint.config, footprint.precision, footprint.weights
+    bandwidth, rate, int8_rate = device.bandwidth_gbs * 1e9, device.tflops * 1e12, device.int8_tops * 1e12
+    prompt = tiles * config.tokens_per_tile + TEXT_TOKENS
+    vision_rate = int8_rate if precision.vision else rate
+    vision = max(footprint.vision_operations(tiles) / vision_rate, weights.vision / bandwidth)
+    prefill_rate = int8_rate if precision.body and precision.body.static_inputs else rate
+    prefill = max(footprint.prefill_operations(prompt) / prefill_rate, footprint.decode_bytes(prompt) / bandwidth)
+    return Speed(tiles, prompt, vision, prefill, bandwidth / footprint.decode_bytes(prompt + ANSWER_TOKENS // 2))
+
+
+def tiles_of(config: ModelConfig, limit: int) -> int:
+    """Tiles of an image that uses the whole limit, with its thumbnail."""
+    return limit + 1 if limit > 1 and config.use_thumbnail else limit
+
+
+def tile_table(config: ModelConfig, limits: tuple[int, ...] = TILE_LIMITS) -> list[dict[str, Any]]:
+    """Common image sizes and what each tile limit makes of them: grid, tiles, image tokens.
+
+    Tiles do not grow evenly with the limit: 640x480 is one tile at 4, 3x2 and a thumbnail at 6, 4x3 and a thumbnail at
+    12.
+    """
+    rows = []
+    size = config.vision.image_size
+    for label, (width, height) in IMAGE_SIZES.items():
+        tiles = {}
+        for limit in limits:
+            least = min(config.min_tiles, limit)
+            columns, lines = tile_grid(width, height, image_size=size, max_tiles=limit, min_tiles=least)
+            tiles[limit] = columns * lines + (1 if config.use_thumbnail and columns * lines > 1 else 0)
+        rows.append({"image": label, "width": width, "height": height, "tiles": tiles})
+    return rows
+
+
+def _refused_formats(device: Device, precision: Precision) -> tuple[str, ...]:
+    needed = {f"int{scheme.bits}" for scheme in (precision.body, precision.head, precision.vision) if scheme}
+    lacking = sorted(needed - set(device.formats))
+    return tuple(f"{device.title} has no {name}: choose another recipe" for name in lacking)
+
+
+def _advice(footprint: Footprint, device: Device, context: int, memory: Memory) -> list[str]:
+    """What would make it fit, the least loss first."""
+    advice = []
+    if shorter := _longest_context(memory, device, footprint):
+        advice.append(shorter)
+    for name, precision in RECIPES.items():
+        smaller = footprint.with_precision(precision)
+        needed = memory_of(smaller, context)
+        if needed.total < memory.total and needed.total <= device.usable_memory:
+            return [*advice, f"recipe {name} ({needed.total / 1e9:.2f} GB)"]
+        if not advice and name == list(RECIPES)[-1] and (shorter := _longest_context(needed, device, smaller)):
+            return [f"recipe {name} with {shorter}"]
+    return advice or ["a smaller variant of the model, or a device with more memory"]
+
+
+def _longest_context(memory: Memory, device: Device, footprint: Footprint) -> str | None:
+    """The context that still fits beside everything else, if an image of one tile and an answer fit into it."""
+    left = device.usable_memory - (memory.total - memory.kv_cache)
+    context = left // footprint.cache_bytes(1) // 256 * 256
+    tiles = (context - TEXT_TOKENS - ANSWER_TOKENS) // footprint.config.tokens_per_tile
+    return f"--context {context} (room for about {tiles} tiles)" if tiles >= 1 else None

@@ -1,0 +1,267 @@
+"""What a quantized model should be: the frozen choices that `quantize` carries out.
+
+Knows nothing about weights; every refusal that depends on the choices alone is made here. How recipes are written in
+files is the business of `recipe_files`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from internvl_edge.base.errors import EdgeError
+from internvl_edge.model.linear import W8A8, Scheme
+
+DECODER_SCHEMES = ("w4a16-awq", "w4a16-rtn", "w8a16", "w8a8", "fp")
+GROUP_SIZES = (32, 64, 128)
+LM_HEADS = ("fp", "int8", "int4")
+VISION = ("fp", "int8")
+KV_CACHES = ("fp", "int8")
+CALIBRATORS = ("best", "minmax", "percentile-99.9", "percentile-99.99", "entropy", "mse")
+
+INT8 = Scheme(8, None, symmetric=True)
+_FOUR_BITS = ("w4a16-awq", "w4a16-rtn")
+_PRECISION = re.compile(r"(?P<method>.+?)(-g(?P<group>\d+))?")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How one linear of the decoder is stored and computed.
+
+    Attributes:
+        method: one of `DECODER_SCHEMES`.
+        scheme: how weights are rounded; None for floats.
+    """
+
+    method: str
+    scheme: Scheme | None
+
+    def __str__(self) -> str:
+        """As recipes write it, group size included: w4a16-awq-g64."""
+        grouped = self.scheme is not None and self.scheme.group_size is not None
+        return f"{self.method}-g{self.scheme.group_size}" if grouped and self.scheme else self.method
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it follows from the inputs of a layer, not from its weights alone."""
+        return self.method in ("w4a16-awq", "w8a8")
+
+
+def _require_calibrator(name: str) -> None:
+    if name not in CALIBRATORS:
+        raise EdgeError(f"calibrator {name!r} is not one of {', '.join(CALIBRATORS)}")
+
+
+@dataclass(frozen=True)
+class VisionInt8:
+    """How a tower and its projector become int8, weights and inputs.
+
+    Attributes:
+        calibrator: finds the range of inputs: one of `CALIBRATORS`; "best" takes for each linear the one with the
+            smallest output error.
+        smoothing: SmoothQuant, folded into the norms before qkv, fc1 and the projector.
+        cosine: linears keep their floats, the most harmful first, until this cosine between the image embeddings and
+            those of the float tower is to be expected; 0 for none.
+        keep: patterns (`*`, `?`) of canonical linear names that keep their floats: "projector.*".
+
+    Raises:
+        EdgeError: from the constructor, for anything else.
+    """
+
+    calibrator: str = "best"
+    smoothing: bool = True
+    cosine: float = 0.9997
+    keep: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _require_calibrator(self.calibrator)
+        if not 0 <= self.cosine < 1:
+            raise EdgeError(f"a cosine of {self.cosine:g} is not possible for int8; give one from 0 to below 1")
+
+
+@dataclass(frozen=True)
+class DecoderInt8:
+    """How linears of the decoder become "w8a8".
+
+    Attributes:
+        calibrator: as for the tower.
+        smoothing: SmoothQuant, folded into what comes before each input: norms, value rows, up rows.
+        max_kl: linears keep float inputs or floats, by `Automatic`, until no more divergence is predicted; 0 for none.
+            Language models have tokens whose values are a thousand times larger than all others in a layer or two,
+            which no static range holds.
+
+    Raises:
+        EdgeError: from the constructor, for anything else.
+    """
+
+    calibrator: str = "best"
+    smoothing: bool = True
+    max_kl: float = 0.02
+
+    def __post_init__(self) -> None:
+        _require_calibrator(self.calibrator)
+        if not self.max_kl >= 0:
+            raise EdgeError(f"a divergence of {self.max_kl:g} is not possible; give one above 0, or 0 for no limit")
+
+
+@dataclass(frozen=True)
+class Automatic:
+    """Precision of each linear of the decoder by measured sensitivity; one of the two limits is given.
+
+    Attributes:
+        target_bits: bits per weight of the decoder's layers on average, scales and zero points included; the smallest
+            divergence that can be had for them.
+        max_kl: Kullback-Leibler divergence of the next token from the float model's, mean in nats, that is predicted
+            for the decoder's layers; the fewest bits that stay below it.
+        among: precisions to choose from ("w4a16-awq-g32", "w8a16"); empty for the recipe's own decoder scheme, the same
+            in half the group size, w8a16 and fp.
+
+    Raises:
+        EdgeError: from the constructor: both limits or none, or one that cannot be.
+    """
+
+    target_bits: float | None = None
+    max_kl: float | None = None
+    among: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if (self.target_bits is None) == (self.max_kl is None):
+            raise EdgeError("precision is chosen by target_bits or by max_kl; give one of the two")
+        if self.target_bits is not None and not 4 < self.target_bits <= 16:
+            raise EdgeError(f"{self.target_bits:g} bits per weight are not possible; give more than 4, at most 16")
+        if self.max_kl is not None and not self.max_kl > 0:
+            raise EdgeError(f"a divergence of {self.max_kl:g} is not possible; give one above 0, such as 0.02")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is quantized. The token table keeps its floats.
+
+    Attributes:
+        decoder: "w4a16-awq" (4 bits, scales and clipping from activations), "w4a16-rtn" (4 bits, rounding alone),
+            "w8a16" (8 bits, one scale per output), "w8a8" (the same, and inputs in int8 with one static scale each) or
+            "fp" (as it is).
+        group_size: inputs that share one scale of 4-bit weights: 32, 64 or 128.
+        symmetric: no zero points, as TensorRT needs; otherwise AutoAWQ's asymmetric form. 8-bit weights always are.
+        lm_head: "fp" (as it is), "int8" (one scale per output) or "int4" (as the decoder's 4-bit weights).
+        error_compensation: spread each column's rounding error over the columns not yet rounded (GPTQ); w4a16-awq and
+            w8a16. Without it, and where nothing but an exception is w8a16, that is rounding alone, without data.
+        vision: "fp" or "int8" (weights and inputs of tower and projector); fewer bits are refused.
+        vision_int8: how, where it is.
+        decoder_int8: how linears become "w8a8".
+        kv_cache: "fp" or "int8".
+        layers: (pattern, precision) exceptions; the last that matches a linear holds. Patterns (`*`, `?`) are of
+            canonical names, "decoder." left out or not: ("layers.0.*", "w8a16"), ("*.down_proj", "w4a16-awq-g32").
+            Those of tower and projector can only be "fp".
+        automatic: chooses the precision of the linears that no pattern matches; with "w8a8" also without it, see
+            `DecoderInt8.max_kl`.
+
+    Raises:
+        EdgeError: from the constructor, for anything else.
+    """
+
+    decoder: str = "w4a16-awq"
+    group_size: int = 128
+    symmetric: bool = False
+    lm_head: str = "fp"
+    error_compensation: bool = True
+    vision: str = "fp"
+    vision_int8: VisionInt8 = VisionInt8()
+    decoder_int8: DecoderInt8 = DecoderInt8()
+    kv_cache: str = "fp"
+    layers: tuple[tuple[str, str], ...] = ()
+    automatic: Automatic | None = None
+
+    def __post_init__(self) -> None:
+        if self.decoder not in DECODER_SCHEMES:
+            raise EdgeError(_unknown_scheme(self.decoder))
+        if self.group_size not in GROUP_SIZES:
+            raise EdgeError(f"group size {self.group_size} is not one of {', '.join(map(str, GROUP_SIZES))}")
+        if self.lm_head not in LM_HEADS:
+            raise EdgeError(f"lm_head {self.lm_head!r} is not one of {', '.join(LM_HEADS)}")
+        if self.vision not in VISION:
+            raise EdgeError(
+                f"vision {self.vision!r} is not supported: towers lose their answers below 8 bits; use int8 or fp"
+            )
+        if self.kv_cache not in KV_CACHES:
+            raise EdgeError(f"kv_cache {self.kv_cache!r} is not one of {', '.join(KV_CACHES)}")
+        found = [self.precision(precision) for _, precision in self.layers]
+        if self.automatic and self.decoder == "fp":
+            raise EdgeError("precision is chosen from the decoder's scheme upwards; give a decoder scheme below fp")
+        found += self.candidates
+        if self.choice and self.choice.target_bits and any(each.method == "w8a8" for each in self.candidates):
+            raise EdgeError("w8a8 has as many bits as w8a16, so target_bits cannot choose between them; give max_kl")
+        floats = (self.decoder, self.lm_head, self.vision, self.kv_cache) == ("fp", "fp", "fp", "fp")
+        if floats and all(precision.scheme is None for precision in found):
+            raise EdgeError("decoder, lm_head and vision all keep their floats; quantize at least one of them")
+
+    def precision(self, text: str) -> Precision:
+        """What a text like "w8a16" or "w4a16-awq-g32" means in this recipe.
+
+        Raises:
+            EdgeError: no such scheme or group size, or a group size where there are no groups.
+        """
+        found = _PRECISION.fullmatch(text)
+        method = found["method"] if found else text
+        if method not in DECODER_SCHEMES:
+            raise EdgeError(_unknown_scheme(text))
+        group = int(found["group"]) if found and found["group"] else None
+        if group is not None and method not in _FOUR_BITS:
+            raise EdgeError(f"{text!r}: only {' and '.join(_FOUR_BITS)} have groups; write {method}")
+        if group is not None and group not in GROUP_SIZES:
+            raise EdgeError(f"{text!r}: group size {group} is not one of {', '.join(map(str, GROUP_SIZES))}")
+        if method in _FOUR_BITS:
+            return Precision(method, Scheme(4, group or self.group_size, self.symmetric))
+        return Precision(method, {"w8a16": INT8, "w8a8": W8A8, "fp": None}[method])
+
+    @property
+    def base(self) -> Precision:
+        """What linears of the decoder's layers have unless something else is said of them."""
+        return self.precision(self.decoder)
+
+    @property
+    def head(self) -> Precision:
+        """Of lm_head; "int4" is as the decoder's 4-bit weights, where it has any."""
+        four_bits = self.decoder if self.decoder in _FOUR_BITS else _FOUR_BITS[not self.needs_data]
+        return self.precision({"fp": "fp", "int8": "w8a16", "int4": four_bits}[self.lm_head])
+
+    @property
+    def choice(self) -> Automatic | None:
+        """By what precision is chosen; None where nothing is."""
+        limited = self.decoder == "w8a8" and self.decoder_int8.max_kl > 0
+        return self.automatic or (Automatic(max_kl=self.decoder_int8.max_kl) if limited else None)
+
+    @property
+    def candidates(self) -> list[Precision]:
+        """What the automatic choice chooses from, without doubles; empty where nothing is chosen."""
+        if self.choice is None:
+            return []
+        halved = self.group_size // 2
+        finer = [f"{self.decoder}-g{halved}"] if self.decoder in _FOUR_BITS and halved in GROUP_SIZES else []
+        among = self.choice.among or (self.decoder, *finer, "w8a16", "fp")
+        return list(dict.fromkeys(self.precision(text) for text in among))
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the decoder's activations are needed: by a linear, by a choice, or for the range of the cache."""
+        exceptions = [self.precision(text) for _, text in self.layers]
+        chosen = self.choice is not None or self.kv_cache == "int8"
+        compensated = self.decoder == "w8a16" and self.error_compensation
+        return chosen or compensated or any(each.needs_data for each in (self.base, *exceptions))
+
+    @property
+    def is_autoawq(self) -> bool:
+        """Whether AutoAWQ's format can say all of it."""
+        uniform = not self.layers and self.choice is None
+        others = (self.lm_head, self.vision, self.kv_cache) == ("fp", "fp", "fp")
+        return self.decoder in _FOUR_BITS and not self.symmetric and uniform and others
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as JSON values."""
+        return asdict(self)
+
+
+def _unknown_scheme(name: str) -> str:
+    reason = "2-bit weights leave too little of models of this size; " if name.startswith("w2") else ""
+    return f"scheme {name!r} is not supported; {reason}choose one of {', '.join(DECODER_SCHEMES)}"

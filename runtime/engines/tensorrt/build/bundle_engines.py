@@ -1,0 +1,256 @@
+"""Both engines of a bundle for one target: `engines/NAME/`, whole or not at all, rebuilt only when inputs changed.
+
+TensorRT's own builder needs the device; TensorRT for RTX needs none and puts several compute capabilities into a file.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from internvl_edge.bundle import manifest as bundle
+from internvl_edge.bundle.manifest import Bundle, sha256
+from internvl_edge.model.config import ModelConfig
+from internvl_edge.planning.devices import Target
+from internvl_edge.base.errors import EngineError
+
+from ..flavour import Flavour, load_flavour
+from ..record import ENGINES, TIMING_CACHE, BuildOptions, EngineRecord, engine_folder, graph_inputs
+from internvl_edge.planning.footprint import builder_bytes
+from .engine import Build, Built, Profile, Progress, build_engine, interruptible
+
+
+def build_engines(
+    opened: Bundle, target: Target, options: BuildOptions, *, force: bool = False, progress: Progress | None = None
+) -> tuple[EngineRecord, bool]:
+    """Build a bundle's engines for a target, unless they are there already.
+
+    Args:
+        opened: the bundle; engines go to its folder `engines/NAME/`.
+        target: the device, or a group of devices that share one file.
+        options: sizes that are fixed in engines.
+        force: build again whatever is there.
+        progress: told the graph's file and phase, and steps done and to do.
+
+    Returns:
+        What stands there, and whether it was built now.
+
+    Raises:
+        EngineError: TensorRT is missing, too old or refuses a graph; another device is needed; sizes do not fit.
+    """
+    _check_options(opened.manifest.model, target, options)
+    _check_graphs(opened)
+    flavour = load_flavour(target.flavour)
+    folder = engine_folder(opened, target.name)
+    wanted = EngineRecord(target.name, flavour.name, flavour.version, target.sms, options, graph_inputs(opened))
+    if not force and (present := _present(folder)) and present.same_build(wanted):
+        return present, False
+    if not flavour.builds_anywhere:
+        _check_device(target)
+    _check_memory(opened)
+    with _atomic_folder(folder) as partial, interruptible() as stop:
+        if (folder / TIMING_CACHE).is_file():
+            shutil.copy(folder / TIMING_CACHE, partial)
+        built = {graph: _build(opened, flavour, wanted, graph, partial, progress, stop) for graph in ENGINES}
+        record = replace(
+            wanted,
+            files={path.name: _entry(path, built) for path in sorted(partial.iterdir())},
+            figures={
+                graph: {"seconds": made.seconds, "peak_rss": made.peak_rss, "layers": made.layers}
+                for graph, made in built.items()
+            },
+        )
+        record.write(partial)
+    return record, True
+
+
+def headers(opened: Bundle, options: BuildOptions, decomposed: bool = False) -> dict[str, tuple[bytes, Path]]:
+    """Graph -> its header as TensorRT takes it, and the path its data lies beside.
+
+    `decomposed`: for a TensorRT without layers for attention, rotary embedding and the cache (before 10.15).
+
+    Raises:
+        EngineError: onnx-ir is not installed.
+    """
+    try:
+        from .decompose import Heads
+        from .header import decoder_header, vision_header
+    except ImportError as error:
+        raise EngineError(f"build needs the package {error.name}: pip install onnx-ir") from None
+    activations = opened.manifest.activations
+    vision, decoder = opened.path(bundle.VISION), opened.path(bundle.DECODERS["standard"])
+    text, tower = opened.manifest.model.decoder, opened.manifest.model.vision
+    width = tower.hidden_size // tower.num_attention_heads
+    seeing = Heads(tower.num_attention_heads, tower.num_attention_heads, width) if decomposed else None
+    reading = Heads(text.num_attention_heads, text.num_key_value_heads, text.head_dim) if decomposed else None
+    return {
+        "vision": (vision_header(vision, activations, options.dtype, seeing), vision),
+        "decoder": (decoder_header(decoder, activations, options.dtype, options.capacity, reading), decoder),
+    }
+
+
+def profiles(config: ModelConfig, options: BuildOptions, graph: str) -> tuple[Profile, ...]:
+    """The shapes an engine is built for.
+
+    One profile serves prompts and single tokens; its best shape is one token, as decoding is what users wait for
+    longest. With two, prompts have their own.
+    """
+    if graph == "vision":
+        size = config.vision.image_size
+        shape = (size, size, 3)
+        return ({"pixels": ((1, *shape), (options.tiles, *shape), (options.tiles, *shape))},)
+    decoder, middle = config.decoder, max(1, options.capacity // 4)
+    widths = {"inputs_embeds": decoder.hidden_size, "cos": decoder.head_dim // 2, "sin": decoder.head_dim // 2}
+
+    def profile(best: int, largest: int) -> Profile:
+        shapes: Profile = {
+            name: ((1, 1, width), (1, best, width), (1, largest, width)) for name, width in widths.items()
+        }
+        kept = {"kept": ((1,), (1,), (min(options.kept, largest),))}
+        return shapes | kept | {"slots": ((1,), (middle,), (options.capacity,))}
+
+    if options.profiles == 1:
+        return (profile(1, options.chunk),)
+    return profile(1, 1), profile(options.chunk, options.chunk)
+
+
+def _build(
+    opened: Bundle,
+    flavour: Flavour,
+    record: EngineRecord,
+    graph: str,
+    folder: Path,
+    progress: Progress | None,
+    stop: threading.Event,
+) -> Built:
+    header, path = headers(opened, record.options, decomposed=not flavour.has_attention)[graph]
+
+    def show(phase: str, done: int, total: int) -> None:
+        if progress:
+            progress(f"{path.name}: {phase}", done, total)
+
+    build = Build(
+        header=header,
+        path=path,
+        sms=record.compute_capabilities,
+        profiles=profiles(opened.manifest.model, record.options, graph),
+        output=folder / ENGINES[graph],
+        timing_cache=folder / TIMING_CACHE,
+    )
+    made = build_engine(flavour, build, show, stop)
+    if stop.is_set():
+        raise KeyboardInterrupt
+    return made
+
+
+def _entry(path: Path, built: dict[str, Built]) -> dict[str, int | str]:
+    digests = {ENGINES[graph]: made.sha256 for graph, made in built.items()}
+    return {"bytes": path.stat().st_size, "sha256": digests.get(path.name) or sha256(path)}
+
+
+def _present(folder: Path) -> EngineRecord | None:
+    try:
+        return EngineRecord.read(folder)
+    except EngineError:
+        return None
+
+
+def _check_options(config: ModelConfig, target: Target, options: BuildOptions) -> None:
+    if options.dtype == "bfloat16" and min(target.sms) < 80:
+        raise EngineError(f"{target.title} has no bfloat16 (compute capability below 8.0); build with --dtype float16")
+    if options.profiles not in (1, 2):
+        raise EngineError(f"{options.profiles} optimisation profiles, expected 1 or 2")
+    if not 1 <= options.chunk <= options.capacity:
+        raise EngineError(
+            f"steps of {options.chunk} prompt tokens do not fit a context of {options.capacity}; "
+            "expected 1 <= --chunk <= --context"
+        )
+    if options.capacity < config.tokens_per_tile + 2:
+        raise EngineError(
+            f"a context of {options.capacity} tokens has no room for one tile ({config.tokens_per_tile} tokens) and an "
+            "answer; give more --context"
+        )
+    if options.tiles < 1:
+        raise EngineError(f"{options.tiles} tiles encoded together, expected at least 1")
+
+
+def _check_device(target: Target) -> None:
+    """TensorRT builds for the device it runs on: that must be the target."""
+    from ..cuda import Cuda
+
+    cuda = Cuda()
+    found = cuda.compute_capability()
+    if found not in target.sms:
+        wanted = ", ".join(target.compute_capabilities)
+        raise EngineError(
+            f"this GPU has compute capability {found / 10:.1f}, {target.title} has {wanted}; "
+            f"engines of {target.flavour} are built on the device they run on"
+        )
+
+
+def _check_graphs(opened: Bundle) -> None:
+    for name in (bundle.VISION, bundle.DECODERS["standard"]):
+        if name not in opened.manifest.files:
+            raise EngineError(
+                f"{opened.folder} has no {name}, which TensorRT reads; export it with the standard dialect"
+            )
+
+
+def _check_memory(opened: Bundle) -> None:
+    files = opened.manifest.files
+    largest = max(files[name]["bytes"] for name in ("vision.data", "decoder.data"))
+    needed = builder_bytes(largest // (2 if opened.manifest.dtype == "float32" else 1))
+    available = _available_memory()
+    if available is not None and needed > available:
+        raise EngineError(
+            f"building needs about {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are available; "
+            "close other programs, add swap, or build a quantized bundle"
+        )
+
+
+def _available_memory() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    return sum(1024 * int(fields[name].split()[0]) for name in ("MemAvailable", "SwapFree") if name in fields)
+
+
+@contextmanager
+def _atomic_folder(target: Path) -> Iterator[Path]:
+    """A temporary sibling that takes the target's place on success and disappears on failure."""
+    try:
+        target.parent.mkdir(exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    except OSError as error:
+        raise EngineError(f"cannot write to {target.parent} ({os.strerror(error.errno or 0)})") from None
+    try:
+        yield folder
+        folder.chmod(0o755)
+        old = folder.with_name(folder.name + ".old")
+        if target.exists():
+            target.rename(old)
+        folder.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise EngineError(
+            f"cannot write engines to {target} ({error.strerror or error}); make room or check rights"
+        ) from None
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def options_for(target: Target, dtype: str | None = None, **sizes: int | None) -> BuildOptions:
+    """Options with the target's own type and the given sizes, None left out; steps never exceed the context."""
+    given = {name: size for name, size in sizes.items() if size is not None}
+    options = BuildOptions(**(asdict(BuildOptions(dtype or target.dtype)) | given))
+    return options if "chunk" in given else replace(options, chunk=min(options.chunk, options.capacity))

@@ -1,0 +1,139 @@
+"""One parsed network becomes one engine file: profile, limits, progress, interruption."""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from internvl_edge.base.errors import EngineError
+from internvl_edge.base.run import peak_memory
+
+from ..flavour import Flavour, last_error
+from .network import parsed_network
+
+Shape = tuple[int, ...]
+# Input -> smallest, best and largest shape.
+Profile = dict[str, tuple[Shape, Shape, Shape]]
+# Called with a phase and the steps done and to do in it.
+Progress = Callable[[str, int, int], None]
+# Device memory that a kernel may use as scratch while it is chosen and while it runs.
+WORKSPACE = 1 << 30
+
+
+@dataclass(frozen=True)
+class Built:
+    """One engine file: its size and hash, and what building it took. `peak_rss` is of the process so far, in bytes."""
+
+    bytes: int
+    sha256: str
+    seconds: float
+    peak_rss: int
+    layers: int
+
+
+@dataclass(frozen=True)
+class Build:
+    """What to build: a header beside its data, for compute capabilities, with its profiles, into a file."""
+
+    header: bytes
+    path: Path
+    sms: tuple[int, ...]
+    profiles: tuple[Profile, ...]
+    output: Path
+    timing_cache: Path | None = None
+
+
+def build_engine(flavour: Flavour, build: Build, progress: Progress, stop: threading.Event) -> Built:
+    """Parse, optimise and write one engine.
+
+    Raises:
+        EngineError: the parser or the builder refuses, with its reason.
+        KeyboardInterrupt: `stop` was set, and the build ended between two steps.
+    """
+    started = time.perf_counter()
+    with parsed_network(flavour, build.header, build.path) as (builder, network):
+        config = builder.create_builder_config()
+        config.set_memory_pool_limit(flavour.api.MemoryPoolType.WORKSPACE, WORKSPACE)
+        flavour.set_compute_capabilities(config, build.sms)
+        flavour.use_timing_cache(config, build.timing_cache)
+        for profile in build.profiles:
+            config.add_optimization_profile(_profile(builder, network, profile))
+        monitor = make_monitor(flavour.api, progress, stop)  # the builder only borrows it
+        config.progress_monitor = monitor
+        plan = builder.build_serialized_network(network, config)
+        if stop.is_set():
+            raise KeyboardInterrupt
+        if plan is None:
+            raise EngineError(
+                f"{flavour.name} {flavour.version} cannot build {build.path.name}: {last_error(flavour.log)}"
+            )
+        data = memoryview(plan)
+        with build.output.open("wb") as file:
+            file.write(data)
+        if timings := flavour.timing_cache(config):
+            assert build.timing_cache is not None
+            build.timing_cache.write_bytes(timings)
+        seconds, peak = time.perf_counter() - started, peak_memory()
+        return Built(len(data), hashlib.sha256(data).hexdigest(), round(seconds, 2), peak, network.num_layers)
+
+
+def make_monitor(api: Any, progress: Progress, stop: threading.Event) -> Any:
+    """TensorRT's progress monitor: reports the innermost phase, ends the build once `stop` is set."""
+
+    class Monitor(api.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            api.IProgressMonitor.__init__(self)
+            self._steps: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self._steps[phase_name] = num_steps
+            progress(phase_name, 0, num_steps)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            progress(phase_name, step + 1, self._steps.get(phase_name, step + 1))
+            return not stop.is_set()
+
+        def phase_finish(self, phase_name: str) -> None:
+            self._steps.pop(phase_name, None)
+
+    return Monitor()
+
+
+def _profile(builder: Any, network: Any, shapes: Profile) -> Any:
+    profile = builder.create_optimization_profile()
+    names = {network.get_input(index).name for index in range(network.num_inputs)}
+    for name, (smallest, best, largest) in shapes.items():
+        if name not in names:
+            raise EngineError(f"the graph has no input {name}; export the bundle again")
+        profile.set_shape(name, smallest, best, largest)
+    return profile
+
+
+@contextmanager
+def interruptible() -> Iterator[threading.Event]:
+    """Ctrl-C and SIGTERM set an event that the builder looks at between steps; an exception in its callbacks is lost.
+
+    Signals can only be handled in the main thread; elsewhere the event is never set.
+    """
+    stop = threading.Event()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

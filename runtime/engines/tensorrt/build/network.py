@@ -1,0 +1,70 @@
+"""A serialised header becomes a parsed TensorRT network, and what stands in it can be counted.
+
+Knows TensorRT's parser; a graph that it rejects is one line that names the node.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from internvl_edge.base.errors import EngineError
+
+from ..flavour import Flavour, last_error
+
+
+@contextmanager
+def parsed_network(flavour: Flavour, header: bytes, path: Path) -> Iterator[tuple[Any, Any]]:
+    """(builder, network) of a header whose external data lies beside `path`; released on leaving.
+
+    Raises:
+        EngineError: the parser rejects a node, which is named.
+    """
+    api = flavour.api
+    builder = api.Builder(flavour.log)
+    network = flavour.network(builder)
+    parser = api.OnnxParser(network, flavour.log)
+    if not parser.parse(header, str(path)):
+        reasons = [parser.get_error(index) for index in range(parser.num_errors)]
+        reason = f"{reasons[0].node_name()}: {reasons[0].desc()}" if reasons else last_error(flavour.log)
+        raise EngineError(f"{flavour.name} {flavour.version} rejects {path.name}: {' '.join(reason.split())[:300]}")
+    try:
+        yield builder, network
+    finally:
+        del network, parser, builder
+
+
+def tensors(network: Any) -> dict[str, tuple[str, str, tuple[int, ...]]]:
+    """Inputs and outputs: name -> ("input" or "output", type, shape with -1 where it varies)."""
+    found = {}
+    for kind, count, get in (
+        ("input", network.num_inputs, network.get_input),
+        ("output", network.num_outputs, network.get_output),
+    ):
+        for tensor in (get(index) for index in range(count)):
+            found[tensor.name] = kind, tensor.dtype.name, tuple(tensor.shape)
+    return found
+
+
+def layers(network: Any) -> list[Any]:
+    """All layers."""
+    return [network.get_layer(index) for index in range(network.num_layers)]
+
+
+def layer_types(network: Any) -> Counter[str]:
+    """How many layers of each type."""
+    return Counter(layer.type.name for layer in layers(network))
+
+
+def shape_inputs(network: Any) -> list[str]:
+    """Inputs whose values decide shapes; such a value must be on the host, and forbids a CUDA graph."""
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    return [tensor.name for tensor in inputs if tensor.is_shape_tensor]
+
+
+def outputs_of_type(network: Any, layer_type: str) -> Counter[str]:
+    """Element types of what the layers of one type put out."""
+    return Counter(layer.get_output(0).dtype.name for layer in layers(network) if layer.type.name == layer_type)

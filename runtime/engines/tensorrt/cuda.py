@@ -1,0 +1,150 @@
+"""The few CUDA calls an engine needs, each checked: memory, copies, streams, graphs. Nothing here knows TensorRT.
+
+Everything taken through one `Cuda` is given back by its `close`, in reverse order, also after an error.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from internvl_edge.base.errors import EngineError
+
+_INSTALL = "pip install 'internvl-edge[rtx]' (or [jetson])"
+
+
+class Cuda:
+    """The present GPU through `cuda.bindings.runtime`; pointers, streams and graphs are plain integers or handles.
+
+    Args:
+        runtime: the module to call; the installed one by default.
+
+    Raises:
+        EngineError: from any method, when a call fails; its name and CUDA's own words are in the message.
+    """
+
+    def __init__(self, runtime: Any = None) -> None:
+        self._runtime = runtime or _import_runtime()
+        self._owned = ExitStack()
+        count = self.call("cudaGetDeviceCount")
+        if not count:
+            raise EngineError("CUDA finds no GPU here")
+        self.call("cudaSetDevice", 0)
+
+    def call(self, function: str, *arguments: Any) -> Any:
+        """Call a function by name; returns its result without the status (None where there is nothing else)."""
+        status, *results = getattr(self._runtime, function)(*arguments)
+        if status != self._runtime.cudaError_t.cudaSuccess:
+            raise EngineError(f"CUDA: {function} failed: {self._words(status)}")
+        return results[0] if results else None
+
+    def compute_capability(self) -> int:
+        """87 for 8.7."""
+        attributes = self._runtime.cudaDeviceAttr
+        major = self.call("cudaDeviceGetAttribute", attributes.cudaDevAttrComputeCapabilityMajor, 0)
+        return int(10 * major + self.call("cudaDeviceGetAttribute", attributes.cudaDevAttrComputeCapabilityMinor, 0))
+
+    def device_memory(self, size: int, purpose: str) -> int:
+        """A device address of `size` bytes, all zero. `purpose` is named when memory does not suffice."""
+        try:
+            pointer = int(self.call("cudaMalloc", size))
+        except EngineError as error:
+            raise EngineError(f"{self._free()}{size / 1e6:.0f} MB are needed for {purpose} ({error})") from None
+        self._owned.callback(self._release, "cudaFree", pointer)
+        self.call("cudaMemset", pointer, 0, size)
+        return pointer
+
+    def pinned(self, size: int) -> NDArray[np.uint8]:
+        """Host memory of `size` bytes that copies do not wait for, as an array. It must not be used after `close`."""
+        pointer = int(self.call("cudaHostAlloc", size, self._runtime.cudaHostAllocDefault))
+        self._owned.callback(self._release, "cudaFreeHost", pointer)
+        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(pointer))
+
+    def stream(self) -> Any:
+        """A stream of its own."""
+        stream = self.call("cudaStreamCreateWithFlags", self._runtime.cudaStreamNonBlocking)
+        self._owned.callback(self._release, "cudaStreamDestroy", stream)
+        return stream
+
+    def to_device(self, target: int, source: NDArray[np.uint8], stream: Any) -> None:
+        """Start copying pinned bytes to the device."""
+        kind = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self.call("cudaMemcpyAsync", target, source.ctypes.data, source.nbytes, kind, stream)
+
+    def to_host(self, target: NDArray[np.uint8], source: int, stream: Any) -> None:
+        """Start copying from the device to pinned bytes."""
+        kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self.call("cudaMemcpyAsync", target.ctypes.data, source, target.nbytes, kind, stream)
+
+    def within_device(self, target: int, source: int, size: int, stream: Any) -> None:
+        """Start copying within device memory."""
+        kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self.call("cudaMemcpyAsync", target, source, size, kind, stream)
+
+    def within_device_rows(self, target: int, pitch: int, source: int, size: int, rows: int, stream: Any) -> None:
+        """Start copying `rows` rows of `size` bytes, one behind the other, to places `pitch` bytes apart."""
+        kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self.call("cudaMemcpy2DAsync", target, pitch, source, size, size, rows, kind, stream)
+
+    def free_memory(self) -> int:
+        """Bytes of device memory that nobody uses."""
+        status, free, _ = self._runtime.cudaMemGetInfo()
+        if status != self._runtime.cudaError_t.cudaSuccess:
+            raise EngineError(f"CUDA: cudaMemGetInfo failed: {self._words(status)}")
+        return int(free)
+
+    def synchronise(self, stream: Any) -> None:
+        """Wait until everything on a stream is done; errors of earlier work appear here."""
+        self.call("cudaStreamSynchronize", stream)
+
+    def begin_capture(self, stream: Any) -> None:
+        """Record what follows on the stream instead of doing it."""
+        self.call(
+            "cudaStreamBeginCapture", stream, self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        )
+
+    def end_capture(self, stream: Any) -> Any:
+        """The recorded work as an executable graph; `destroy_graph` gives it back."""
+        graph = self.call("cudaStreamEndCapture", stream)
+        try:
+            return self.call("cudaGraphInstantiate", graph, 0)
+        finally:
+            self._release("cudaGraphDestroy", graph)
+
+    def launch(self, graph: Any, stream: Any) -> None:
+        """Do the recorded work."""
+        self.call("cudaGraphLaunch", graph, stream)
+
+    def destroy_graph(self, graph: Any) -> None:
+        """Give back a graph of `end_capture`."""
+        self._release("cudaGraphExecDestroy", graph)
+
+    def close(self) -> None:
+        """Give back everything; further calls do nothing."""
+        self._owned.close()
+
+    def _release(self, function: str, handle: Any) -> None:
+        """Failures to release are not reported: the context is gone or the error was already raised elsewhere."""
+        getattr(self._runtime, function)(handle)
+
+    def _words(self, status: Any) -> str:
+        _, words = self._runtime.cudaGetErrorString(status)
+        return words.decode() if isinstance(words, bytes) else str(words)
+
+    def _free(self) -> str:
+        status, free, total = self._runtime.cudaMemGetInfo()
+        if status != self._runtime.cudaError_t.cudaSuccess:
+            return ""
+        return f"the GPU has {free / 1e6:.0f} of {total / 1e6:.0f} MB free; "
+
+
+def _import_runtime() -> Any:
+    try:
+        return importlib.import_module("cuda.bindings.runtime")
+    except ImportError as error:
+        raise EngineError(f"cuda-bindings cannot be imported ({error}): {_INSTALL}") from None

@@ -1,1 +1,0 @@
-../../internvl_edge/config.py

@@ -1,1 +1,0 @@
-../../internvl_edge/packed_tensors.py

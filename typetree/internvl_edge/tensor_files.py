@@ -1,1 +1,0 @@
-../../internvl_edge/tensor_files.py
