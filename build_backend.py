@@ -13,6 +13,6 @@ _LINKS = ("calibration", "export", "quantize", "runtime")
 for _link in _LINKS:
     if not (Path(__file__).parent / "internvl_edge" / _link).is_dir():
         raise SystemExit(
-            f"internvl_edge/{_link} is no link to {_link}/: this checkout has no symbolic links, and a wheel of it would "
-            "be incomplete; run 'git config core.symlinks true' and 'git checkout -- internvl_edge', then build again"
+            f"internvl_edge/{_link} is no link to {_link}/: this checkout has no symbolic links, a wheel would be "
+            "incomplete; run 'git config core.symlinks true' and 'git checkout -- internvl_edge', then build again"
         )

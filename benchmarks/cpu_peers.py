@@ -24,7 +24,7 @@ from typing import Any
 import click
 from record import write_results
 
-from internvl_edge.base import machine
+from internvl_edge.runtime import limits
 
 HERE = Path(__file__).parent / "peers"
 # What is timed, as `peers/cpu_worker.py` defines it: request and count.
@@ -119,7 +119,7 @@ def _size(path: Path) -> int:
 def _row(name: str, seconds: list[float]) -> dict[str, Any]:
     """Median and spread in the figure's own unit."""
     do, count = name.split()
-    middle, spread = machine.median_and_spread(seconds)
+    middle, spread = limits.median_and_spread(seconds)
     counted = {"prefill": int(count), "decode": DECODED}.get(do)
     value = {"tokens_per_s": counted / middle} if counted else {"s": middle / int(count) if do == "vision" else middle}
     return {**value, "spread": spread, "seconds": seconds}
@@ -150,9 +150,9 @@ def turn(workers: list[Worker], do: str, count: int) -> list[float]:
     return found
 
 
-def limits() -> dict[str, float]:
+def machine_limits() -> dict[str, float]:
     """What the machine can do at best."""
-    return {"read_bandwidth": machine.read_bandwidth(THREADS), "float32_matrix_rate": machine.matrix_rate()}
+    return {"read_bandwidth": limits.read_bandwidth(THREADS), "float32_matrix_rate": limits.matrix_rate()}
 
 
 def ours(text: str) -> Worker:
@@ -195,7 +195,7 @@ def main(
     }
     results = {worker.label: worker.facts() for worker in workers}
     path = write_results(
-        f"cpu-peers-{name}", {"threads": THREADS, **limits(), "programs": results, "peer_versions": versions}
+        f"cpu-peers-{name}", {"threads": THREADS, **machine_limits(), "programs": results, "peer_versions": versions}
     )
     print(path.read_text(encoding="utf-8"))
 

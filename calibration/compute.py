@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -18,9 +17,10 @@ import torch
 from torch import Tensor
 
 from internvl_edge.base.errors import EdgeError
+from internvl_edge.base.machine import cpu_features
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-_CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last is how Arm spells it
+_MULTIPLIES_BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # the last is how Arm spells it
 
 
 @dataclass(frozen=True)
@@ -51,19 +51,10 @@ def choose_compute(device: str = "auto", dtype: str = "auto") -> Compute:
     if device != "cpu" and not torch.cuda.is_available():
         raise EdgeError(f"device {device} was asked for but torch finds no CUDA device; use --device cpu")
     if dtype == "auto":
-        dtype = "bfloat16" if device != "cpu" or _cpu_multiplies_bfloat16() else "float32"
+        dtype = "bfloat16" if device != "cpu" or _MULTIPLIES_BFLOAT16 & cpu_features() else "float32"
     if dtype not in DTYPES:
         raise EdgeError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
     return Compute(torch.device(device), DTYPES[dtype])
-
-
-def _cpu_multiplies_bfloat16() -> bool:
-    path = Path("/proc/cpuinfo")
-    if not path.is_file():
-        return False
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
-    return bool(_CPU_FLAGS & set(flags.split()))
 
 
 @contextmanager

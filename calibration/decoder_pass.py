@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from internvl_edge.base.files import replacing
 from internvl_edge.checkpoint.kv_scales import KvScales
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.model.rope import RotaryAngles
@@ -138,9 +139,8 @@ class DecoderPass:
         weights = load_block(self._checkpoint, f"{name}.", self._compute) | dict(replaced)
         observer = Observer(name, self._calibration.total, Wanted())
         ranges = CacheRanges(self._config, self._compute.device)
-        path = self._hidden_path(layer + 1)
-        new = path.with_suffix(".new")
-        with new.open("wb") as file:  # written, not mapped: a full disk is then an error and not a crash
+        # Written, not mapped: a full disk is then an error and not a crash.
+        with replacing(self._hidden_path(layer + 1), shared=False) as new, new.open("wb") as file:
             for chunk in self._chunks:
                 x = self._read(layer, chunk)
                 self._announce(observer, chunk, int(self._starts[chunk.start]))
@@ -150,8 +150,7 @@ class DecoderPass:
                 observer.check("the output", x)
                 file.write(x.cpu().numpy().data)
                 self._progress(len(x))
-        self._work.write_arrays(f"cache-{layer}.npz", ranges.arrays())
-        new.replace(path)
+            self._work.write_arrays(f"cache-{layer}.npz", ranges.arrays())
 
     def _hidden_path(self, layer: int) -> Path:
         return self._work.path / f"{self._label}hidden-{layer}.f32"

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from internvl_edge.base.errors import EdgeError
+from internvl_edge.base.files import readable_disk_errors
 from internvl_edge.checkpoint.reader import Checkpoint
 
 from .compute import Compute, choose_compute
@@ -21,7 +22,7 @@ from .dataset import CalibrationSet, DataOptions, finish, prepare
 from .decoder_pass import DecoderPass, Statistics
 from .statistics import Wanted
 from .tower import Replacements, embed, no_replacements, tower_steps
-from .work import WorkFolder, checkpoint_identity, readable_disk_errors
+from .work import CONTINUES, WorkFolder, checkpoint_identity
 
 Figures = dict[str, NDArray[Any]]
 
@@ -54,7 +55,7 @@ def calibrate(
     options, compute = options or DataOptions(), compute or choose_compute()
     if target.exists():
         raise EdgeError(f"{target} exists; choose another --output or remove it")
-    with readable_disk_errors(target):
+    with readable_disk_errors(target, CONTINUES):
         _calibrate(source, target, options, compute, restart, progress)
     return CalibrationSet.open(target)
 

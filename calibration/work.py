@@ -6,13 +6,10 @@ values; another run must not continue it.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.base.errors import EdgeError
+from internvl_edge.base.files import replace_text, replacing
 
 _RUN = "run.json"
+# What to do about a full disk, for `base.files.readable_disk_errors`.
+CONTINUES = "make room and repeat the command, which continues where it was"
 _SAMPLED_BYTES = 1 << 20
 WEIGHT_SUFFIXES = {".safetensors", ".bin"}
 
@@ -65,9 +65,7 @@ class WorkFolder:
 
     def write_json(self, name: str, values: Any) -> None:
         """Replace a JSON file as one step."""
-        new = self.path / f"{name}.new"
-        new.write_text(json.dumps(values, indent=1, ensure_ascii=False), encoding="utf-8")
-        os.replace(new, self.path / name)
+        replace_text(self.path / name, json.dumps(values, indent=1, ensure_ascii=False), shared=False)
 
     def read_arrays(self, name: str) -> Arrays | None:
         """What `write_arrays` wrote, or None."""
@@ -79,31 +77,14 @@ class WorkFolder:
 
     def write_arrays(self, name: str, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Replace an `.npz` file as one step."""
-        new = self.path / f"{name}.new"
-        with new.open("wb") as file:
+        with replacing(self.path / name, shared=False) as new, new.open("wb") as file:
             np.savez(file, **dict(arrays))  # type: ignore[arg-type]  # numpy's stub takes the names for its own options
-        os.replace(new, self.path / name)
 
 
 def discard(path: Path) -> None:
     """Remove a work folder. Killed meanwhile, what is left is nobody's state: the description goes first."""
     (path / _RUN).unlink()
     shutil.rmtree(path)
-
-
-@contextmanager
-def readable_disk_errors(target: Path) -> Iterator[None]:
-    """What the disk refuses becomes one line; state that was saved stays."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            reason = "make room and repeat the command, which continues where it was"
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            reason = "choose another --output"
-        else:
-            raise
-        raise EdgeError(f"cannot write {target} ({os.strerror(error.errno)}); {reason}") from None
 
 
 def checkpoint_identity(folder: Path) -> str:

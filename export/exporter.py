@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
-import shutil
-import signal
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 
 import numpy as np
 import onnx_ir as ir
@@ -20,6 +13,7 @@ import tokenizers
 from tqdm import tqdm
 
 from internvl_edge.base.errors import EdgeError
+from internvl_edge.base.files import new_folder, readable_disk_errors, require_space
 from internvl_edge.bundle import manifest as bundle
 from internvl_edge.bundle.token_table import TYPES, int8_table, table_bytes
 from internvl_edge.checkpoint.chat_template import check_chat_template
@@ -86,7 +80,8 @@ def export_bundle(
     if token_table not in TYPES:
         raise EdgeError(f"token table {token_table!r} is not one of {', '.join(TYPES)}")
     source, target = Checkpoint(Path(checkpoint)), Path(out)
-    with _atomic_folder(target, force) as folder:
+    _require_free(target, force)
+    with readable_disk_errors(target), new_folder(target) as folder:
         types = Types(DTYPES[dtype], DTYPES[activations])
         packed = PackedWeights(source, types, asymmetric)
         table = dtype if token_table == "float" else token_table
@@ -153,12 +148,7 @@ class _Export:
     def _write_weights(self, files: list[WeightFile]) -> None:
         vocabulary, width = self._checkpoint.shapes[_EMBED_TOKENS]
         total = sum(file.size for file in files) + table_bytes((vocabulary, width), self._table)
-        free = shutil.disk_usage(self._folder).free
-        if total > free:
-            raise EdgeError(
-                f"the bundle needs {total / 1e9:.2f} GB, {self._folder.parent} has {free / 1e9:.2f} GB free; "
-                "make room, choose another disk or a 16-bit --dtype"
-            )
+        require_space(self._folder, total, "the bundle", "make room, choose another disk or a 16-bit --dtype")
         bar = tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=not self._progress, leave=False)
         with bar:
             for file in files:
@@ -183,66 +173,11 @@ class _Export:
         return {"bytes": path.stat().st_size, "sha256": self._digests.get(path.name) or bundle.sha256(path)}
 
 
-@contextmanager
-def _atomic_folder(target: Path, force: bool) -> Iterator[Path]:
-    """A temporary sibling that becomes `target` on success and disappears on failure, SIGTERM included."""
-    if target.exists() and not force:
-        raise EdgeError(f"{target} exists; choose another --output or pass --force to replace it")
-    if (
-        target.exists()
-        and not (target / bundle.MANIFEST).is_file()
-        and any(target.iterdir() if target.is_dir() else [target])
-    ):
-        raise EdgeError(f"{target} is not a bundle, so --force does not replace it; choose another --output")
-    with _catch_termination(), _readable_disk_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-        try:
-            yield folder
-            folder.chmod(0o755)
-            _replace(folder, target)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-
-
-def _replace(folder: Path, target: Path) -> None:
-    if target.exists():
-        old = folder.with_name(folder.name + ".old")
-        target.rename(old)
-        folder.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        folder.rename(target)
-
-
-@contextmanager
-def _readable_disk_errors(target: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise EdgeError(
-                f"the disk of {target} is full ({os.strerror(error.errno)}); nothing was kept, make room"
-            ) from None
-        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise EdgeError(f"cannot write to {target} ({os.strerror(error.errno)}); choose another --output") from None
-        raise
-
-
-@contextmanager
-def _catch_termination() -> Iterator[None]:
-    """SIGTERM cleans up like Ctrl-C does; signals can only be handled in the main thread."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        previous = signal.signal(signal.SIGTERM, stop)
-    except ValueError:
-        yield
+def _require_free(target: Path, force: bool) -> None:
+    """Raise EdgeError where `target` may not be made, or replaced with `force`."""
+    if not target.exists():
         return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    if not force:
+        raise EdgeError(f"{target} exists; choose another --output or pass --force to replace it")
+    if not (target / bundle.MANIFEST).is_file() and any(target.iterdir() if target.is_dir() else [target]):
+        raise EdgeError(f"{target} is not a bundle, so --force does not replace it; choose another --output")

@@ -6,7 +6,6 @@ The header is known before any tensor is read, so memory holds one tensor. Knows
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from internvl_edge.base.files import replacing
 from internvl_edge.checkpoint.tensor_files import DTYPES, StoredTensor
 
 SHARD_BYTES = 4_000_000_000
@@ -58,15 +58,13 @@ def write_file(path: Path, tensors: Sequence[OutTensor], progress: Progress = la
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    new = path.with_name(f"{path.name}.new")
-    with new.open("wb") as file:
+    with replacing(path, shared=False) as new, new.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
             data = np.ascontiguousarray(tensor.read()).reshape(-1).view(np.uint8).data
             for start in range(0, len(data), _BLOCK_BYTES):
                 file.write(data[start : start + _BLOCK_BYTES])
                 progress(len(data[start : start + _BLOCK_BYTES]))
-    os.replace(new, path)
 
 
 def write_shards(

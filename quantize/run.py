@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from internvl_edge.base.errors import EdgeError
+from internvl_edge.base.files import readable_disk_errors, require_space
 from internvl_edge.base.jsonable import decode
 from internvl_edge.calibration.compute import Compute, choose_compute
 from internvl_edge.calibration.dataset import CalibrationSet, DataOptions, prepare
@@ -26,7 +27,7 @@ from internvl_edge.calibration.run import (
     say,
 )
 from internvl_edge.calibration.tower import Replacements, no_replacements
-from internvl_edge.calibration.work import WorkFolder, checkpoint_identity, discard, readable_disk_errors
+from internvl_edge.calibration.work import CONTINUES, WorkFolder, checkpoint_identity, discard
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.checkpoint.record import LinearFacts
 from internvl_edge.checkpoint.tensor_files import open_tensor_files
@@ -124,7 +125,7 @@ def quantize_checkpoint(
             "int8 vision needs the images, which statistics no longer hold; give data instead of statistics"
         )
     check_recipe(source, recipe)
-    with readable_disk_errors(target):
+    with readable_disk_errors(target, CONTINUES):
         run = _Run(source, target, recipe, compute, progress)
         return run.finish(run.quantize(data, None if stats is None else Path(stats), restart))
 
@@ -191,7 +192,7 @@ class _Run:
         folder = self._work.path / _OUT
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        _require_space(folder, total)
+        require_space(folder, total, "the quantized checkpoint", CONTINUES)
         self._layout.copy_side_files(folder)
         config = json.dumps(self._layout.config(tensor.name for tensor in quantized), indent=2, ensure_ascii=False)
         (folder / "config.json").write_text(config + "\n", encoding="utf-8")
@@ -277,12 +278,3 @@ class _Run:
 
 def _read_facts(block: Path) -> list[LinearFacts]:
     return [decode(LinearFacts, values) for values in json.loads((block / _FACTS).read_text(encoding="utf-8"))]
-
-
-def _require_space(folder: Path, total: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if total > free:
-        raise EdgeError(
-            f"the quantized checkpoint needs {total / 1e9:.2f} GB, {folder.parent} has {free / 1e9:.2f} GB free; make "
-            "room and repeat the command, which continues here"
-        )

@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from internvl_edge.base import machine
 from internvl_edge.base.errors import EngineError
-from internvl_edge.base.run import peak_memory
+from internvl_edge.base.machine import cores, peak_memory
 from internvl_edge.bundle.manifest import Bundle, Manifest
 from internvl_edge.planning.footprint import Footprint
 from internvl_edge.planning.precision import bundle_precision
 
+from . import limits
 from .image_cache import ImageCache
 from .model import InternVL
 
@@ -74,7 +74,7 @@ def bench(folder: Path, *, repeat: int = 3, threads: int | None = None, **loadin
     """
     if repeat < 1:
         raise EngineError(f"repeat is {repeat}, expected at least 1")
-    threads = threads or machine.cores()
+    threads = threads or cores()
     manifest = Bundle.open(folder).manifest  # verified before the clock runs, as for every load but the first
     started = time.perf_counter()
     with InternVL.load(folder, threads=threads, **loading) as model:
@@ -86,13 +86,13 @@ def bench(folder: Path, *, repeat: int = 3, threads: int | None = None, **loadin
         figures = [Figure("load", load_s, "s"), *runs.vision(), *runs.prefill(), *answers]
     peak_rss = peak_memory()
     # Last, so that its arrays do not count as the model's memory.
-    bandwidth = machine.read_bandwidth(threads)
+    bandwidth = limits.read_bandwidth(threads)
     footprint = _footprint(manifest, dialect)
     return Report(
         bundle=folder.name,
         threads=threads,
         bandwidth=bandwidth,
-        matrix_rate=machine.matrix_rate(),
+        matrix_rate=limits.matrix_rate(),
         disk_bytes=sum(entry["bytes"] for entry in manifest.files.values()),
         peak_rss_bytes=peak_rss,
         figures=figures,
@@ -177,7 +177,7 @@ class _Runs:
 
     def _measured(self, action: Callable[[], object]) -> tuple[float, float]:
         action()
-        return machine.median_and_spread([machine.timed(action) for _ in range(self._repeat)])
+        return limits.median_and_spread([limits.timed(action) for _ in range(self._repeat)])
 
     def _prefill(self, count: int) -> None:
         self._engine.reset()

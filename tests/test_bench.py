@@ -10,9 +10,9 @@ import tiny
 from click.testing import CliRunner
 
 from internvl_edge import export_bundle
-from internvl_edge.base import machine
 from internvl_edge.base.errors import EdgeError, EngineError
 from internvl_edge.cli.bench import command
+from internvl_edge.runtime import limits
 from internvl_edge.runtime.bench import Report, bench
 
 
@@ -24,8 +24,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_STREAM_BYTES", 8 << 20)
-    monkeypatch.setattr(machine, "_MATRIX", 128)
+    monkeypatch.setattr(limits, "_STREAM_BYTES", 8 << 20)
+    monkeypatch.setattr(limits, "_MATRIX", 128)
 
 
 def test_a_report_holds_every_figure(bundle: Path, tmp_path: Path) -> None:
@@ -90,4 +90,4 @@ def test_a_context_that_is_too_short_is_found_before_measuring(bundle: Path) -> 
 
 
 def test_spread_is_half_the_range() -> None:
-    assert machine.median_and_spread([1.0, 2.0, 4.0]) == (2.0, 0.75)
+    assert limits.median_and_spread([1.0, 2.0, 4.0]) == (2.0, 0.75)

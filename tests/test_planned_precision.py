@@ -16,7 +16,6 @@ from test_precision import quantize
 from tiny import write_checkpoint
 from tiny_quantized import write_quantized
 
-from internvl_edge.base import machine
 from internvl_edge.bundle.manifest import DECODERS, Bundle, Manifest
 from internvl_edge.checkpoint.config_reader import read_config
 from internvl_edge.checkpoint.reader import Checkpoint
@@ -29,6 +28,7 @@ from internvl_edge.planning.footprint import Footprint, Precision
 from internvl_edge.planning.planner import predict
 from internvl_edge.planning.precision import bundle_precision, checkpoint_precision
 from internvl_edge.recipe.recipe import INT8, DecoderInt8, Recipe, VisionInt8
+from internvl_edge.runtime import limits
 from internvl_edge.runtime.bench import _footprint
 from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
 
@@ -142,8 +142,8 @@ def test_prompts_of_an_int8_decoder_are_bound_by_the_int8_rate(tmp_path: Path) -
 
 @pytest.mark.parametrize("threads", [1, 3, 12, 14])
 def test_bandwidth_is_measured_with_any_number_of_threads(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
-    monkeypatch.setattr(machine, "_STREAM_BYTES", 8 << 20)
-    assert machine.read_bandwidth(threads) > 0
+    monkeypatch.setattr(limits, "_STREAM_BYTES", 8 << 20)
+    assert limits.read_bandwidth(threads) > 0
 
 
 @pytest.fixture(scope="module")

@@ -283,7 +283,7 @@ def test_a_bundle_for_onnx_runtime_alone_is_refused(tmp_path: Path) -> None:
 
 
 def test_too_little_memory_is_said_before_anything_starts(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bundle_engines, "_available_memory", lambda: 10**6)
+    monkeypatch.setattr(bundle_engines, "memory", lambda *fields: 10**6)
     with pytest.raises(EngineError, match=r"needs about 0\.5 GB of memory, 0\.0 GB are available"):
         build_engines(bundle, RTX, options_for(RTX, **SIZES), force=True)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from PIL import ImageFont
 
 from internvl_edge.base.errors import EdgeError
+from internvl_edge.base.extras import install
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def font_path(face: Face) -> Path:
             return path
     raise EdgeError(
         f"the synthetic pictures need the font package {face.distribution}, which is not installed; "
-        "install the extra: pip install 'internvl-edge[synthetic]'"
+        f"install the extra: {install('synthetic')}"
     )
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from internvl_edge.base.errors import EdgeError
+from internvl_edge.base.extras import requires
 from internvl_edge.calibration.compute import to_numpy, to_torch
 from internvl_edge.calibration.dataset import CalibrationSet
 from internvl_edge.calibration.run import require_same_checkpoint
@@ -82,11 +83,9 @@ def _sequences(data: CalibrationSet) -> Tensor:
 
 def _search(checkpoint: Checkpoint, sequences: Tensor, group_size: int) -> dict[str, Tensor]:
     """AutoAWQ's tensors of the decoder's layers by their name below `decoder.`."""
-    try:
+    with requires("autoawq", "AutoAWQ's search"):
         from awq.models.qwen2 import Qwen2AWQForCausalLM
         from awq.quantize.quantizer import AwqQuantizer
-    except ImportError as error:
-        raise EdgeError(f"AutoAWQ cannot be imported ({error}): pip install 'internvl-edge[autoawq]'") from None
 
     class Embedded(AwqQuantizer):  # type: ignore[misc]  # the library has no types
         """Starts from embeddings instead of token ids, and keeps copies of weights while it tries scales.

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl_edge.base.errors import EdgeError
+from internvl_edge.base.extras import requires
 
 BACKEND = "onnx"
 TASK = "image-text-to-text"
@@ -44,10 +45,8 @@ class InternVLExport:
         """
         from internvl_edge.checkpoint.hub import resolve_checkpoint
 
-        try:
+        with requires("export", "export"):
             from internvl_edge.export import export_bundle
-        except ImportError as error:
-            raise EdgeError(f"export needs the package {error.name}: pip install 'internvl-edge[export]'") from None
         return export_bundle(resolve_checkpoint(str(checkpoint)), out, **options)
 
     def __getattr__(self, name: str) -> Any:
@@ -63,12 +62,8 @@ def register() -> None:
     Raises:
         EdgeError: optimum is not installed or cannot be imported.
     """
-    try:
+    with requires("optimum", "register()"):
         from optimum.exporters.tasks import TasksManager
-    except ImportError as error:
-        raise EdgeError(
-            f"optimum cannot be imported ({error}): pip install 'internvl-edge[optimum]'"  # it may lack `requests`
-        ) from None
     add = TasksManager.create_register(BACKEND)
     for model_type in MODEL_TYPES:
         add(model_type, TASK)(InternVLExport)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+
+from .machine import peak_memory, processor
 
 _PACKAGES = ("internvl-edge", "numpy", "onnxruntime", "tensorrt-rtx-cu13", "tokenizers", "torch")
 
@@ -39,27 +39,9 @@ def run_of(seconds: float) -> Run:
         date=f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M}",
         seconds=round(seconds, 1),
         peak_memory=peak_memory(),
-        machine=f"{_processor()}, {os.cpu_count()} cores",
+        machine=f"{processor()}, {os.cpu_count()} cores",
         versions={"python": platform.python_version()} | found,
     )
-
-
-def peak_memory() -> int:
-    """Bytes of the process's largest resident memory, 0 where the system does not say."""
-    try:
-        import resource
-    except ImportError:
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model")))
-    return next(named, "") or platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str:

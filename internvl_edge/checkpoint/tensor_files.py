@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from internvl_edge.base.errors import CheckpointError
+from internvl_edge.base.extras import requires
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype(np.float32),
@@ -133,10 +134,8 @@ def _mapped_tensor(
 
 def _read_bin(path: Path) -> dict[str, StoredTensor]:
     """A torch archive through `weights_only=True`: tensors only, no code in it is ever run."""
-    try:
+    with requires("bin", f"reading {path.name}", CheckpointError):
         import torch
-    except ImportError:
-        raise CheckpointError(f"{path.name} needs torch to be read: pip install 'internvl-edge[bin]'") from None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many kinds for damaged archives and for pickles that hold code

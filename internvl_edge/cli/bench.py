@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from internvl_edge.base.errors import EdgeError
+from internvl_edge.base.extras import install
 from internvl_edge.base.units import size
 from internvl_edge.runtime.bench import Report, bench
 
@@ -61,7 +62,7 @@ def _require_plottable(path: Path) -> None:
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise EdgeError(f"--plot {path}: it cannot be written; give another file")
     if find_spec("matplotlib") is None:
-        raise EdgeError("--plot needs matplotlib: pip install 'internvl-edge[report]'")
+        raise EdgeError(f"--plot needs the package matplotlib: {install('report')}")
 
 
 def _plot(report: Report, path: Path) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 
 import click
 
+from internvl_edge.base.extras import requires
 from internvl_edge.checkpoint.hub import resolve_checkpoint
 
-from .data_options import calibration_options, compute_options, data_options, missing_package, wait_politely
+from .data_options import calibration_options, compute_options, data_options, wait_politely
 from .output import print_json
 
 
@@ -28,10 +29,8 @@ def command(checkpoint: str, output: Path, as_json: bool, **values: Any) -> None
     """
     started = time.perf_counter()
     wait_politely()
-    try:
+    with requires("quantize", "calibrate"):
         from internvl_edge.calibration import calibrate
-    except ImportError as error:
-        raise missing_package(error) from None
     options, compute = data_options(values), compute_options(values)
     made = calibrate(
         resolve_checkpoint(checkpoint),

@@ -83,8 +83,3 @@ def compute_options(values: dict[str, Any]) -> Compute:
     from internvl_edge.calibration import choose_compute
 
     return choose_compute(values.pop("device"), values.pop("dtype"))
-
-
-def missing_package(error: ImportError, extra: str = "quantize") -> EdgeError:
-    """What to install when torch or another package of the extra is not there."""
-    return EdgeError(f"this command needs the package {error.name}: pip install 'internvl-edge[{extra}]'")

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import click
 
+from internvl_edge.base.extras import install, requires
 from internvl_edge.demo import CHECKPOINT, Question, demo_questions
 from internvl_edge.runtime.model import InternVL
 
 from .columns import print_columns
-from .data_options import missing_package
 from .output import print_json
 
 
@@ -45,7 +45,7 @@ def command(checkpoint: Path | None, output: Path | None, as_json: bool) -> None
         click.echo(f'Next: internvl-edge run {output} --image {facts[0]["image"]} "Read all the text."')
     else:
         command = f"internvl-edge quantize {checkpoint} -o demo-int4 --group-size 64 --lm-head int8"
-        click.echo(f"Next, with pip install 'internvl-edge[quantize]': {command}")
+        click.echo(f"Next, with {install('quantize')}: {command}")
 
 
 def _folder(output: Path | None) -> AbstractContextManager[str | Path]:
@@ -53,10 +53,8 @@ def _folder(output: Path | None) -> AbstractContextManager[str | Path]:
 
 
 def _export(checkpoint: Path, bundle: Path) -> Path:
-    try:
+    with requires("cpu,export", "the demo"):
         from internvl_edge.export import export_bundle
-    except ImportError as error:
-        raise missing_package(error, "cpu,export") from None
     return export_bundle(checkpoint, bundle)
 
 

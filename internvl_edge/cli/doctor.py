@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.util
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import click
 
-from internvl_edge.base.machine import cores
+from internvl_edge.base.extras import install
+from internvl_edge.base.machine import cores, cpu_features, memory, processor
 from internvl_edge.base.units import size
 
 from .output import print_json, print_table
@@ -43,7 +43,7 @@ def command(ctx: click.Context, as_json: bool) -> None:
     facts = {
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu_model(),
+        "cpu": processor(),
         "cores": cores(),
         "cpu features": " ".join(_cpu_features()) or "unknown",
         "memory": _memory(),
@@ -77,7 +77,7 @@ def _onnxruntime() -> tuple[list[str], list[str]]:
         return list(runtime.get_available_providers()), problems
     except ImportError as error:
         if not _has_tensorrt():
-            problems.append(f"onnxruntime cannot be imported ({error}); pip install 'internvl-edge[cpu]'")
+            problems.append(f"onnxruntime cannot be imported ({error}); {install('cpu')}")
     except AttributeError:
         problems.append(
             "the onnxruntime folder is damaged; uninstall onnxruntime and onnxruntime-gpu, then install one"
@@ -90,30 +90,12 @@ def _has_tensorrt() -> bool:
     return importlib.util.find_spec("tensorrt") is not None and _version("cuda-bindings") is not None
 
 
-def _proc_field(path: str, names: tuple[str, ...]) -> str:
-    """The first `name : value` of a /proc file, "" where there is none (other systems)."""
-    try:
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() in names:
-                return value.strip()
-    except OSError:
-        pass
-    return ""
-
-
-def _cpu_model() -> str:
-    return _proc_field("/proc/cpuinfo", ("model name", "Model")) or platform.processor() or "unknown"
-
-
 def _cpu_features() -> list[str]:
-    present = _proc_field("/proc/cpuinfo", ("flags", "Features")).split()
-    return [flag for flag in _CPU_FLAGS if flag in present]
+    return [flag for flag in _CPU_FLAGS if flag in cpu_features()]
 
 
 def _memory() -> str:
-    fields = [_proc_field("/proc/meminfo", (name,)).split() for name in ("MemTotal", "MemAvailable")]
-    if not all(fields):
+    total, available = memory("MemTotal"), memory("MemAvailable")
+    if total is None or available is None:
         return "unknown"
-    total, available = (size(int(field[0]) * 1024) for field in fields)
-    return f"{total}, {available} available"
+    return f"{size(total)}, {size(available)} available"

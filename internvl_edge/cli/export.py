@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from internvl_edge.base.errors import EdgeError
+from internvl_edge.base.extras import requires
 from internvl_edge.base.units import size
 from internvl_edge.bundle.manifest import DECODERS, Manifest
 from internvl_edge.bundle.token_table import TYPES
@@ -73,10 +73,8 @@ def command(
 ) -> None:
     """Turn CHECKPOINT, a folder or a hub id, into a bundle of ONNX graphs."""
     started = time.perf_counter()
-    try:
+    with requires("export", "export"):
         from internvl_edge.export import export_bundle
-    except ImportError as error:
-        raise EdgeError(f"export needs the package {error.name}: pip install 'internvl-edge[export]'") from None
     folder = export_bundle(
         resolve_checkpoint(checkpoint),
         output,

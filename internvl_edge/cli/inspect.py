@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from internvl_edge.base.extras import requires
 from internvl_edge.base.units import size
 from internvl_edge.bundle.manifest import MANIFEST, Bundle, Manifest
 from internvl_edge.bundle.quality import figure_rows, quality_of
@@ -64,12 +65,8 @@ def _quality(manifest: Manifest) -> dict[str, Any]:
 
 
 def _checkpoint_facts(folder: Path) -> tuple[dict[str, Any], ModelConfig, str]:
-    try:
+    with requires("export", "reading a checkpoint"):
         from internvl_edge.checkpoint.reader import Checkpoint
-    except ImportError as error:
-        from internvl_edge.base.errors import EdgeError
-
-        raise EdgeError(f"reading a checkpoint needs {error.name}: pip install 'internvl-edge[export]'") from None
     checkpoint = Checkpoint(folder)
     dtypes = ", ".join(f"{dtype} x {count}" for dtype, count in checkpoint.stored_dtypes().items())
     facts = {

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from internvl_edge.base.errors import EdgeError
+from internvl_edge.base.extras import requires
 from internvl_edge.base.units import size
 from internvl_edge.checkpoint.hub import resolve_checkpoint
 
-from .data_options import calibration_options, compute_options, data_options, missing_package, wait_politely
+from .data_options import calibration_options, compute_options, data_options, wait_politely
 from .output import print_json, say_written
 from .recipe_options import recipe_of, recipe_options
 
@@ -39,11 +40,9 @@ def command(checkpoint: str, output: Path, stats: Path | None, as_json: bool, **
     started = time.perf_counter()
     recipe = recipe_of(values)
     wait_politely()
-    try:
+    with requires("quantize", "quantize"):
         from internvl_edge.evaluation.report.checkpoint_report import report_quantization
         from internvl_edge.quantize import quantize_checkpoint
-    except ImportError as error:
-        raise missing_package(error) from None
     if stats is not None and values["data"] is not None:
         raise EdgeError("--data and --stats cannot be combined; statistics already hold their data")
     if (stats or values["data"]) and not (recipe.needs_data or recipe.vision == "int8"):

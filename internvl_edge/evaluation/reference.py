@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from internvl_edge.base.errors import EdgeError
+from internvl_edge.base.extras import requires
 from internvl_edge.bundle.manifest import MANIFEST
 from internvl_edge.checkpoint.hub import resolve_checkpoint
 
@@ -25,12 +25,7 @@ def reference_bundle(reference: str, progress: bool = False) -> Iterator[Path]:
         yield Path(reference)
         return
     checkpoint = resolve_checkpoint(reference)
-    try:
+    with requires("export", "a checkpoint as reference, which is exported first,", advice="or give a bundle"):
         from internvl_edge.export import export_bundle
-    except ImportError as error:
-        raise EdgeError(
-            f"a checkpoint as reference is exported first, which needs {error.name}: pip install "
-            "'internvl-edge[export]', or give a bundle"
-        ) from None
     with tempfile.TemporaryDirectory(prefix="internvl-edge-reference-") as folder:
         yield export_bundle(checkpoint, Path(folder) / "bundle", "float32", progress=progress)

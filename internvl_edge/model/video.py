@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image
 
 from internvl_edge.base.errors import EdgeError, ImageError
+from internvl_edge.base.extras import requires
 
 from .preprocess import MAX_PIXELS
 
@@ -74,10 +75,8 @@ def load_video(
         EdgeError: PyAV is not installed.
         ImageError: missing or damaged file, no video in it, or beyond a limit.
     """
-    try:
+    with requires("video", "reading a video"):
         import av
-    except ImportError:
-        raise EdgeError("videos need PyAV, which is not installed; run: pip install 'internvl-edge[video]'") from None
     with _reading(path):
         with av.open(str(path)) as container:
             stream = _video_stream(container, path, max_pixels)

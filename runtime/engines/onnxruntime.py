@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.base.errors import EngineError
+from internvl_edge.base.extras import requires
 from internvl_edge.base.machine import cores, multiplies_int8_exactly
 from internvl_edge.bundle import manifest as bundle
 from internvl_edge.bundle.manifest import Bundle
@@ -271,12 +272,8 @@ def _check_dialect(opened: Bundle, dialect: str) -> None:
 
 
 def _import_onnxruntime(device: str) -> Any:
-    try:
+    with requires("gpu" if device == "cuda" else "cpu", "ONNX Runtime", EngineError):
         import onnxruntime
-    except ImportError:
-        raise EngineError(
-            "onnxruntime is not installed: pip install 'internvl-edge[cpu]' (or [gpu] for CUDA)"
-        ) from None
     if not hasattr(onnxruntime, "get_available_providers"):
         raise EngineError(
             "the onnxruntime installation is damaged (onnxruntime and onnxruntime-gpu overwrite each other): "

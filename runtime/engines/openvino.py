@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from internvl_edge.base import machine
 from internvl_edge.base.errors import EngineError
+from internvl_edge.base.extras import requires
 from internvl_edge.bundle import manifest as bundle
 from internvl_edge.bundle.manifest import Bundle
 
@@ -120,10 +121,8 @@ def _past(cache: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
 
 
 def _import_openvino() -> Any:
-    try:
+    with requires("openvino", "--engine openvino", EngineError):
         import openvino
-    except ImportError:
-        raise EngineError("openvino is not installed: pip install 'internvl-edge[openvino]'") from None
     found = tuple(map(int, re.findall(r"\d+", openvino.__version__)[:2]))
     if found < OLDEST:
         wanted = ".".join(map(str, OLDEST))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from internvl_edge.base.errors import EdgeError
+from internvl_edge.base.extras import missing_package
+from internvl_edge.base.files import replace_text
 from internvl_edge.base.jsonable import decode, encode
 
 from .content import FORMAT_VERSION, Making, Report
@@ -37,16 +38,15 @@ def write_report(report: Report, folder: Path) -> Written:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / JSON, dump(report))
+        replace_text(folder / JSON, dump(report))
         try:
             from .page import render
         except ModuleNotFoundError as error:
             if error.name not in _PACKAGES:
                 raise
             (folder / HTML).unlink(missing_ok=True)
-            hint = f"{HTML} needs the package {error.name}: pip install 'internvl-edge[report]'"
-            return Written(folder / JSON, None, hint)
-        _replace(folder / HTML, render(report))
+            return Written(folder / JSON, None, missing_package(error, "report", HTML))
+        replace_text(folder / HTML, render(report))
     except OSError as error:
         raise EdgeError(f"the report cannot be written to {folder} ({error.strerror}); choose another folder") from None
     return Written(folder / JSON, folder / HTML)
@@ -79,12 +79,3 @@ def weight_files(checkpoint: Path) -> dict[str, int]:
 def dump(content: Report | Making) -> str:
     """As the text of a JSON file."""
     return json.dumps(encode(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.base.errors import EngineError
+from internvl_edge.base.extras import install
 
-_INSTALL = "pip install 'internvl-edge[rtx]' (or [jetson])"
+_INSTALL = f"{install('rtx')} (or [jetson])"
 
 
 class Cuda:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.base.errors import EngineError
+from internvl_edge.base.files import replacing
 from internvl_edge.bundle.manifest import Bundle
 from internvl_edge.model.rope import RotaryAngles
 
@@ -243,9 +244,8 @@ class TensorRTEngine:
             path = self._folder / f"{graph}.{RUNTIME_CACHE}"
             with contextlib.suppress(OSError):
                 if data and not (path.is_file() and path.read_bytes() == data):
-                    temporary = path.with_suffix(".partial")
-                    temporary.write_bytes(data)
-                    temporary.replace(path)
+                    with replacing(path) as temporary:
+                        temporary.write_bytes(data)
 
 
 class _Step:

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from internvl_edge.base.errors import EngineError
+from internvl_edge.base.extras import install
 
 _OLDEST = {"tensorrt": (10, 3), "tensorrt_rtx": (1, 7)}
 # Attention came with 10.14, rotary embedding and the cache update with 10.15 (release notes).
 _ATTENTION = {"tensorrt": (10, 15), "tensorrt_rtx": (1, 7)}
 _INSTALL = {
     "tensorrt": "it comes with JetPack 6.2 or newer (make the environment with --system-site-packages)",
-    "tensorrt_rtx": "pip install 'internvl-edge[rtx]'",
+    "tensorrt_rtx": install("rtx"),
 }
 # What a library without a driver says again and again while it builds; building needs none.
 _NO_DRIVER = "CUDA driver version is insufficient"

@@ -5,12 +5,8 @@ TensorRT's own builder needs the device; TensorRT for RTX needs none and puts se
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -19,6 +15,9 @@ from internvl_edge.bundle.manifest import Bundle, sha256
 from internvl_edge.model.config import ModelConfig
 from internvl_edge.planning.devices import Target
 from internvl_edge.base.errors import EngineError
+from internvl_edge.base.extras import requires
+from internvl_edge.base.files import new_folder, readable_disk_errors
+from internvl_edge.base.machine import memory
 
 from ..flavour import Flavour, load_flavour
 from ..record import ENGINES, TIMING_CACHE, BuildOptions, EngineRecord, engine_folder, graph_inputs
@@ -54,7 +53,8 @@ def build_engines(
     if not flavour.builds_anywhere:
         _check_device(target)
     _check_memory(opened)
-    with _atomic_folder(folder) as partial, interruptible() as stop:
+    refusals = readable_disk_errors(folder, "make room", "check its rights", EngineError)
+    with refusals, new_folder(folder) as partial, interruptible() as stop:
         if (folder / TIMING_CACHE).is_file():
             shutil.copy(folder / TIMING_CACHE, partial)
         built = {graph: _build(opened, flavour, wanted, graph, partial, progress, stop) for graph in ENGINES}
@@ -78,11 +78,9 @@ def headers(opened: Bundle, options: BuildOptions, decomposed: bool = False) -> 
     Raises:
         EngineError: onnx-ir is not installed.
     """
-    try:
+    with requires("rtx", "build", EngineError):
         from .decompose import Heads
         from .header import decoder_header, vision_header
-    except ImportError as error:
-        raise EngineError(f"build needs the package {error.name}: pip install onnx-ir") from None
     activations = opened.manifest.activations
     vision, decoder = opened.path(bundle.VISION), opened.path(bundle.DECODERS["standard"])
     text, tower = opened.manifest.model.decoder, opened.manifest.model.vision
@@ -206,47 +204,12 @@ def _check_memory(opened: Bundle) -> None:
     files = opened.manifest.files
     largest = max(files[name]["bytes"] for name in ("vision.data", "decoder.data"))
     needed = builder_bytes(largest // (2 if opened.manifest.dtype == "float32" else 1))
-    available = _available_memory()
+    available = memory("MemAvailable", "SwapFree")
     if available is not None and needed > available:
         raise EngineError(
             f"building needs about {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are available; "
             "close other programs, add swap, or build a quantized bundle"
         )
-
-
-def _available_memory() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    return sum(1024 * int(fields[name].split()[0]) for name in ("MemAvailable", "SwapFree") if name in fields)
-
-
-@contextmanager
-def _atomic_folder(target: Path) -> Iterator[Path]:
-    """A temporary sibling that takes the target's place on success and disappears on failure."""
-    try:
-        target.parent.mkdir(exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    except OSError as error:
-        raise EngineError(f"cannot write to {target.parent} ({os.strerror(error.errno or 0)})") from None
-    try:
-        yield folder
-        folder.chmod(0o755)
-        old = folder.with_name(folder.name + ".old")
-        if target.exists():
-            target.rename(old)
-        folder.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise EngineError(
-            f"cannot write engines to {target} ({error.strerror or error}); make room or check rights"
-        ) from None
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def options_for(target: Target, dtype: str | None = None, **sizes: int | None) -> BuildOptions:

@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 from internvl_edge.base.errors import EngineError
-from internvl_edge.base.run import peak_memory
+from internvl_edge.base.machine import peak_memory
 
 from ..flavour import Flavour, last_error
 from .network import parsed_network
