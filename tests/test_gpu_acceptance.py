@@ -16,7 +16,7 @@ from fake_gpu import FakeCuda
 
 from internvl_edge import export_bundle
 from internvl_edge.base.errors import EngineError
-from internvl_edge.bundle.manifest import Bundle
+from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from internvl_edge.runtime.engines.tensorrt.cuda import Cuda
 

@@ -20,7 +20,7 @@ from test_kv_cache import write_scales
 
 from internvl_edge import export_bundle
 from internvl_edge.base.errors import EngineError
-from internvl_edge.bundle.manifest import Bundle, sha256
+from internvl_edge.bundle.bundle import Bundle, sha256
 from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from internvl_edge.runtime.engines.tensorrt import engine as tensorrt
 from internvl_edge.runtime.engines.tensorrt.buffers import HALVES
