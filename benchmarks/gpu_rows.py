@@ -22,7 +22,7 @@ from internvl_edge.base.errors import EdgeError
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.planning.devices import Target
 from internvl_edge.planning.footprint import Footprint
-from internvl_edge.planning.precision import bundle_precision
+from internvl_edge.planning.storage import bundle_storage
 from internvl_edge.runtime.engines import Engine
 from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from internvl_edge.runtime.engines.tensorrt.cuda import Cuda
@@ -124,7 +124,7 @@ def speed(engine: Engine, bundle: Bundle, bandwidth: float) -> dict[str, Any]:
         "vision_ms_per_tile": round(1e3 * _seconds(lambda: engine.encode(pixels)) / TILES, 2),
         "prefill_tokens_per_s": round(PROMPT / _seconds(prompt)),
     }
-    footprint = Footprint(model, bundle_precision(bundle.manifest))
+    footprint = Footprint(model, bundle_storage(bundle.manifest))
     step = getattr(engine, "decode_token", engine.decode)
     for depth in DEPTHS:
         engine.reset()

@@ -19,7 +19,7 @@ from int8_vision import agreement, photographs, quantize
 from record import write_results
 
 from internvl_edge.calibration import blocks, choose_compute
-from internvl_edge.calibration.weights import load_block, load_vision_embedding
+from internvl_edge.calibration.block_weights import load_block, load_vision_embedding
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.quantize.vision_pass import blocks_of, run_block
 from internvl_edge.recipe.recipe import VisionInt8

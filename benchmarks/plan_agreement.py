@@ -16,7 +16,7 @@ from record import write_results
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.bundle.names import EMBEDDINGS
 from internvl_edge.planning.footprint import Footprint
-from internvl_edge.planning.precision import bundle_precision
+from internvl_edge.planning.storage import bundle_storage
 from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
 
 CONTEXT = 512
@@ -41,12 +41,12 @@ def main() -> None:
 
 def compare(bundle: Bundle) -> dict[str, dict[str, Any]]:
     """Part -> bytes counted and real, and how far the first is off."""
-    precision = bundle_precision(bundle.manifest)
-    footprint = Footprint(bundle.manifest.model, precision)
+    storage = bundle_storage(bundle.manifest)
+    footprint = Footprint(bundle.manifest.model, storage)
     counted, files = footprint.weights, bundle.manifest.files
     # The CPU engine's cache holds what its graphs compute in, the planned one 16 or 8 bits.
     cache = OnnxRuntimeEngine(bundle, capacity=CONTEXT)._cache
-    allocated = sum(value.numpy().size for value in cache.values()) * precision.cache_bytes
+    allocated = sum(value.numpy().size for value in cache.values()) * storage.cache_bytes
     pairs = {
         "vision": (counted.vision, files["vision.data"].bytes),
         "decoder": (counted.decoder + counted.head, files["decoder.data"].bytes),

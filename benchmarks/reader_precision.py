@@ -24,7 +24,7 @@ from smollm_forward import figures_of, read_weights
 from internvl_edge.calibration import DataOptions, choose_compute
 from internvl_edge.calibration.blocks import decoder_block, rms_norm, unseen
 from internvl_edge.calibration.dataset import TOKENS, CalibrationSet
-from internvl_edge.calibration.run import embedded_set
+from internvl_edge.calibration.pipeline import embedded_set
 from internvl_edge.calibration.work import WorkFolder, checkpoint_identity
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.evaluation.divergence import Divergence, divergence

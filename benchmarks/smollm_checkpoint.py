@@ -25,7 +25,7 @@ from checkpoint_variants import IMAGE_TOKENS, Variant, Vision, config, tensors
 from numpy.typing import NDArray
 
 from internvl_edge.base.errors import EdgeError
-from internvl_edge.quantize.files import OutTensor, write_file
+from internvl_edge.checkpoint.tensor_files import OutTensor, write_file
 
 Array = NDArray[np.float32]
 

@@ -23,7 +23,7 @@ from smollm_awq import HERE, VOCABULARY, Bench, Method, _versions
 from smollm_forward import figures_of, read_weights, write_logits
 
 from internvl_edge.calibration import choose_compute, dataset
-from internvl_edge.calibration.run import progress_bar
+from internvl_edge.calibration.pipeline import progress_bar
 from internvl_edge.calibration.work import WorkFolder
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.evaluation.divergence import divergence

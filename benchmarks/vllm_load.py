@@ -31,12 +31,12 @@ from numpy.typing import NDArray
 from record import write_results
 from torch import Tensor
 
+from internvl_edge.calibration.block_weights import load_block, load_tensor, load_vision_embedding
 from internvl_edge.calibration.blocks import decoder_block, embed_pixels, project, rms_norm, unseen, vision_block
 from internvl_edge.calibration.compute import Compute
 from internvl_edge.calibration.items import CalibrationItem
 from internvl_edge.calibration.samples import SampleBuilder
 from internvl_edge.calibration.synthetic import sample as drawn_sample
-from internvl_edge.calibration.weights import load_block, load_tensor, load_vision_embedding
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.checkpoint.tokenizer_files import build_tokenizer
 from internvl_edge.model.prompt import build_prompt

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .compute import choose_compute
     from .dataset import CalibrationSet, DataOptions, read_statistics
-    from .run import calibrate
+    from .pipeline import calibrate
 
 __all__ = ["CalibrationSet", "DataOptions", "calibrate", "choose_compute", "read_statistics"]
 
@@ -19,7 +19,7 @@ __all__ = ["CalibrationSet", "DataOptions", "calibrate", "choose_compute", "read
 _HOMES = {
     "CalibrationSet": "dataset",
     "DataOptions": "dataset",
-    "calibrate": "run",
+    "calibrate": "pipeline",
     "choose_compute": "compute",
     "read_statistics": "dataset",
 }

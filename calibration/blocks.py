@@ -13,11 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from internvl_edge.model.config import PROJECTOR_NORM_EPS, DecoderConfig, ModelConfig, VisionConfig
-
-# ImageNet statistics of the original transform, in units of pixel / 255.
-PIXEL_MEAN = (0.485, 0.456, 0.406)
-PIXEL_STD = (0.229, 0.224, 0.225)
+from internvl_edge.model.config import (
+    PIXEL_MEAN,
+    PIXEL_STD,
+    PROJECTOR_NORM_EPS,
+    DecoderConfig,
+    ModelConfig,
+    VisionConfig,
+)
 
 Weights = Mapping[str, Tensor]
 Observe = Callable[[str, Tensor], None]
@@ -52,7 +55,7 @@ def layer_norm(x: Tensor, weights: Weights, name: str, eps: float) -> Tensor:
     return F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps)
 
 
-def unseen(name: str, x: Tensor) -> None:
+def no_observer(name: str, x: Tensor) -> None:
     """The observer of a pass that only propagates."""
 
 

@@ -19,12 +19,12 @@ from internvl_edge.checkpoint.kv_scales import KvScales
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.model.rope import RotaryAngles
 
-from .blocks import decoder_block, rms_norm, unseen
+from .block_weights import load_block, load_tensor
+from .blocks import decoder_block, no_observer, rms_norm
 from .cache_ranges import CacheRanges
 from .compute import Compute
 from .dataset import CalibrationSet
-from .statistics import InputStatistics, Observer, Wanted
-from .weights import load_block, load_tensor
+from .statistics import InputStatistics, Observer, StatisticsRequest
 from .work import WorkFolder
 
 _STATE = "decoder.json"
@@ -72,7 +72,7 @@ class DecoderPass:
         return calibration.total * layers * 2
 
     @torch.no_grad()
-    def run(self, wanted: Wanted, handle: LayerHandler) -> None:
+    def run(self, wanted: StatisticsRequest, handle: LayerHandler) -> None:
         """Take every layer: gather what is wanted, let `handle` do its work, propagate through what it returns.
 
         Raises:
@@ -89,7 +89,7 @@ class DecoderPass:
                 self._hidden_path(layer).unlink(missing_ok=True)
 
     @torch.no_grad()
-    def observe_head(self, wanted: Wanted) -> InputStatistics:
+    def observe_head(self, wanted: StatisticsRequest) -> InputStatistics:
         """Statistics of the input of lm_head; after `run`."""
         weight = load_tensor(self._checkpoint, "decoder.norm.weight", self._compute)
         observer = Observer("decoder", self._calibration.total, wanted)
@@ -118,7 +118,7 @@ class DecoderPass:
         keys, values = (np.stack(arrays) for arrays in zip(*ranges, strict=True))
         return KvScales.from_ranges(keys, values)
 
-    def _observe(self, layer: int, wanted: Wanted) -> Statistics:
+    def _observe(self, layer: int, wanted: StatisticsRequest) -> Statistics:
         name = f"decoder.layers.{layer}"
         weights = load_block(self._checkpoint, f"{name}.", self._compute)
         held_out = sum(self._calibration.lengths[index] for index in self._held_out)
@@ -137,7 +137,7 @@ class DecoderPass:
     def _propagate(self, layer: int, replaced: Mapping[str, Tensor]) -> None:
         name = f"decoder.layers.{layer}"
         weights = load_block(self._checkpoint, f"{name}.", self._compute) | dict(replaced)
-        observer = Observer(name, self._calibration.total, Wanted())
+        observer = Observer(name, self._calibration.total, StatisticsRequest())
         ranges = CacheRanges(self._config, self._compute.device)
         # Written, not mapped: a full disk is then an error and not a crash.
         with replacing(self._hidden_path(layer + 1), shared=False) as new, new.open("wb") as file:
@@ -146,7 +146,7 @@ class DecoderPass:
                 self._announce(observer, chunk, int(self._starts[chunk.start]))
                 lengths = [self._calibration.lengths[index] for index in chunk]
                 rotary = self._rotary(lengths)
-                x = decoder_block(weights, x, lengths, rotary, self._config, unseen, observe_cache=ranges.add)
+                x = decoder_block(weights, x, lengths, rotary, self._config, no_observer, observe_cache=ranges.add)
                 observer.check("the output", x)
                 file.write(x.cpu().numpy().data)
                 self._progress(len(x))

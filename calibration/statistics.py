@@ -23,7 +23,7 @@ _GRAM_BLOCK = 1024
 
 
 @dataclass(frozen=True)
-class Wanted:
+class StatisticsRequest:
     """What is gathered beside the per-channel figures.
 
     Attributes:
@@ -73,14 +73,14 @@ class InputStatistics:
 
 
 def _add_gram(gram: Tensor, x: Tensor) -> None:
-    """gram += x^T x. A wide one is filled on and above its block diagonal only; `whole_gram` mirrors it."""
+    """gram += x^T x. A wide one is filled on and above its block diagonal only; `symmetrize` mirrors it."""
     width = x.shape[1]
     block = width if width < 2 * _GRAM_BLOCK else _GRAM_BLOCK
     for start in range(0, width, block):
         gram[start : start + block, start:] += x[:, start : start + block].T @ x[:, start:]
 
 
-def whole_gram(gram: Tensor) -> Tensor:
+def symmetrize(gram: Tensor) -> Tensor:
     """Mirror what lies above the diagonal to below it, in place."""
     for start in range(0, len(gram), _GRAM_BLOCK):
         rows = slice(start, start + _GRAM_BLOCK)
@@ -103,7 +103,7 @@ class Observer:
 
     block: str
     total: int
-    wanted: Wanted
+    wanted: StatisticsRequest
     inputs: dict[str, InputStatistics] = field(default_factory=dict)
     _offset: int = 0
     _samples: Sequence[tuple[str, int]] = ()

@@ -16,11 +16,11 @@ from torch import Tensor
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.model.config import ModelConfig
 
-from .blocks import embed_pixels, project, unseen, vision_block
+from .block_weights import load_block, load_vision_embedding
+from .blocks import embed_pixels, no_observer, project, vision_block
 from .compute import Compute
 from .dataset import TILES, CalibrationSet
-from .statistics import InputStatistics, Observer, Wanted
-from .weights import load_block, load_vision_embedding
+from .statistics import InputStatistics, Observer, StatisticsRequest
 from .work import WorkFolder
 
 _STATE = "vision.npz"
@@ -123,7 +123,7 @@ class _Tower:
             for first in range(0, len(x), _BATCH):
                 rows = slice(first, first + _BATCH)
                 self._announce(observer, start + first, len(x[rows]), x.shape[1])
-                x[rows] = vision_block(weights, x[rows], vision, observer if self._gather else unseen)
+                x[rows] = vision_block(weights, x[rows], vision, observer if self._gather else no_observer)
                 observer.check("the output", x[rows].flatten(0, 1))
                 self._progress(len(x[rows]))
         self._store(self._project(x, start), start)
@@ -132,7 +132,7 @@ class _Tower:
         weights = self._load("projector")
         observer = self._observer("projector")
         self._announce(observer, start, len(x), self._config.tokens_per_tile)
-        embeds = project(weights, x, self._config, observer if self._gather else unseen)
+        embeds = project(weights, x, self._config, observer if self._gather else no_observer)
         observer.check("the output", embeds.flatten(0, 1))
         return embeds
 
@@ -148,7 +148,7 @@ class _Tower:
         table.flush()  # type: ignore[attr-defined]  # a memmap
 
     def _observer(self, block: str) -> Observer:
-        return self._observers.setdefault(block, Observer(block, len(self._owners), Wanted()))
+        return self._observers.setdefault(block, Observer(block, len(self._owners), StatisticsRequest()))
 
     def _announce(self, observer: Observer, first: int, tiles: int, tokens: int) -> None:
         observer.begin(first, [(name, tokens) for name in self._owners[first : first + tiles]])

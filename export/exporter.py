@@ -20,11 +20,12 @@ from internvl_edge.bundle.bundle import sha256
 from internvl_edge.bundle.manifest import FileEntry, Manifest, SpecialTokens
 from internvl_edge.bundle.token_table import TYPES, int8_table, table_bytes
 from internvl_edge.checkpoint.chat_template import check_chat_template
+from internvl_edge.checkpoint.layouts import linear_names
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.checkpoint.record import read_record
 from internvl_edge.checkpoint.tokenizer_files import build_tokenizer, token_ids
 from internvl_edge.model.components import Component, components
-from internvl_edge.model.linear import Scheme
+from internvl_edge.model.linear import INT8, Scheme
 from internvl_edge.model.template import template_for
 
 from .builder import Types
@@ -143,15 +144,13 @@ class _Export:
 
     def _linears(self) -> dict[str, Scheme]:
         """The quantized linears of the graphs; the tower's last layers may be in none."""
-        config = self._checkpoint.config
-        layers = range(config.vision_layers_used, config.vision.num_hidden_layers)
-        unused = tuple(f"vision.layers.{layer}." for layer in layers)
-        return {name: scheme for name, scheme in self._checkpoint.schemes.items() if not name.startswith(unused)}
+        schemes = self._checkpoint.schemes
+        return {name: schemes[name] for name in linear_names(self._checkpoint.config) if name in schemes}
 
     def _components(self, dtype: str) -> tuple[Component, ...]:
         types, schemes = self._types, self._checkpoint.schemes
         if self._table == "int8":
-            schemes = schemes | {_EMBED_TOKENS.removesuffix(".weight"): Scheme(8, None, symmetric=True)}
+            schemes = schemes | {_EMBED_TOKENS.removesuffix(".weight"): INT8}
         return components(self._checkpoint.shapes, schemes, dtype, types.weights.bitwidth, types.activations.bitwidth)
 
     def _write_weights(self, files: list[WeightFile]) -> None:

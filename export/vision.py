@@ -12,15 +12,12 @@ import numpy as np
 import onnx_ir as ir
 
 from internvl_edge.checkpoint.reader import Checkpoint
-from internvl_edge.model.config import PROJECTOR_NORM_EPS, ModelConfig
+from internvl_edge.model.config import PIXEL_MEAN, PIXEL_STD, PROJECTOR_NORM_EPS, ModelConfig
 
 from .builder import GraphBuilder, Types
 from .int8 import IntegerMatMul
 from .weights import Array, WeightFile
 
-# ImageNet statistics of the original transform, in units of pixel / 255.
-PIXEL_MEAN = (0.485, 0.456, 0.406)
-PIXEL_STD = (0.229, 0.224, 0.225)
 # Pixels enter as pixel / 256: exact in float16 and bfloat16, and the folded weights keep their magnitude.
 PIXEL_SCALE = 2.0**-8
 

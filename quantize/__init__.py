@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from .pipeline import QuantizationReport, quantize_checkpoint
 from .plan import check_recipe
-from .run import QuantizationReport, quantize_checkpoint
 from .vision import VisionReport
 
 __all__ = ["QuantizationReport", "VisionReport", "check_recipe", "quantize_checkpoint"]

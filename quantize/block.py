@@ -1,4 +1,4 @@
-"""What becomes of one block of the decoder (or lm_head): packed linears, changed floats, facts for the report."""
+"""What becomes of one block of the decoder (or lm_head): packed linears, changed floats, a report on each linear."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class QuantizedBlock:
     Attributes:
         linears: the packed linears, by module ("decoder.layers.0.mlp.up_proj").
         tensors: float tensors that change (norms, biases, float weights beside scaled inputs), in their stored type.
-        facts: of each linear, packed or not, by module.
+        reports: on each linear, packed or not, by module.
         scales: by producer ("decoder.layers.0.mlp.up_proj"), what its outputs were divided by, [out] float32.
     """
 
     linears: dict[str, PackedLinear] = field(default_factory=dict)
     tensors: dict[str, NDArray[Any]] = field(default_factory=dict)
-    facts: dict[str, LinearReport] = field(default_factory=dict)
+    reports: dict[str, LinearReport] = field(default_factory=dict)
     scales: dict[str, Tensor] = field(default_factory=dict)
 
     def replacements(self, prefix: str, compute: Compute) -> dict[str, Tensor]:

@@ -13,22 +13,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from internvl_edge.calibration.block_weights import require_finite
 from internvl_edge.calibration.compute import Compute, to_numpy, to_torch
-from internvl_edge.calibration.statistics import InputStatistics, Wanted, whole_gram
-from internvl_edge.calibration.weights import require_finite
+from internvl_edge.calibration.statistics import InputStatistics, StatisticsRequest, symmetrize
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.checkpoint.record import LinearReport
 from internvl_edge.model.components import bits_per_weight
-from internvl_edge.model.linear import PackedLinear
+from internvl_edge.model.linear import PackedLinear, concatenate
 from internvl_edge.recipe.recipe import Precision, Recipe
 
 from .awq import block_gram, search_clipping, search_scale
 from .block import QuantizedBlock, computed
 from .compensation import compensated_rounding, inverse_factor
-from .facts import OutputComparison, activation_range
 from .folding import HEAD_GROUP, SCALE_GROUPS, ScaleGroup, reduce_channels, spread_channels, storable_scale
 from .grid import Grid, minmax_grid
 from .integer import best_strength, quantize_linear, round_inputs
+from .linear_report import OutputComparison, activation_range
 from .plan import Choice, Plan, plan_decoder
 from .smoothing import STRENGTHS, power_of_two, smoothing_scale
 
@@ -87,16 +87,18 @@ class BlockQuantizer:
         self._plan = {**(plan or plan_decoder(checkpoint, recipe)), "decoder.lm_head": Choice(recipe.head)}
 
     @property
-    def wanted(self) -> Wanted:
+    def wanted(self) -> StatisticsRequest:
         """The statistics that `layer` and `head` need."""
-        return Wanted(gram=self._recipe.error_compensation and self._compensates(self._plan), tokens=_SUBSET_TOKENS)
+        return StatisticsRequest(
+            gram=self._recipe.error_compensation and self._compensates(self._plan), tokens=_SUBSET_TOKENS
+        )
 
     @property
-    def wanted_of_head(self) -> Wanted:
+    def head_request(self) -> StatisticsRequest:
         """The statistics that `head` needs."""
         precision = self._precision("decoder.lm_head")
         gram = self._recipe.error_compensation and precision.method == "w4a16-awq"
-        return Wanted(gram=gram, tokens=_SUBSET_TOKENS)
+        return StatisticsRequest(gram=gram, tokens=_SUBSET_TOKENS)
 
     def layer(self, number: int, statistics: Mapping[str, InputStatistics] | None) -> QuantizedBlock:
         """One decoder layer; without statistics of its inputs by rounding alone."""
@@ -107,7 +109,7 @@ class BlockQuantizer:
         """lm_head, likewise."""
         return self._block("decoder.", [HEAD_GROUP], None if inputs is None else {"lm_head": inputs})
 
-    def alone(self, prefix: str, group: ScaleGroup, block: QuantizedBlock) -> dict[str, Tensor]:
+    def only_unit(self, prefix: str, group: ScaleGroup, block: QuantizedBlock) -> dict[str, Tensor]:
         """Of a block that `layer` made, what rounds the consumers of one input and nothing else.
 
         Float32 tensors by their name below `prefix`: the consumers as they are computed, with rows that were divided
@@ -149,7 +151,7 @@ class BlockQuantizer:
         for group in groups:
             inputs = statistics[group.consumers[0]]
             if inputs.gram is not None:
-                whole_gram(inputs.gram)
+                symmetrize(inputs.gram)
             scale = self._search(prefix, group, inputs)
             if scale is not None:
                 block.scales[prefix + group.producer] = self._fold(prefix, group, scale, block)
@@ -220,7 +222,7 @@ class BlockQuantizer:
             weight = self._float(f"{name}.weight")
             grid = minmax_grid(weight, precision.scheme, self._scale_dtype)
             block.linears[name] = grid.pack(grid.round(weight))
-        block.facts[name] = self._facts(name)
+        block.reports[name] = self._report(name)
 
     def _round_group(self, prefix: str, group: ScaleGroup, inputs: InputStatistics, block: QuantizedBlock) -> None:
         """Clip and round the consumers of one input."""
@@ -240,7 +242,7 @@ class BlockQuantizer:
                 stored = to_torch(self._checkpoint.tensor(f"{name}.weight")).dtype
                 block.tensors[f"{name}.weight"] = to_numpy(weight.to(stored))
             packed = block.linears.get(name)
-            block.facts[name] = self._facts(name, inputs, packed, comparison if packed else None)
+            block.reports[name] = self._report(name, inputs, packed, comparison if packed else None)
 
     def _share(
         self, names: Sequence[str], inputs: InputStatistics, scale: Tensor | None, block: QuantizedBlock
@@ -277,7 +279,7 @@ class BlockQuantizer:
             some = slice(None, None, max(1, len(rows) // _REPORT_ROWS))
             comparison.add(rows[some] @ tokens, grid.dequantize(q)[some] @ tokens)
             packed.append(grid.pack(q))
-        return join_rows(packed)
+        return concatenate(packed)
 
     def _grid(self, precision: Precision, weight: Tensor, shared: _Shared) -> Grid:
         scheme = precision.scheme
@@ -295,7 +297,7 @@ class BlockQuantizer:
         found = round_inputs(tokens, linear.input_scale) @ values.T * linear.input_scale
         comparison.add(tokens @ weight[some].T, found)
 
-    def _facts(
+    def _report(
         self,
         name: str,
         inputs: InputStatistics | None = None,
@@ -347,19 +349,6 @@ def divided(inputs: InputStatistics, scale: Tensor | None) -> InputStatistics:
         sum_abs=inputs.sum_abs / scale,
         max_abs=inputs.max_abs / scale,
         subset=None if inputs.subset is None else inputs.subset.float() / scale,
-    )
-
-
-def join_rows(parts: Sequence[PackedLinear]) -> PackedLinear:
-    """Layers with the same inputs, one below the other."""
-    if len(parts) == 1:
-        return parts[0]
-    zeros = [part.zero_point for part in parts if part.zero_point is not None]
-    return PackedLinear(
-        values=np.concatenate([part.values for part in parts]),
-        scale=np.concatenate([part.scale for part in parts]),
-        zero_point=np.concatenate(zeros) if zeros else None,
-        bits=parts[0].bits,
     )
 
 

@@ -6,10 +6,10 @@ Packed linears take the place of their weights under the stored names (InternLM2
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,14 @@ from numpy.typing import NDArray
 
 from internvl_edge.checkpoint import layouts
 from internvl_edge.checkpoint.codecs import autoawq, compressed_tensors
+from internvl_edge.checkpoint.json_files import read_json
 from internvl_edge.checkpoint.reader import Checkpoint
-from internvl_edge.checkpoint.tensor_files import DTYPES, open_tensor_files
+from internvl_edge.checkpoint.tensor_files import DTYPES, OutTensor, open_tensor_files
 from internvl_edge.model.config import DecoderConfig
-from internvl_edge.model.linear import W8A8, PackedLinear, Scheme
+from internvl_edge.model.linear import W8A8, PackedLinear, Scheme, concatenate
 from internvl_edge.recipe.recipe import Recipe
 
 from .block import QuantizedBlock
-from .files import OutTensor
 from .plan import Plan, plan_decoder
 
 # What a stored vision or projector linear is called, as configurations write it.
@@ -81,7 +81,7 @@ class OutputLayout:
 
         `replaced` are the names of all tensors that quantization has made.
         """
-        values: dict[str, Any] = json.loads((self._checkpoint.folder / "config.json").read_text(encoding="utf-8"))
+        values = read_json(self._checkpoint.folder / "config.json")
         described = self._description(set(replaced))
         text = [*(choice.precision for choice in self._plan.values()), self._recipe.head]
         if all(precision.scheme is None for precision in text):
@@ -208,11 +208,7 @@ def fuse_rows(parts: list[NDArray[Any]], decoder: DecoderConfig) -> NDArray[Any]
 
 def fuse_linears(parts: list[PackedLinear], decoder: DecoderConfig) -> PackedLinear:
     """`fuse_rows` for packed layers."""
-    zeros = [part.zero_point for part in parts if part.zero_point is not None]
-    return PackedLinear(
-        values=fuse_rows([part.values for part in parts], decoder),
-        scale=fuse_rows([part.scale for part in parts], decoder),
-        zero_point=fuse_rows(list(zeros), decoder) if zeros else None,
-        bits=parts[0].bits,
-        input_scale=parts[0].input_scale,
-    )
+    joined = concatenate(parts)
+    starts = np.cumsum([0, *(len(part.values) for part in parts)])
+    rows = [np.arange(start, end) for start, end in pairwise(starts)]
+    return joined.rows(fuse_rows(rows, decoder))

@@ -13,7 +13,8 @@ from fnmatch import fnmatchcase
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.checkpoint import layouts
 from internvl_edge.checkpoint.reader import Checkpoint
-from internvl_edge.recipe.recipe import GROUP_SIZES, Precision, Recipe
+from internvl_edge.model.linear import GROUP_SIZES
+from internvl_edge.recipe.recipe import Precision, Recipe
 
 from .folding import SCALE_GROUPS
 

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from internvl_edge.calibration.blocks import Weights, unseen
+from internvl_edge.calibration.block_weights import load_block
+from internvl_edge.calibration.blocks import Weights, no_observer
 from internvl_edge.calibration.compute import Compute
-from internvl_edge.calibration.weights import load_block
 from internvl_edge.calibration.work import WorkFolder
 from internvl_edge.checkpoint.reader import Checkpoint
 
@@ -80,7 +80,7 @@ class SensitivityPass:
             before.append(gradients)
             with torch.no_grad():
                 for name, tensors in rounded.items():
-                    change = run_block(self._config, block, weights | dict(tensors), x[None], unseen)[0] - y
+                    change = run_block(self._config, block, weights | dict(tensors), x[None], no_observer)[0] - y
                     totals[name] += self._squared(block, change, behind[tile])
         if index:
             self._work.write_arrays(self._gradient_name(index), {"g": torch.stack(before).cpu().numpy()})
@@ -90,7 +90,7 @@ class SensitivityPass:
         """The block's output, and the gradients [directions, tokens, width] one block further to the front."""
         with torch.enable_grad():
             x = x.clone().requires_grad_()
-            y = run_block(self._config, block, weights, x, unseen)
+            y = run_block(self._config, block, weights, x, no_observer)
             pulled = [torch.autograd.grad(y, x, g[None], retain_graph=True)[0][0] for g in behind]
         return y.detach()[0], torch.stack(pulled)
 

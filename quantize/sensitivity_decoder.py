@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from internvl_edge.calibration.blocks import decoder_block, rms_norm, unseen
+from internvl_edge.calibration.block_weights import load_block, load_tensor
+from internvl_edge.calibration.blocks import decoder_block, no_observer, rms_norm
 from internvl_edge.calibration.compute import Compute, to_torch
 from internvl_edge.calibration.dataset import CalibrationSet
 from internvl_edge.calibration.decoder_pass import DecoderPass, Statistics
-from internvl_edge.calibration.statistics import InputStatistics, Wanted
-from internvl_edge.calibration.weights import load_block, load_tensor
+from internvl_edge.calibration.statistics import InputStatistics, StatisticsRequest
 from internvl_edge.calibration.work import WorkFolder
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.recipe.recipe import Precision
@@ -110,9 +110,9 @@ class DecoderSensitivity:
 
     # -- forward ----------------------------------------------------------------------------------------------------
 
-    def _wanted(self) -> Wanted:
+    def _wanted(self) -> StatisticsRequest:
         each = [quantizer.wanted for quantizer in self._quantizers.values()]
-        return Wanted(gram=any(wanted.gram for wanted in each), tokens=max(wanted.tokens for wanted in each))
+        return StatisticsRequest(gram=any(wanted.gram for wanted in each), tokens=max(wanted.tokens for wanted in each))
 
     def _candidates(self, layer: int, statistics: Statistics) -> None:
         """Round one layer by every candidate, and store what that changes behind it, one unit at a time."""
@@ -120,14 +120,14 @@ class DecoderSensitivity:
         replaced: list[dict[str, Tensor]] = []
         for quantizer in self._quantizers.values():
             block = quantizer.layer(layer, {name: _copy(inputs) for name, inputs in statistics.items()})
-            replaced += [quantizer.alone(prefix, group, block) for group in self._groups]
+            replaced += [quantizer.only_unit(prefix, group, block) for group in self._groups]
         weights = load_block(self._checkpoint, prefix, self._exact)
         arrays = {}
         for sample in self._samples:
             x, rotary = self._pass.inputs(layer, sample), self._pass.rotary(sample)
             lengths = [len(x)]
-            y = decoder_block(weights, x, lengths, rotary, self._decoder, unseen)
-            changed = (decoder_block(weights | one, x, lengths, rotary, self._decoder, unseen) for one in replaced)
+            y = decoder_block(weights, x, lengths, rotary, self._decoder, no_observer)
+            changed = (decoder_block(weights | one, x, lengths, rotary, self._decoder, no_observer) for one in replaced)
             stored = torch.stack([(other - y).to(torch.bfloat16) for other in changed])
             arrays[f"x{sample}"] = x.cpu().numpy()
             arrays[f"d{sample}"] = stored.cpu().view(torch.int16).numpy()
@@ -180,7 +180,7 @@ class DecoderSensitivity:
         """The gradients [draws, tokens, width] one block further to the front."""
         with torch.enable_grad():
             x = x.clone().requires_grad_()
-            y = decoder_block(weights, x, [len(x)], self._pass.rotary(sample), self._decoder, unseen)
+            y = decoder_block(weights, x, [len(x)], self._pass.rotary(sample), self._decoder, no_observer)
             pulled = [torch.autograd.grad(y, x, gradient, retain_graph=True)[0] for gradient in gradients]
         return torch.stack(pulled)
 

@@ -20,18 +20,18 @@ from torch import Tensor
 
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.jsonable import decode
+from internvl_edge.calibration.block_weights import require_finite
 from internvl_edge.calibration.compute import Compute, to_numpy, to_torch
 from internvl_edge.calibration.dataset import CalibrationSet
-from internvl_edge.calibration.statistics import InputStatistics, Wanted
-from internvl_edge.calibration.weights import require_finite
+from internvl_edge.calibration.statistics import InputStatistics, StatisticsRequest
 from internvl_edge.calibration.work import WorkFolder
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.checkpoint.record import ActivationRange
 from internvl_edge.recipe.recipe import VisionInt8
 
 from .block import QuantizedBlock
-from .facts import activation_range
 from .integer import IntegerLinear, quantize_linear
+from .linear_report import activation_range
 from .sensitivity import SensitivityPass, choose_floats
 from .smoothing import divide
 from .vision_pass import PROJECTOR, TileSample, VisionPass, blocks_of
@@ -99,7 +99,7 @@ class VisionQuantizer:
         steps = len(self._blocks) * len(self._tiles.pixels)
         with bars("vision, float", steps) as advance:
             forward = VisionPass(self._work, "float", self._checkpoint, self._tiles, self._compute, advance)
-            forward.run(Wanted(tokens=_SUBSET_TOKENS), self._round)
+            forward.run(StatisticsRequest(tokens=_SUBSET_TOKENS), self._round)
         with bars("vision, sensitivity", len(self._blocks)) as advance:
             back = SensitivityPass(self._work, self._checkpoint, forward, self._compute, advance)
             parts = back.run(self._one_by_one)

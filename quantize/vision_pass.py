@@ -15,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from internvl_edge.calibration.blocks import Observe, Weights, embed_pixels, project, unseen, vision_block
+from internvl_edge.calibration.block_weights import load_block, load_vision_embedding
+from internvl_edge.calibration.blocks import Observe, Weights, embed_pixels, no_observer, project, vision_block
 from internvl_edge.calibration.compute import Compute
 from internvl_edge.calibration.dataset import TILES, CalibrationSet
-from internvl_edge.calibration.statistics import InputStatistics, Observer, Wanted
+from internvl_edge.calibration.statistics import InputStatistics, Observer, StatisticsRequest
 from internvl_edge.calibration.tower import Replacements, no_replacements
-from internvl_edge.calibration.weights import load_block, load_vision_embedding
 from internvl_edge.calibration.work import WorkFolder
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.model.config import ModelConfig
@@ -103,7 +103,7 @@ class VisionPass:
         self._blocks = blocks_of(self._config)
 
     @torch.no_grad()
-    def run(self, wanted: Wanted | None, handle: BlockHandler) -> None:
+    def run(self, wanted: StatisticsRequest | None, handle: BlockHandler) -> None:
         """Take every block: gather what is wanted (None for no statistics), let `handle` do its work.
 
         Raises:
@@ -140,16 +140,16 @@ class VisionPass:
             out[rows] = embed_pixels(weights, pixels, self._config.vision).cpu().numpy()
         self._finish(0, out)
 
-    def _forward(self, index: int, wanted: Wanted | None) -> Mapping[str, InputStatistics]:
+    def _forward(self, index: int, wanted: StatisticsRequest | None) -> Mapping[str, InputStatistics]:
         block = self._blocks[index]
         weights = load_block(self._checkpoint, f"{block}.", self._compute) | dict(self._replaced(block))
         tokens = self._config.tokens_per_tile if block == PROJECTOR else self._config.vision.grid_size**2 + 1
-        observer = Observer(block, len(self._tiles.pixels) * tokens, wanted or Wanted())
+        observer = Observer(block, len(self._tiles.pixels) * tokens, wanted or StatisticsRequest())
         source, out = self._open(index, "r"), self._open(index + 1, "w+", new=True)
         for rows in self._batches():
             x = torch.from_numpy(np.array(source[rows])).to(self._compute.device)
             observer.begin(rows.start * tokens, [(name, tokens) for name in self._tiles.owners[rows]])
-            x = run_block(self._config, block, weights, x, observer if wanted else unseen)
+            x = run_block(self._config, block, weights, x, observer if wanted else no_observer)
             observer.check("the output", x.flatten(0, 1))
             out[rows] = x.cpu().numpy()
             self._progress(len(x))

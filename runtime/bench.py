@@ -21,7 +21,7 @@ from internvl_edge.base.machine import cores, peak_memory
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.bundle.manifest import Manifest
 from internvl_edge.planning.footprint import Footprint
-from internvl_edge.planning.precision import bundle_precision
+from internvl_edge.planning.storage import bundle_storage
 
 from . import limits
 from .image_cache import ImageCache
@@ -45,7 +45,7 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Report:
+class BenchResult:
     """All figures of one bundle on one machine.
 
     `bandwidth` is in bytes/s, `matrix_rate` in FLOP/s, sizes in bytes. `decode_limit` gives for each decode figure the
@@ -66,7 +66,7 @@ class Report:
         return asdict(self)
 
 
-def bench(folder: Path, *, repeat: int = 3, threads: int | None = None, **loading: Any) -> Report:
+def bench(folder: Path, *, repeat: int = 3, threads: int | None = None, **loading: Any) -> BenchResult:
     """Measure a bundle; `loading` goes to `InternVL.load`.
 
     Raises:
@@ -89,7 +89,7 @@ def bench(folder: Path, *, repeat: int = 3, threads: int | None = None, **loadin
     # Last, so that its arrays do not count as the model's memory.
     bandwidth = limits.read_bandwidth(threads)
     footprint = _footprint(manifest, dialect)
-    return Report(
+    return BenchResult(
         bundle=folder.name,
         threads=threads,
         bandwidth=bandwidth,
@@ -106,9 +106,9 @@ def bench(folder: Path, *, repeat: int = 3, threads: int | None = None, **loadin
 
 def _footprint(manifest: Manifest, dialect: str) -> Footprint:
     """What this engine reads: a cache of floats is as wide as what the graphs compute in."""
-    precision = bundle_precision(manifest, dialect)
-    cache_bytes = precision.cache_bytes if manifest.kv_cache else precision.vector_bytes
-    return Footprint(manifest.model, replace(precision, cache_bytes=cache_bytes))
+    storage = bundle_storage(manifest, dialect)
+    cache_bytes = storage.cache_bytes if manifest.kv_cache else storage.vector_bytes
+    return Footprint(manifest.model, replace(storage, cache_bytes=cache_bytes))
 
 
 class _Runs:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from internvl_edge.calibration.dataset import DataOptions
 from internvl_edge.calibration.decoder_pass import DecoderPass
-from internvl_edge.calibration.run import embedded_set
-from internvl_edge.calibration.statistics import InputStatistics, Observer, Wanted
+from internvl_edge.calibration.pipeline import embedded_set
+from internvl_edge.calibration.statistics import InputStatistics, Observer, StatisticsRequest
 from internvl_edge.calibration.work import WorkFolder
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.model.linear import PackedLinear, Scheme
@@ -51,8 +51,8 @@ def weights(out: int = 48, width: int = 64, seed: int = 1) -> Tensor:
     return torch.randn(out, width, generator=generator) * 0.1
 
 
-def observed(x: Tensor, wanted: Wanted | None = None) -> InputStatistics:
-    observer = Observer("layer", len(x), wanted or Wanted(gram=True, tokens=len(x)))
+def observed(x: Tensor, wanted: StatisticsRequest | None = None) -> InputStatistics:
+    observer = Observer("layer", len(x), wanted or StatisticsRequest(gram=True, tokens=len(x)))
     observer.begin(0, [("sample", len(x))])
     observer("linear", x)
     return observer.inputs["linear"]
@@ -95,8 +95,8 @@ def test_a_scale_is_never_worse_than_none(seed: int, outlier: float) -> None:
 
 def test_the_token_subset_and_the_gram_matrix_choose_the_same_scale() -> None:
     x, weight = outlier_inputs(), weights()
-    exact = search_scale([weight], observed(x, Wanted(gram=True)), ASYMMETRIC, torch.float16)
-    subset = search_scale([weight], observed(x, Wanted(tokens=len(x))), ASYMMETRIC, torch.float16)
+    exact = search_scale([weight], observed(x, StatisticsRequest(gram=True)), ASYMMETRIC, torch.float16)
+    subset = search_scale([weight], observed(x, StatisticsRequest(tokens=len(x))), ASYMMETRIC, torch.float16)
     torch.testing.assert_close(exact.scale, subset.scale)
     assert exact.relative_error == pytest.approx(subset.relative_error, rel=1e-3)
 

@@ -13,7 +13,7 @@ from internvl_edge import export_bundle
 from internvl_edge.base.errors import EdgeError, EngineError
 from internvl_edge.cli.bench import command
 from internvl_edge.runtime import limits
-from internvl_edge.runtime.bench import Report, bench
+from internvl_edge.runtime.bench import BenchResult, bench
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_a_plot_that_cannot_be_written_is_found_out_before_measuring(
 def test_figures_are_printed_even_if_the_plot_fails(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(report: Report, path: Path) -> None:
+    def full(report: BenchResult, path: Path) -> None:
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr("internvl_edge.cli.bench._plot", full)

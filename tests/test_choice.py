@@ -17,14 +17,14 @@ from torch import Tensor
 
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.calibration import DataOptions
-from internvl_edge.calibration.blocks import decoder_block, rms_norm, unseen
+from internvl_edge.calibration.block_weights import load_block
+from internvl_edge.calibration.blocks import decoder_block, no_observer, rms_norm
 from internvl_edge.calibration.decoder_pass import DecoderPass
-from internvl_edge.calibration.run import embedded_set
-from internvl_edge.calibration.statistics import Wanted, whole_gram
-from internvl_edge.calibration.weights import load_block
+from internvl_edge.calibration.pipeline import embedded_set
+from internvl_edge.calibration.statistics import StatisticsRequest, symmetrize
 from internvl_edge.calibration.work import WorkFolder
 from internvl_edge.checkpoint.reader import Checkpoint
-from internvl_edge.model.linear import W8A8
+from internvl_edge.model.linear import W8A8, Scheme
 from internvl_edge.quantize import QuantizationReport, quantize_checkpoint, sensitivity_decoder
 from internvl_edge.quantize.choose import Option, choose_for_cost, choose_for_divergence, lower_hull
 from internvl_edge.quantize.folding import SCALE_GROUPS
@@ -133,7 +133,7 @@ def measured(checkpoint: Path, tmp_path: Path, recipe: Recipe) -> tuple[dict[str
             copies = {name: sensitivity_decoder._copy(inputs) for name, inputs in statistics.items()}
             block = quantizer.layer(layer, copies)
             prefix = f"decoder.layers.{layer}."
-            made[layer, str(precision)] = {g.consumers[0]: quantizer.alone(prefix, g, block) for g in groups}
+            made[layer, str(precision)] = {g.consumers[0]: quantizer.only_unit(prefix, g, block) for g in groups}
 
     run.run(sensitivity._wanted(), keep)
     lengths, is_image = calibration.lengths, calibration.is_image
@@ -145,7 +145,7 @@ def measured(checkpoint: Path, tmp_path: Path, recipe: Recipe) -> tuple[dict[str
             x = torch.from_numpy(np.array(calibration.embeddings()[starts[sample] : starts[sample + 1]]))
             for layer in range(source.config.decoder.num_hidden_layers):
                 weights = load_block(source, f"decoder.layers.{layer}.", FLOAT32) | replaced.get(layer, {})
-                x = decoder_block(weights, x, [len(x)], run.rotary(sample), source.config.decoder, unseen)
+                x = decoder_block(weights, x, [len(x)], run.rotary(sample), source.config.decoder, no_observer)
             norm = torch.from_numpy(source.tensor("decoder.norm.weight").astype(np.float32))
             head = torch.from_numpy(source.tensor("decoder.lm_head.weight").astype(np.float32))
             x = rms_norm(x, norm, source.config.decoder.rms_norm_eps)
@@ -167,7 +167,7 @@ def test_statistics_do_not_know_the_samples_held_out(tmp_path: Path) -> None:
     calibration, _ = embedded_set(work, source, "", options, FLOAT32)
     run = DecoderPass(work, source, calibration, FLOAT32, lambda count: None, held_out=[0, 3, 4])
     found: dict[int, Any] = {}
-    run.run(Wanted(gram=True, tokens=7), lambda layer, statistics: found.update({layer: statistics}))
+    run.run(StatisticsRequest(gram=True, tokens=7), lambda layer, statistics: found.update({layer: statistics}))
     norm = torch.from_numpy(source.tensor("decoder.layers.0.input_layernorm.weight").astype(np.float32))
     starts = np.concatenate([[0], np.cumsum(calibration.lengths)])
     embeddings = torch.from_numpy(np.array(calibration.embeddings()))
@@ -175,7 +175,7 @@ def test_statistics_do_not_know_the_samples_held_out(tmp_path: Path) -> None:
     kept = rms_norm(kept, norm, source.config.decoder.rms_norm_eps)
     inputs = found[0]["self_attn.q_proj"]
     assert inputs.count == len(kept)
-    torch.testing.assert_close(whole_gram(inputs.gram), kept.T @ kept, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(symmetrize(inputs.gram), kept.T @ kept, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(inputs.subset, kept[np.arange(7) * len(kept) // 7], rtol=1e-4, atol=1e-4)
 
 
@@ -228,6 +228,9 @@ def quantize(checkpoint: Path, out: Path, recipe: Recipe) -> QuantizationReport:
     return quantize_checkpoint(checkpoint, out, recipe, data=options, compute=FLOAT32)
 
 
+INT4 = Scheme(4, 64, symmetric=True)
+
+
 def mixed(**limits: Any) -> Recipe:
     return Recipe(group_size=64, symmetric=True, automatic=Automatic(**limits))
 
@@ -247,17 +250,17 @@ def test_more_bits_are_predicted_to_diverge_less_and_reasons_say_so(tmp_path: Pa
         for unit in units(Checkpoint(checkpoint)):
             assert len({facts[name].scheme for name in unit}) == 1  # what programs fuse stays together
             assert all(facts[name].reason.startswith("adds ") for name in unit)
-            assert {str(schemes[name]) for name in unit if name in schemes} <= {facts[name].scheme for name in unit}
+            assert {schemes[name] for name in unit if name in schemes} <= {facts[name].scheme for name in unit}
     assert predictions == sorted(predictions, reverse=True)
-    assert reports[7.0].bits_per_weight > 6.5
-    better = [linear for linear in reports[5.0].linears if not linear.scheme.startswith("int4 in groups of 64")]
+    assert reports[7.0].record.bits_per_weight > 6.5
+    better = [linear for linear in reports[5.0].record.linears if linear.scheme != INT4]
     assert better
     assert all("w4a16-awq-g64 would add" in linear.reason for linear in better)
 
 
 def test_a_limit_on_divergence_is_kept_with_fewer_bits_than_all(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint")
-    uniform = quantize(checkpoint, tmp_path / "low", mixed(target_bits=4.25)).predicted_kl
+    uniform = quantize(checkpoint, tmp_path / "low", mixed(target_bits=4.25)).record.predicted_kl
     assert uniform is not None
     report = quantize(checkpoint, tmp_path / "half", mixed(max_kl=uniform / 2))
     assert report.record.predicted_kl is not None
@@ -270,10 +273,10 @@ def test_patterns_come_before_the_choice(tmp_path: Path) -> None:
     recipe = Recipe(
         group_size=64, layers=(("layers.0.self_attn.*", "fp"), ("*.gate_proj", "w8a16")), automatic=Automatic(max_kl=9)
     )
-    facts = {linear.name: linear for linear in quantize(checkpoint, tmp_path / "out", recipe).linears}
-    assert facts["decoder.layers.0.self_attn.q_proj"].scheme == "bfloat16"
+    facts = {linear.name: linear for linear in quantize(checkpoint, tmp_path / "out", recipe).record.linears}
+    assert facts["decoder.layers.0.self_attn.q_proj"].stored == "bfloat16"
     assert facts["decoder.layers.1.mlp.gate_proj"].reason == "matches *.gate_proj"
-    assert facts["decoder.layers.1.mlp.up_proj"].scheme.startswith("int4")  # the recipe's own, its partner is fixed
+    assert facts["decoder.layers.1.mlp.up_proj"].stored.startswith("int4")  # the recipe's own, its partner is fixed
     assert facts["decoder.layers.1.self_attn.q_proj"].reason.startswith("adds ")
 
 

@@ -18,7 +18,7 @@ from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.bundle.names import EMBEDDINGS, MANIFEST
 from internvl_edge.bundle.token_table import table_bytes
 from internvl_edge.planning.footprint import Footprint
-from internvl_edge.planning.precision import bundle_precision
+from internvl_edge.planning.storage import bundle_storage
 
 # Exports argv[1] to argv[2] and waits in the middle of writing, having said so.
 SLOW_EXPORT = """
@@ -148,7 +148,7 @@ def test_an_int8_token_table_is_near_the_floats_and_counted(tmp_path: Path, dtyp
     assert rounded.manifest.is_quantized
     sizes = {part.name: part.bytes for part in rounded.manifest.components}
     assert sizes["token table"] == pytest.approx(table_bytes(shape, "int8"), rel=0.01)
-    counted = Footprint(rounded.manifest.model, bundle_precision(rounded.manifest)).weights.embeddings
+    counted = Footprint(rounded.manifest.model, bundle_storage(rounded.manifest)).weights.embeddings
     assert counted == table_bytes(shape, "int8")
     with pytest.raises(EdgeError, match="token table 'int4' is not one of float, int8"):
         export_bundle(checkpoint, tmp_path / "wrong", token_table="int4")

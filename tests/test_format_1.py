@@ -18,8 +18,8 @@ from internvl_edge.bundle.names import MANIFEST
 from internvl_edge.bundle.quality_record import quality_of
 from internvl_edge.model.linear import W8A8, Scheme
 from internvl_edge.model.template import TEMPLATES
-from internvl_edge.planning.footprint import Precision
-from internvl_edge.planning.precision import bundle_precision
+from internvl_edge.planning.footprint import Storage
+from internvl_edge.planning.storage import bundle_storage
 from internvl_edge.runtime.model import InternVL
 
 FORMAT_1 = Path(__file__).resolve().parent / "data" / "format-1"
@@ -37,7 +37,7 @@ def test_a_bundle_of_floats(tmp_path: Path) -> None:
     assert (manifest.linears, manifest.quantization, manifest.is_quantized) == ({}, None, False)
     assert manifest.template == TEMPLATES["internvl2_5"]
     assert (manifest.dtype, manifest.token_table) == ("float16", "float16")
-    assert bundle_precision(manifest) == Precision(2, 4)
+    assert bundle_storage(manifest) == Storage(2, 4)
     assert {part.name: str(part.stored[0]) for part in manifest.components}["decoder"] == "float16"
 
 
@@ -58,7 +58,7 @@ def test_several_schemes_int8_vision_an_int8_cache_and_quality() -> None:
     assert len(tower) == 9
     assert "vision.layers.0.mlp.fc2" not in tower
     assert (manifest.kv_cache, manifest.token_table, manifest.rounds_inputs) == ("int8", "int8", True)
-    found = bundle_precision(manifest, "onnxruntime")
+    found = bundle_storage(manifest, "onnxruntime")
     assert (found.body, found.head, found.vision, found.floats) == (INT4, INT8, W8A8, ("vision.layers.0.mlp.fc2",))
     quality = quality_of(manifest)
     assert quality.state == "passed"

@@ -1,4 +1,4 @@
-"""The precision that `plan` and `bench` count with: of each part its own, in checkpoints, bundles and both dialects."""
+"""The storage that `plan` and `bench` count with: of each part its own, in checkpoints, bundles and both dialects."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from internvl_edge.cli.plan import command as plan_command
 from internvl_edge.export import export_bundle
 from internvl_edge.model.linear import W8A8, Scheme
 from internvl_edge.planning.devices import Devices
-from internvl_edge.planning.footprint import Footprint, Precision
+from internvl_edge.planning.footprint import Footprint, Storage
 from internvl_edge.planning.planner import predict
-from internvl_edge.planning.precision import bundle_precision, checkpoint_precision
+from internvl_edge.planning.storage import bundle_storage, checkpoint_storage
 from internvl_edge.recipe.recipe import INT8, DecoderInt8, Recipe, VisionInt8
 from internvl_edge.runtime import limits
 from internvl_edge.runtime.bench import _footprint
@@ -52,8 +52,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-def planned(folder: Path) -> Precision:
-    found = checkpoint_precision(folder, read_config(folder))
+def planned(folder: Path) -> Storage:
+    found = checkpoint_storage(folder, read_config(folder))
     assert found is not None
     return found
 
@@ -94,7 +94,7 @@ def test_published_configurations_with_and_without_ignore(
 def test_a_bundle_with_a_quantized_head_alone_has_a_float_body(tmp_path: Path) -> None:
     quantize(write_checkpoint(tmp_path / "checkpoint"), tmp_path / "out", RECIPES["head alone"])
     bundle = Bundle.open(export_bundle(tmp_path / "out", tmp_path / "bundle"))
-    found = bundle_precision(bundle.manifest)
+    found = bundle_storage(bundle.manifest)
     assert (found.body, found.head) == (None, INT8)
     result = CliRunner().invoke(plan_command, [str(bundle.folder), "--json"], catch_exceptions=False)
     assert {plan["recipe"] for plan in json.loads(result.output)["plans"]} == {"as it is"}
@@ -105,7 +105,7 @@ def test_a_head_does_not_outvote_the_layers(tmp_path: Path) -> None:
     quantize(write_checkpoint(tmp_path / "checkpoint"), tmp_path / "out", recipe)
     manifest = Bundle.open(export_bundle(tmp_path / "out", tmp_path / "bundle")).manifest
     assert manifest.quantization is not None
-    found = bundle_precision(manifest)
+    found = bundle_storage(manifest)
     assert (found.body, found.head) == (Scheme(4, 32, symmetric=False), INT8)
 
 
@@ -113,7 +113,7 @@ def test_a_decoder_in_int8_is_not_taken_for_a_tower(tmp_path: Path) -> None:
     quantize(write_checkpoint(tmp_path / "checkpoint"), tmp_path / "out", W8A8_DECODER)
     manifest = Bundle.open(export_bundle(tmp_path / "out", tmp_path / "bundle")).manifest
     assert not manifest.schemes("vision.")
-    found = bundle_precision(manifest)
+    found = bundle_storage(manifest)
     assert (found.body, found.vision) == (W8A8, None)
 
 
@@ -123,7 +123,7 @@ def test_counted_bytes_are_those_of_the_dialect(tmp_path: Path, asymmetric: str,
     source = write_checkpoint(tmp_path / "plain", hidden_size=128)
     checkpoint, _ = write_quantized(source, tmp_path / "made")
     bundle = Bundle.open(export_bundle(checkpoint, tmp_path / "bundle", asymmetric=asymmetric))
-    counted = Footprint(bundle.manifest.model, bundle_precision(bundle.manifest, dialect)).weights
+    counted = Footprint(bundle.manifest.model, bundle_storage(bundle.manifest, dialect)).weights
     graph = ir.load(bundle.path(DECODERS[dialect])).graph
     tensors = [value.const_value for value in graph.initializers.values()]
     stored = sum(tensor.nbytes for tensor in tensors if isinstance(tensor, ir.ExternalTensor))
@@ -136,7 +136,7 @@ def test_counted_bytes_are_those_of_the_dialect(tmp_path: Path, asymmetric: str,
 def test_prompts_of_an_int8_decoder_are_bound_by_the_int8_rate(tmp_path: Path) -> None:
     config = read_config(write_checkpoint(tmp_path / "checkpoint"))
     board = replace(Devices().device("orin-nano-8gb"), bandwidth_gbs=1e9)
-    times = {body: predict(Footprint(config, Precision(body=body)), board, 1).prefill_s for body in (W8A8, INT8, None)}
+    times = {body: predict(Footprint(config, Storage(body=body)), board, 1).prefill_s for body in (W8A8, INT8, None)}
     assert times[INT8] == times[None]
     assert times[W8A8] == pytest.approx(times[None] * board.tflops / board.int8_tops)
 
@@ -172,7 +172,7 @@ def test_bench_counts_the_cache_that_the_engine_holds(caches: dict[str, Path], k
 def test_bench_counts_the_dialect_that_runs(caches: dict[str, Path], dialect: str) -> None:
     bundle = Bundle.open(caches["float32"])
     engine = OnnxRuntimeEngine(bundle, capacity=64, dialect=dialect)
-    assert _footprint(bundle.manifest, engine.dialect).precision.dialect == dialect
+    assert _footprint(bundle.manifest, engine.dialect).storage.dialect == dialect
 
 
 @pytest.mark.parametrize(("kind", "width"), [("float32", 4), ("float16", 2), ("int8", 1)])

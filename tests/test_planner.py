@@ -28,9 +28,9 @@ from internvl_edge.model.config import ModelConfig
 from internvl_edge.model.linear import Scheme
 from internvl_edge.model.preprocess import tile_image
 from internvl_edge.planning.devices import Device, Devices
-from internvl_edge.planning.footprint import INT4, RECIPES, Footprint, Precision
+from internvl_edge.planning.footprint import INT4, RECIPES, Footprint, Storage
 from internvl_edge.planning.planner import IMAGE_SIZES, TILE_LIMITS, make_plan, memory_of, predict, tile_table, tiles_of
-from internvl_edge.planning.precision import bundle_precision
+from internvl_edge.planning.storage import bundle_storage
 
 # The published configurations, sizes alone: variant -> fields of the decoder. The tower is InternViT-300M.
 PUBLISHED = {
@@ -77,8 +77,8 @@ def device(name: str, **changes: Any) -> Device:
 def test_counted_bytes_are_those_of_a_written_bundle(tmp_path: Path, text: str, vision: str, dtype: str) -> None:
     folder = tiny.write_checkpoint(tmp_path / "checkpoint", text=text, vision=vision)
     bundle = Bundle.open(export_bundle(folder, tmp_path / "bundle", dtype))
-    precision = bundle_precision(bundle.manifest)
-    weights = Footprint(bundle.manifest.model, precision).weights
+    storage = bundle_storage(bundle.manifest)
+    weights = Footprint(bundle.manifest.model, storage).weights
     assert weights.embeddings == bundle.path(EMBEDDINGS).stat().st_size
     for counted, name in ((weights.vision, "vision.data"), (weights.decoder + weights.head, "decoder.data")):
         stored = bundle.path(name).stat().st_size
@@ -97,7 +97,7 @@ def test_counted_bytes_are_those_of_a_quantized_bundle(tmp_path: Path, kind: str
         symmetric = {"method": "compressed-tensors", "body": Scheme(4, 32, True), "head": Scheme(8, None, True)}
         checkpoint, _ = write_quantized(source, tmp_path / "made", **({} if "zero" in kind else symmetric))
     bundle = Bundle.open(export_bundle(checkpoint, tmp_path / "bundle", "float16"))
-    weights = Footprint(bundle.manifest.model, bundle_precision(bundle.manifest)).weights
+    weights = Footprint(bundle.manifest.model, bundle_storage(bundle.manifest)).weights
     for counted, name in ((weights.vision, "vision.data"), (weights.decoder + weights.head, "decoder.data")):
         assert counted == pytest.approx(_used_bytes(bundle.path(name.replace("data", "onnx"))), rel=0.05)
 
@@ -115,26 +115,26 @@ def test_cache_is_what_the_engine_allocates(checkpoint: Path, tmp_path: Path) ->
     bundle = Bundle.open(export_bundle(checkpoint, tmp_path / "bundle"))
     engine = OnnxRuntimeEngine(bundle, capacity=64)
     allocated = sum(value.numpy().nbytes for value in engine._cache.values())
-    assert Footprint(bundle.manifest.model, Precision(cache_bytes=4)).cache_bytes(64) == allocated
+    assert Footprint(bundle.manifest.model, Storage(cache_bytes=4)).cache_bytes(64) == allocated
 
 
 def test_published_sizes(published: dict[str, ModelConfig]) -> None:
     """Bytes per token and per model as known for the published models, in 1e6 bytes or KiB."""
     expected = {"1B": (185, 272, 12), "2B": (779, 379, 96), "8B": (3599, 758, 128)}
     for name, (body, head, cache) in expected.items():
-        footprint = Footprint(published[name], Precision(body=INT4))
+        footprint = Footprint(published[name], Storage(body=INT4))
         assert footprint.weights.decoder / 1e6 == pytest.approx(body, rel=0.01)
         assert footprint.weights.head / 1e6 == pytest.approx(head, rel=0.01)
         assert footprint.cache_bytes(1) == cache * 1024
 
 
 def test_vision_operations_are_those_of_the_tower(published: dict[str, ModelConfig]) -> None:
-    assert Footprint(published["1B"], Precision()).vision_operations(1) / 1e12 == pytest.approx(0.72, rel=0.05)
+    assert Footprint(published["1B"], Storage()).vision_operations(1) / 1e12 == pytest.approx(0.72, rel=0.05)
 
 
 def test_predictions_are_the_roofline(published: dict[str, ModelConfig]) -> None:
     """With the cache left aside, published tables of bytes per token give these speeds."""
-    footprint = Footprint(published["2B"], Precision(body=INT4))
+    footprint = Footprint(published["2B"], Storage(body=INT4))
     speed = predict(footprint, device("orin-nano-8gb"), tiles=1)
     assert speed.decode_tokens_per_s == pytest.approx(59, rel=0.05)
     faster = predict(footprint, device("orin-nano-8gb", tflops=20.4), tiles=1)
@@ -148,7 +148,7 @@ def test_what_does_not_fit_is_told_what_would(published: dict[str, ModelConfig])
     config = published["8B"]
     plan = make_plan(config, board, "fp16", RECIPES["fp16"], context=4096, max_tiles=12)
     assert not plan.fits
-    fitting = [name for name, precision in RECIPES.items() if _fits(config, board, precision, 4096)]
+    fitting = [name for name, storage in RECIPES.items() if _fits(config, board, storage, 4096)]
     assert any(advice.startswith(f"recipe {fitting[0]} ") for advice in plan.advice)
     long = make_plan(config, board, "w4a16", RECIPES["w4a16"], context=32768, max_tiles=12)
     assert not long.fits
@@ -159,12 +159,12 @@ def test_what_does_not_fit_is_told_what_would(published: dict[str, ModelConfig])
     assert hopeless.advice == ("a smaller variant of the model, or a device with more memory",)
 
 
-def _fits(config: ModelConfig, board: Device, precision: Precision, context: int) -> bool:
-    return memory_of(Footprint(config, precision), context).total <= board.usable_memory
+def _fits(config: ModelConfig, board: Device, storage: Storage, context: int) -> bool:
+    return memory_of(Footprint(config, storage), context).total <= board.usable_memory
 
 
 def test_a_context_too_short_for_the_tiles_is_said(published: dict[str, ModelConfig]) -> None:
-    plan = make_plan(published["1B"], device("rtx-4090"), "fp16", Precision(), context=2048, max_tiles=12)
+    plan = make_plan(published["1B"], device("rtx-4090"), "fp16", Storage(), context=2048, max_tiles=12)
     assert plan.fits
     assert "13 are 3408 tokens" in plan.advice[0]
 

@@ -23,7 +23,7 @@ from internvl_edge.calibration.decoder_pass import DecoderPass
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.cli import cli
 from internvl_edge.export import export_bundle
-from internvl_edge.quantize import quantize_checkpoint, run
+from internvl_edge.quantize import pipeline, quantize_checkpoint
 from internvl_edge.recipe.recipe import Recipe
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -199,7 +199,7 @@ import os, signal, sys
 from pathlib import Path
 from internvl_edge.calibration import DataOptions, choose_compute
 from internvl_edge.calibration.work import WorkFolder
-from internvl_edge.quantize import quantize_checkpoint, run
+from internvl_edge.quantize import pipeline, quantize_checkpoint
 from internvl_edge.quantize.layer import BlockQuantizer
 from internvl_edge.recipe.recipe import Recipe
 moment, checkpoint, data, out = sys.argv[1:]
@@ -215,7 +215,7 @@ elif moment == "commit":  # the second layer's result and hidden states are stor
         kill() if (name, values) == ("decoder.json", {"layers": 2}) else write_json(self, name, values)
     )
 else:  # all layers are done, the new checkpoint is half written
-    run.write_shards = kill
+    pipeline.write_shards = kill
 options = DataOptions(Path(data), max_tiles=2)
 recipe = Recipe(group_size=32, lm_head="int4")
 quantize_checkpoint(checkpoint, out, recipe, data=options, compute=choose_compute("cpu", "float32"))
@@ -291,7 +291,7 @@ def test_what_the_disk_refuses_is_one_line(
 
     checkpoint, data = write_checkpoint(tmp_path / "checkpoint"), write_data(tmp_path / "data")
     with monkeypatch.context() as patched:
-        patched.setattr(run, "write_shards", refuse)
+        patched.setattr(pipeline, "write_shards", refuse)
         with pytest.raises(EdgeError, match=message):
             quantize(checkpoint, tmp_path / "out", RECIPES["awq"], data)
     quantize(checkpoint, tmp_path / "out", RECIPES["awq"], data)  # continues

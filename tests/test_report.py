@@ -30,7 +30,7 @@ from internvl_edge.evaluation.report.files import HTML, JSON, read_report, write
 from internvl_edge.evaluation.report.page import difference, render
 from internvl_edge.model.components import Component, Stored
 from internvl_edge.model.linear import W8A8, Scheme
-from internvl_edge.quantize.run import _read_facts
+from internvl_edge.quantize.pipeline import _read_reports
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 BARE = Report("bundle", "b", "c", (), False, 10, (), figures={})
@@ -73,8 +73,8 @@ def test_facts_of_an_older_version_are_read_when_a_run_is_taken_up(tmp_path: Pat
     assert record is not None
     facts = record.linears[0]
     older = {**asdict(facts), "fallback": True}
-    (tmp_path / "facts.json").write_text(json.dumps([older]), encoding="utf-8")
-    assert _read_facts(tmp_path) == [facts]
+    (tmp_path / "linears.json").write_text(json.dumps([older]), encoding="utf-8")
+    assert _read_reports(tmp_path) == [facts]
 
 
 def test_an_older_report_completes_one_of_the_same_files_only() -> None:

@@ -8,13 +8,13 @@ import re
 import pytest
 
 from internvl_edge.base.errors import EdgeError
-from internvl_edge.calibration.synthetic import SPLITS, TASKS, Sample, draw_picture, fonts, sample, words
+from internvl_edge.calibration.synthetic import SPLITS, TASKS, SyntheticSample, draw_picture, fonts, sample, words
 
 COUNT = 30
 HELD_OUT = [("train", "validation"), ("train", "test"), ("validation", "test")]
 
 
-def stream(split: str, task: str) -> list[Sample]:
+def stream(split: str, task: str) -> list[SyntheticSample]:
     return [sample(split, i, tasks=[task]) for i in range(COUNT)]
 
 

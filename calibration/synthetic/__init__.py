@@ -19,7 +19,7 @@ from . import documents, pictures
 from .draw import Picture, damage
 from .words import SPLITS
 
-__all__ = ["SPLITS", "TASKS", "Sample", "draw_picture", "sample"]
+__all__ = ["SPLITS", "TASKS", "SyntheticSample", "draw_picture", "sample"]
 
 _DRAW: dict[str, tuple[Callable[[random.Random, str, float], Picture], float]] = {
     "sign": (documents.sign, 1.0),
@@ -42,7 +42,7 @@ _UPSIDE = 1.4
 
 
 @dataclass(frozen=True)
-class Sample:
+class SyntheticSample:
     """One picture, one question about it, the exact answer, and the task it belongs to (one of `TASKS`)."""
 
     image: Image.Image
@@ -65,8 +65,8 @@ def draw_picture(rng: random.Random, split: str, tasks: Sequence[str] | None = N
     return replace(picture, image=image), task
 
 
-def sample(split: str, index: int, seed: int = 0, tasks: Sequence[str] | None = None) -> Sample:
-    """Sample `index` of a split's endless stream; the same arguments give the same sample on every machine.
+def sample(split: str, index: int, seed: int = 0, tasks: Sequence[str] | None = None) -> SyntheticSample:
+    """SyntheticSample `index` of a split's endless stream; the same arguments give the same sample on every machine.
 
     `split` is train, validation or test; `tasks` restricts the stream (default: all). Raises EdgeError for an unknown
     split or task and for a font package that is not installed.
@@ -74,4 +74,4 @@ def sample(split: str, index: int, seed: int = 0, tasks: Sequence[str] | None = 
     rng = random.Random(f"{split}/{seed}/{index}")
     picture, task = draw_picture(rng, split, tasks)
     question, answer = rng.choice(picture.questions)
-    return Sample(picture.image, question, answer, task)
+    return SyntheticSample(picture.image, question, answer, task)

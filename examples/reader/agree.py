@@ -19,7 +19,7 @@ from pages import tiles
 from torch import Tensor
 
 from internvl_edge import InternVL
-from internvl_edge.calibration.synthetic import Sample, sample
+from internvl_edge.calibration.synthetic import SyntheticSample, sample
 
 
 def token_numbers(layout: str) -> list[int]:
@@ -44,7 +44,7 @@ def greedy(reader: Reader, pixels: Tensor, prompt: list[int], numbers: list[int]
     return said
 
 
-def agrees(bundle: InternVL, reader: Reader, layout: str, asked: Sample, limit: int = 64) -> bool:
+def agrees(bundle: InternVL, reader: Reader, layout: str, asked: SyntheticSample, limit: int = 64) -> bool:
     """Whether prompt and answer of one question are the same tokens on both sides."""
     numbers = token_numbers(layout)
     reply = bundle.chat(asked.question, images=[asked.image], max_new_tokens=limit)

@@ -203,7 +203,7 @@ class TextLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def unseen(hidden: Tensor) -> None:
+def no_observer(hidden: Tensor) -> None:
     """The observer of hidden states that nobody looks at."""
 
 
@@ -214,7 +214,7 @@ class TextModel(nn.Module):
         self.layers = nn.ModuleList(TextLayer(c) for _ in range(c.layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, observe: Observe = unseen) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, observe: Observe = no_observer) -> Tensor:
         for layer in self.layers:
             x = layer(x, cos, sin, bias)
             observe(x)
@@ -267,7 +267,7 @@ class Reader(nn.Module):
         x = x.view(n, half, 2, half, 2, width).permute(0, 1, 3, 2, 4, 5).reshape(n, half * half, 4 * width)
         return self.mlp1(x.to(torch.float32))
 
-    def think(self, embeds: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, observe: Observe = unseen) -> Tensor:
+    def think(self, embeds: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, observe: Observe = no_observer) -> Tensor:
         """Embeddings [batch, seq, hidden] and an additive mask [batch, seq, seq] -> final hidden states.
 
         `observe` sees the hidden states behind every layer.

@@ -21,13 +21,13 @@ from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.extras import requires
 from internvl_edge.calibration.compute import to_numpy, to_torch
 from internvl_edge.calibration.dataset import CalibrationSet
-from internvl_edge.calibration.run import require_same_checkpoint
+from internvl_edge.calibration.pipeline import require_same_checkpoint
 from internvl_edge.calibration.work import checkpoint_identity
 from internvl_edge.checkpoint.codecs import autoawq
 from internvl_edge.checkpoint.reader import Checkpoint
+from internvl_edge.checkpoint.tensor_files import write_shards
 from internvl_edge.quantize import check_recipe
 from internvl_edge.quantize.block import QuantizedBlock
-from internvl_edge.quantize.files import write_shards
 from internvl_edge.quantize.output import OutputLayout
 from internvl_edge.recipe.recipe import Recipe
 

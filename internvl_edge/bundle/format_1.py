@@ -15,7 +15,7 @@ from itertools import chain, repeat
 from typing import Any
 
 from internvl_edge.base.jsonable import decode, encode
-from internvl_edge.checkpoint.layouts import tensor_shapes
+from internvl_edge.checkpoint.layouts import linear_names
 from internvl_edge.model.config import ModelConfig
 from internvl_edge.model.linear import W8A8, Scheme
 
@@ -55,20 +55,14 @@ def _decoder_linears(quantization: Any, config: ModelConfig) -> dict[str, Scheme
         found[_HEAD] = _scheme(quantization["lm_head"])
         counts[found[_HEAD]] -= 1
     schemes = chain.from_iterable(repeat(scheme, count) for scheme, count in counts.items())
-    return dict(zip(_linears(config, "decoder.layers."), schemes, strict=False)) | found
+    return dict(zip(linear_names(config, "decoder.layers."), schemes, strict=False)) | found
 
 
 def _tower_linears(tower: Any, config: ModelConfig) -> dict[str, Scheme]:
     if tower is None:
         return {}
-    used = tuple(f"vision.layers.{layer}." for layer in range(config.vision_layers_used))
     floats = set(tower["floats"])
-    return {name: W8A8 for name in _linears(config, *used, "projector.") if name not in floats}
-
-
-def _linears(config: ModelConfig, *parts: str) -> list[str]:
-    shapes = tensor_shapes(config)
-    return [name.removesuffix(".weight") for name in shapes if name.startswith(parts) and len(shapes[name]) == 2]
+    return {name: W8A8 for name in linear_names(config, "vision.", "projector.") if name not in floats}
 
 
 def _scheme(text: str) -> Scheme:

@@ -14,6 +14,7 @@ from typing import Any
 from internvl_edge.base.errors import BundleError, EdgeError
 from internvl_edge.base.files import replace_text
 from internvl_edge.base.jsonable import decode, dumps, encode
+from internvl_edge.checkpoint.layouts import linear_names
 from internvl_edge.model.components import Component
 from internvl_edge.model.config import ModelConfig
 from internvl_edge.model.linear import Scheme
@@ -115,6 +116,10 @@ class Manifest:
     def schemes(self, part: str) -> dict[str, Scheme]:
         """The quantized linears whose names begin with `part`: "decoder.layers.", "vision."."""
         return {name: scheme for name, scheme in self.linears.items() if name.startswith(part)}
+
+    def floats(self, *parts: str) -> list[str]:
+        """The linears whose names begin with one of `parts` and that keep their floats."""
+        return [name for name in linear_names(self.model, *parts) if name not in self.linears]
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json`, the file that makes a folder a bundle; one that is there is replaced in one step."""

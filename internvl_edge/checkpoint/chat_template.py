@@ -10,7 +10,7 @@ from pathlib import Path
 
 from internvl_edge.base.errors import CheckpointError
 
-from .tokenizer_files import read_json
+from .json_files import read_json
 
 _EXPECTED = ("<|im_start|>", "<|im_end|>", "<IMG_CONTEXT>")
 _OWN_SYSTEM_TURN = "<|im_start|>system"

@@ -7,13 +7,14 @@ the field.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from internvl_edge.base.errors import CheckpointError
 from internvl_edge.model.config import DecoderConfig, ModelConfig, RopeConfig, VisionConfig
+
+from .json_files import read_json
 
 TEMPLATES = ("internvl2_5",)
 NATIVE_TEMPLATE = "internvl_native"
@@ -76,11 +77,7 @@ def read_config(folder: Path) -> ModelConfig:
         raise CheckpointError(
             f"{folder} is not a checkpoint: no config.json in it; give a folder or hub id of InternVL 2.5"
         )
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); download it again") from None
-    fields = Fields(values if isinstance(values, dict) else {})
+    fields = Fields(read_json(path))
     layout = fields.values.get("model_type")
     if layout == "internvl_chat":
         config = _remote(fields)

@@ -135,6 +135,22 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return _vision_shapes(config.vision) | _projector_shapes(config) | _decoder_shapes(config.decoder)
 
 
+def linear_names(config: ModelConfig, *parts: str) -> list[str]:
+    """The linears that compute, by canonical name: of decoder, tower and projector, without blocks that are not used.
+
+    Args:
+        config: the model.
+        parts: beginnings of names ("decoder.layers.", "vision."); none for all.
+    """
+    unused = range(config.vision_layers_used, config.vision.num_hidden_layers)
+    left_out = ("decoder.embed_tokens.", *(f"vision.layers.{layer}." for layer in unused))
+    return [
+        name.removesuffix(".weight")
+        for name, shape in tensor_shapes(config).items()
+        if len(shape) == 2 and name.startswith(parts or "") and not name.startswith(left_out)
+    ]
+
+
 _Shapes = dict[str, tuple[int, ...]]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from internvl_edge.base.errors import CheckpointError
-from internvl_edge.model.linear import W8A8, PackedLinear, Scheme
+from internvl_edge.model.linear import GROUP_SIZES, W8A8, PackedLinear, Scheme
 
 from .codecs import autoawq, compressed_tensors
 from .quantization import Quantization
@@ -21,7 +21,6 @@ from .tensor_files import StoredTensor
 
 FLOATS = ("F32", "F16", "BF16")
 _FIRST = {autoawq.METHOD: "qweight", compressed_tensors.METHOD: "weight_packed"}
-_GROUP_SIZES = (32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -74,10 +73,10 @@ def check_packed(
 def check_group_size(module: str, inputs: int, scheme: Scheme) -> None:
     """Raise CheckpointError, naming the layer and the sizes that fit, where groups do not divide the inputs."""
     if scheme.group_size is not None and inputs % scheme.group_size:
-        fitting = [str(size) for size in _GROUP_SIZES if inputs % size == 0]
+        fitting = [str(size) for size in GROUP_SIZES if inputs % size == 0]
         raise CheckpointError(
             f"{module} has {inputs} inputs, which groups of {scheme.group_size} do not divide; "
-            f"group sizes that fit: {', '.join(fitting) or 'none of 32, 64, 128'}"
+            f"group sizes that fit: {', '.join(fitting) or 'none of ' + ', '.join(map(str, GROUP_SIZES))}"
         )
 
 

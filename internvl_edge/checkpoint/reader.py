@@ -6,7 +6,6 @@ Nothing here executes code that comes with a checkpoint.
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from internvl_edge.model.linear import PackedLinear, Scheme, concatenate
 
 from . import layouts
 from .config_reader import read_config
+from .json_files import read_json
 from .kv_scales import KvScales
 from .packed_tensors import FLOATS, check_packed, is_packed, read_packed
 from .quantization import Quantization, read_quantization, refuse_bitsandbytes_tensors, refuse_vision_bits
@@ -49,8 +49,8 @@ class Checkpoint:
         self.config: ModelConfig = read_config(folder)
         if not layouts.supported(self.config):
             raise CheckpointError(f"{self.config.decoder.architecture} does not exist in the native layout")
-        written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        self.quantization: Quantization | None = read_quantization(written, self.config.vision)
+        described = read_json(folder / "config.json")
+        self.quantization: Quantization | None = read_quantization(described, self.config.vision)
         self._stored = _canonical_prefixes(open_tensor_files(folder), self.config)
         refuse_bitsandbytes_tensors(self._stored, self.config.vision)
         self.shapes = layouts.tensor_shapes(self.config)

@@ -16,6 +16,7 @@ import tokenizers
 from internvl_edge.base.errors import CheckpointError
 from internvl_edge.model.config import ModelConfig
 
+from .json_files import read_json
 from .sentencepiece_tokenizer import convert_sentencepiece, verify_conversion
 
 REQUIRED_TOKENS = ("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
@@ -63,23 +64,6 @@ def token_ids(tokenizer: bytes) -> dict[str, int]:
     """Ids by role from the content of a `tokenizer.json`: "image" (`<IMG_CONTEXT>`) and "stop" (`<|im_end|>`)."""
     ids = {token["content"]: int(token["id"]) for token in json.loads(tokenizer)["added_tokens"]}
     return {"image": ids["<IMG_CONTEXT>"], "stop": ids["<|im_end|>"]}
-
-
-def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The object in one of a checkpoint's JSON files; `default`, where one is given, stands for a file that is absent.
-
-    Raises:
-        CheckpointError: the file cannot be read, or holds something else.
-    """
-    if default is not None and not path.is_file():
-        return default
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); download it again") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds a {type(values).__name__}, expected an object; download it again")
-    return values
 
 
 def _added_tokens(folder: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:

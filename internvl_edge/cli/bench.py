@@ -12,7 +12,7 @@ import click
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.extras import install
 from internvl_edge.base.units import size
-from internvl_edge.runtime.bench import Report, bench
+from internvl_edge.runtime.bench import BenchResult, bench
 
 from .options import loading_options
 from .output import print_json, print_table
@@ -37,7 +37,7 @@ def command(bundle: Path, repeat: int, as_json: bool, plot: Path | None, **loadi
         _plot(report, plot)
 
 
-def _print(report: Report) -> None:
+def _print(report: BenchResult) -> None:
     for figure in report.figures:
         limit = report.decode_limit.get(figure.name)
         share = "" if limit is None else f"{limit:.0%} of what memory allows"
@@ -65,7 +65,7 @@ def _require_plottable(path: Path) -> None:
         raise EdgeError(f"--plot needs the package matplotlib: {install('report')}")
 
 
-def _plot(report: Report, path: Path) -> None:
+def _plot(report: BenchResult, path: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -100,9 +100,17 @@ def command(
     click.echo(f"{folder}: {size(total)} in {seconds:.1f} s")
     if manifest.linears:
         click.echo(f"quantized: {count_schemes(manifest.linears.values())}")
+    if manifest.schemes("vision."):
+        click.echo(_tower(manifest))
     if manifest.quantization:
         click.echo(_decoder(manifest.quantization))
     click.echo(f'Try: internvl-edge run {folder} --image PHOTO.jpg "What is this?"')
+
+
+def _tower(manifest: Manifest) -> str:
+    count = len(manifest.schemes("vision.")) + len(manifest.schemes("projector."))
+    floats = manifest.floats("vision.", "projector.")
+    return f"{count} linears of the tower in int8" + (f"; floats in {', '.join(floats)}" if floats else "")
 
 
 def _decoder(quantization: DecoderQuantization) -> str:

@@ -18,7 +18,7 @@ from internvl_edge.bundle.quality_record import quality_of
 from internvl_edge.checkpoint.hub import resolve_checkpoint
 from internvl_edge.model.config import ModelConfig
 from internvl_edge.model.linear import count_schemes
-from internvl_edge.planning.precision import BYTES
+from internvl_edge.planning.storage import BYTES
 
 from .output import print_json, print_table
 

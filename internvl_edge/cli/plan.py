@@ -16,9 +16,9 @@ from internvl_edge.checkpoint.config_reader import read_config
 from internvl_edge.checkpoint.hub import resolve_configuration
 from internvl_edge.model.config import ModelConfig
 from internvl_edge.planning.devices import Device, Devices
-from internvl_edge.planning.footprint import RECIPES, Footprint, Precision
+from internvl_edge.planning.footprint import RECIPES, Footprint, Storage
 from internvl_edge.planning.planner import TILE_LIMITS, Plan, make_plan, predict, tile_table, tiles_of
-from internvl_edge.planning.precision import bundle_precision, checkpoint_precision, recipe_precision
+from internvl_edge.planning.storage import bundle_storage, checkpoint_storage, recipe_storage
 from internvl_edge.recipe.files import make_recipe, presets, read_recipe
 
 from .columns import print_columns
@@ -51,12 +51,12 @@ def command(
     if recipe != "all":
         if fixed:
             raise EdgeError(f"{path} is quantized already; leave out --recipe, or plan the original checkpoint")
-        recipes = {recipe: RECIPES.get(recipe) or recipe_precision(make_recipe(read_recipe(recipe)))}
+        recipes = {recipe: RECIPES.get(recipe) or recipe_storage(make_recipe(read_recipe(recipe)))}
     limit = max_tiles or config.max_tiles
     plans = [
-        make_plan(config, device, label, precision, context=context, max_tiles=limit)
+        make_plan(config, device, label, storage, context=context, max_tiles=limit)
         for device in chosen
-        for label, precision in recipes.items()
+        for label, storage in recipes.items()
     ]
     if as_json:
         print_json(
@@ -74,13 +74,13 @@ def command(
     click.echo("Speeds are predictions: bounds from nominal bandwidth and arithmetic (roofline), not measurements.")
 
 
-def _source(path: str) -> tuple[ModelConfig, Precision | None, dict[str, tuple[int, int]] | None]:
-    """The model at a path, its precision if that is fixed, and for a bundle bytes by part: stored and counted."""
+def _source(path: str) -> tuple[ModelConfig, Storage | None, dict[str, tuple[int, int]] | None]:
+    """The model at a path, how it is stored if that is fixed, and for a bundle bytes by part: stored and counted."""
     folder = Path(path)
     if (folder / MANIFEST).is_file():
         manifest = Manifest.read(folder)
-        precision = bundle_precision(manifest)
-        counted = Footprint(manifest.model, precision).weights
+        storage = bundle_storage(manifest)
+        counted = Footprint(manifest.model, storage).weights
         files = {name: entry.bytes for name, entry in manifest.files.items()}
         pairs = {
             "vision": ("vision.data", counted.vision),
@@ -88,12 +88,12 @@ def _source(path: str) -> tuple[ModelConfig, Precision | None, dict[str, tuple[i
             "token table": (EMBEDDINGS, counted.embeddings),
         }
         stored = {part: (files[name], count) for part, (name, count) in pairs.items() if name in files}
-        quantized = precision.body or precision.head or precision.vision or manifest.kv_cache
+        quantized = storage.body or storage.head or storage.vision or manifest.kv_cache
         # Engines hold 16-bit numbers, whatever the bundle stores.
-        return manifest.model, replace(precision, dtype_bytes=2, vector_bytes=2) if quantized else None, stored
+        return manifest.model, replace(storage, dtype_bytes=2, vector_bytes=2) if quantized else None, stored
     folder = resolve_configuration(path)
     config = read_config(folder)
-    return config, checkpoint_precision(folder, config), None
+    return config, checkpoint_storage(folder, config), None
 
 
 def _print_plans(plans: list[Plan]) -> None:
@@ -125,13 +125,13 @@ def _print_details(plan: Plan) -> None:
         click.echo(f"  {part.replace('_', ' '):<20} {size(count):>10}")
 
 
-def _print_tiles(config: ModelConfig, device: Device, precision: Precision) -> None:
+def _print_tiles(config: ModelConfig, device: Device, storage: Storage) -> None:
     click.echo(f"\nTiles by limit (each {config.tokens_per_tile} tokens), thumbnail included:")
     print_columns(
         ["image", "pixels", *(f"max {limit}" for limit in TILE_LIMITS)],
         [[row["image"], f"{row['width']}x{row['height']}", *row["tiles"].values()] for row in tile_table(config)],
     )
-    footprint = Footprint(config, precision)
+    footprint = Footprint(config, storage)
     speeds = [predict(footprint, device, tiles_of(config, limit)) for limit in TILE_LIMITS]
     click.echo(f"\nAt most so fast on {device.title}, for images that use the whole limit:")
     rows: list[tuple[str, list[Any]]] = [

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 # torch.nn.LayerNorm's default, which the original `mlp1` uses; the towers carry their own eps in the configuration.
 PROJECTOR_NORM_EPS = 1e-5
+# ImageNet statistics of the original transform, in units of pixel / 255.
+PIXEL_MEAN = (0.485, 0.456, 0.406)
+PIXEL_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)

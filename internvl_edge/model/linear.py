@@ -39,7 +39,11 @@ def count_schemes(schemes: Iterable[Scheme]) -> str:
     return "; ".join(f"{count} x {scheme}" for scheme, count in Counter(schemes).most_common())
 
 
-# Weights and inputs in int8: one scale per output, one for the whole input, no zero points.
+# Sizes of groups that every kernel takes.
+GROUP_SIZES = (32, 64, 128)
+# One scale per output, no zero points.
+INT8 = Scheme(8, None, symmetric=True)
+# The same, and inputs in int8 with one scale for the whole input.
 W8A8 = Scheme(8, None, symmetric=True, static_inputs=True)
 
 

@@ -1,7 +1,7 @@
 """Bytes and operations of a model from its configuration alone: weights by part, KV cache, activations.
 
 Exact for what is counted from shapes (weights, token table, KV cache, multiplications); activations are an estimate.
-Knows shapes and precisions, no device and no file.
+Knows shapes and how they are stored, no device and no file.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import cached_property
 from internvl_edge.bundle.token_table import table_bytes
 from internvl_edge.checkpoint.layouts import tensor_shapes
 from internvl_edge.model.config import ModelConfig
-from internvl_edge.model.linear import Scheme
+from internvl_edge.model.linear import INT8, Scheme
 
 # What becomes part of another weight when a bundle is exported.
 _FOLDED = (".ls1", ".ls2")
@@ -22,7 +22,7 @@ _LARGEST_BLOCK = 128
 
 
 @dataclass(frozen=True)
-class Precision:
+class Storage:
     """How the parts of a model are stored and computed.
 
     Attributes:
@@ -59,16 +59,15 @@ class Precision:
         return math.ceil(inputs * outputs * scheme.bits / 8) + scales + (0 if scheme.symmetric else zeros)
 
 
-INT8 = Scheme(8, None, True)
 INT4 = Scheme(4, 128, True)
-# What `plan` compares: name -> precision with 16-bit activations.
+# What `plan` compares, all with 16-bit activations.
 RECIPES = {
-    "fp16": Precision(),
-    "w8a16": Precision(body=INT8, head=INT8),
-    "w4a16": Precision(body=INT4),
-    "w4a16, int8 head": Precision(body=INT4, head=INT8),
-    "w4a16, int8 head and vision": Precision(body=INT4, head=INT8, vision=INT8),
-    "w4a16, int8 head, vision and cache": Precision(body=INT4, head=INT8, vision=INT8, cache_bytes=1),
+    "fp16": Storage(),
+    "w8a16": Storage(body=INT8, head=INT8),
+    "w4a16": Storage(body=INT4),
+    "w4a16, int8 head": Storage(body=INT4, head=INT8),
+    "w4a16, int8 head and vision": Storage(body=INT4, head=INT8, vision=INT8),
+    "w4a16, int8 head, vision and cache": Storage(body=INT4, head=INT8, vision=INT8, cache_bytes=1),
 }
 
 
@@ -92,11 +91,11 @@ class Weights:
 
 
 class Footprint:
-    """Bytes and operations of one model in one precision."""
+    """Bytes and operations of one model, stored one way."""
 
-    def __init__(self, config: ModelConfig, precision: Precision) -> None:
+    def __init__(self, config: ModelConfig, storage: Storage) -> None:
         self.config = config
-        self.precision = precision
+        self.storage = storage
         self._shapes = tensor_shapes(config)
 
     @cached_property
@@ -113,7 +112,7 @@ class Footprint:
         """The KV cache of a context of so many tokens."""
         decoder = self.config.decoder
         per_token = 2 * decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_dim
-        return per_token * tokens * self.precision.cache_bytes
+        return per_token * tokens * self.storage.cache_bytes
 
     def activation_bytes(self, tiles: int, chunk: int) -> int:
         """An estimate of the largest intermediate results: `tiles` encoded together, `chunk` prompt tokens at once.
@@ -155,21 +154,21 @@ class Footprint:
         """Bytes read for one more token: decoder and head once, and the cache of what came before."""
         return self.weights.decoder + self.weights.head + self.cache_bytes(length)
 
-    def with_precision(self, precision: Precision) -> Footprint:
-        """The same model in another precision."""
-        return Footprint(self.config, replace(precision))
+    def with_storage(self, storage: Storage) -> Footprint:
+        """The same model, stored another way."""
+        return Footprint(self.config, replace(storage))
 
     def _tensor_bytes(self, name: str, shape: tuple[int, ...]) -> int:
-        part, precision = _part(name), self.precision
-        if part == "embeddings" and precision.table == "int8":
+        part, storage = _part(name), self.storage
+        if part == "embeddings" and storage.table == "int8":
             return table_bytes((shape[0], shape[1]), "int8")
         if len(shape) == 2:
-            schemes = {"vision": precision.vision, "decoder": precision.body, "head": precision.head}
-            scheme = None if name.removesuffix(".weight") in precision.floats else schemes.get(part)
-            return precision.matrix_bytes(shape[1], shape[0], scheme)
+            schemes = {"vision": storage.vision, "decoder": storage.body, "head": storage.head}
+            scheme = None if name.removesuffix(".weight") in storage.floats else schemes.get(part)
+            return storage.matrix_bytes(shape[1], shape[0], scheme)
         if name == "vision.patch_embedding.weight":
-            return math.prod(shape) * precision.dtype_bytes
-        return math.prod(shape) * precision.vector_bytes
+            return math.prod(shape) * storage.dtype_bytes
+        return math.prod(shape) * storage.vector_bytes
 
     def _is_used(self, name: str) -> bool:
         layer = name.removeprefix("vision.layers.").partition(".")[0] if name.startswith("vision.layers.") else "0"

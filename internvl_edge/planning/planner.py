@@ -14,7 +14,7 @@ from internvl_edge.model.config import ModelConfig
 from internvl_edge.model.preprocess import tile_grid
 
 from .devices import Device
-from .footprint import RECIPES, Footprint, Precision, builder_bytes
+from .footprint import RECIPES, Footprint, Storage, builder_bytes
 
 # What a camera, a screen or a scanner gives: label -> width, height in pixels.
 IMAGE_SIZES = {
@@ -75,7 +75,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Plan:
-    """One model in one precision on one device."""
+    """One model, stored one way, on one device."""
 
     device: Device
     recipe: str
@@ -105,22 +105,22 @@ class Plan:
 
 
 def make_plan(
-    config: ModelConfig, device: Device, recipe: str, precision: Precision, *, context: int, max_tiles: int
+    config: ModelConfig, device: Device, recipe: str, storage: Storage, *, context: int, max_tiles: int
 ) -> Plan:
     """Plan one model on one device.
 
     Args:
         config: the model.
         device: where it should run.
-        recipe: how `precision` is called, for people.
-        precision: of weights and cache.
+        recipe: the name of `storage`, for people.
+        storage: how weights and cache are stored.
         context: tokens that prompt and answer may have together.
         max_tiles: most tiles of an image; the prediction is for an image that needs them all.
     """
-    footprint = Footprint(config, precision)
+    footprint = Footprint(config, storage)
     memory = memory_of(footprint, context)
     speed = predict(footprint, device, tiles_of(config, max_tiles))
-    advice: tuple[str, ...] = _refused_formats(device, precision)
+    advice: tuple[str, ...] = _refused_formats(device, storage)
     if memory.total > device.usable_memory:
         advice += tuple(_advice(footprint, device, context, memory))
     if (needed := speed.prompt_tokens + ANSWER_TOKENS) > context:
@@ -148,12 +148,12 @@ def memory_of(footprint: Footprint, context: int) -> Memory:
 
 def predict(footprint: Footprint, device: Device, tiles: int) -> Speed:
     """The roofline of one question about one image of `tiles` tiles, thumbnail included."""
-    config, precision, weights = footprint.config, footprint.precision, footprint.weights
+    config, storage, weights = footprint.config, footprint.storage, footprint.weights
     bandwidth, rate, int8_rate = device.bandwidth_gbs * 1e9, device.tflops * 1e12, device.int8_tops * 1e12
     prompt = tiles * config.tokens_per_tile + TEXT_TOKENS
-    vision_rate = int8_rate if precision.vision else rate
+    vision_rate = int8_rate if storage.vision else rate
     vision = max(footprint.vision_operations(tiles) / vision_rate, weights.vision / bandwidth)
-    prefill_rate = int8_rate if precision.body and precision.body.static_inputs else rate
+    prefill_rate = int8_rate if storage.body and storage.body.static_inputs else rate
     prefill = max(footprint.prefill_operations(prompt) / prefill_rate, footprint.decode_bytes(prompt) / bandwidth)
     return Speed(tiles, prompt, vision, prefill, bandwidth / footprint.decode_bytes(prompt + ANSWER_TOKENS // 2))
 
@@ -181,8 +181,8 @@ def tile_table(config: ModelConfig, limits: tuple[int, ...] = TILE_LIMITS) -> li
     return rows
 
 
-def _refused_formats(device: Device, precision: Precision) -> tuple[str, ...]:
-    needed = {f"int{scheme.bits}" for scheme in (precision.body, precision.head, precision.vision) if scheme}
+def _refused_formats(device: Device, storage: Storage) -> tuple[str, ...]:
+    needed = {f"int{scheme.bits}" for scheme in (storage.body, storage.head, storage.vision) if scheme}
     lacking = sorted(needed - set(device.formats))
     return tuple(f"{device.title} has no {name}: choose another recipe" for name in lacking)
 
@@ -192,8 +192,8 @@ def _advice(footprint: Footprint, device: Device, context: int, memory: Memory) 
     advice = []
     if shorter := _longest_context(memory, device, footprint):
         advice.append(shorter)
-    for name, precision in RECIPES.items():
-        smaller = footprint.with_precision(precision)
+    for name, storage in RECIPES.items():
+        smaller = footprint.with_storage(storage)
         needed = memory_of(smaller, context)
         if needed.total < memory.total and needed.total <= device.usable_memory:
             return [*advice, f"recipe {name} ({needed.total / 1e9:.2f} GB)"]

@@ -10,16 +10,14 @@ import re
 from dataclasses import dataclass
 
 from internvl_edge.base.errors import EdgeError
-from internvl_edge.model.linear import W8A8, Scheme
+from internvl_edge.model.linear import GROUP_SIZES, INT8, W8A8, Scheme
 
 DECODER_SCHEMES = ("w4a16-awq", "w4a16-rtn", "w8a16", "w8a8", "fp")
-GROUP_SIZES = (32, 64, 128)
 LM_HEADS = ("fp", "int8", "int4")
 VISION = ("fp", "int8")
 KV_CACHES = ("fp", "int8")
 CALIBRATORS = ("best", "minmax", "percentile-99.9", "percentile-99.99", "entropy", "mse")
 
-INT8 = Scheme(8, None, symmetric=True)
 _FOUR_BITS = ("w4a16-awq", "w4a16-rtn")
 _PRECISION = re.compile(r"(?P<method>.+?)(-g(?P<group>\d+))?")
 

@@ -1,8 +1,7 @@
-"""The precision of what a user has or wants: a bundle's, a quantized checkpoint's, a recipe's."""
+"""How the parts of a model are stored: in a bundle, in a quantized checkpoint, or as a recipe will make them."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,43 +9,38 @@ from pathlib import Path
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.bundle.manifest import Manifest
 from internvl_edge.checkpoint import layouts
+from internvl_edge.checkpoint.json_files import read_json
 from internvl_edge.checkpoint.kv_scales import KV_CACHE_SCALES
 from internvl_edge.checkpoint.quantization import read_quantization
 from internvl_edge.model.config import ModelConfig
 from internvl_edge.model.linear import W8A8, Scheme
 from internvl_edge.recipe.recipe import Recipe
 
-from .footprint import Precision
+from .footprint import Storage
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
 
-def bundle_precision(manifest: Manifest, dialect: str = "standard") -> Precision:
+def bundle_storage(manifest: Manifest, dialect: str = "standard") -> Storage:
     """How a bundle stores its weights for one of its decoder graphs.
 
     Where a part has several schemes, most of its linears' stands for all that are not floats.
     """
     tower = _most(manifest.schemes("vision.").values()) or _most(manifest.schemes("projector.").values())
-    return Precision(
+    return Storage(
         dtype_bytes=BYTES[manifest.dtype],
         vector_bytes=BYTES[manifest.activations],
         body=_most(manifest.schemes("decoder.layers.").values()),
         head=manifest.linears.get("decoder.lm_head"),
         vision=tower,
         cache_bytes=1 if manifest.kv_cache == "int8" else 2,
-        floats=_float_linears(manifest) if tower else (),
+        floats=tuple(manifest.floats("vision.", "projector.")) if tower else (),
         table="int8" if manifest.token_table == "int8" else "float",
         dialect=dialect,
     )
 
 
-def _float_linears(manifest: Manifest) -> tuple[str, ...]:
-    """Linears of tower and projector that keep their floats."""
-    linears = (name for name in _linears(manifest.model) if not name.startswith("decoder."))
-    return tuple(name for name in linears if name not in manifest.linears)
-
-
-def recipe_precision(recipe: Recipe) -> Precision:
+def recipe_storage(recipe: Recipe) -> Storage:
     """What a recipe will make of a model.
 
     Raises:
@@ -54,7 +48,7 @@ def recipe_precision(recipe: Recipe) -> Precision:
     """
     if recipe.layers or recipe.automatic:
         raise EdgeError("this recipe decides layer by layer; quantize with it, then plan what comes out")
-    return Precision(
+    return Storage(
         body=recipe.base.scheme,
         head=recipe.head.scheme,
         vision=W8A8 if recipe.vision == "int8" else None,
@@ -62,29 +56,22 @@ def recipe_precision(recipe: Recipe) -> Precision:
     )
 
 
-def checkpoint_precision(folder: Path, config: ModelConfig) -> Precision | None:
+def checkpoint_storage(folder: Path, config: ModelConfig) -> Storage | None:
     """What config.json says of a quantized checkpoint; None for float weights, which any recipe can be made from.
 
     Where a part has several schemes, most of its linears' stands for all that are not floats.
     """
-    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    quantization = read_quantization(written, config.vision)
+    quantization = read_quantization(read_json(folder / "config.json"), config.vision)
     if quantization is None:
         return None
-    found = {linear: quantization.named_scheme(_names(config, linear)) for linear in _linears(config)}
-    return Precision(
+    found = {linear: quantization.named_scheme(_names(config, linear)) for linear in layouts.linear_names(config)}
+    return Storage(
         body=_most(scheme for linear, scheme in found.items() if linear.startswith("decoder.layers.")),
         head=found["decoder.lm_head"],
         vision=_most(scheme for linear, scheme in found.items() if not linear.startswith("decoder.")),
         cache_bytes=1 if (folder / KV_CACHE_SCALES).is_file() else 2,
         floats=tuple(linear for linear, scheme in found.items() if scheme is None),
     )
-
-
-def _linears(config: ModelConfig) -> list[str]:
-    parts = ("decoder.layers.", "decoder.lm_head.", "vision.layers.", "projector.")
-    shapes = layouts.tensor_shapes(config)
-    return [name.removesuffix(".weight") for name in shapes if name.startswith(parts) and len(shapes[name]) == 2]
 
 
 def _names(config: ModelConfig, linear: str) -> list[str]:

@@ -20,7 +20,7 @@ from internvl_edge.checkpoint.reader import Checkpoint
 from .compute import Compute, choose_compute
 from .dataset import CalibrationSet, DataOptions, finish, prepare
 from .decoder_pass import DecoderPass, Statistics
-from .statistics import Wanted
+from .statistics import StatisticsRequest
 from .tower import Replacements, embed, no_replacements, tower_steps
 from .work import CONTINUES, WorkFolder, checkpoint_identity
 
@@ -69,7 +69,7 @@ def _calibrate(
     handler = _Gatherer(work)
     steps = DecoderPass.steps(calibration, source.config.decoder.num_hidden_layers)
     with progress_bar("decoder", steps, progress) as advance:
-        DecoderPass(work, source, calibration, compute, advance).run(Wanted(), handler)
+        DecoderPass(work, source, calibration, compute, advance).run(StatisticsRequest(), handler)
     finish(work.path, figures | handler.all_layers(source.config.decoder.num_hidden_layers), target)
 
 
@@ -87,7 +87,7 @@ def embedded_set(
 
     Continues where it was killed. `replaced` is that of `tower.embed`.
     """
-    calibration = prepare(work, checkpoint, identity, options, say)
+    calibration = prepare(work, checkpoint, identity, options, log_line)
     with progress_bar("vision", tower_steps(calibration, checkpoint.config), progress) as advance:
         return calibration, embed(work, checkpoint, calibration, compute, advance, replaced, gather)
 
@@ -122,7 +122,7 @@ def progress_bar(label: str, total: int, shown: bool) -> Iterator[Callable[[int]
         yield bar.update
 
 
-def say(line: str) -> None:
+def log_line(line: str) -> None:
     """One line on standard error."""
     print(line, file=sys.stderr)
 

@@ -19,24 +19,23 @@ from internvl_edge.base.jsonable import decode, dumps, encode
 from internvl_edge.calibration.compute import Compute, choose_compute
 from internvl_edge.calibration.dataset import CalibrationSet, DataOptions, prepare
 from internvl_edge.calibration.decoder_pass import DecoderPass, Statistics
-from internvl_edge.calibration.run import (
+from internvl_edge.calibration.pipeline import (
     embedded_set,
+    log_line,
     partial_path,
     progress_bar,
     require_same_checkpoint,
     run_description,
-    say,
 )
 from internvl_edge.calibration.tower import Replacements, no_replacements
 from internvl_edge.calibration.work import CONTINUES, WorkFolder, checkpoint_identity, discard
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.checkpoint.record import RECORD, LinearReport, QuantizationRecord
-from internvl_edge.checkpoint.tensor_files import open_tensor_files
+from internvl_edge.checkpoint.tensor_files import OutTensor, open_tensor_files, write_file, write_shards
 from internvl_edge.recipe.recipe import Recipe
 
 from .automatic import average_bits, measure_divergences, plan_by_divergence, predicted_divergence
 from .block import QuantizedBlock
-from .files import OutTensor, write_file, write_shards
 from .layer import BlockQuantizer
 from .output import OutputLayout, scale_dtype
 from .plan import Plan, check_recipe, kept_vision, plan_decoder
@@ -45,7 +44,7 @@ from .sensitivity_decoder import Divergences
 from .vision import VisionQuantizer, VisionReport
 
 _OUT = "out"
-_FACTS = "facts.json"
+_REPORTS = "linears.json"
 
 
 @dataclass(frozen=True)
@@ -161,7 +160,7 @@ class _Run:
             require_same_checkpoint(calibration, identity)
         else:
             assert options is not None
-            calibration = prepare(self._work, self._checkpoint, identity, options, say)
+            calibration = prepare(self._work, self._checkpoint, identity, options, log_line)
             replaced = self._quantize_vision(calibration) if self._recipe.vision == "int8" else no_replacements
             if self._recipe.needs_data:  # image tokens as the device will compute them
                 embedded_set(self._work, self._checkpoint, identity, options, self._compute, self._progress, replaced)
@@ -184,7 +183,7 @@ class _Run:
         unchanged = self._layout.unchanged(tensor.name for tensor in quantized)
         tensors = sorted([*quantized, *unchanged], key=lambda tensor: tensor.name)
         total = sum(tensor.nbytes for tensor in tensors)
-        facts = [facts for block in blocks for facts in _read_facts(block)]
+        linears = [linear for block in blocks for linear in _read_reports(block)]
         folder = self._work.path / _OUT
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -201,7 +200,7 @@ class _Run:
             self._checkpoint.folder,
             self._recipe,
             calibration,
-            tuple(facts),
+            tuple(linears),
             self._vision,
             average_bits(self._checkpoint, self._plan),
             predicted_divergence(self._plan),
@@ -240,7 +239,7 @@ class _Run:
             decoder = self._decoder_pass(calibration, advance)
             decoder.run(self._quantizer.wanted, self._handle)
         if self._recipe.lm_head != "fp":
-            inputs = decoder.observe_head(self._quantizer.wanted_of_head)
+            inputs = decoder.observe_head(self._quantizer.head_request)
             self._once("block-head", lambda: self._quantizer.head(inputs))
 
     def _decoder_pass(
@@ -261,9 +260,9 @@ class _Run:
     def _store(self, name: str, block: QuantizedBlock) -> None:
         folder = self._work.path / name
         folder.mkdir(exist_ok=True)
-        self._work.write_json(f"{name}/{_FACTS}", encode(list(block.facts.values())))
+        self._work.write_json(f"{name}/{_REPORTS}", encode(list(block.reports.values())))
         write_file(folder / "model.safetensors", self._layout.tensors(block))
 
 
-def _read_facts(block: Path) -> list[LinearReport]:
-    return [decode(LinearReport, values) for values in json.loads((block / _FACTS).read_text(encoding="utf-8"))]
+def _read_reports(block: Path) -> list[LinearReport]:
+    return [decode(LinearReport, values) for values in json.loads((block / _REPORTS).read_text(encoding="utf-8"))]
