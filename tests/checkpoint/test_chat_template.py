@@ -13,7 +13,7 @@ from internvl_edge import export_bundle
 from internvl_edge.base.errors import CheckpointError
 from internvl_edge.checkpoint.chat_template import check_chat_template
 
-NATIVE = REPOSITORY / "tests" / "data" / "internvl-hf-qwen2-tiny" / "checkpoint"
+NATIVE = REPOSITORY / "tests" / "oracle" / "internvl-hf-qwen2-tiny" / "checkpoint"
 
 
 def test_the_native_template_passes() -> None:

@@ -9,14 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from helpers.repository import REPOSITORY
 from internvl_edge import InternVL, Reply, export_bundle
 from internvl_edge.bundle.manifest import DECODERS, TOKENIZER, Bundle
 from internvl_edge.model.preprocess import load_image, tile_image
 from internvl_edge.model.tokenizer import Tokenizer
 from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
 
-DATA = REPOSITORY / "tests" / "data"
 REMOTE = ("internvl2_5-qwen2-tiny", "internvl2_5-internlm2-tiny")
 NATIVE = "internvl-hf-qwen2-tiny"
 CASES = (
@@ -31,7 +29,7 @@ class Golden:
     """One reference checkpoint with its goldens and bundles exported from it."""
 
     def __init__(self, oracle: Path, name: str, scratch: Path) -> None:
-        self.images = DATA / "images"
+        self.images = oracle / "images"
         self.cases = json.loads((oracle / name / "golden.json").read_text(encoding="utf-8"))
         self.arrays = np.load(oracle / name / "golden.npz")
         self._checkpoint = oracle / name / "checkpoint"
@@ -52,9 +50,9 @@ def goldens(oracle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 @pytest.fixture(scope="module")
-def native(tmp_path_factory: pytest.TempPathFactory) -> Golden:
-    """The small checkpoint that is committed, so that parity is shown wherever the tests run."""
-    return Golden(DATA, NATIVE, tmp_path_factory.mktemp("bundles"))
+def native(small_oracle: Path, tmp_path_factory: pytest.TempPathFactory) -> Golden:
+    """The committed checkpoint; that of the full oracle is the same."""
+    return Golden(small_oracle, NATIVE, tmp_path_factory.mktemp("bundles"))
 
 
 def model_for(golden: Golden, dialect: str, dtype: str = "float32") -> InternVL:

@@ -22,7 +22,7 @@ from helpers.repository import REPOSITORY
 from internvl_edge.base.errors import ImageError
 from internvl_edge.model.preprocess import MAX_ASPECT_RATIO, load_image, tile_grid, tile_image
 
-GRID_ROWS = json.loads((REPOSITORY / "tests" / "data" / "tile_grid_table.json").read_text())["rows"]
+GRID_ROWS = json.loads((REPOSITORY / "tests" / "oracle" / "tile_grid_table.json").read_text())["rows"]
 REMOTE = ("internvl2_5-internlm2-tiny", "internvl2_5-qwen2-tiny")
 
 
@@ -89,8 +89,8 @@ def test_grid_is_chosen_in_double_precision() -> None:
     assert tile_grid(672, 576) == (4, 3)
 
 
-def test_oracle_grid_table_is_the_committed_one(oracle: Path) -> None:
-    assert json.loads((oracle / "tile_grid_table.json").read_text())["rows"] == GRID_ROWS
+def test_oracle_grid_table_is_the_committed_one(full_oracle: Path) -> None:
+    assert json.loads((full_oracle / "tile_grid_table.json").read_text())["rows"] == GRID_ROWS
 
 
 def reference_grid(width: int, height: int, min_tiles: int, max_tiles: int, size: int) -> tuple[int, int]:
