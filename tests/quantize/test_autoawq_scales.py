@@ -1,4 +1,4 @@
-"""Our scales beside those that autoawq 0.2.9 chose for the same tiny Qwen2 and tokens (data/make_scale_fixtures.py)."""
+"""Our scales beside those of autoawq 0.2.9 for the same tiny Qwen2 and tokens (tests/data/make_scale_fixtures.py)."""
 
 from __future__ import annotations
 
