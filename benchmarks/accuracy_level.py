@@ -77,7 +77,7 @@ def prompts(bundle: Path) -> list[list[int]]:
 
 def logits_of(bundle: Path, dialect: str = "onnxruntime", level: int = 4) -> list[np.ndarray]:
     """For each chapter [tokens, vocab]."""
-    from internvl_edge.bundle.manifest import Bundle
+    from internvl_edge.bundle.bundle import Bundle
     from internvl_edge.runtime.engines import onnxruntime
 
     onnxruntime._CONFIG["session.qdq_matmulnbits_accuracy_level"] = str(level)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from internvl_edge.base.errors import EdgeError
-from internvl_edge.bundle.manifest import Bundle
+from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.planning.devices import Target
 from internvl_edge.planning.footprint import Footprint
 from internvl_edge.planning.precision import bundle_precision

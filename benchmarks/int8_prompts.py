@@ -21,7 +21,7 @@ from accuracy_level import compare, quantize
 from record import write_results
 
 from internvl_edge import export_bundle
-from internvl_edge.bundle.manifest import Bundle
+from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
 
 CHAPTERS = ("types", "customization", "execmodel", "objects", "specialnames", "formatstrings")

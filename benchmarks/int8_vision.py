@@ -33,7 +33,7 @@ import torch
 from record import run_measured, write_results
 from safetensors.torch import load_file, save_file
 
-from internvl_edge.bundle.manifest import VISION
+from internvl_edge.bundle.names import VISION
 from internvl_edge.calibration import DataOptions, choose_compute
 from internvl_edge.calibration.synthetic import sample
 from internvl_edge.checkpoint.reader import Checkpoint

@@ -19,7 +19,7 @@ import numpy as np
 from record import write_results
 
 from internvl_edge import export_bundle
-from internvl_edge.bundle.manifest import Bundle
+from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.checkpoint.kv_scales import KvScales
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine

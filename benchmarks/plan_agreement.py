@@ -13,7 +13,8 @@ from typing import Any
 
 from record import write_results
 
-from internvl_edge.bundle.manifest import EMBEDDINGS, Bundle
+from internvl_edge.bundle.bundle import Bundle
+from internvl_edge.bundle.names import EMBEDDINGS
 from internvl_edge.planning.footprint import Footprint
 from internvl_edge.planning.precision import bundle_precision
 from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
@@ -47,9 +48,9 @@ def compare(bundle: Bundle) -> dict[str, dict[str, Any]]:
     cache = OnnxRuntimeEngine(bundle, capacity=CONTEXT)._cache
     allocated = sum(value.numpy().size for value in cache.values()) * precision.cache_bytes
     pairs = {
-        "vision": (counted.vision, files["vision.data"]["bytes"]),
-        "decoder": (counted.decoder + counted.head, files["decoder.data"]["bytes"]),
-        "token table": (counted.embeddings, files[EMBEDDINGS]["bytes"]),
+        "vision": (counted.vision, files["vision.data"].bytes),
+        "decoder": (counted.decoder + counted.head, files["decoder.data"].bytes),
+        "token table": (counted.embeddings, files[EMBEDDINGS].bytes),
         "KV cache": (footprint.cache_bytes(CONTEXT), allocated),
     }
     return {part: {"counted": a, "real": b, "off": round(a / b - 1, 5)} for part, (a, b) in pairs.items()}

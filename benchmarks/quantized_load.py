@@ -71,7 +71,7 @@ def _weights_bytes(folder: Path) -> int:
     """Bytes of the external weights that the onnxruntime decoder refers to."""
     import onnx
 
-    from internvl_edge.bundle.manifest import DECODERS
+    from internvl_edge.bundle.names import DECODERS
 
     graph = onnx.load(folder / DECODERS["onnxruntime"], load_external_data=False).graph
     return sum(
@@ -139,7 +139,7 @@ def _portable(bundle: Path, work: Path) -> Path:
     """The same bundle, its onnxruntime decoder with quantized weights as the standard dialect writes them."""
     import onnx_ir as ir
 
-    from internvl_edge.bundle.manifest import DECODERS
+    from internvl_edge.bundle.names import DECODERS
     from internvl_edge.checkpoint.reader import Checkpoint
     from internvl_edge.export.builder import Types
     from internvl_edge.export.decoder import build_decoder
@@ -181,7 +181,7 @@ def _options(threads: int) -> Any:
 def _load(folder: Path, threads: int) -> dict[str, Any]:
     import onnxruntime
 
-    from internvl_edge.bundle.manifest import DECODERS
+    from internvl_edge.bundle.names import DECODERS
 
     options, started, cpu = _options(threads), time.perf_counter(), time.process_time()
     session = onnxruntime.InferenceSession(
@@ -194,7 +194,8 @@ def _load(folder: Path, threads: int) -> dict[str, Any]:
 
 
 def _speed(folder: Path, threads: int) -> dict[str, Any]:
-    from internvl_edge.bundle.manifest import Bundle, Manifest
+    from internvl_edge.bundle.bundle import Bundle
+    from internvl_edge.bundle.manifest import Manifest
     from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
 
     engine = OnnxRuntimeEngine(Bundle(folder, Manifest.read(folder)), capacity=2048, threads=threads)

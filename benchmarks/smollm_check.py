@@ -21,7 +21,7 @@ from record import write_results
 from smollm_awq import VOCABULARY
 from smollm_forward import logits, read_weights
 
-from internvl_edge.bundle.manifest import Bundle
+from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.evaluation.divergence import divergence, summarise
 from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine

@@ -20,7 +20,8 @@ from record import write_results
 from smollm_awq import VOCABULARY, Bench
 
 from internvl_edge import export_bundle
-from internvl_edge.bundle.manifest import DECODERS, Bundle
+from internvl_edge.bundle.bundle import Bundle
+from internvl_edge.bundle.names import DECODERS
 from internvl_edge.calibration import choose_compute
 from internvl_edge.evaluation.divergence import Divergence, divergence, summarise
 from internvl_edge.quantize import quantize_checkpoint

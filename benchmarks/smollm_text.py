@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge import InternVL
-from internvl_edge.bundle.manifest import TOKENIZER
+from internvl_edge.bundle.names import TOKENIZER
 from internvl_edge.model.tokenizer import Tokenizer
 
 LENGTH = 512

@@ -19,7 +19,8 @@ from typing import Any
 
 from record import run_measured, write_results
 
-from internvl_edge.bundle.manifest import Bundle
+from internvl_edge.base.jsonable import encode
+from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.planning.devices import Devices
 from internvl_edge.runtime.engines.tensorrt.build.bundle_engines import headers, options_for
 from internvl_edge.runtime.engines.tensorrt.build.network import layer_types, outputs_of_type, parsed_network
@@ -52,10 +53,10 @@ def main() -> None:
     figures = {
         "bundle": arguments.name,
         "stored": bundle.manifest.dtype,
-        "quantization": bundle.manifest.quantization,
+        "quantization": encode(bundle.manifest.quantization),
         "dtype": arguments.dtype,
         "tensorrt_rtx": version("tensorrt-rtx-cu13"),
-        "bundle_bytes": {name: files[name]["bytes"] for name in ("vision.data", "decoder.data")},
+        "bundle_bytes": {name: files[name].bytes for name in ("vision.data", "decoder.data")},
         "networks": networks(bundle, arguments.dtype),
         "builds": builds,
     }

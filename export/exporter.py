@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +11,18 @@ import onnx_ir as ir
 import tokenizers
 from tqdm import tqdm
 
+from internvl_edge import __version__
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.files import new_folder, readable_disk_errors, require_space
-from internvl_edge.bundle import manifest as bundle
+from internvl_edge.base.jsonable import dumps
+from internvl_edge.bundle import names
+from internvl_edge.bundle.bundle import sha256
+from internvl_edge.bundle.manifest import FileEntry, Manifest, SpecialTokens
 from internvl_edge.bundle.token_table import TYPES, int8_table, table_bytes
 from internvl_edge.checkpoint.chat_template import check_chat_template
 from internvl_edge.checkpoint.reader import Checkpoint
+from internvl_edge.checkpoint.record import read_record
 from internvl_edge.checkpoint.tokenizer_files import build_tokenizer, token_ids
-from internvl_edge.evaluation.report.files import dump, making_of
 from internvl_edge.model.components import Component, components
 from internvl_edge.model.linear import Scheme
 from internvl_edge.model.template import template_for
@@ -28,7 +31,7 @@ from .builder import Types
 from .decoder import build_decoder
 from .prompts import build_prompts
 from .quantized import PackedWeights
-from .vision import build_vision, vision_summary
+from .vision import build_vision
 from .weights import NUMPY_DTYPES, WeightFile, convert_blocks
 
 DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
@@ -42,7 +45,7 @@ def export_bundle(
     activations: str = "float32",
     *,
     asymmetric: str = "exact",
-    dialects: Sequence[str] = tuple(bundle.DECODERS),
+    dialects: Sequence[str] = tuple(names.DECODERS),
     token_table: str = "float",
     int8_prompts: bool = False,
     force: bool = False,
@@ -73,8 +76,8 @@ def export_bundle(
     for name, value in (("dtype", dtype), ("activations", activations)):
         if value not in DTYPES:
             raise EdgeError(f"{name} {value!r} is not one of {', '.join(DTYPES)}")
-    if not dialects or not set(dialects) <= set(bundle.DECODERS):
-        raise EdgeError(f"dialects {list(dialects)} are not some of {', '.join(bundle.DECODERS)}")
+    if not dialects or not set(dialects) <= set(names.DECODERS):
+        raise EdgeError(f"dialects {list(dialects)} are not some of {', '.join(names.DECODERS)}")
     if int8_prompts and "onnxruntime" not in dialects:
         raise EdgeError("prompts in int8 go with the onnxruntime decoder, which --dialect leaves out; add it")
     if token_table not in TYPES:
@@ -109,41 +112,47 @@ class _Export:
         if config.layout == "native":
             check_chat_template(self._checkpoint.folder)
         tokenizer = build_tokenizer(self._checkpoint.folder, config)
-        (self._folder / bundle.TOKENIZER).write_bytes(tokenizer)
+        (self._folder / names.TOKENIZER).write_bytes(tokenizer)
         tokens = tokenizers.Tokenizer.from_buffer(tokenizer).get_vocab().values()
         vision, decoder, prompts = (WeightFile(f"{name}.data") for name in ("vision", "decoder", "prompts"))
-        ir.save(build_vision(self._checkpoint, self._types, vision), self._folder / bundle.VISION)
+        ir.save(build_vision(self._checkpoint, self._types, vision), self._folder / names.VISION)
         for dialect in dialects:
             graph = build_decoder(self._checkpoint, self._types, dialect, decoder, self._packed, max(tokens) + 1)
-            ir.save(graph, self._folder / bundle.DECODERS[dialect])
+            ir.save(graph, self._folder / names.DECODERS[dialect])
         if int8_prompts:
-            ir.save(build_prompts(self._checkpoint, self._types, prompts), self._folder / bundle.PROMPTS)
-        if making := making_of(self._checkpoint.folder):
-            (self._folder / bundle.QUANTIZATION).write_text(dump(making), encoding="utf-8")
+            ir.save(build_prompts(self._checkpoint, self._types, prompts), self._folder / names.PROMPTS)
+        if record := read_record(self._checkpoint.folder):
+            (self._folder / names.QUANTIZATION).write_text(dumps(record), encoding="utf-8")
         self._write_weights([file for file in (vision, decoder, self._packed.blocks, prompts) if file.size])
-        manifest = bundle.Manifest(
+        manifest = Manifest(
+            producer=f"internvl-edge {__version__}",
+            source=self._checkpoint.folder.resolve().name,
             model=config,
+            template=template_for(config.template, config.system_message),
+            tokens=SpecialTokens(**token_ids(tokenizer)),
             dtype=dtype,
             activations=activations,
-            template=template_for(config.template, config.system_message).to_dict(),
-            tokens=token_ids(tokenizer),
-            source=self._checkpoint.folder.resolve().name,
-            producer=f"internvl-edge {version('internvl-edge')}",
-            quantization=self._packed.summary(),
-            vision_quantization=vision_summary(self._checkpoint),
-            kv_cache="int8" if self._checkpoint.kv_scales else None,
             token_table=self._table,
-            components=[part.to_dict() for part in self._components()],
             files={path.name: self._entry(path) for path in sorted(self._folder.iterdir())},
+            kv_cache="int8" if self._checkpoint.kv_scales else None,
+            linears=self._linears(),
+            components=self._components(dtype),
+            quantization=self._packed.summary(),
         )
         manifest.write(self._folder)
 
-    def _components(self) -> list[Component]:
+    def _linears(self) -> dict[str, Scheme]:
+        """The quantized linears of the graphs; the tower's last layers may be in none."""
+        config = self._checkpoint.config
+        layers = range(config.vision_layers_used, config.vision.num_hidden_layers)
+        unused = tuple(f"vision.layers.{layer}." for layer in layers)
+        return {name: scheme for name, scheme in self._checkpoint.schemes.items() if not name.startswith(unused)}
+
+    def _components(self, dtype: str) -> tuple[Component, ...]:
         types, schemes = self._types, self._checkpoint.schemes
         if self._table == "int8":
             schemes = schemes | {_EMBED_TOKENS.removesuffix(".weight"): Scheme(8, None, symmetric=True)}
-        name, bits = types.weights.name.lower(), types.weights.bitwidth
-        return components(self._checkpoint.shapes, schemes, name, bits, types.activations.bitwidth)
+        return components(self._checkpoint.shapes, schemes, dtype, types.weights.bitwidth, types.activations.bitwidth)
 
     def _write_weights(self, files: list[WeightFile]) -> None:
         vocabulary, width = self._checkpoint.shapes[_EMBED_TOKENS]
@@ -153,7 +162,7 @@ class _Export:
         with bar:
             for file in files:
                 self._digests[file.name] = file.write(self._folder, bar.update)
-            self._digests[bundle.EMBEDDINGS] = self._write_embeddings(bar.update)
+            self._digests[names.EMBEDDINGS] = self._write_embeddings(bar.update)
 
     def _write_embeddings(self, progress: Callable[[int], object]) -> str:
         digest = hashlib.sha256()
@@ -161,7 +170,7 @@ class _Export:
         rounded = self._table == "int8"
         dtype = np.dtype(np.float32) if rounded else NUMPY_DTYPES[self._types.weights]
         blocks = convert_blocks(_EMBED_TOKENS, table, dtype, table.shape)
-        with (self._folder / bundle.EMBEDDINGS).open("wb") as file:
+        with (self._folder / names.EMBEDDINGS).open("wb") as file:
             for block in int8_table(blocks, table.shape) if rounded else blocks:
                 data: memoryview = block.reshape(-1).view(np.uint8).data
                 file.write(data)
@@ -169,8 +178,8 @@ class _Export:
                 progress(len(data))
         return digest.hexdigest()
 
-    def _entry(self, path: Path) -> dict[str, int | str]:
-        return {"bytes": path.stat().st_size, "sha256": self._digests.get(path.name) or bundle.sha256(path)}
+    def _entry(self, path: Path) -> FileEntry:
+        return FileEntry(path.stat().st_size, self._digests.get(path.name) or sha256(path))
 
 
 def _require_free(target: Path, force: bool) -> None:
@@ -179,5 +188,5 @@ def _require_free(target: Path, force: bool) -> None:
         return
     if not force:
         raise EdgeError(f"{target} exists; choose another --output or pass --force to replace it")
-    if not (target / bundle.MANIFEST).is_file() and any(target.iterdir() if target.is_dir() else [target]):
+    if not (target / names.MANIFEST).is_file() and any(target.iterdir() if target.is_dir() else [target]):
         raise EdgeError(f"{target} is not a bundle, so --force does not replace it; choose another --output")

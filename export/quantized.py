@@ -16,7 +16,6 @@ rounding again would change weights.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -25,7 +24,9 @@ import numpy as np
 import onnx_ir as ir
 
 from internvl_edge.base.errors import EdgeError
+from internvl_edge.bundle.manifest import DecoderQuantization
 from internvl_edge.checkpoint.reader import Checkpoint
+from internvl_edge.model.components import bits_per_weight
 from internvl_edge.model.linear import PackedLinear, Scheme
 
 from .builder import MICROSOFT, GraphBuilder, Types
@@ -142,36 +143,18 @@ class PackedWeights:
             self._last = name, requantized, linear
         return read(self._last[2])
 
-    def summary(self) -> dict[str, Any] | None:
-        """What the manifest says of a quantized decoder once its weights are written; None for float weights.
-
-        method: of the checkpoint. bits, group_size, symmetric: of most layers, of the head where it is alone. linears:
-        how many have which scheme, head included. lm_head: the head's. bits_per_weight: over all linears of the
-        decoder, with scales and zero points. asymmetric: what the standard dialect makes of zero points. weight_error:
-        root mean square of what its weights miss of the checkpoint's, relative to these, on up to 256 outputs of each
-        layer with float inputs.
-        """
-        quantization, found = self._checkpoint.quantization, self._checkpoint.schemes
-        schemes = {name: scheme for name, scheme in found.items() if name.startswith("decoder.")}
+    def summary(self) -> DecoderQuantization | None:
+        """What the manifest says of a quantized decoder once its weights are written; None for float weights."""
+        quantization = self._checkpoint.quantization
+        schemes = {name: scheme for name, scheme in self._checkpoint.schemes.items() if name.startswith("decoder.")}
         if quantization is None or not schemes:
             return None
-        head = schemes.get("decoder.lm_head")
-        counts = Counter(schemes.values())
-        layers = Counter(scheme for name, scheme in schemes.items() if name != "decoder.lm_head")
-        most = (layers or counts).most_common(1)[0][0]
         missed, whole = (sum(error) for error in zip((0.0, 0.0), *self._errors.values(), strict=True))
-        no_zeros = all(scheme.symmetric for scheme in schemes.values())
-        return {
-            "method": quantization.method,
-            "bits": most.bits,
-            "group_size": most.group_size,
-            "symmetric": most.symmetric,
-            "linears": {str(scheme): count for scheme, count in counts.most_common()},
-            "lm_head": str(head) if head else self._types.weights.name.lower(),
-            "bits_per_weight": round(self._bits_per_weight(), 3),
-            "asymmetric": None if no_zeros else "requantize" if self._requantizes else "exact",
-            "weight_error": math.sqrt(missed / whole) if whole else 0.0,
-        }
+        return DecoderQuantization(
+            method=quantization.method,
+            bits_per_weight=round(self._bits_per_weight(), 3),
+            weight_error=math.sqrt(missed / whole) if whole else 0.0,
+        )
 
     def _bits_per_weight(self) -> float:
         types, bits, weights = self._types, 0.0, 0
@@ -180,10 +163,7 @@ class PackedWeights:
             if not name.startswith("decoder.") or len(shape) != 2 or module == "decoder.embed_tokens":
                 continue
             scheme, size = self._checkpoint.schemes.get(module), int(np.prod(shape))
-            each: float = types.weights.bitwidth
-            if scheme:
-                grid = types.activations.bitwidth + (0 if scheme.symmetric else scheme.bits)
-                each = scheme.bits + grid / (scheme.group_size or shape[1])
+            each = bits_per_weight(scheme, shape[1], types.activations.bitwidth) if scheme else types.weights.bitwidth
             bits, weights = bits + each * size, weights + size
         return bits / weights
 

@@ -8,8 +8,6 @@ layer scale into `proj` and `fc2`. Linears that the checkpoint holds as int8 sta
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import onnx_ir as ir
 
@@ -86,21 +84,6 @@ def build_vision(checkpoint: Checkpoint, types: Types, file: WeightFile) -> ir.M
     embeds = _project(g, config, _pixel_shuffle(g, config, x))
     g.output(embeds, "image_embeds", types.activations, ["tiles", config.tokens_per_tile, config.decoder.hidden_size])
     return g.model()
-
-
-def vision_summary(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """What the manifest says of int8 linears of tower and projector; None where there are none."""
-    blocks = tuple(f"vision.layers.{n}." for n in range(checkpoint.config.vision_layers_used))
-    linears = [
-        name.removesuffix(".weight")
-        for name, shape in checkpoint.shapes.items()
-        if len(shape) == 2 and name.startswith((*blocks, "projector."))
-    ]
-    int8 = {name for name, scheme in checkpoint.schemes.items() if scheme.static_inputs}
-    floats = [name for name in linears if name not in int8]
-    if checkpoint.quantization is None or floats == linears:
-        return None
-    return {"method": checkpoint.quantization.method, "int8": len(linears) - len(floats), "floats": floats}
 
 
 def _embed(g: GraphBuilder, config: ModelConfig, folded: FoldedVision, pixels: ir.Value) -> ir.Value:

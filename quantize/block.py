@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from internvl_edge.calibration.compute import Compute, to_torch
-from internvl_edge.checkpoint.record import LinearFacts
+from internvl_edge.checkpoint.record import LinearReport
 from internvl_edge.model.linear import PackedLinear
 
 
@@ -28,7 +28,7 @@ class QuantizedBlock:
 
     linears: dict[str, PackedLinear] = field(default_factory=dict)
     tensors: dict[str, NDArray[Any]] = field(default_factory=dict)
-    facts: dict[str, LinearFacts] = field(default_factory=dict)
+    facts: dict[str, LinearReport] = field(default_factory=dict)
     scales: dict[str, Tensor] = field(default_factory=dict)
 
     def replacements(self, prefix: str, compute: Compute) -> dict[str, Tensor]:

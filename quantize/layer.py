@@ -17,7 +17,7 @@ from internvl_edge.calibration.compute import Compute, to_numpy, to_torch
 from internvl_edge.calibration.statistics import InputStatistics, Wanted, whole_gram
 from internvl_edge.calibration.weights import require_finite
 from internvl_edge.checkpoint.reader import Checkpoint
-from internvl_edge.checkpoint.record import LinearFacts
+from internvl_edge.checkpoint.record import LinearReport
 from internvl_edge.model.components import bits_per_weight
 from internvl_edge.model.linear import PackedLinear
 from internvl_edge.recipe.recipe import Precision, Recipe
@@ -301,16 +301,17 @@ class BlockQuantizer:
         inputs: InputStatistics | None = None,
         packed: PackedLinear | None = None,
         comparison: OutputComparison | None = None,
-    ) -> LinearFacts:
+    ) -> LinearReport:
         choice = self._plan[name]
         scheme = choice.precision.scheme
         width = self._checkpoint.shapes[f"{name}.weight"][1]
         stored = self._checkpoint.tensor(f"{name}.weight").dtype
         bits = bits_per_weight(scheme, width, 8 * self._scale_dtype.itemsize) if scheme else 8 * stored.itemsize
         clipped = None if packed is None or packed.input_scale is None else 127 * packed.input_scale
-        return LinearFacts(
+        return LinearReport(
             name=name,
-            scheme=str(scheme) if scheme else stored.name,
+            dtype=stored.name,
+            scheme=scheme,
             bits_per_weight=round(bits, 3),
             error=comparison.error if comparison else None,
             sqnr_db=comparison.sqnr_db if comparison else None,

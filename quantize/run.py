@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from internvl_edge.base.errors import EdgeError
-from internvl_edge.base.files import readable_disk_errors, require_space
-from internvl_edge.base.jsonable import decode
+from internvl_edge.base.files import readable_disk_errors, replace_text, require_space
+from internvl_edge.base.jsonable import decode, dumps, encode
 from internvl_edge.calibration.compute import Compute, choose_compute
 from internvl_edge.calibration.dataset import CalibrationSet, DataOptions, prepare
 from internvl_edge.calibration.decoder_pass import DecoderPass, Statistics
@@ -29,7 +30,7 @@ from internvl_edge.calibration.run import (
 from internvl_edge.calibration.tower import Replacements, no_replacements
 from internvl_edge.calibration.work import CONTINUES, WorkFolder, checkpoint_identity, discard
 from internvl_edge.checkpoint.reader import Checkpoint
-from internvl_edge.checkpoint.record import LinearFacts
+from internvl_edge.checkpoint.record import RECORD, LinearReport, QuantizationRecord
 from internvl_edge.checkpoint.tensor_files import open_tensor_files
 from internvl_edge.recipe.recipe import Recipe
 
@@ -39,6 +40,7 @@ from .files import OutTensor, write_file, write_shards
 from .layer import BlockQuantizer
 from .output import OutputLayout, scale_dtype
 from .plan import Plan, check_recipe, kept_vision, plan_decoder
+from .record import quantization_record
 from .sensitivity_decoder import Divergences
 from .vision import VisionQuantizer, VisionReport
 
@@ -54,28 +56,17 @@ class QuantizationReport:
         folder: the new checkpoint.
         recipe: what was asked for.
         bytes: size of its weight files.
-        linears: every linear of the decoder's layers, and lm_head where it is quantized; "part" in nats, where
-            precision was chosen.
-        bits_per_weight: of the decoder's layers on average, as devices hold them: scales in 16 bits, zero points.
-        predicted_kl: of the next token, in nats, that the choice of precision expects of the decoder's layers; None
-            where nothing was chosen.
-        divergences: all that the choice was made from: nats by precision, by the first of linears that share an input.
+        record: what `quantization.json` in it says: every linear, the data, the errors.
+        divergences: all that a choice of precision was made from: nats by precision, by the first of linears that share
+            an input; None where nothing was chosen.
         vision: what became of the tower; None where it keeps its floats.
-        samples, tokens, image_tokens: of the calibration set; 0 without data.
-        broken: items that were skipped.
     """
 
     folder: Path
     recipe: Recipe
     bytes: int
-    linears: tuple[LinearFacts, ...]
-    bits_per_weight: float
-    predicted_kl: float | None = None
+    record: QuantizationRecord
     divergences: Divergences | None = None
-    samples: int = 0
-    tokens: int = 0
-    image_tokens: int = 0
-    broken: tuple[str, ...] = ()
     vision: VisionReport | None = None
 
     @property
@@ -83,7 +74,11 @@ class QuantizationReport:
         """Relative output error on calibration data of each linear of decoder and tower for which it is known."""
         tower = self.vision.layers if self.vision else {}
         found = {name: float(facts["error"]) for name, facts in tower.items() if facts["stored"] == "int8"}
-        return found | {facts.name: facts.error for facts in self.linears if facts.error is not None}
+        return found | {
+            linear.name: linear.error
+            for linear in self.record.linears
+            if linear.error is not None and linear.name.startswith("decoder.")
+        }
 
 
 def quantize_checkpoint(
@@ -140,6 +135,7 @@ class _Run:
         self._compute = compute
         self._progress = progress
         self._vision: VisionReport | None = None
+        self._started = time.perf_counter()
         self._divergences: Divergences | None = None
         self._follow(plan_decoder(checkpoint, recipe))
 
@@ -155,7 +151,7 @@ class _Run:
         needed = self._recipe.needs_data or self._recipe.vision == "int8"
         options = (data or DataOptions()) if needed and stats is None else None
         run = run_description(identity, options, self._compute if needed else None)
-        run |= {"recipe": self._recipe.to_dict(), "stats": str(stats.resolve()) if needed and stats else None}
+        run |= {"recipe": encode(self._recipe), "stats": str(stats.resolve()) if needed and stats else None}
         self._work = WorkFolder(partial_path(self._target), run, restart)
         if not needed:
             self._without_data()
@@ -200,28 +196,21 @@ class _Run:
             self._decoder_pass(calibration).kv_scales().write(folder)
         with progress_bar("write", total, self._progress) as advance:
             write_shards(folder, tensors, progress=advance)
-        image_tokens = int(calibration.is_image.sum()) if calibration else 0
+        record = quantization_record(
+            Checkpoint(folder),
+            self._checkpoint.folder,
+            self._recipe,
+            calibration,
+            tuple(facts),
+            self._vision,
+            average_bits(self._checkpoint, self._plan),
+            predicted_divergence(self._plan),
+            time.perf_counter() - self._started,
+        )
+        replace_text(folder / RECORD, dumps(record))
         folder.rename(self._target)
         discard(self._work.path)
-        report = QuantizationReport(
-            folder=self._target,
-            recipe=self._recipe,
-            bytes=total,
-            linears=tuple(facts),
-            bits_per_weight=average_bits(self._checkpoint, self._plan),
-            predicted_kl=predicted_divergence(self._plan),
-            divergences=self._divergences,
-            vision=self._vision,
-        )
-        if calibration is None:
-            return report
-        return replace(
-            report,
-            samples=len(calibration.names),
-            tokens=calibration.total,
-            image_tokens=image_tokens,
-            broken=tuple(calibration.broken),
-        )
+        return QuantizationReport(self._target, self._recipe, total, record, self._divergences, self._vision)
 
     def _quantize_vision(self, calibration: CalibrationSet) -> Replacements:
         how = self._recipe.vision_int8
@@ -272,9 +261,9 @@ class _Run:
     def _store(self, name: str, block: QuantizedBlock) -> None:
         folder = self._work.path / name
         folder.mkdir(exist_ok=True)
-        self._work.write_json(f"{name}/{_FACTS}", [asdict(facts) for facts in block.facts.values()])
+        self._work.write_json(f"{name}/{_FACTS}", encode(list(block.facts.values())))
         write_file(folder / "model.safetensors", self._layout.tensors(block))
 
 
-def _read_facts(block: Path) -> list[LinearFacts]:
-    return [decode(LinearFacts, values) for values in json.loads((block / _FACTS).read_text(encoding="utf-8"))]
+def _read_facts(block: Path) -> list[LinearReport]:
+    return [decode(LinearReport, values) for values in json.loads((block / _FACTS).read_text(encoding="utf-8"))]

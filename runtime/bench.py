@@ -18,7 +18,8 @@ import numpy as np
 
 from internvl_edge.base.errors import EngineError
 from internvl_edge.base.machine import cores, peak_memory
-from internvl_edge.bundle.manifest import Bundle, Manifest
+from internvl_edge.bundle.bundle import Bundle
+from internvl_edge.bundle.manifest import Manifest
 from internvl_edge.planning.footprint import Footprint
 from internvl_edge.planning.precision import bundle_precision
 
@@ -93,7 +94,7 @@ def bench(folder: Path, *, repeat: int = 3, threads: int | None = None, **loadin
         threads=threads,
         bandwidth=bandwidth,
         matrix_rate=limits.matrix_rate(),
-        disk_bytes=sum(entry["bytes"] for entry in manifest.files.values()),
+        disk_bytes=sum(entry.bytes for entry in manifest.files.values()),
         peak_rss_bytes=peak_rss,
         figures=figures,
         decode_limit={

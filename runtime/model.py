@@ -13,11 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.base.errors import EngineError, QualityWarning
-from internvl_edge.bundle import manifest as bundle
-from internvl_edge.bundle.manifest import Bundle
-from internvl_edge.bundle.quality import quality_warning
+from internvl_edge.bundle import names
+from internvl_edge.bundle.bundle import Bundle
+from internvl_edge.bundle.quality_record import quality_warning
 from internvl_edge.model.rope import RotaryAngles
-from internvl_edge.model.template import PromptTemplate
 from internvl_edge.model.tokenizer import Tokenizer
 
 from .engines import Engine
@@ -47,12 +46,11 @@ class InternVL:
     def __init__(self, opened: Bundle, engine: Engine) -> None:
         manifest = opened.manifest
         self.config = manifest.model
-        self._tokenizer = Tokenizer(opened.path(bundle.TOKENIZER))
-        template = PromptTemplate.from_dict(manifest.template)
+        self._tokenizer = Tokenizer(opened.path(names.TOKENIZER))
         self._requests = RequestBuilder(
-            self.config, template, self._tokenizer, manifest.tokens["image"], capacity=engine.capacity
+            self.config, manifest.template, self._tokenizer, manifest.tokens.image, capacity=engine.capacity
         )
-        self._stop_id = manifest.tokens["stop"]
+        self._stop_id = manifest.tokens.stop
         self._table = opened.embeddings()
         self._images = ImageCache(engine.encode)
         self._session = Session(engine, self.config.decoder)

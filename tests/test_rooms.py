@@ -58,7 +58,7 @@ def imported_rooms(path: Path) -> Iterator[str]:
             names = [[*module, alias.name] for alias in node.names]
         else:
             continue
-        yield from (name[1] for name in names if name[0] == "internvl_edge" and len(name) > 1)
+        yield from (name[1] for name in names if name[0] == "internvl_edge" and len(name) > 1 and name[1] in LEVEL_OF)
 
 
 def upward_imports(path: Path) -> list[str]:

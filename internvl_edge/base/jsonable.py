@@ -1,7 +1,7 @@
 """Frozen dataclasses as JSON and back, by their annotations: the one codec of everything that this project stores.
 
-Figures that are no numbers (NaN, infinity) are null in JSON and NaN when they are read. Reading checks types, names the
-place of a mistake, and passes over entries that this version does not know.
+Figures that are no numbers (NaN, infinity) are null in JSON and NaN when they are read. Reading checks types and names
+the place of a mistake.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -38,18 +38,18 @@ def dumps(value: Any) -> str:
     return _text(encode(value), "") + "\n"
 
 
-def decode(kind: type[T], value: Any, where: str = "") -> T:
+def decode(kind: type[T], value: Any, *, strict: bool = False) -> T:
     """The dataclass that `encode` made JSON values of.
 
     Args:
-        kind: the class, or any annotation that `encode` can write.
+        kind: the class.
         value: JSON values.
-        where: what `value` is called in messages.
+        strict: refuse entries that this version does not know, instead of passing over them.
 
     Raises:
         ValueError: the values are not of this form; the place is named.
     """
-    decoded: T = _decode(kind, value, where)
+    decoded: T = _Decoder(strict).decode(kind, value, "")
     return decoded
 
 
@@ -72,41 +72,55 @@ def _holds_rows(value: dict[str, Any] | list[Any]) -> bool:
     return any(isinstance(item, (dict, list)) and item for item in items)
 
 
-def _decode(kind: Any, value: Any, where: str) -> Any:
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
+class _Decoder:
+    """Follows the annotations; `where` is the place in the JSON values, for messages."""
+
+    def __init__(self, strict: bool) -> None:
+        self._strict = strict
+
+    def decode(self, kind: Any, value: Any, where: str) -> Any:
+        origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+        if kind is Any:
+            return value
+        if origin in (types.UnionType, typing.Union):
+            some = next(part for part in arguments if part is not type(None))
+            return None if value is None else self.decode(some, value, where)
+        if origin is tuple:
+            return self._tuple(arguments, value, where)
+        if origin is dict:
+            items = _object(value, where).items()
+            return {key: self.decode(arguments[1], item, f"{where}.{key}") for key, item in items}
+        if is_dataclass(kind):
+            return self._fields(kind, _object(value, where), where)
+        if kind is float:
+            return _number(value, where)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f"{_place(where)} is {value!r}, expected {kind.__name__}")
         return value
-    if origin in (types.UnionType, typing.Union):
-        return None if value is None else _decode(_without_none(arguments), value, where)
-    if origin is tuple:
-        return _decode_tuple(arguments, value, where)
-    if origin is dict:
-        return {key: _decode(arguments[1], item, f"{where}.{key}") for key, item in _object(value, where).items()}
-    if is_dataclass(kind):
-        return _decode_fields(kind, value, where)
-    if kind is float:
-        return _number(value, where)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"{_place(where)} is {value!r}, expected {kind.__name__}")
-    return value
+
+    def _fields(self, kind: Any, values: dict[str, Any], where: str) -> Any:
+        hints = typing.get_type_hints(kind)
+        if self._strict and (unknown := sorted(values.keys() - hints.keys())):
+            raise ValueError(f"{_place(f'{where}.{unknown[0]}')} is not known")
+        required = {field.name for field in fields(kind) if _has_no_default(field)}
+        if missing := sorted(required - values.keys()):
+            raise ValueError(f"{_place(f'{where}.{missing[0]}')} is missing")
+        return kind(
+            **{name: self.decode(hints[name], values[name], f"{where}.{name}") for name in hints if name in values}
+        )
+
+    def _tuple(self, arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+        if not isinstance(value, list):
+            raise ValueError(f"{_place(where)} is {value!r}, expected a list")
+        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
+        if len(kinds) != len(value):
+            raise ValueError(f"{_place(where)} has {len(value)} entries, expected {len(kinds)}")
+        pairs = enumerate(zip(kinds, value, strict=True))
+        return tuple(self.decode(part, item, f"{where}[{index}]") for index, (part, item) in pairs)
 
 
-def _decode_fields(kind: Any, value: Any, where: str) -> Any:
-    values, hints = _object(value, where), typing.get_type_hints(kind)
-    given = {name: _decode(hint, values[name], f"{where}.{name}") for name, hint in hints.items() if name in values}
-    try:
-        return kind(**given)
-    except TypeError as error:  # a field without a default is missing
-        raise ValueError(f"{_place(where)}: {error}") from None
-
-
-def _decode_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
-    if not isinstance(value, list):
-        raise ValueError(f"{_place(where)} is {value!r}, expected a list")
-    kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
-    if len(kinds) != len(value):
-        raise ValueError(f"{_place(where)} has {len(value)} entries, expected {len(kinds)}")
-    return tuple(_decode(part, item, f"{where}[{n}]") for n, (part, item) in enumerate(zip(kinds, value, strict=True)))
+def _has_no_default(field: Field[Any]) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
@@ -121,10 +135,6 @@ def _number(value: Any, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{_place(where)} is {value!r}, expected a number")
     return float(value)
-
-
-def _without_none(arguments: tuple[Any, ...]) -> Any:
-    return next(part for part in arguments if part is not type(None))
 
 
 def _place(where: str) -> str:

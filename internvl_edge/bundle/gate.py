@@ -10,7 +10,6 @@ import operator
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from internvl_edge.base.errors import EdgeError
 
@@ -117,20 +116,6 @@ class Verdict:
     def __str__(self) -> str:
         metric = parse_condition(self.condition).metric
         return f"{metric} is {METRICS[metric].show(self.value)} ({self.condition})"
-
-    @staticmethod
-    def from_dict(values: Mapping[str, Any]) -> Verdict:
-        """What `report.codec.encode` made of a verdict."""
-        return Verdict(values["condition"], as_figure(values["value"]), bool(values["failed"]))
-
-
-def as_figure(value: Any) -> float:
-    """A figure from its JSON value, where null stands for what is no number.
-
-    Raises:
-        ValueError, TypeError: not a number either.
-    """
-    return math.nan if value is None else float(value)
 
 
 def judge(conditions: Iterable[Condition], figures: Mapping[str, float]) -> tuple[Verdict, ...]:

@@ -7,14 +7,31 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
 
-from internvl_edge.base.errors import BundleError, EdgeError
-from internvl_edge.base.jsonable import encode
+from .gate import METRICS, Condition, Verdict, judge, parse_condition
 
-from .gate import METRICS, Condition, Verdict, as_figure, judge, parse_condition
-from .manifest import Manifest
+
+@dataclass(frozen=True)
+class Measurement:
+    """How figures were measured.
+
+    Attributes:
+        data: the data set's or the suite's name.
+        questions: how many were asked.
+        seed: which of them.
+        reference: name of what the bundle was compared with; "" where it was asked alone.
+        device, engine, dialect: what computed the answers, as `InternVL.load` takes them.
+        date: UTC, to the minute.
+    """
+
+    data: str
+    questions: int
+    seed: int
+    device: str
+    engine: str
+    date: str
+    dialect: str | None = None
+    reference: str = ""
 
 
 @dataclass(frozen=True)
@@ -24,14 +41,14 @@ class Quality:
     Attributes:
         files: `Manifest.fingerprint` of the bundle that was measured.
         figures: by metric, as `gate.METRICS` names them.
-        measured: how, by what was measured ("comparison", "suite"): reference, data, samples, device and so on.
+        measured: how, by what was measured: "comparison", "suite".
         gate: conditions, each held against its newest figure.
         accepted: why the bundle is used although its gate failed or is missing; "" where nobody said so.
     """
 
     files: str
     figures: dict[str, float] = field(default_factory=dict)
-    measured: dict[str, dict[str, Any]] = field(default_factory=dict)
+    measured: dict[str, Measurement] = field(default_factory=dict)
     gate: tuple[Verdict, ...] = ()
     accepted: str = ""
 
@@ -46,7 +63,7 @@ class Quality:
         return "failed" if self.failed else "passed" if self.gate else "no gate"
 
     def with_figures(
-        self, figures: Mapping[str, float], measured: Mapping[str, dict[str, Any]], conditions: Iterable[Condition]
+        self, figures: Mapping[str, float], measured: Mapping[str, Measurement], conditions: Iterable[Condition]
     ) -> Quality:
         """Newer figures and conditions added.
 
@@ -63,70 +80,6 @@ class Quality:
             gate=judge(kept.values(), together),
             accepted="",
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON values; figures that are no numbers become None."""
-        values: dict[str, Any] = encode(self)
-        return values
-
-
-def quality_of(manifest: Manifest) -> Quality:
-    """What is known of the bundle with this manifest.
-
-    Nothing where the figures belong to other files, or cannot be read: they may be those of a newer version, and no
-    bundle should fail to load for that. A quantized one then counts as never measured.
-    """
-    empty = Quality(manifest.fingerprint)
-    if manifest.quality is None:
-        return empty
-    try:
-        gate = tuple(map(Verdict.from_dict, manifest.quality["gate"]))
-        for verdict in gate:
-            parse_condition(verdict.condition)
-        figures = {name: as_figure(value) for name, value in manifest.quality["figures"].items()}
-        found = Quality(**(manifest.quality | {"figures": figures, "gate": gate}))
-    except (EdgeError, KeyError, TypeError, ValueError, AttributeError):
-        return empty
-    return found if found.files == empty.files else empty
-
-
-def record(folder: Path, quality: Quality) -> None:
-    """Put the figures into the bundle's manifest, in one step.
-
-    Raises:
-        BundleError: the bundle's files are not those that were measured, or the manifest cannot be written.
-    """
-    manifest = Manifest.read(folder)
-    if manifest.fingerprint != quality.files:
-        raise BundleError(f"{folder} was changed while it was evaluated; the figures were not recorded, evaluate again")
-    try:
-        replace(manifest, quality=quality.to_dict()).write(folder)
-    except OSError as error:
-        raise BundleError(
-            f"the figures cannot be written into {folder} ({error.strerror}); make it writable, or pass --no-record"
-        ) from None
-
-
-def quality_warning(folder: Path, manifest: Manifest) -> str | None:
-    """One line about a gate that failed, or that a quantized bundle does not have; None where there is no reason."""
-    quality = quality_of(manifest)
-    if quality.accepted or quality.state == "passed":
-        return None
-    how = f"internvl-edge evaluate {folder}"
-    if quality.failed:
-        failed = "; ".join(map(str, quality.failed))
-        return f'{folder} failed its quality gate: {failed}; use another bundle, or accept it: {how} --accept "REASON"'
-    if not manifest.is_quantized:
-        return None
-    if quality.figures:
-        return (
-            f"{folder} is quantized and its figures passed no gate yet; set one: "
-            f'{how} --reference MODEL --fail-if "kl>0.05"'
-        )
-    return (
-        f"{folder} is quantized and nobody has measured what that cost; do so: "
-        f'{how} --reference MODEL --fail-if "kl>0.05"'
-    )
 
 
 def figure_rows(figures: Mapping[str, float]) -> list[tuple[str, str]]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from internvl_edge.base.errors import CheckpointError
+from internvl_edge.model.components import Component, components
 from internvl_edge.model.config import ModelConfig
 from internvl_edge.model.linear import PackedLinear, Scheme, concatenate
 
@@ -23,6 +24,9 @@ from .kv_scales import KvScales
 from .packed_tensors import FLOATS, check_packed, is_packed, read_packed
 from .quantization import Quantization, read_quantization, refuse_bitsandbytes_tensors, refuse_vision_bits
 from .tensor_files import StoredTensor, open_tensor_files
+
+# Stored type -> its name and bits.
+_FLOAT_TYPES = {"F32": ("float32", 32), "F16": ("float16", 16), "BF16": ("bfloat16", 16)}
 
 
 class Checkpoint:
@@ -99,6 +103,16 @@ class Checkpoint:
         """How many stored tensors have each dtype, most frequent first."""
         kinds = [tensor.dtype for tensor in self._stored.values()]
         return {kind: kinds.count(kind) for kind in sorted(set(kinds), key=kinds.count, reverse=True)}
+
+    def float_type(self) -> tuple[str, int]:
+        """The most frequent type of float tensors ("bfloat16") and its bits."""
+        return next(_FLOAT_TYPES[name] for name in self.stored_dtypes() if name in _FLOAT_TYPES)
+
+    def components(self) -> tuple[Component, ...]:
+        """Sizes of the model's parts as they lie on disk."""
+        dtype, bits = self.float_type()
+        tied = self.config.decoder.tie_word_embeddings
+        return components(self.shapes, self.schemes, dtype, bits, bits, tied=tied)
 
     def _read_packed(self, weights: tuple[str, ...], scheme: Scheme) -> PackedLinear:
         """What the stored weights hold together; the last one read is kept, as its parts are asked for in a row."""

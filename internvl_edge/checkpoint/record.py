@@ -1,11 +1,21 @@
-"""What quantization says of one linear layer. Plain data: filled by `quantize`, shown by the report.
+"""How a checkpoint was quantized, in `quantization.json`: written by `quantize`, carried by bundles, shown by reports.
 
-Whatever is not known stays None, and what would show it is left out. Needs no package beyond the standard library.
+What is not known is None, and what would show it is left out.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from internvl_edge.base.jsonable import decode
+from internvl_edge.base.run_record import RunRecord
+from internvl_edge.model.components import Component
+from internvl_edge.model.linear import Scheme
+
+RECORD = "quantization.json"
 
 
 @dataclass(frozen=True)
@@ -28,12 +38,13 @@ class ActivationRange:
 
 
 @dataclass(frozen=True)
-class LinearFacts:
+class LinearReport:
     """One linear layer of a quantized checkpoint, or one that was to be quantized and kept its floats.
 
     Attributes:
         name: canonical, without `.weight`: "decoder.layers.3.mlp.down_proj".
-        scheme: how it is stored, for people: "int4 in groups of 128, symmetric", "bfloat16".
+        dtype: of floats, or of the scales: "bfloat16".
+        scheme: how its weights are rounded; None for floats.
         bits_per_weight: scales and zero points included.
         error: relative output error on calibration tokens, sqrt(|Y' - Y|^2 / |Y|^2).
         sqnr_db: the same in decibels, -20 log10(error).
@@ -44,7 +55,8 @@ class LinearFacts:
     """
 
     name: str
-    scheme: str
+    dtype: str
+    scheme: Scheme | None
     bits_per_weight: float
     error: float | None = None
     sqnr_db: float | None = None
@@ -52,3 +64,65 @@ class LinearFacts:
     part: float | None = None
     reason: str = ""
     inputs: ActivationRange | None = None
+
+    @property
+    def stored(self) -> str:
+        """How it is stored, for people: "int4 in groups of 128, symmetric", "bfloat16"."""
+        return str(self.scheme or self.dtype)
+
+
+@dataclass(frozen=True)
+class TowerReport:
+    """An int8 vision tower against the float one, on calibration tiles: cosines of a tile's embeddings."""
+
+    tiles: int
+    cosine: float
+    lowest_cosine: float
+    predicted_cosine: float
+
+
+@dataclass(frozen=True)
+class QuantizationRecord:
+    """How a checkpoint was quantized.
+
+    Attributes:
+        checkpoint: name of the folder it was made from.
+        recipe: as values.
+        samples, tokens, image_tokens: of the calibration set; 0 without data.
+        broken: items of the data that were skipped.
+        weights: file name -> bytes of the checkpoint that was made; ties this to it.
+        components: sizes of its parts.
+        linears: what was quantized or was to be.
+        tower: where it is int8.
+        bits_per_weight: of the decoder's layers on average, as devices hold them.
+        predicted_kl: in nats, where precision was chosen by sensitivity.
+        run: of the quantizer.
+    """
+
+    checkpoint: str
+    recipe: dict[str, Any]
+    samples: int
+    tokens: int
+    image_tokens: int
+    broken: tuple[str, ...]
+    weights: dict[str, int]
+    components: tuple[Component, ...]
+    linears: tuple[LinearReport, ...]
+    tower: TowerReport | None
+    bits_per_weight: float
+    predicted_kl: float | None
+    run: RunRecord
+
+
+def weight_files(checkpoint: Path) -> dict[str, int]:
+    """Name and bytes of a checkpoint's weight files."""
+    return {path.name: path.stat().st_size for path in sorted(checkpoint.glob("*.safetensors"))}
+
+
+def read_record(checkpoint: Path) -> QuantizationRecord | None:
+    """How a checkpoint was quantized; None without a record, or with one of other weights or of another version."""
+    try:
+        record = decode(QuantizationRecord, json.loads((checkpoint / RECORD).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None
+    return record if record.weights == weight_files(checkpoint) else None

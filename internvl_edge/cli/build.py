@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from internvl_edge.base.units import size
-from internvl_edge.bundle.manifest import Bundle
+from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.planning.devices import Devices
 from internvl_edge.runtime.engines.tensorrt.record import EngineRecord, engine_folder
 

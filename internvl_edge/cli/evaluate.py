@@ -20,10 +20,11 @@ from typing import Any
 import click
 
 from internvl_edge.base.errors import EdgeError, QualityWarning
-from internvl_edge.base.run import run_of
+from internvl_edge.base.run_record import run_record
+from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.bundle.gate import METRICS, Condition, parse_condition, require_measurable
-from internvl_edge.bundle.manifest import Bundle
-from internvl_edge.bundle.quality import Quality, quality_of, record
+from internvl_edge.bundle.quality import Measurement, Quality
+from internvl_edge.bundle.quality_record import quality_of, record_quality
 from internvl_edge.evaluation import (
     SUITES,
     Case,
@@ -106,7 +107,7 @@ def command(bundle: Path, as_json: bool, **values: Any) -> int:
     for verdict in failed:
         click.echo(f"failed: {verdict}", err=True)
     if request.record:
-        record(bundle, quality)
+        record_quality(bundle, quality)
     if request.report is not None:
         content = bundle_report(bundle, manifest, quality, found.comparison_facts, found.suite_facts)
         say_written(write_report(content.completed_by(read_report(request.report)), request.report))
@@ -221,16 +222,15 @@ class _Found:
             figures["exact_match_loss"] = self.reference_suite.total - self.suite.total
         return figures
 
-    def measured(self, request: _Request) -> dict[str, dict[str, Any]]:
+    def measured(self, request: _Request) -> dict[str, Measurement]:
         """How, for the manifest."""
         where = {name: request.loading[name] for name in ("device", "engine", "dialect")}
         measured = {}
         if facts := self.comparison_facts:
-            asked = {"reference": facts.reference, "data": facts.data, "cases": facts.cases, "seed": facts.seed}
-            measured["comparison"] = {**asked, **where, "date": facts.run.date}
+            asked = facts.data, facts.cases, facts.seed
+            measured["comparison"] = Measurement(*asked, **where, date=facts.run.date, reference=facts.reference)
         if score := self.suite_facts:
-            asked = {"suite": score.name, "questions": score.total.asked, "seed": score.seed}
-            measured["suite"] = {**asked, **where, "date": score.run.date}
+            measured["suite"] = Measurement(score.name, score.total.asked, score.seed, **where, date=score.run.date)
         return measured
 
     def rows(self) -> list[Row]:
@@ -256,7 +256,7 @@ def _measure(request: _Request) -> _Found:
                 advance,
                 shown=_SHOWN if request.report else 0,
             )
-        facts = comparison_facts(comparison, request.asked, run_of(time.perf_counter() - started))
+        facts = comparison_facts(comparison, request.asked, run_record(time.perf_counter() - started))
         return replace(found, comparison=comparison, comparison_facts=facts)
 
 
@@ -275,7 +275,7 @@ def _suite(request: _Request, reference: Path | None) -> _Found:
             with load() as model:
                 scores.append(run_suite(model, cases, options, advance))
     score, expected = scores[0], scores[1] if reference else None
-    run = run_of(time.perf_counter() - started)
+    run = run_record(time.perf_counter() - started)
     facts = suite_facts(request.suite, request.seed, score, expected, run)
     return _Found(suite=score, reference_suite=expected, suite_facts=facts)
 
@@ -285,7 +285,7 @@ def _accept(bundle: Path, reason: str) -> None:
     quality = replace(quality_of(manifest), accepted=reason.strip())
     if not quality.accepted:
         raise EdgeError("--accept needs a reason; it is kept in the bundle for whoever uses it next")
-    record(bundle, quality)
+    record_quality(bundle, quality)
     click.echo(f"{bundle}: accepted, {quality.state}: {quality.accepted}")
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import click
 
 from internvl_edge.base.extras import requires
 from internvl_edge.base.units import size
-from internvl_edge.bundle.manifest import DECODERS, Manifest
+from internvl_edge.bundle.manifest import DecoderQuantization, Manifest
+from internvl_edge.bundle.names import DECODERS
 from internvl_edge.bundle.token_table import TYPES
 from internvl_edge.checkpoint.hub import resolve_checkpoint
+from internvl_edge.model.linear import count_schemes
 
 from .output import print_json
 
@@ -90,26 +91,21 @@ def command(
     seconds = time.perf_counter() - started
     total = sum(path.stat().st_size for path in folder.iterdir())
     manifest = Manifest.read(folder)
-    quantization, vision = manifest.quantization, manifest.vision_quantization
     if as_json:
         facts = {"bundle": str(folder), "bytes": total, "seconds": round(seconds, 2)}
-        facts |= {"quantization": quantization} if quantization else {}
-        print_json(facts | ({"vision_quantization": vision} if vision else {}))
-    else:
-        click.echo(f"{folder}: {size(total)} in {seconds:.1f} s")
-        if quantization:
-            click.echo(_quantized(quantization))
-        if vision:
-            floats = f"; floats in {', '.join(vision['floats'])}" if vision["floats"] else ""
-            click.echo(f"{vision['method']}: {vision['int8']} linears of the tower in int8{floats}")
-        click.echo(f'Try: internvl-edge run {folder} --image PHOTO.jpg "What is this?"')
+        if manifest.linears:
+            facts |= {"linears": manifest.linears, "quantization": manifest.quantization}
+        print_json(facts)
+        return
+    click.echo(f"{folder}: {size(total)} in {seconds:.1f} s")
+    if manifest.linears:
+        click.echo(f"quantized: {count_schemes(manifest.linears.values())}")
+    if manifest.quantization:
+        click.echo(_decoder(manifest.quantization))
+    click.echo(f'Try: internvl-edge run {folder} --image PHOTO.jpg "What is this?"')
 
 
-def _quantized(facts: dict[str, Any]) -> str:
-    groups = f"groups of {facts['group_size']}" if facts["group_size"] else "one scale per output"
-    text = f"{facts['method']}: int{facts['bits']}, {groups}, {facts['bits_per_weight']:.2f} bits per decoder weight"
-    if facts["asymmetric"]:
-        how = "as an exact second term" if facts["asymmetric"] == "exact" else "rounded again"
-        error = facts["weight_error"]
-        text += f"; zero points for TensorRT {how}, weights {f'off by {error:.1e}' if error else 'unchanged'}"
-    return text
+def _decoder(quantization: DecoderQuantization) -> str:
+    error = quantization.weight_error
+    lost = f"off by {error:.1e} in the standard dialect" if error else "those of the checkpoint"
+    return f"decoder: {quantization.bits_per_weight:.2f} bits per weight, weights {lost}"

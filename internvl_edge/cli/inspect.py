@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,14 @@ import click
 
 from internvl_edge.base.extras import requires
 from internvl_edge.base.units import size
-from internvl_edge.bundle.manifest import MANIFEST, Bundle, Manifest
-from internvl_edge.bundle.quality import figure_rows, quality_of
+from internvl_edge.bundle.bundle import Bundle
+from internvl_edge.bundle.manifest import Manifest
+from internvl_edge.bundle.names import MANIFEST
+from internvl_edge.bundle.quality import figure_rows
+from internvl_edge.bundle.quality_record import quality_of
 from internvl_edge.checkpoint.hub import resolve_checkpoint
 from internvl_edge.model.config import ModelConfig
+from internvl_edge.model.linear import count_schemes
 from internvl_edge.planning.precision import BYTES
 
 from .output import print_json, print_table
@@ -38,7 +41,7 @@ def command(path: str, as_json: bool) -> None:
 def _bundle_facts(folder: Path) -> tuple[dict[str, Any], ModelConfig, str]:
     """What is printed, the model, and what its KV cache holds."""
     manifest = Bundle.open(folder).manifest
-    total = sum(entry["bytes"] for entry in manifest.files.values())
+    total = sum(entry.bytes for entry in manifest.files.values())
     facts = {
         "kind": "bundle",
         "made from": manifest.source,
@@ -47,8 +50,8 @@ def _bundle_facts(folder: Path) -> tuple[dict[str, Any], ModelConfig, str]:
         "computes in": manifest.activations,
         "size": size(total),
     }
-    if manifest.quantization:
-        facts["quantized"] = _quantized(manifest.quantization)
+    if manifest.linears:
+        facts["quantized"] = count_schemes(manifest.linears.values())
     return facts | _quality(manifest), manifest.model, manifest.kv_cache or manifest.activations
 
 
@@ -76,17 +79,8 @@ def _checkpoint_facts(folder: Path) -> tuple[dict[str, Any], ModelConfig, str]:
         "tensors": dtypes,
     }
     if checkpoint.quantization:
-        schemes = Counter(map(str, checkpoint.schemes.values())).most_common()
-        facts["quantized"] = f"{checkpoint.quantization.method}: " + "; ".join(
-            f"{n} x {scheme}" for scheme, n in schemes
-        )
+        facts["quantized"] = f"{checkpoint.quantization.method}: {count_schemes(checkpoint.schemes.values())}"
     return facts, checkpoint.config, "int8" if checkpoint.kv_scales else "float32"
-
-
-def _quantized(quantization: dict[str, Any]) -> str:
-    zeros = "symmetric" if quantization["symmetric"] else "with zero points"
-    groups = f"groups of {quantization['group_size']}" if quantization["group_size"] else "one scale per output"
-    return f"{quantization['bits']} bits, {groups}, {zeros}, lm_head {quantization['lm_head']}"
 
 
 def _config_rows(config: ModelConfig, cache: str) -> list[tuple[str, object]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from internvl_edge.bundle.manifest import DECODERS
+from internvl_edge.bundle.names import DECODERS
 from internvl_edge.runtime.engines.choice import ENGINES
 from internvl_edge.runtime.model import DEFAULT_CONTEXT, DEVICES, InternVL
 from internvl_edge.runtime.request import ChatOptions

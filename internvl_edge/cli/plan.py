@@ -10,7 +10,8 @@ import click
 
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.units import size
-from internvl_edge.bundle.manifest import EMBEDDINGS, MANIFEST, Manifest
+from internvl_edge.bundle.manifest import Manifest
+from internvl_edge.bundle.names import EMBEDDINGS, MANIFEST
 from internvl_edge.checkpoint.config_reader import read_config
 from internvl_edge.checkpoint.hub import resolve_configuration
 from internvl_edge.model.config import ModelConfig
@@ -80,7 +81,7 @@ def _source(path: str) -> tuple[ModelConfig, Precision | None, dict[str, tuple[i
         manifest = Manifest.read(folder)
         precision = bundle_precision(manifest)
         counted = Footprint(manifest.model, precision).weights
-        files = {name: entry["bytes"] for name, entry in manifest.files.items()}
+        files = {name: entry.bytes for name, entry in manifest.files.items()}
         pairs = {
             "vision": ("vision.data", counted.vision),
             "decoder": ("decoder.data", counted.decoder + counted.head),

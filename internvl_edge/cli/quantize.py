@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,8 @@ from .output import print_json, say_written
 from .recipe_options import recipe_of, recipe_options
 
 if TYPE_CHECKING:
-    from internvl_edge.quantize import QuantizationReport, VisionReport
+    from internvl_edge.checkpoint.record import QuantizationRecord
+    from internvl_edge.quantize import VisionReport
 
 
 @click.command("quantize")
@@ -41,7 +41,7 @@ def command(checkpoint: str, output: Path, stats: Path | None, as_json: bool, **
     recipe = recipe_of(values)
     wait_politely()
     with requires("quantize", "quantize"):
-        from internvl_edge.evaluation.report.checkpoint_report import report_quantization
+        from internvl_edge.evaluation.report.checkpoint_report import report_checkpoint
         from internvl_edge.quantize import quantize_checkpoint
     if stats is not None and values["data"] is not None:
         raise EdgeError("--data and --stats cannot be combined; statistics already hold their data")
@@ -60,21 +60,22 @@ def command(checkpoint: str, output: Path, stats: Path | None, as_json: bool, **
         progress=sys.stderr.isatty(),
     )
     seconds = time.perf_counter() - started
-    say_written(report_quantization(report, source, seconds))
+    record = report.record
+    say_written(report_checkpoint(report.folder, record))
     if as_json:
         facts = {
             "checkpoint": str(report.folder),
-            "recipe": recipe.to_dict(),
+            "recipe": recipe,
             "bytes": report.bytes,
-            "samples": report.samples,
-            "tokens": report.tokens,
-            "image_tokens": report.image_tokens,
-            "broken": list(report.broken),
-            "bits_per_weight": report.bits_per_weight,
-            "predicted_kl": report.predicted_kl,
-            "linears": [asdict(linear) for linear in report.linears],
+            "samples": record.samples,
+            "tokens": record.tokens,
+            "image_tokens": record.image_tokens,
+            "broken": record.broken,
+            "bits_per_weight": record.bits_per_weight,
+            "predicted_kl": record.predicted_kl,
+            "linears": record.linears,
             "relative_output_errors": report.errors,
-            "vision": asdict(report.vision) if report.vision else None,
+            "vision": report.vision,
             "seconds": round(seconds, 2),
         }
         print_json(facts)
@@ -84,19 +85,19 @@ def command(checkpoint: str, output: Path, stats: Path | None, as_json: bool, **
         worst = max(report.errors, key=lambda name: report.errors[name])
         mean = sum(report.errors.values()) / len(report.errors)
         click.echo(f"relative output error: mean {mean:.3f}, worst {report.errors[worst]:.3f} ({worst})")
-    if report.predicted_kl is not None:
-        click.echo(_precisions(report))
+    if record.predicted_kl is not None:
+        click.echo(_precisions(record))
     if report.vision:
         click.echo(_tower(report.vision))
     click.echo(f"Next: internvl-edge export {report.folder} -o BUNDLE")
 
 
-def _precisions(report: QuantizationReport) -> str:
-    layers = [linear for linear in report.linears if linear.name.startswith("decoder.layers.")]
-    counts = Counter(linear.scheme for linear in layers)
+def _precisions(record: QuantizationRecord) -> str:
+    layers = [linear for linear in record.linears if linear.name.startswith("decoder.layers.")]
+    counts = Counter(linear.stored for linear in layers)
     said = ", ".join(f"{count} {scheme}" for scheme, count in counts.most_common())
     return (
-        f"decoder: {report.bits_per_weight:.3f} bits per weight, a divergence of {report.predicted_kl:.2e} nats is "
+        f"decoder: {record.bits_per_weight:.3f} bits per weight, a divergence of {record.predicted_kl:.2e} nats is "
         f"predicted; linears: {said}"
     )
 

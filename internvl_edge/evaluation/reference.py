@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from internvl_edge.base.extras import requires
-from internvl_edge.bundle.manifest import MANIFEST
+from internvl_edge.bundle.names import MANIFEST
 from internvl_edge.checkpoint.hub import resolve_checkpoint
 
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 from .linear import Scheme
 
@@ -26,6 +25,18 @@ COMPONENTS = tuple(_PREFIXES)
 
 
 @dataclass(frozen=True)
+class Stored:
+    """So many linears stored in one way: rounded by a scheme, or (None) as floats of `dtype`."""
+
+    linears: int
+    dtype: str
+    scheme: Scheme | None = None
+
+    def __str__(self) -> str:
+        return str(self.scheme or self.dtype)
+
+
+@dataclass(frozen=True)
 class Component:
     """One part of a model.
 
@@ -34,18 +45,14 @@ class Component:
         parameters: numbers in the unquantized model.
         bytes: what they take.
         bits_per_weight: of these, scales and zero points included.
-        stored: how the linears are stored, most frequent first: {"int4 in groups of 128, symmetric": 168}.
+        stored: how the linears are stored, most frequent first.
     """
 
     name: str
     parameters: int
     bytes: int
     bits_per_weight: float
-    stored: dict[str, int]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return asdict(self)
+    stored: tuple[Stored, ...]
 
 
 def component_of(name: str) -> str:
@@ -67,7 +74,7 @@ def components(
     scale_bits: int,
     *,
     tied: bool = False,
-) -> list[Component]:
+) -> tuple[Component, ...]:
     """The size of each part.
 
     Args:
@@ -77,9 +84,9 @@ def components(
         scale_bits: of the scales of quantized linears.
         tied: the head is the token table and takes no room of its own.
     """
-    found: dict[str, Component] = {}
+    found = []
     for part in COMPONENTS:
-        bits, parameters, stored = 0.0, 0, Counter[str]()
+        bits, parameters, stored = 0.0, 0, Counter[Scheme | None]()
         for name, shape in shapes.items():
             if component_of(name) != part or (tied and part == "lm_head"):
                 continue
@@ -87,8 +94,9 @@ def components(
             each = bits_per_weight(scheme, shape[-1], scale_bits) if scheme else float_bits
             bits, parameters = bits + each * prod(shape), parameters + prod(shape)
             if len(shape) == 2:
-                stored[str(scheme) if scheme else float_name] += 1
+                stored[scheme] += 1
         if parameters:
             average = round(bits / parameters, 3)
-            found[part] = Component(part, parameters, round(bits / 8), average, dict(stored.most_common()))
-    return list(found.values())
+            kinds = tuple(Stored(count, float_name, scheme) for scheme, count in stored.most_common())
+            found.append(Component(part, parameters, round(bits / 8), average, kinds))
+    return tuple(found)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +32,11 @@ class Scheme:
         groups = "per output" if self.group_size is None else f"in groups of {self.group_size}"
         inputs = ", int8 inputs" if self.static_inputs else ""
         return f"int{self.bits} {groups}, {'symmetric' if self.symmetric else 'with zero points'}{inputs}"
+
+
+def count_schemes(schemes: Iterable[Scheme]) -> str:
+    """How many linears have which scheme, for people: "168 x int4 in groups of 128, symmetric; 1 x int8 ..."."""
+    return "; ".join(f"{count} x {scheme}" for scheme, count in Counter(schemes).most_common())
 
 
 # Weights and inputs in int8: one scale per output, one for the whole input, no zero points.

@@ -1,15 +1,13 @@
-"""How each family of checkpoints writes a conversation, as data. `runtime.prompt` writes prompts with it.
+"""How each family of checkpoints writes a conversation, as data. `model.prompt` writes prompts with it.
 
 Sources: the `internvl2_5` conversation of the original code; the chat template of native checkpoints.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
-from internvl_edge.base.errors import BundleError, CheckpointError
+from internvl_edge.base.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -30,27 +28,6 @@ class PromptTemplate:
     image_context: str
     image_end: str
     merges_unmarked_images: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        """The template as JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> PromptTemplate:
-        """The inverse of `to_dict`.
-
-        Raises:
-            BundleError: a field is missing, unknown or of another type.
-        """
-        names = {field.name for field in fields(cls)}
-        if set(values) != names:
-            wrong = ", ".join(sorted(names.symmetric_difference(values)))
-            raise BundleError(f"prompt template: fields missing or unknown: {wrong}; export the checkpoint again")
-        for name, value in values.items():
-            good = isinstance(value, bool if name == "merges_unmarked_images" else str)
-            if not good and not (name == "system" and value is None):
-                raise BundleError(f"prompt template: {name} is {value!r}; export the checkpoint again")
-        return cls(**values)
 
 
 _INTERNVL2_5 = PromptTemplate(

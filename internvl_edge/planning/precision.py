@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 from internvl_edge.base.errors import EdgeError
@@ -17,32 +16,34 @@ from internvl_edge.model.config import ModelConfig
 from internvl_edge.model.linear import W8A8, Scheme
 from internvl_edge.recipe.recipe import Recipe
 
-from .footprint import INT8, Precision
+from .footprint import Precision
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
 
 def bundle_precision(manifest: Manifest, dialect: str = "standard") -> Precision:
-    """How a bundle stores its weights for one of its decoder graphs."""
-    stored = Precision(BYTES[manifest.dtype], BYTES[manifest.activations], dialect=dialect)
-    if manifest.kv_cache == "int8":
-        stored = replace(stored, cache_bytes=1)
-    if manifest.token_table == "int8":
-        stored = replace(stored, table="int8")
-    if tower := manifest.vision_quantization:
-        stored = replace(stored, vision=W8A8, floats=tuple(tower["floats"]))
-    quantization = manifest.quantization
-    if quantization is None:
-        return stored
-    requantized = quantization["asymmetric"] == "requantize" and dialect == "standard"
-    most = Scheme(quantization["bits"], quantization["group_size"], quantization["symmetric"] or requantized)
-    head = {"int4": most, "int8": INT8}.get(str(quantization["lm_head"])[:4])
-    layers = Counter(quantization["linears"])
-    if head:
-        layers.subtract([quantization["lm_head"]])
-    scheme, count = layers.most_common(1)[0]
-    body = W8A8 if scheme == str(W8A8) else most
-    return replace(stored, body=body if count else None, head=head)
+    """How a bundle stores its weights for one of its decoder graphs.
+
+    Where a part has several schemes, most of its linears' stands for all that are not floats.
+    """
+    tower = _most(manifest.schemes("vision.").values()) or _most(manifest.schemes("projector.").values())
+    return Precision(
+        dtype_bytes=BYTES[manifest.dtype],
+        vector_bytes=BYTES[manifest.activations],
+        body=_most(manifest.schemes("decoder.layers.").values()),
+        head=manifest.linears.get("decoder.lm_head"),
+        vision=tower,
+        cache_bytes=1 if manifest.kv_cache == "int8" else 2,
+        floats=_float_linears(manifest) if tower else (),
+        table="int8" if manifest.token_table == "int8" else "float",
+        dialect=dialect,
+    )
+
+
+def _float_linears(manifest: Manifest) -> tuple[str, ...]:
+    """Linears of tower and projector that keep their floats."""
+    linears = (name for name in _linears(manifest.model) if not name.startswith("decoder."))
+    return tuple(name for name in linears if name not in manifest.linears)
 
 
 def recipe_precision(recipe: Recipe) -> Precision:

@@ -7,8 +7,7 @@ files is the business of `recipe_files`.
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.model.linear import W8A8, Scheme
@@ -256,10 +255,6 @@ class Recipe:
         uniform = not self.layers and self.choice is None
         others = (self.lm_head, self.vision, self.kv_cache) == ("fp", "fp", "fp")
         return self.decoder in _FOUR_BITS and not self.symmetric and uniform and others
-
-    def to_dict(self) -> dict[str, Any]:
-        """The recipe as JSON values."""
-        return asdict(self)
 
 
 def _unknown_scheme(name: str) -> str:

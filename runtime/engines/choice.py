@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from internvl_edge.base import machine
 from internvl_edge.base.errors import EngineError
-from internvl_edge.bundle.manifest import Bundle
+from internvl_edge.bundle.bundle import Bundle
 
 from . import Engine
 from .onnxruntime import OnnxRuntimeEngine

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from internvl_edge.base.errors import EngineError
 from internvl_edge.base.extras import requires
 from internvl_edge.base.machine import cores, multiplies_int8_exactly
-from internvl_edge.bundle import manifest as bundle
-from internvl_edge.bundle.manifest import Bundle
+from internvl_edge.bundle import names
+from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.model.rope import RotaryAngles
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -81,7 +81,7 @@ class OnnxRuntimeEngine:
         self._capacity = capacity
         self._length = 0
         self._vision = self._load_vision(opened, threads)
-        self._text = self._session(opened, bundle.DECODERS[dialect], threads)
+        self._text = self._session(opened, names.DECODERS[dialect], threads)
         self._prompts = self._load_prompts(opened, threads) if dialect == "onnxruntime" else None
         vision = model.vision
         scores = 4 * vision.num_attention_heads * (vision.grid_size**2 + 1) ** 2
@@ -166,12 +166,12 @@ class OnnxRuntimeEngine:
         return logits
 
     def _load_vision(self, opened: Bundle, threads: int | None) -> Any:
-        return self._session(opened, bundle.VISION, threads, _SLEEPING)
+        return self._session(opened, names.VISION, threads, _SLEEPING)
 
     def _load_prompts(self, opened: Bundle, threads: int | None) -> Any:
         """The graph for long prompts, where the bundle has one and this CPU multiplies bytes without loss."""
-        usable = self._device == "cpu" and bundle.PROMPTS in opened.manifest.files and multiplies_int8_exactly()
-        return self._session(opened, bundle.PROMPTS, threads, _SLEEPING) if usable else None
+        usable = self._device == "cpu" and names.PROMPTS in opened.manifest.files and multiplies_int8_exactly()
+        return self._session(opened, names.PROMPTS, threads, _SLEEPING) if usable else None
 
     def _session(self, opened: Bundle, name: str, threads: int | None, *entries: tuple[str, str]) -> Any:
         options = self._ort.SessionOptions()
@@ -179,7 +179,7 @@ class OnnxRuntimeEngine:
         options.log_severity_level = 3
         for key, value in (*_CONFIG.items(), *entries):
             options.add_session_config_entry(key, value)
-        if _has_int8_inputs(opened) and not multiplies_int8_exactly():
+        if opened.manifest.rounds_inputs and not multiplies_int8_exactly():
             options.add_session_config_entry(*_WIDE_SUMS)
         try:
             return self._ort.InferenceSession(str(opened.path(name)), options, providers=[PROVIDERS[self._device]])
@@ -245,24 +245,19 @@ def _chunks(embeds: NDArray[np.float32], size: int) -> Iterator[NDArray[np.float
     return (embeds[start : start + size] for start in range(0, len(embeds), size))
 
 
-def _has_int8_inputs(opened: Bundle) -> bool:
-    schemes = (opened.manifest.quantization or {}).get("linears", {})
-    return bool(opened.manifest.vision_quantization) or any("int8 inputs" in scheme for scheme in schemes)
-
-
 def _runs_grouped_attention(opened: Bundle) -> bool:
     return opened.manifest.model.decoder.head_dim % _GROUPED_HEAD == 0
 
 
 def _fastest_dialect(opened: Bundle) -> str:
-    has_own = bundle.DECODERS["onnxruntime"] in opened.manifest.files
+    has_own = names.DECODERS["onnxruntime"] in opened.manifest.files
     return "onnxruntime" if has_own and _runs_grouped_attention(opened) else "standard"
 
 
 def _check_dialect(opened: Bundle, dialect: str) -> None:
-    if dialect not in bundle.DECODERS:
-        raise EngineError(f"dialect {dialect!r} is not one of {', '.join(bundle.DECODERS)}")
-    if bundle.DECODERS[dialect] not in opened.manifest.files:
+    if dialect not in names.DECODERS:
+        raise EngineError(f"dialect {dialect!r} is not one of {', '.join(names.DECODERS)}")
+    if names.DECODERS[dialect] not in opened.manifest.files:
         raise EngineError(f"this bundle has no {dialect} decoder; export it again with --dialect {dialect}")
     if dialect == "onnxruntime" and not _runs_grouped_attention(opened):
         raise EngineError(

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from internvl_edge.base import machine
 from internvl_edge.base.errors import EngineError
 from internvl_edge.base.extras import requires
-from internvl_edge.bundle import manifest as bundle
-from internvl_edge.bundle.manifest import Bundle
+from internvl_edge.bundle import names
+from internvl_edge.bundle.bundle import Bundle
 
 from .onnxruntime import OnnxRuntimeEngine
 
@@ -57,9 +57,9 @@ class OpenVinoEngine(OnnxRuntimeEngine):
         self._core = _import_openvino().Core()
         super().__init__(opened, capacity=capacity, threads=threads)
         self._requests: list[Any] = []
-        has_graph = bundle.DECODERS["onnxruntime"] in opened.manifest.files and self._cache_dtype == self._dtype
+        has_graph = names.DECODERS["onnxruntime"] in opened.manifest.files and self._cache_dtype == self._dtype
         if has_graph and self._prompts is None:
-            compiled = self._compiled(opened, bundle.DECODERS["onnxruntime"], threads)
+            compiled = self._compiled(opened, names.DECODERS["onnxruntime"], threads)
             # Two, because the cache that one returns is what the other reads.
             self._requests = [compiled.create_infer_request() for _ in range(2)]
 
@@ -102,7 +102,7 @@ class OpenVinoEngine(OnnxRuntimeEngine):
         }
 
     def _load_vision(self, opened: Bundle, threads: int | None) -> Any:
-        return self._compiled(opened, bundle.VISION, threads).create_infer_request()
+        return self._compiled(opened, names.VISION, threads).create_infer_request()
 
     def _compiled(self, opened: Bundle, name: str, threads: int | None) -> Any:
         properties = {

@@ -17,7 +17,7 @@ from helpers.fake_gpu import FakeCuda
 from helpers.repository import REPOSITORY
 from internvl_edge import export_bundle
 from internvl_edge.base.errors import EngineError
-from internvl_edge.bundle.manifest import Bundle
+from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from internvl_edge.runtime.engines.tensorrt.cuda import Cuda
 

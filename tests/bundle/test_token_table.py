@@ -10,7 +10,8 @@ import pytest
 from helpers import tiny
 from internvl_edge import export_bundle
 from internvl_edge.base.errors import EdgeError
-from internvl_edge.bundle.manifest import EMBEDDINGS, Bundle
+from internvl_edge.bundle.bundle import Bundle
+from internvl_edge.bundle.names import EMBEDDINGS
 from internvl_edge.bundle.token_table import table_bytes
 from internvl_edge.planning.footprint import Footprint
 from internvl_edge.planning.precision import bundle_precision
@@ -31,7 +32,7 @@ def test_an_int8_token_table_is_near_the_floats_and_counted(tmp_path: Path, dtyp
     assert (np.abs(found - expected) <= 0.501 * step).all()
     np.testing.assert_array_equal(rounded.embeddings()[7], found[7])
     assert rounded.manifest.is_quantized
-    sizes = {part["name"]: part["bytes"] for part in rounded.manifest.components or []}
+    sizes = {part.name: part.bytes for part in rounded.manifest.components}
     assert sizes["token table"] == pytest.approx(table_bytes(shape, "int8"), rel=0.01)
     counted = Footprint(rounded.manifest.model, bundle_precision(rounded.manifest)).weights.embeddings
     assert counted == table_bytes(shape, "int8")

@@ -16,7 +16,7 @@ from PIL import Image
 
 from helpers import tiny
 from helpers.commands import assert_one_line, internvl_edge
-from internvl_edge.bundle.manifest import MANIFEST
+from internvl_edge.bundle.names import MANIFEST
 from internvl_edge.cli import cli, doctor, main
 
 
@@ -290,7 +290,7 @@ def test_bundle_of_a_newer_format(bundle: Path, tmp_path: Path) -> None:
     copy = copy_of(bundle, tmp_path / "newer")
     values = json.loads((copy / MANIFEST).read_text())
     (copy / MANIFEST).write_text(json.dumps(values | {"format_version": values["format_version"] + 1}))
-    assert_one_line(internvl_edge("run", copy, "x"), "format 2", "update internvl-edge")
+    assert_one_line(internvl_edge("run", copy, "x"), "format 3", "update internvl-edge")
     (copy / MANIFEST).write_text("{}")
     assert_one_line(internvl_edge("run", copy, "x"), "damaged", "format_version")
 

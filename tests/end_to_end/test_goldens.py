@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from internvl_edge import InternVL, Reply, export_bundle
-from internvl_edge.bundle.manifest import DECODERS, TOKENIZER, Bundle
+from internvl_edge.bundle.bundle import Bundle
+from internvl_edge.bundle.names import DECODERS, TOKENIZER
 from internvl_edge.model.preprocess import load_image, tile_image
 from internvl_edge.model.tokenizer import Tokenizer
 from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine

@@ -19,9 +19,12 @@ from helpers import tiny, tiny_quantized
 from helpers.commands import assert_one_line, internvl_edge
 from internvl_edge import InternVL, QualityWarning, export_bundle
 from internvl_edge.base.errors import BundleError, EdgeError
+from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.bundle.gate import METRICS, Condition, Verdict, judge, parse_condition, require_measurable
-from internvl_edge.bundle.manifest import DECODERS, MANIFEST, Bundle, Manifest
-from internvl_edge.bundle.quality import Quality, quality_of, quality_warning, record
+from internvl_edge.bundle.manifest import Manifest
+from internvl_edge.bundle.names import DECODERS, MANIFEST
+from internvl_edge.bundle.quality import Quality
+from internvl_edge.bundle.quality_record import quality_of, quality_warning, record_quality
 from internvl_edge.cli import cli, evaluate
 from internvl_edge.evaluation import Comparison, compare
 
@@ -48,7 +51,7 @@ def _graded(folder: Path, *conditions: str, accepted: str = "") -> Quality:
     known = quality_of(Manifest.read(folder))
     quality = known.with_figures(FIGURES, {}, map(parse_condition, conditions))
     quality = replace(quality, accepted=accepted)
-    record(folder, quality)
+    record_quality(folder, quality)
     return quality
 
 
@@ -123,14 +126,18 @@ def test_figures_and_conditions_survive_the_manifest(quantized: Path) -> None:
 
 
 def test_a_figure_that_is_no_number_survives_the_manifest(quantized: Path) -> None:
-    record(quantized, Quality(Manifest.read(quantized).fingerprint, {}, {}, (Verdict("kl>0.05", math.nan, True),)))
+    record_quality(
+        quantized, Quality(Manifest.read(quantized).fingerprint, {}, {}, (Verdict("kl>0.05", math.nan, True),))
+    )
     json.loads((quantized / MANIFEST).read_text(encoding="utf-8"), parse_constant=pytest.fail)
     assert math.isnan(quality_of(Manifest.read(quantized)).gate[0].value)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_the_figures_of_a_broken_model_are_null_in_json_and_fail_when_read_back(quantized: Path, value: float) -> None:
-    record(quantized, Quality(Manifest.read(quantized).fingerprint).with_figures({"kl": value, "top1": 0.5}, {}, []))
+    record_quality(
+        quantized, Quality(Manifest.read(quantized).fingerprint).with_figures({"kl": value, "top1": 0.5}, {}, [])
+    )
     written = json.loads((quantized / MANIFEST).read_text(encoding="utf-8"), parse_constant=pytest.fail)
     assert written["quality"]["figures"] == {"kl": None, "top1": 0.5}
     reread = quality_of(Manifest.read(quantized))
@@ -162,15 +169,15 @@ def test_recording_changes_the_manifest_alone_and_in_one_step(quantized: Path, m
 def test_figures_of_other_weights_do_not_count(made: tuple[Path, Path], quantized: Path) -> None:
     """The entry is copied into the manifest of a bundle with other weights."""
     _graded(quantized, "kl>0.05")
-    strange = json.loads((quantized / MANIFEST).read_text(encoding="utf-8"))["quality"]
-    other = replace(Manifest.read(made[0]), quality=strange, quantization=Manifest.read(quantized).quantization)
+    strange = Manifest.read(quantized)
+    other = replace(Manifest.read(made[0]), quality=strange.quality, linears=strange.linears)
     assert quality_of(other) == Quality(other.fingerprint)
     assert "nobody has measured" in (quality_warning(made[0], other) or "")
 
 
 def test_figures_are_not_recorded_for_files_that_changed_meanwhile(made: tuple[Path, Path], quantized: Path) -> None:
     with pytest.raises(BundleError, match="changed while it was evaluated"):
-        record(quantized, quality_of(Manifest.read(made[0])))
+        record_quality(quantized, quality_of(Manifest.read(made[0])))
 
 
 def test_newer_figures_are_held_against_earlier_conditions() -> None:
@@ -185,11 +192,13 @@ def test_newer_figures_are_held_against_earlier_conditions() -> None:
     assert (wider.state, [verdict.condition for verdict in wider.gate]) == ("passed", ["kl>=0.1", "exact_match<0.8"])
 
 
-@pytest.mark.parametrize("damage", [{"gate": [{"condition": "kl"}]}, {"gate": 3}, {"more": 1}, {"files": None}])
+@pytest.mark.parametrize("damage", [{"gate": [{"condition": "kl"}]}, {"gate": 3}, {"accepted": 1}, {"files": None}])
 def test_an_entry_that_cannot_be_read_counts_as_none(quantized: Path, damage: dict[str, Any]) -> None:
-    recorded = _graded(quantized, "kl>0.05").to_dict()
-    values = {name: value for name, value in (recorded | damage).items() if value is not None}
-    manifest = replace(Manifest.read(quantized), quality=values)
+    record_quality(quantized, _graded(quantized, "kl>0.05"))
+    written = json.loads((quantized / MANIFEST).read_text(encoding="utf-8"))
+    written["quality"] = {name: value for name, value in (written["quality"] | damage).items() if value is not None}
+    (quantized / MANIFEST).write_text(json.dumps(written), encoding="utf-8")
+    manifest = Manifest.read(quantized)
     assert quality_of(manifest) == Quality(manifest.fingerprint)
     assert "nobody has measured" in (quality_warning(quantized, manifest) or "")
 

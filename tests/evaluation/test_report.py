@@ -20,12 +20,16 @@ from helpers import tiny
 from helpers.commands import internvl_edge
 from helpers.reports import HOSTILE, full_report
 from internvl_edge.base.jsonable import decode, encode
-from internvl_edge.bundle.manifest import QUANTIZATION, Manifest
+from internvl_edge.base.run_record import RunRecord
+from internvl_edge.bundle.manifest import Manifest
+from internvl_edge.bundle.names import QUANTIZATION
+from internvl_edge.checkpoint.record import read_record
 from internvl_edge.evaluation.report.bundle_report import histogram
-from internvl_edge.evaluation.report.content import Report, Run
-from internvl_edge.evaluation.report.files import HTML, JSON, making_of, read_report, write_report
+from internvl_edge.evaluation.report.content import Report
+from internvl_edge.evaluation.report.files import HTML, JSON, read_report, write_report
 from internvl_edge.evaluation.report.page import difference, render
-from internvl_edge.model.components import Component
+from internvl_edge.model.components import Component, Stored
+from internvl_edge.model.linear import W8A8, Scheme
 from internvl_edge.quantize.run import _read_facts
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
@@ -53,9 +57,9 @@ def test_a_report_survives_its_file(written: Path) -> None:
 
 
 def test_what_is_no_number_is_null_and_comes_back() -> None:
-    run = Run("now", float("nan"), 0, "m", {})
+    run = RunRecord("now", float("nan"), 0, "m", {})
     text = json.dumps(encode(run), allow_nan=False)
-    assert np.isnan(decode(Run, json.loads(text)).seconds)
+    assert np.isnan(decode(RunRecord, json.loads(text)).seconds)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format_version": 99}', '{"format_version": 1, "kind": 3}'])
@@ -65,9 +69,9 @@ def test_a_strange_file_is_no_report(tmp_path: Path, text: str) -> None:
 
 
 def test_facts_of_an_older_version_are_read_when_a_run_is_taken_up(tmp_path: Path) -> None:
-    making = full_report().making
-    assert making is not None
-    facts = making.linears[0]
+    record = full_report().quantization
+    assert record is not None
+    facts = record.linears[0]
     older = {**asdict(facts), "fallback": True}
     (tmp_path / "facts.json").write_text(json.dumps([older]), encoding="utf-8")
     assert _read_facts(tmp_path) == [facts]
@@ -172,15 +176,16 @@ def test_what_is_not_known_is_left_out() -> None:
 
 
 def test_the_first_sentence_says_how_each_part_is_stored() -> None:
-    parts = {"vision": {"int8 per output, symmetric, int8 inputs": 9}, "lm_head": {"int8 per output, symmetric": 1}}
-    parts["decoder"] = {"int8 per output, symmetric": 4, "int4 in groups of 32, symmetric": 3}
+    int8, int4 = Scheme(8, None, symmetric=True), Scheme(4, 32, symmetric=True)
+    parts = {"vision": (Stored(9, "float16", W8A8),), "lm_head": (Stored(1, "float16", int8),)}
+    parts["decoder"] = (Stored(4, "float16", int8), Stored(3, "float16", int4))
     sizes = tuple(Component(name, 500_000_000, 1, 8, stored) for name, stored in parts.items())
     text = render(replace(BARE, components=sizes))
     assert "1.50 billion weights: vision and lm_head in int8; decoder in int8 and int4 in groups of 32." in text
 
 
 def test_the_verdict_stands_in_front() -> None:
-    report = replace(full_report(), making=None, comparison=None)
+    report = replace(full_report(), quantization=None, comparison=None)
     words = {
         "failed": "Failed its gate, accepted",
         "passed": "Passed its gate, accepted",
@@ -225,7 +230,7 @@ def _json(folder: Path) -> dict[str, Any]:
 def test_quantize_writes_both_files_into_its_folder(made: Path) -> None:
     report = _json(made / "rounded")
     assert (made / "rounded" / HTML).is_file()
-    assert report["making"]["recipe"]["decoder"] == "w4a16-rtn"
+    assert report["quantization"]["recipe"]["decoder"] == "w4a16-rtn"
     decoder = next(part for part in report["components"] if part["name"] == "decoder")
     assert 4.5 <= decoder["bits_per_weight"] < 5.5
     stored = sum(path.stat().st_size for path in (made / "rounded").glob("*.safetensors"))
@@ -235,11 +240,11 @@ def test_quantize_writes_both_files_into_its_folder(made: Path) -> None:
 def test_export_carries_what_the_quantizer_said_of_these_weights(made: Path, tmp_path: Path) -> None:
     assert QUANTIZATION in Manifest.read(made / "int4").files
     assert QUANTIZATION not in Manifest.read(made / "float").files
-    assert making_of(made / "original") is None
+    assert read_record(made / "original") is None
     other = Path(shutil.copytree(made / "rounded", tmp_path / "other"))
-    assert making_of(other) == making_of(made / "rounded") is not None
+    assert read_record(other) == read_record(made / "rounded") is not None
     (other / "model-00002-of-00002.safetensors").write_bytes(b"")
-    assert making_of(other) is None
+    assert read_record(other) is None
 
 
 def test_evaluate_puts_making_and_answers_into_one_report(made: Path, tmp_path: Path) -> None:
@@ -255,7 +260,7 @@ def test_evaluate_puts_making_and_answers_into_one_report(made: Path, tmp_path: 
     assert "int4.report/report.html" in result.stderr
     report = _json(made / "int4.report")
     assert (report["gate"]["state"], report["kind"]) == ("passed", "bundle")
-    assert report["making"]["recipe"]["decoder"] == "w4a16-rtn"
+    assert report["quantization"]["recipe"]["decoder"] == "w4a16-rtn"
     assert set(report["comparison"]["kinds"]) == {"images", "text"}
     (sample,) = report["comparison"]["samples"]
     assert sample["question"] == HOSTILE

@@ -13,7 +13,8 @@ import pytest
 from helpers import tiny
 from internvl_edge import export_bundle
 from internvl_edge.base.errors import EdgeError
-from internvl_edge.bundle.manifest import MANIFEST, Bundle
+from internvl_edge.bundle.bundle import Bundle
+from internvl_edge.bundle.names import MANIFEST
 
 # Exports argv[1] to argv[2] and waits in the middle of writing, having said so.
 SLOW_EXPORT = """

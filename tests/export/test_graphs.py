@@ -14,7 +14,8 @@ from helpers import tiny
 from helpers.engines import TEXT, engine_for, greedy, random_tiles
 from helpers.reference import Reference
 from internvl_edge import export_bundle
-from internvl_edge.bundle.manifest import DECODERS, VISION, Bundle
+from internvl_edge.bundle.bundle import Bundle
+from internvl_edge.bundle.names import DECODERS, VISION
 from internvl_edge.runtime.engines.onnxruntime import PREFILL_CHUNK, OnnxRuntimeEngine
 
 KINDS: dict[str, dict[str, Any]] = {

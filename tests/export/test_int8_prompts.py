@@ -13,7 +13,8 @@ from helpers import tiny
 from helpers.tiny_quantized import write_quantized
 from internvl_edge import InternVL, export_bundle
 from internvl_edge.base.errors import EdgeError
-from internvl_edge.bundle.manifest import PROMPTS, Bundle
+from internvl_edge.bundle.bundle import Bundle
+from internvl_edge.bundle.names import PROMPTS
 from internvl_edge.export.prompts import round_per_output
 from internvl_edge.model.linear import PackedLinear, Scheme
 from internvl_edge.runtime.engines import onnxruntime as engine_module

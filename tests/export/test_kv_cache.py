@@ -14,7 +14,8 @@ from helpers.kv_scales import write_scales
 from helpers.reference import Reference
 from internvl_edge import export_bundle
 from internvl_edge.base.errors import CheckpointError
-from internvl_edge.bundle.manifest import DECODERS, Bundle
+from internvl_edge.bundle.bundle import Bundle
+from internvl_edge.bundle.names import DECODERS
 from internvl_edge.calibration.cache_ranges import CacheRanges
 from internvl_edge.checkpoint.kv_scales import KV_CACHE_SCALES, KvScales
 from internvl_edge.checkpoint.reader import Checkpoint

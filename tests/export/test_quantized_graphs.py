@@ -21,7 +21,10 @@ from helpers.reference import Reference
 from helpers.tiny_quantized import plain_weights, round_to_nearest, write_quantized
 from internvl_edge import export_bundle
 from internvl_edge.base.errors import EdgeError
-from internvl_edge.bundle.manifest import DECODERS, Bundle
+from internvl_edge.base.jsonable import encode
+from internvl_edge.bundle.bundle import Bundle
+from internvl_edge.bundle.manifest import DecoderQuantization
+from internvl_edge.bundle.names import DECODERS
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.export.builder import GraphBuilder, Types
 from internvl_edge.export.quantized import PackedWeights, requantize
@@ -196,8 +199,8 @@ def test_rounding_again_removes_zero_points_for_tensorrt_and_says_what_it_costs(
     ]
     exact = [expected.tensor(f"{name}.weight") for name in sorted(checkpoint.schemes)]
     missed = np.concatenate([(g - e).ravel() for g, e in zip(got, exact, strict=True)])
-    assert summary["weight_error"] == pytest.approx(relative(missed, np.concatenate([e.ravel() for e in exact])), 1e-3)
-    assert 0.02 < summary["weight_error"] < 0.2
+    assert summary.weight_error == pytest.approx(relative(missed, np.concatenate([e.ravel() for e in exact])), 1e-3)
+    assert 0.02 < summary.weight_error < 0.2
     with pytest.raises(EdgeError, match="asymmetric 'clamp' is not one of exact, requantize"):
         export_bundle(quantized, tmp_path / "other", asymmetric="clamp")
 
@@ -219,17 +222,10 @@ def test_the_manifest_tells_how_the_decoder_is_quantized(tmp_path: Path) -> None
     body = 2 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 128)
     head = 64 * Checkpoint(source).config.decoder.vocab_size
     bits = (body * (4 + 36 / 32) + head * 16) / (body + head)
-    assert summary == {
-        "method": "awq",
-        "bits": 4,
-        "group_size": 32,
-        "symmetric": False,
-        "linears": {"int4 in groups of 32, with zero points": 14},
-        "lm_head": "float16",
-        "bits_per_weight": round(bits, 3),
-        "asymmetric": "exact",
-        "weight_error": 0.0,
-    }
+    assert summary == DecoderQuantization("awq", round(bits, 3), 0.0)
+    linears = Bundle.open(bundle).manifest.linears
+    assert set(linears) == set(Checkpoint(quantized).schemes)
+    assert set(linears.values()) == {Scheme(4, 32, symmetric=False)}
     assert Bundle.open(export_bundle(source, tmp_path / "plain")).manifest.quantization is None
 
 
@@ -324,10 +320,12 @@ def test_the_command_prints_what_was_quantized_and_what_it_cost(
     monkeypatch.setattr("sys.argv", [*common, "-o", str(tmp_path / "text"), "--dialect", "standard"])
     with pytest.raises(SystemExit, match="0"):
         cli.main()
-    assert "awq: int4, groups of 32" in (printed := capsys.readouterr().out)
-    assert "rounded again, weights off by" in printed
+    assert "14 x int4 in groups of 32, with zero points" in (printed := capsys.readouterr().out)
+    assert "bits per weight, weights off by" in printed
     monkeypatch.setattr("sys.argv", [*common, "-o", str(tmp_path / "json"), "--json"])
     with pytest.raises(SystemExit, match="0"):
         cli.main()
     facts = json.loads(capsys.readouterr().out)
-    assert facts["quantization"] == Bundle.open(tmp_path / "json").manifest.quantization
+    manifest = Bundle.open(tmp_path / "json").manifest
+    assert facts["quantization"] == encode(manifest.quantization)
+    assert facts["linears"] == encode(manifest.linears)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from helpers.reference import Reference
-from internvl_edge.bundle.manifest import Bundle
+from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.runtime.engines import onnxruntime as engine_module
 from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
 

@@ -5,26 +5,27 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from internvl_edge.checkpoint.record import ActivationRange, LinearFacts
+from internvl_edge.base.run_record import RunRecord
+from internvl_edge.checkpoint.record import ActivationRange, LinearReport, QuantizationRecord, TowerReport
 from internvl_edge.evaluation.report.bundle_report import histogram, small_picture
 from internvl_edge.evaluation.report.content import (
     ComparisonFacts,
     Figures,
     Gate,
     Judged,
-    Making,
     Mistake,
     Report,
-    Run,
     Sample,
     SuiteFacts,
     Task,
-    TowerFacts,
 )
-from internvl_edge.model.components import Component
+from internvl_edge.model.components import Component, Stored
+from internvl_edge.model.linear import W8A8, Scheme
+
+INT4 = Scheme(4, 128, symmetric=True)
 
 HOSTILE = '"><script src="https://example.com/x.js">alert(1)</script><img src=x onerror=alert(2)> \u202e & 中文'
-RUN = Run("2026-01-02 03:04", 3725.0, 3_210_000_000, "Some CPU, 8 cores", {"python": "3.12", "numpy": "2.1"})
+RUN = RunRecord("2026-01-02 03:04", 3725.0, 3_210_000_000, "Some CPU, 8 cores", {"python": "3.12", "numpy": "2.1"})
 FIGURES = Figures(1200, 0.0213, 0.31, 2.5, 0.962, 9.1, 9.4)
 
 
@@ -58,20 +59,20 @@ def full_report() -> Report:
         quantized=True,
         bytes=812_000_000,
         components=(
-            Component("vision", 304_000_000, 310_000_000, 8.16, {"int8 per output, symmetric, int8 inputs": 96}),
-            Component("decoder", 358_000_000, 201_000_000, 4.5, {"int4 in groups of 128, symmetric": 168}),
+            Component("vision", 304_000_000, 310_000_000, 8.16, (Stored(96, "float16", W8A8),)),
+            Component("decoder", 358_000_000, 201_000_000, 4.5, (Stored(168, "float16", INT4),)),
         ),
         files="0123456789abcdef" * 4,
         figures={"kl": 0.0213, "top1": 0.962, "exact_match": 0.95},
         gate=Gate("failed", (Judged("kl>0.05", 0.0213, False), Judged("exact_match<0.96", None, True)), HOSTILE),
-        making=_making(),
+        quantization=_quantization(),
         comparison=comparison,
         suite=SuiteFacts("reader", 0, Task(500, 0.95, 0.96), tasks, mistakes, RUN),
     )
 
 
-def _making() -> Making:
-    return Making(
+def _quantization() -> QuantizationRecord:
+    return QuantizationRecord(
         checkpoint="internvl-1b",
         recipe={"decoder": "w4a16-awq", "layers": [[HOSTILE, "fp"]], "vision_int8": {"smoothing": True, "keep": []}},
         samples=64,
@@ -81,14 +82,14 @@ def _making() -> Making:
         weights={"model.safetensors": 700_000_000},
         components=(),
         linears=tuple(_linears()),
-        tower=TowerFacts(64, 0.9996, 0.9981, 0.9997),
+        tower=TowerReport(64, 0.9996, 0.9981, 0.9997),
         bits_per_weight=4.5,
         predicted_kl=0.02,
         run=RUN,
     )
 
 
-def _linears() -> list[LinearFacts]:
+def _linears() -> list[LinearReport]:
     kinds = {
         "vision": ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"],
         "decoder": [*(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in ("gate", "up", "down"))],
@@ -96,9 +97,10 @@ def _linears() -> list[LinearFacts]:
     random = np.random.default_rng(1)
     names = [f"{part}.layers.{n}.{kind}" for part in kinds for n in range(24) for kind in kinds[part]]
     return [
-        LinearFacts(
+        LinearReport(
             name=name,
-            scheme="int4 in groups of 128, symmetric",
+            dtype="float16",
+            scheme=INT4,
             bits_per_weight=4.25,
             error=float(error),
             sqnr_db=float(-20 * np.log10(error)),

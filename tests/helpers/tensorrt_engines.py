@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from helpers.fake_gpu import FakeCuda, FakeTensorRT
-from internvl_edge.bundle.manifest import Bundle, sha256
+from internvl_edge.bundle.bundle import Bundle, sha256
 from internvl_edge.runtime.engines.tensorrt.build.bundle_engines import headers
 from internvl_edge.runtime.engines.tensorrt.cuda import Cuda
 from internvl_edge.runtime.engines.tensorrt.engine import TensorRTEngine

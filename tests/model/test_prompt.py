@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internvl_edge.base.errors import BundleError, CheckpointError, PromptError
+from internvl_edge.base.errors import CheckpointError, PromptError
+from internvl_edge.base.jsonable import decode, dumps, encode
 from internvl_edge.model.prompt import build_prompt, video_question
 from internvl_edge.model.template import TEMPLATES, PromptTemplate, template_for
 
@@ -194,13 +195,13 @@ def test_video_frames_are_numbered_lines_before_the_question() -> None:
 
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=lambda template: template.name)
 def test_template_survives_the_manifest(template: PromptTemplate) -> None:
-    assert PromptTemplate.from_dict(json.loads(json.dumps(template.to_dict()))) == template
+    assert decode(PromptTemplate, json.loads(dumps(template)), strict=True) == template
 
 
 @pytest.mark.parametrize("change", [{"extra": "x"}, {"turn_end": 3}, {"merges_unmarked_images": "yes"}, {"name": None}])
 def test_damaged_template_is_refused_by_field(change: dict[str, Any]) -> None:
-    with pytest.raises(BundleError, match=next(iter(change))):
-        PromptTemplate.from_dict(REMOTE.to_dict() | change)
+    with pytest.raises(ValueError, match=next(iter(change))):
+        decode(PromptTemplate, encode(REMOTE) | change, strict=True)
 
 
 def test_unknown_template_is_refused() -> None:

@@ -20,7 +20,8 @@ from helpers.repository import REPOSITORY
 from helpers.tiny_quantized import write_quantized
 from internvl_edge import export_bundle
 from internvl_edge.base.errors import EdgeError
-from internvl_edge.bundle.manifest import EMBEDDINGS, Bundle
+from internvl_edge.bundle.bundle import Bundle
+from internvl_edge.bundle.names import EMBEDDINGS
 from internvl_edge.checkpoint.config_reader import read_config
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.cli.plan import command

@@ -25,6 +25,7 @@ from internvl_edge.calibration.statistics import Wanted, whole_gram
 from internvl_edge.calibration.weights import load_block
 from internvl_edge.calibration.work import WorkFolder
 from internvl_edge.checkpoint.reader import Checkpoint
+from internvl_edge.model.linear import W8A8
 from internvl_edge.quantize import QuantizationReport, quantize_checkpoint, sensitivity_decoder
 from internvl_edge.quantize.choose import Option, choose_for_cost, choose_for_divergence, lower_hull
 from internvl_edge.quantize.folding import SCALE_GROUPS
@@ -237,12 +238,12 @@ def test_more_bits_are_predicted_to_diverge_less_and_reasons_say_so(tmp_path: Pa
     reports = {bits: quantize(checkpoint, tmp_path / f"{bits}", mixed(target_bits=bits)) for bits in (4.3, 5.0, 7.0)}
     predictions = []
     for bits, report in reports.items():
-        assert report.bits_per_weight <= bits
-        assert report.predicted_kl is not None
-        parts = [linear.part for linear in report.linears if linear.part is not None]
-        assert sum(parts) == pytest.approx(report.predicted_kl)
-        predictions.append(report.predicted_kl)
-        facts = {linear.name: linear for linear in report.linears}
+        assert report.record.bits_per_weight <= bits
+        assert report.record.predicted_kl is not None
+        parts = [linear.part for linear in report.record.linears if linear.part is not None]
+        assert sum(parts) == pytest.approx(report.record.predicted_kl)
+        predictions.append(report.record.predicted_kl)
+        facts = {linear.name: linear for linear in report.record.linears}
         schemes = Checkpoint(report.folder).schemes
         for unit in units(Checkpoint(checkpoint)):
             assert len({facts[name].scheme for name in unit}) == 1  # what programs fuse stays together
@@ -260,9 +261,9 @@ def test_a_limit_on_divergence_is_kept_with_fewer_bits_than_all(tmp_path: Path) 
     uniform = quantize(checkpoint, tmp_path / "low", mixed(target_bits=4.25)).predicted_kl
     assert uniform is not None
     report = quantize(checkpoint, tmp_path / "half", mixed(max_kl=uniform / 2))
-    assert report.predicted_kl is not None
-    assert report.predicted_kl <= uniform / 2
-    assert 4.25 < report.bits_per_weight < 8
+    assert report.record.predicted_kl is not None
+    assert report.record.predicted_kl <= uniform / 2
+    assert 4.25 < report.record.bits_per_weight < 8
 
 
 def test_patterns_come_before_the_choice(tmp_path: Path) -> None:
@@ -281,10 +282,10 @@ def test_int8_inputs_go_where_they_harm_least(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint")
     recipe = Recipe("w8a8", decoder_int8=DecoderInt8(max_kl=0.002))
     report = quantize(checkpoint, tmp_path / "out", recipe)
-    kinds = {linear.scheme.endswith("int8 inputs") for linear in report.linears}
+    kinds = {linear.scheme == W8A8 for linear in report.record.linears}
     assert kinds == {True, False}
-    assert report.predicted_kl is not None
-    assert report.predicted_kl <= 0.002
+    assert report.record.predicted_kl is not None
+    assert report.record.predicted_kl <= 0.002
 
 
 @pytest.mark.parametrize(
@@ -338,5 +339,5 @@ def test_a_killed_choice_continues_to_the_same_bytes(tmp_path: Path) -> None:
         assert not (tmp_path / "killed").exists()
     report = quantize(checkpoint, tmp_path / "killed", mixed(target_bits=5.0))
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
-    assert report.linears == whole.linears
+    assert report.record.linears == whole.record.linears
     assert not (tmp_path / "killed.partial").exists()

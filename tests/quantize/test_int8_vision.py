@@ -23,7 +23,8 @@ from helpers.killed_runs import contents, run_and_be_killed
 from helpers.reference import Reference, read_weights
 from helpers.tiny import write_checkpoint
 from internvl_edge.base.errors import EdgeError
-from internvl_edge.bundle.manifest import VISION, Bundle
+from internvl_edge.bundle.bundle import Bundle
+from internvl_edge.bundle.names import VISION
 from internvl_edge.calibration import DataOptions, calibrate
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.cli import cli
@@ -110,7 +111,7 @@ def test_the_graph_computes_with_the_integers_of_the_checkpoint(tmp_path: Path, 
     assert np.median(differences) < 1e-6
     assert max(differences) < relative(expected, floats) < 0.05
     manifest = Bundle.open(bundle).manifest
-    assert manifest.vision_quantization == {"method": "compressed-tensors", "int8": len(read.schemes), "floats": []}
+    assert manifest.linears == read.schemes
     assert manifest.quantization is None
 
 
@@ -214,11 +215,8 @@ def test_layers_keep_floats_until_the_cosine_is_reached(tmp_path: Path) -> None:
         np.testing.assert_array_equal(read.tensor(f"{name}.weight"), source.tensor(f"{name}.weight"))
     described = json.loads((tmp_path / "tight" / "config.json").read_text())["quantization_config"]
     assert any("mlp1" in pattern for pattern in described["ignore"])
-    assert Bundle.open(export_bundle(tmp_path / "tight", tmp_path / "bundle")).manifest.vision_quantization == {
-        "method": "compressed-tensors",
-        "int8": len(read.schemes),
-        "floats": tight.floats,
-    }
+    manifest = Bundle.open(export_bundle(tmp_path / "tight", tmp_path / "bundle")).manifest
+    assert manifest.linears == read.schemes
 
 
 def test_decoder_and_tower_in_one_checkpoint(tmp_path: Path) -> None:
@@ -238,8 +236,8 @@ def test_decoder_and_tower_in_one_checkpoint(tmp_path: Path) -> None:
     assert relative(read.tensor(name), alone.tensor(name)) < 0.3
     manifest = Bundle.open(export_bundle(tmp_path / "both", tmp_path / "bundle")).manifest
     assert manifest.quantization is not None
-    assert manifest.quantization["bits"] == 4
-    assert manifest.vision_quantization is not None
+    assert {scheme.bits for scheme in manifest.schemes("decoder.").values()} == {4}
+    assert set(manifest.schemes("vision.").values()) == {W8A8}
 
 
 def test_without_images_there_is_nothing_to_calibrate_with(tmp_path: Path) -> None:

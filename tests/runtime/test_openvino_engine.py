@@ -15,7 +15,7 @@ from helpers import tiny
 from internvl_edge import InternVL, export_bundle
 from internvl_edge.base import machine
 from internvl_edge.base.errors import EngineError
-from internvl_edge.bundle.manifest import Bundle
+from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.runtime.engines import choice, openvino
 from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
 

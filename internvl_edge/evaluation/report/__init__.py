@@ -5,9 +5,9 @@ Pure data in, files out: nothing here measures, loads a model or touches the net
 
 from __future__ import annotations
 
-from internvl_edge.checkpoint.record import ActivationRange, LinearFacts
+from internvl_edge.checkpoint.record import ActivationRange, LinearReport
 
 from .content import Report
 from .files import read_report, write_report
 
-__all__ = ["ActivationRange", "LinearFacts", "Report", "read_report", "write_report"]
+__all__ = ["ActivationRange", "LinearReport", "Report", "read_report", "write_report"]

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from internvl_edge.base.jsonable import decode
-from internvl_edge.base.run import Run
-from internvl_edge.bundle.manifest import QUANTIZATION, Manifest
+from internvl_edge.base.run_record import RunRecord
+from internvl_edge.bundle.manifest import Manifest
+from internvl_edge.bundle.names import QUANTIZATION
 from internvl_edge.bundle.quality import Quality
-from internvl_edge.model.components import Component
+from internvl_edge.checkpoint.record import QuantizationRecord
 from internvl_edge.model.description import architecture
 from internvl_edge.model.preprocess import load_image
 
@@ -30,7 +31,6 @@ from .content import (
     Gate,
     Histogram,
     Judged,
-    Making,
     Mistake,
     Report,
     Sample,
@@ -81,18 +81,18 @@ def bundle_report(
         source=manifest.source,
         architecture=(*architecture(manifest.model), ("KV cache", manifest.kv_cache or manifest.activations)),
         quantized=manifest.is_quantized,
-        bytes=sum(entry["bytes"] for entry in manifest.files.values()),
-        components=tuple(Component(**values) for values in manifest.components or ()),
+        bytes=sum(entry.bytes for entry in manifest.files.values()),
+        components=manifest.components,
         files=manifest.fingerprint,
         figures=quality.figures,
         gate=Gate(quality.state, conditions, quality.accepted),
-        making=_making(folder, manifest),
+        quantization=_quantization(folder, manifest),
         comparison=comparison,
         suite=suite,
     )
 
 
-def comparison_facts(found: Comparison, asked: Asked, run: Run) -> ComparisonFacts:
+def comparison_facts(found: Comparison, asked: Asked, run: RunRecord) -> ComparisonFacts:
     """A comparison as the report shows it."""
     return ComparisonFacts(
         reference=asked.reference,
@@ -114,7 +114,7 @@ def comparison_facts(found: Comparison, asked: Asked, run: Run) -> ComparisonFac
     )
 
 
-def suite_facts(name: str, seed: int, score: SuiteScore, reference: SuiteScore | None, run: Run) -> SuiteFacts:
+def suite_facts(name: str, seed: int, score: SuiteScore, reference: SuiteScore | None, run: RunRecord) -> SuiteFacts:
     """A suite's score as the report shows it, beside that of the reference where it was asked too."""
     tasks = {
         task: Task(count, score.share(task), reference.share(task) if reference else None)
@@ -137,12 +137,12 @@ def histogram(kl: NDArray[np.float64]) -> Histogram:
     return Histogram(_EDGES, tuple(counts.tolist()))
 
 
-def _making(folder: Path, manifest: Manifest) -> Making | None:
+def _quantization(folder: Path, manifest: Manifest) -> QuantizationRecord | None:
     if QUANTIZATION not in manifest.files:
         return None
     try:
-        return decode(Making, json.loads((folder / QUANTIZATION).read_text(encoding="utf-8")))
-    except (ValueError, TypeError, KeyError, AttributeError):  # that of another version
+        return decode(QuantizationRecord, json.loads((folder / QUANTIZATION).read_text(encoding="utf-8")))
+    except ValueError:  # that of another version
         return None
 
 

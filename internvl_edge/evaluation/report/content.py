@@ -6,56 +6,12 @@ Shares are from 0 to 1, sizes in bytes, times in seconds, divergences in nats.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
-from internvl_edge.base.run import Run
-from internvl_edge.checkpoint.record import LinearFacts
+from internvl_edge.base.run_record import RunRecord
+from internvl_edge.checkpoint.record import QuantizationRecord
 from internvl_edge.model.components import Component
 
-FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True)
-class TowerFacts:
-    """An int8 vision tower against the float one, on calibration tiles: cosines of a tile's embeddings."""
-
-    tiles: int
-    cosine: float
-    lowest_cosine: float
-    predicted_cosine: float
-
-
-@dataclass(frozen=True)
-class Making:
-    """How a checkpoint was quantized.
-
-    Attributes:
-        checkpoint: name of the folder it was made from.
-        recipe: as values.
-        samples, tokens, image_tokens: of the calibration set; 0 without data.
-        broken: items of the data that were skipped.
-        weights: file name -> bytes of the checkpoint that was made; ties this to it.
-        components: sizes of its parts.
-        linears: what was quantized or was to be.
-        tower: where it is int8.
-        bits_per_weight: of the decoder's layers on average, as devices hold them.
-        predicted_kl: in nats, where precision was chosen by sensitivity.
-        run: of the quantizer.
-    """
-
-    checkpoint: str
-    recipe: dict[str, Any]
-    samples: int
-    tokens: int
-    image_tokens: int
-    broken: tuple[str, ...]
-    weights: dict[str, int]
-    components: tuple[Component, ...]
-    linears: tuple[LinearFacts, ...]
-    tower: TowerFacts | None
-    bits_per_weight: float
-    predicted_kl: float | None
-    run: Run
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -130,7 +86,7 @@ class ComparisonFacts:
     worst: str
     histogram: Histogram
     samples: tuple[Sample, ...]
-    run: Run
+    run: RunRecord
 
 
 @dataclass(frozen=True)
@@ -165,7 +121,7 @@ class SuiteFacts:
     total: Task
     tasks: dict[str, Task]
     mistakes: tuple[Mistake, ...]
-    run: Run
+    run: RunRecord
 
 
 @dataclass(frozen=True)
@@ -213,7 +169,7 @@ class Report:
     files: str = ""
     figures: dict[str, float] | None = None
     gate: Gate | None = None
-    making: Making | None = None
+    quantization: QuantizationRecord | None = None
     comparison: ComparisonFacts | None = None
     suite: SuiteFacts | None = None
     format_version: int = FORMAT_VERSION

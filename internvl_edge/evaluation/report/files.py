@@ -9,9 +9,9 @@ from pathlib import Path
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.extras import missing_package
 from internvl_edge.base.files import replace_text
-from internvl_edge.base.jsonable import decode, encode
+from internvl_edge.base.jsonable import decode, dumps
 
-from .content import FORMAT_VERSION, Making, Report
+from .content import FORMAT_VERSION, Report
 
 JSON = "report.json"
 HTML = "report.html"
@@ -38,7 +38,7 @@ def write_report(report: Report, folder: Path) -> Written:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        replace_text(folder / JSON, dump(report))
+        replace_text(folder / JSON, dumps(report))
         try:
             from .page import render
         except ModuleNotFoundError as error:
@@ -61,21 +61,3 @@ def read_report(folder: Path) -> Report | None:
         return decode(Report, values)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
-
-
-def making_of(checkpoint: Path) -> Making | None:
-    """How a checkpoint was quantized, as its own report says; None without one, or with one of other weights."""
-    report = read_report(checkpoint)
-    if report is None or report.making is None or report.making.weights != weight_files(checkpoint):
-        return None
-    return report.making
-
-
-def weight_files(checkpoint: Path) -> dict[str, int]:
-    """Name and bytes of a checkpoint's weight files."""
-    return {path.name: path.stat().st_size for path in sorted(checkpoint.glob("*.safetensors"))}
-
-
-def dump(content: Report | Making) -> str:
-    """As the text of a JSON file."""
-    return json.dumps(encode(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"

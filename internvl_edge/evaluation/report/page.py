@@ -13,9 +13,10 @@ import jinja2
 from markupsafe import Markup, escape
 
 from internvl_edge.base import units
-from internvl_edge.base.run import Run
+from internvl_edge.base.run_record import RunRecord
 from internvl_edge.bundle.gate import METRICS, parse_condition
-from internvl_edge.checkpoint.record import LinearFacts
+from internvl_edge.checkpoint.record import LinearReport
+from internvl_edge.model.components import Stored
 
 from .content import Judged, Report
 from .plots import Plot, divergence_plot, layers_plot, ranges_plot
@@ -76,7 +77,7 @@ def render(report: Report) -> str:
         runs=_runs(report),
         machines=_machines(_runs(report)),
         summary=_summary(report),
-        recipe=_flat(report.making.recipe) if report.making else [],
+        recipe=_flat(report.quantization.recipe) if report.quantization else [],
     )
 
 
@@ -116,8 +117,8 @@ def _headlines(report: Report) -> list[tuple[str, str]]:
     figures = report.figures or {}
     known = [name for name in _HEADLINES if name in figures][:_MOST_HEADLINES]
     rows += [(METRICS[name].show(figures[name]), _LABELS[name]) for name in known]
-    if report.making and report.making.tower and len(rows) < 1 + _MOST_HEADLINES:
-        rows.append((f"{report.making.tower.cosine:.5f}", "cosine of the image embeddings to the float tower's"))
+    if report.quantization and report.quantization.tower and len(rows) < 1 + _MOST_HEADLINES:
+        rows.append((f"{report.quantization.tower.cosine:.5f}", "cosine of the image embeddings to the float tower's"))
     errors = [linear.error for linear in _linears(report) if linear.error is not None]
     if errors and not figures:
         rows.append((f"{sum(errors) / len(errors):.3f}", "output error of a linear, mean"))
@@ -131,23 +132,30 @@ def _summary(report: Report) -> str:
     weights = sum(part.parameters for part in report.components)
     kinds: dict[str, list[str]] = {}
     for part in report.components:
-        stored = dict.fromkeys(how.partition(",")[0].removesuffix(" per output") for how in part.stored)
+        stored = dict.fromkeys(_short(kind) for kind in part.stored)
         kinds.setdefault(" and ".join(stored), []).append(part.name)
     parts = "; ".join(f"{_listed(names)} in {kind}" for kind, names in kinds.items() if kind)
     count = f"{weights / 1e9:.2f} billion" if weights >= 1e9 else f"{weights / 1e6:.3g} million"
     return f"{count} weights: {parts}."
 
 
+def _short(kind: Stored) -> str:
+    """Without what matters to specialists: "int4 in groups of 128", "int8", "bfloat16"."""
+    if kind.scheme is None:
+        return kind.dtype
+    return f"int{kind.scheme.bits}" + (f" in groups of {kind.scheme.group_size}" if kind.scheme.group_size else "")
+
+
 def _listed(names: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
-def _runs(report: Report) -> list[tuple[str, Run]]:
-    parts = {"Quantized": report.making, "Compared": report.comparison, "Suite": report.suite}
+def _runs(report: Report) -> list[tuple[str, RunRecord]]:
+    parts = {"Quantized": report.quantization, "Compared": report.comparison, "Suite": report.suite}
     return [(label, part.run) for label, part in parts.items() if part]
 
 
-def _machines(runs: Sequence[tuple[str, Run]]) -> list[tuple[str, str]]:
+def _machines(runs: Sequence[tuple[str, RunRecord]]) -> list[tuple[str, str]]:
     """(machine with its versions, the runs it made), each once."""
     found: dict[str, list[str]] = {}
     for label, run in runs:
@@ -180,8 +188,8 @@ def _condition(judged: Judged) -> dict[str, Any]:
     }
 
 
-def _linears(report: Report) -> tuple[LinearFacts, ...]:
-    return report.making.linears if report.making else ()
+def _linears(report: Report) -> tuple[LinearReport, ...]:
+    return report.quantization.linears if report.quantization else ()
 
 
 def _plots(report: Report) -> dict[str, Plot | None]:
@@ -203,7 +211,7 @@ def _markup(plot: Plot) -> Markup:
     return each.format("wide", label, Markup(plot.wide)) + each.format("narrow", label, Markup(plot.narrow))
 
 
-def _outliers(linears: Sequence[LinearFacts]) -> list[tuple[LinearFacts, float]]:
+def _outliers(linears: Sequence[LinearReport]) -> list[tuple[LinearReport, float]]:
     """Linears with channels far larger than the median one, and by how much, the largest first."""
     found = []
     for linear in linears:

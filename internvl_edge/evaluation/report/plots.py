@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from internvl_edge.checkpoint.record import LinearFacts
+from internvl_edge.checkpoint.record import LinearReport
 
 from .content import Figures, Histogram
 
@@ -59,7 +59,7 @@ _STYLE: dict[Any, Any] = {
 _PLAIN = FuncFormatter(lambda value, place: f"{value:g}")
 
 
-Value = Callable[[LinearFacts], float | None]
+Value = Callable[[LinearReport], float | None]
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def divergence_plot(histogram: Histogram, figures: Figures) -> Plot:
     return _plot("divergence", draw, described, height=2.9)
 
 
-def layers_plot(linears: Sequence[LinearFacts], value: Value, label: str) -> Plot | None:
+def layers_plot(linears: Sequence[LinearReport], value: Value, label: str) -> Plot | None:
     """One line for each kind of linear over the layers; None where no value is known of two layers."""
     series = _by_kind(linears, value)
     if not series:
@@ -110,7 +110,7 @@ def layers_plot(linears: Sequence[LinearFacts], value: Value, label: str) -> Plo
     return _plot(f"{label} {linears[0].name}", draw, description, height=3.3)
 
 
-def ranges_plot(linears: Sequence[LinearFacts]) -> Plot | None:
+def ranges_plot(linears: Sequence[LinearReport]) -> Plot | None:
     """The largest input of each kind of linear over the layers (or what int8 represents), and of the median channel.
 
     Kinds that share their input share a line.
@@ -139,11 +139,11 @@ def ranges_plot(linears: Sequence[LinearFacts]) -> Plot | None:
     return _plot(f"ranges {linears[0].name}", draw, description, height=3.3)
 
 
-def _largest(linear: LinearFacts) -> float | None:
+def _largest(linear: LinearReport) -> float | None:
     return linear.inputs.largest or linear.inputs.clipped_at if linear.inputs else None
 
 
-def _by_kind(linears: Sequence[LinearFacts], value: Value) -> dict[str, list[tuple[int, float]]]:
+def _by_kind(linears: Sequence[LinearReport], value: Value) -> dict[str, list[tuple[int, float]]]:
     """(layer, value) points by kind; nothing where no kind has two."""
     series: dict[str, list[tuple[int, float]]] = {}
     for linear in linears:

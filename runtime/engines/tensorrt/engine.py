@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from internvl_edge.base.errors import EngineError
 from internvl_edge.base.files import replacing
-from internvl_edge.bundle.manifest import Bundle
+from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.model.rope import RotaryAngles
 
 from .buffers import HALVES, Block

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from internvl_edge.base.errors import EngineError
-from internvl_edge.bundle import manifest as bundle
-from internvl_edge.bundle.manifest import Bundle
+from internvl_edge.bundle import names
+from internvl_edge.bundle.bundle import Bundle
 
 RECORD = "engine.json"
 ENGINES = {"vision": "vision.engine", "decoder": "decoder.engine"}
@@ -109,8 +109,8 @@ def engine_folder(opened: Bundle, target: str) -> Path:
 def graph_inputs(opened: Bundle) -> dict[str, str]:
     """SHA-256 of the files that engines are built from, by name."""
     files = opened.manifest.files
-    names = [bundle.VISION, bundle.DECODERS["standard"], "vision.data", "decoder.data"]
-    return {name: files[name]["sha256"] for name in names if name in files}
+    inputs = (names.VISION, names.DECODERS["standard"], "vision.data", "decoder.data")
+    return {name: files[name].sha256 for name in inputs if name in files}
 
 
 def find_engines(opened: Bundle, sm: int, target: str | None = None) -> EngineRecord:

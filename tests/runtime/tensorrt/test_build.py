@@ -26,7 +26,7 @@ from helpers.repository import REPOSITORY
 from helpers.tiny_quantized import write_quantized
 from internvl_edge import export_bundle
 from internvl_edge.base.errors import EdgeError, EngineError
-from internvl_edge.bundle.manifest import Bundle
+from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.model.linear import Scheme
 from internvl_edge.planning.devices import Devices, Target
 from internvl_edge.runtime.engines.tensorrt.build import build_engines, bundle_engines

@@ -10,7 +10,7 @@ import pytest
 from helpers.calibration_data import FLOAT32
 from helpers.repository import REPOSITORY
 from internvl_edge import export_bundle
-from internvl_edge.bundle.manifest import Bundle
+from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.calibration import DataOptions
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.demo import CHECKPOINT

@@ -20,7 +20,7 @@ from helpers.kv_scales import write_scales
 from helpers.tensorrt_engines import CAPACITY, FLAVOURS, OLD, open_engine, write_engines
 from internvl_edge import export_bundle
 from internvl_edge.base.errors import EngineError
-from internvl_edge.bundle.manifest import Bundle
+from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from internvl_edge.runtime.engines.tensorrt import engine as tensorrt
 from internvl_edge.runtime.engines.tensorrt.buffers import HALVES

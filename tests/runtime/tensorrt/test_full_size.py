@@ -19,7 +19,7 @@ import pytest
 
 from helpers.repository import REPOSITORY
 from internvl_edge import export_bundle
-from internvl_edge.bundle.manifest import Bundle
+from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.planning.devices import Devices
 from internvl_edge.runtime.engines.tensorrt.build.bundle_engines import headers, options_for, profiles

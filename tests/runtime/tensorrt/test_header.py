@@ -16,7 +16,7 @@ from helpers import tiny
 from helpers.tiny_quantized import write_quantized
 from internvl_edge import export_bundle
 from internvl_edge.base.errors import BundleError
-from internvl_edge.bundle.manifest import Bundle
+from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.model.rope import RotaryAngles
 from internvl_edge.runtime.engines import onnxruntime as engine_module
 from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine

@@ -11,7 +11,7 @@ from helpers.fake_gpu import FakeCuda, FakeTensorRT
 from helpers.tensorrt_engines import open_engine, write_engines
 from internvl_edge import InternVL, export_bundle
 from internvl_edge.base.errors import EngineError
-from internvl_edge.bundle.manifest import Bundle
+from internvl_edge.bundle.bundle import Bundle
 
 
 @pytest.fixture(scope="module")

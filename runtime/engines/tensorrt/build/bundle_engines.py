@@ -10,8 +10,8 @@ import threading
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from internvl_edge.bundle import manifest as bundle
-from internvl_edge.bundle.manifest import Bundle, sha256
+from internvl_edge.bundle import names
+from internvl_edge.bundle.bundle import Bundle, sha256
 from internvl_edge.model.config import ModelConfig
 from internvl_edge.planning.devices import Target
 from internvl_edge.base.errors import EngineError
@@ -82,7 +82,7 @@ def headers(opened: Bundle, options: BuildOptions, decomposed: bool = False) -> 
         from .decompose import Heads
         from .header import decoder_header, vision_header
     activations = opened.manifest.activations
-    vision, decoder = opened.path(bundle.VISION), opened.path(bundle.DECODERS["standard"])
+    vision, decoder = opened.path(names.VISION), opened.path(names.DECODERS["standard"])
     text, tower = opened.manifest.model.decoder, opened.manifest.model.vision
     width = tower.hidden_size // tower.num_attention_heads
     seeing = Heads(tower.num_attention_heads, tower.num_attention_heads, width) if decomposed else None
@@ -193,7 +193,7 @@ def _check_device(target: Target) -> None:
 
 
 def _check_graphs(opened: Bundle) -> None:
-    for name in (bundle.VISION, bundle.DECODERS["standard"]):
+    for name in (names.VISION, names.DECODERS["standard"]):
         if name not in opened.manifest.files:
             raise EngineError(
                 f"{opened.folder} has no {name}, which TensorRT reads; export it with the standard dialect"
@@ -202,7 +202,7 @@ def _check_graphs(opened: Bundle) -> None:
 
 def _check_memory(opened: Bundle) -> None:
     files = opened.manifest.files
-    largest = max(files[name]["bytes"] for name in ("vision.data", "decoder.data"))
+    largest = max(files[name].bytes for name in ("vision.data", "decoder.data"))
     needed = builder_bytes(largest // (2 if opened.manifest.dtype == "float32" else 1))
     available = memory("MemAvailable", "SwapFree")
     if available is not None and needed > available:

@@ -14,7 +14,7 @@ _PACKAGES = ("internvl-edge", "numpy", "onnxruntime", "tensorrt-rtx-cu13", "toke
 
 
 @dataclass(frozen=True)
-class Run:
+class RunRecord:
     """How something was computed.
 
     Attributes:
@@ -32,10 +32,10 @@ class Run:
     versions: dict[str, str]
 
 
-def run_of(seconds: float) -> Run:
-    """Facts about the work of this process that took so long and ends now."""
+def run_record(seconds: float) -> RunRecord:
+    """The record of work that this process did, took `seconds`, and ends now."""
     found = {name: installed for name in _PACKAGES if (installed := _version(name))}
-    return Run(
+    return RunRecord(
         date=f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M}",
         seconds=round(seconds, 1),
         peak_memory=peak_memory(),

@@ -1,0 +1,111 @@
+"""An opened bundle: one folder with graphs, weights, tokenizer and a manifest that says what they are.
+
+`Bundle.open` checks everything a device can check before it loads a byte of weights: format version, presence, sizes,
+and the SHA-256 of every file. A file whose hash was once verified is recognised by size and time stamp and not read
+again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from internvl_edge.base.errors import BundleError
+from internvl_edge.base.files import replace_text
+
+from .manifest import Manifest
+from .names import EMBEDDINGS
+from .token_table import TokenTable
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened, verified bundle."""
+
+    folder: Path
+    manifest: Manifest
+
+    @staticmethod
+    def open(folder: Path) -> Bundle:
+        """Read the manifest and verify every file.
+
+        Raises:
+            BundleError: not a bundle, newer format, or a file that is missing or changed (named).
+        """
+        manifest = Manifest.read(folder)
+        _verify(folder, manifest)
+        return Bundle(folder, manifest)
+
+    def path(self, name: str) -> Path:
+        """The full path of one of the bundle's files."""
+        return self.folder / name
+
+    def embeddings(self) -> TokenTable:
+        """The token table [vocab, hidden]."""
+        decoder = self.manifest.model.decoder
+        shape = (decoder.vocab_size, decoder.hidden_size)
+        return TokenTable(self.path(EMBEDDINGS), self.manifest.token_table, shape)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _verify(folder: Path, manifest: Manifest) -> None:
+    stamps = _read_stamps()
+    unknown = []
+    for name, entry in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise BundleError(f"{folder}: {name} is missing; copy or export the bundle again")
+        if path.stat().st_size != entry.bytes:
+            raise BundleError(
+                f"{folder}: {name} has {path.stat().st_size} bytes, not {entry.bytes}; copy or export it again"
+            )
+        if stamps.get(_stamp(path)) != entry.sha256:
+            unknown.append(name)
+    if not unknown:
+        return
+    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
+        digests = dict(zip(unknown, pool.map(lambda name: sha256(folder / name), unknown), strict=True))
+    for name, digest in digests.items():
+        if digest != manifest.files[name].sha256:
+            raise BundleError(
+                f"{folder}: {name} was changed (its SHA-256 is not the manifest's); copy or export it again"
+            )
+    _write_stamps(stamps | {_stamp(folder / name): digest for name, digest in digests.items()})
+
+
+def _stamp_file() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "internvl-edge" / "verified.json"
+
+
+def _stamp(path: Path) -> str:
+    status = path.stat()
+    return f"{path.resolve()}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
+
+
+def _read_stamps() -> dict[str, str]:
+    try:
+        values = json.loads(_stamp_file().read_text(encoding="utf-8"))
+        return values if isinstance(values, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _write_stamps(stamps: dict[str, str]) -> None:
+    """Remember verified files; a device without a writable cache just verifies every time."""
+    path = _stamp_file()
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(path, json.dumps(dict(list(stamps.items())[-512:])))

@@ -1,0 +1,63 @@
+"""The quality that a bundle's manifest records: read where it is this bundle's, written in one step, warned about.
+
+Figures are tied to the bundle's files: under a manifest with other files they do not count.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from internvl_edge.base.errors import BundleError
+
+from .manifest import Manifest
+from .quality import Quality
+
+
+def quality_of(manifest: Manifest) -> Quality:
+    """What is known of the bundle with this manifest.
+
+    Nothing where the figures belong to other files, or cannot be read: they may be those of a newer version, and no
+    bundle should fail to load for that. A quantized one then counts as never measured.
+    """
+    quality = manifest.quality
+    return quality if quality and quality.files == manifest.fingerprint else Quality(manifest.fingerprint)
+
+
+def record_quality(folder: Path, quality: Quality) -> None:
+    """Put the figures into the bundle's manifest, in one step.
+
+    Raises:
+        BundleError: the bundle's files are not those that were measured, or the manifest cannot be written.
+    """
+    manifest = Manifest.read(folder)
+    if manifest.fingerprint != quality.files:
+        raise BundleError(f"{folder} was changed while it was evaluated; the figures were not recorded, evaluate again")
+    try:
+        replace(manifest, quality=quality).write(folder)
+    except OSError as error:
+        raise BundleError(
+            f"the figures cannot be written into {folder} ({error.strerror}); make it writable, or pass --no-record"
+        ) from None
+
+
+def quality_warning(folder: Path, manifest: Manifest) -> str | None:
+    """One line about a gate that failed, or that a quantized bundle does not have; None where there is no reason."""
+    quality = quality_of(manifest)
+    if quality.accepted or quality.state == "passed":
+        return None
+    how = f"internvl-edge evaluate {folder}"
+    if quality.failed:
+        failed = "; ".join(map(str, quality.failed))
+        return f'{folder} failed its quality gate: {failed}; use another bundle, or accept it: {how} --accept "REASON"'
+    if not manifest.is_quantized:
+        return None
+    if quality.figures:
+        return (
+            f"{folder} is quantized and its figures passed no gate yet; set one: "
+            f'{how} --reference MODEL --fail-if "kl>0.05"'
+        )
+    return (
+        f"{folder} is quantized and nobody has measured what that cost; do so: "
+        f'{how} --reference MODEL --fail-if "kl>0.05"'
+    )

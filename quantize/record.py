@@ -1,0 +1,81 @@
+"""The record of a quantization, for `quantization.json`: what is known while the new checkpoint is put together."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+from internvl_edge.base.run_record import run_record
+from internvl_edge.calibration.dataset import CalibrationSet
+from internvl_edge.checkpoint.reader import Checkpoint
+from internvl_edge.checkpoint.record import LinearReport, QuantizationRecord, TowerReport, weight_files
+from internvl_edge.model.components import bits_per_weight
+from internvl_edge.recipe.recipe import Recipe
+
+from .vision import VisionReport
+
+
+def quantization_record(
+    made: Checkpoint,
+    source: Path,
+    recipe: Recipe,
+    calibration: CalibrationSet | None,
+    decoder: tuple[LinearReport, ...],
+    vision: VisionReport | None,
+    average_bits: float,
+    predicted_kl: float | None,
+    seconds: float,
+) -> QuantizationRecord:
+    """How a checkpoint was quantized.
+
+    Args:
+        made: the new checkpoint.
+        source: the folder it was made from.
+        recipe: what was asked for.
+        calibration: the data, None without any.
+        decoder: every linear of the decoder that was quantized or was to be.
+        vision: what became of the tower; None where it keeps its floats.
+        average_bits: bits per weight of the decoder's layers.
+        predicted_kl: in nats, where precision was chosen by sensitivity.
+        seconds: that the quantization took.
+    """
+    return QuantizationRecord(
+        checkpoint=source.resolve().name,
+        recipe=asdict(recipe),
+        samples=len(calibration.names) if calibration else 0,
+        tokens=calibration.total if calibration else 0,
+        image_tokens=int(calibration.is_image.sum()) if calibration else 0,
+        broken=tuple(calibration.broken) if calibration else (),
+        weights=weight_files(made.folder),
+        components=made.components(),
+        linears=(*(_tower_linears(vision, made) if vision else ()), *decoder),
+        tower=TowerReport(vision.tiles, vision.cosine, vision.lowest_cosine, vision.predicted_cosine)
+        if vision
+        else None,
+        bits_per_weight=average_bits,
+        predicted_kl=predicted_kl,
+        run=run_record(seconds),
+    )
+
+
+def _tower_linears(vision: VisionReport, made: Checkpoint) -> list[LinearReport]:
+    dtype, float_bits = made.float_type()
+    linears = []
+    for name, layer in vision.layers.items():
+        scheme, inputs = made.schemes.get(name), made.shapes[f"{name}.weight"][-1]
+        error: float = layer["error"]
+        linears.append(
+            LinearReport(
+                name=name,
+                dtype=dtype,
+                scheme=scheme,
+                bits_per_weight=round(bits_per_weight(scheme, inputs, float_bits), 3) if scheme else float_bits,
+                error=error,
+                sqnr_db=-20 * math.log10(error) if error else None,
+                part=layer["part"],
+                reason=layer.get("reason", ""),
+                inputs=layer["inputs"],
+            )
+        )
+    return linears
