@@ -62,7 +62,7 @@ def embeddings(checkpoint: Checkpoint, tiles: np.ndarray) -> np.ndarray:
             weights[f"{name}.weight"] = torch.from_numpy(np.array(packed.values)).float()
             weights[f"{name}.weight_scale"] = torch.from_numpy(packed.scale[:, 0])
             weights[f"{name}.input_scale"] = torch.tensor(packed.input_scale, dtype=torch.float32)
-        x = run_block(checkpoint.config, block, weights, x, blocks.unseen)
+        x = run_block(checkpoint.config, block, weights, x, blocks.no_observer)
     return np.asarray(x.numpy())
 
 

@@ -22,7 +22,7 @@ from record import write_results
 from smollm_forward import figures_of, read_weights
 
 from internvl_edge.calibration import DataOptions, choose_compute
-from internvl_edge.calibration.blocks import decoder_block, rms_norm, unseen
+from internvl_edge.calibration.blocks import decoder_block, no_observer, rms_norm
 from internvl_edge.calibration.dataset import TOKENS, CalibrationSet
 from internvl_edge.calibration.pipeline import embedded_set
 from internvl_edge.calibration.work import WorkFolder, checkpoint_identity
@@ -59,7 +59,7 @@ def logits(weights: dict[str, torch.Tensor], checkpoint: Checkpoint, test: Calib
         for layer in range(decoder.num_hidden_layers):
             prefix = f"layers.{layer}."
             block = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-            x = decoder_block(block, x, [length], (cos, sin), decoder, unseen)
+            x = decoder_block(block, x, [length], (cos, sin), decoder, no_observer)
         x = rms_norm(x, weights["norm.weight"], decoder.rms_norm_eps)
         yield (x @ weights["lm_head.weight"].T).numpy()
 

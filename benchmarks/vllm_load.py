@@ -32,7 +32,7 @@ from record import write_results
 from torch import Tensor
 
 from internvl_edge.calibration.block_weights import load_block, load_tensor, load_vision_embedding
-from internvl_edge.calibration.blocks import decoder_block, embed_pixels, project, rms_norm, unseen, vision_block
+from internvl_edge.calibration.blocks import decoder_block, embed_pixels, no_observer, project, rms_norm, vision_block
 from internvl_edge.calibration.compute import Compute
 from internvl_edge.calibration.items import CalibrationItem
 from internvl_edge.calibration.samples import SampleBuilder
@@ -162,7 +162,7 @@ class Weights:
         tables = [RotaryAngles(decoder).at(0, length, length) for length in lengths]
         cos, sin = (torch.from_numpy(np.concatenate([part[side] for part in tables])) for side in (0, 1))
         for layer in range(decoder.num_hidden_layers):
-            x = decoder_block(self._block(f"decoder.layers.{layer}"), x, lengths, (cos, sin), decoder, unseen)
+            x = decoder_block(self._block(f"decoder.layers.{layer}"), x, lengths, (cos, sin), decoder, no_observer)
         x = rms_norm(x, load_tensor(self._checkpoint, "decoder.norm.weight", self._compute), decoder.rms_norm_eps)
         head = self._block("decoder.lm_head").get("weight", table)
         return [F.log_softmax(F.linear(part[:-1], head), dim=-1) for part in torch.split(x, lengths)]
@@ -172,8 +172,8 @@ class Weights:
         x = embed_pixels(load_vision_embedding(self._checkpoint, self._compute), torch.from_numpy(tiles), config.vision)
         x = _disturb(x, noise)
         for layer in range(config.vision_layers_used):
-            x = vision_block(self._block(f"vision.layers.{layer}"), x, config.vision, unseen)
-        return project(self._block("projector"), x, config, unseen).flatten(0, 1)
+            x = vision_block(self._block(f"vision.layers.{layer}"), x, config.vision, no_observer)
+        return project(self._block("projector"), x, config, no_observer).flatten(0, 1)
 
 
 def _disturb(x: Tensor, noise: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Where the goldens of the original code lie, and a CPU that rounds alike everywhere."""
+"""Where the goldens of the original code lie, and arithmetic that rounds alike everywhere."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import pytest
 from hypothesis import settings
 
 from internvl_edge.base import machine
+
+pytest.register_assert_rewrite("helpers")  # a failed assertion there shows its values, as in a test
 
 settings.register_profile("shared machines stall", deadline=None)
 settings.load_profile("shared machines stall")
@@ -52,3 +54,13 @@ def _no_bfloat16() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(machine, "multiplies_bfloat16", lambda: False)
         yield
+
+
+@pytest.fixture
+def float_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without rounding activations to int8, graphs must compute what the reference computes."""
+    from internvl_edge.export import quantized
+    from internvl_edge.runtime.engines import onnxruntime as engine_module
+
+    monkeypatch.setitem(engine_module._CONFIG, "session.qdq_matmulnbits_accuracy_level", "1")
+    monkeypatch.setattr(quantized, "_ACCURACY_LEVEL", 1)

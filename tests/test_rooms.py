@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from helpers.repository import REPOSITORY
+
 PACKAGE = REPOSITORY / "internvl_edge"
 LINKED = ("calibration", "export", "quantize", "runtime")
 # From the ground up. A room imports from rooms on lower levels, and from itself; rooms on one level do not meet.

@@ -310,7 +310,7 @@ def judge_tokenizers(oracle: Path) -> None:
 
 def judge(oracle: Path, layer: str) -> None:
     judge_tokenizers(oracle)
-    tests = HERE.parent / "test_reference.py"
+    tests = HERE.parent / "helpers" / "test_reference.py"
     if pytest.main([str(tests), "-q", "-p", "no:cacheprovider", "-k", layer]) != pytest.ExitCode.OK:
         sys.exit(f"reference.py does not give the goldens of {oracle}")
     print(f"{oracle}: reference.py gives the goldens, within the limits of {tests.name}")

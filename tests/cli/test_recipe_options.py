@@ -1,0 +1,54 @@
+"""Options of `internvl-edge quantize` that choose a recipe or replace single fields of one; mistakes are one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from helpers.calibration_data import write_data
+from helpers.tiny import write_checkpoint
+from internvl_edge.base.errors import EdgeError
+from internvl_edge.checkpoint.reader import Checkpoint
+from internvl_edge.cli import cli
+
+
+def quantize(*arguments: str) -> Any:
+    return CliRunner().invoke(cli, ["quantize", *arguments, "--dtype", "float32", "--json"])
+
+
+def test_options_replace_single_fields_of_a_recipe(tmp_path: Path) -> None:
+    checkpoint, data = write_checkpoint(tmp_path / "checkpoint"), write_data(tmp_path / "data")
+    common = [str(checkpoint), "--data", str(data), "--max-tiles", "2", "-o", str(tmp_path / "out"), "--recipe", "orin"]
+    refused = quantize(*common)
+    assert "groups of 128 do not divide; sizes that fit all layers: 32, 64" in str(refused.exception)
+    arguments = [*common, "--group-size", "32", "--vision", "fp", "--layer", "*.down_proj=w8a16", "--no-compensate"]
+    done = quantize(*arguments)
+    assert done.exit_code == 0, done.exception
+    recipe = json.loads(done.stdout)["recipe"]
+    assert (recipe["group_size"], recipe["vision"], recipe["error_compensation"]) == (32, "fp", False)
+    assert (recipe["symmetric"], recipe["lm_head"], recipe["kv_cache"]) == (True, "int8", "int8")
+    schemes = Checkpoint(tmp_path / "out").schemes
+    assert {schemes[name].bits for name in schemes if name.endswith("down_proj")} == {8}
+    assert {schemes[name].bits for name in schemes if name.endswith("q_proj")} == {4}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--layer", "layers.0"], "is not PATTERN=SCHEME"),
+        (["--target-bits", "4.5", "--max-kl", "0.1"], "one of the two"),
+        (["--scheme", "w8a16", "--no-compensate", "--data", "pictures"], "nothing in this recipe looks at data"),
+        (["--recipe", "jetson"], "presets: cpu, rtx, orin, thor"),
+        (["--recipe", "cpu", "--group-size", "32", "--layer", "*.gate=w8a16"], "near: "),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint")
+    done = quantize(str(checkpoint), "-o", str(tmp_path / "out"), *arguments)
+    assert isinstance(done.exception, EdgeError)
+    assert message in str(done.exception)
+    assert "\n" not in str(done.exception)

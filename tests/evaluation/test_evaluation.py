@@ -1,0 +1,235 @@
+"""Comparing two bundles, and judging one by a suite: figures against torch, and every mistake as one line."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from helpers import tiny, tiny_quantized
+from helpers.commands import assert_one_line, internvl_edge
+from helpers.reference import Reference, tile_image
+from internvl_edge import InternVL, export_bundle
+from internvl_edge.base.errors import EdgeError
+from internvl_edge.evaluation import Case, Comparison, compare, reference_bundle, run_suite
+from internvl_edge.evaluation.divergence import divergence, summarise
+
+
+class Pair(NamedTuple):
+    """A checkpoint, the same with weights rounded to 4 bits (stored as floats), and a bundle of each."""
+
+    original: Path
+    rounded: Path
+    reference: Path
+    candidate: Path
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    folder = tmp_path_factory.mktemp("pair")
+    original = tiny.write_checkpoint(folder / "original", text="internlm2", dtype="float32")
+    _, rounded = tiny_quantized.write_quantized(original, folder / "quantized")
+    bundles = [export_bundle(made, folder / f"{made.name}-bundle") for made in (original, rounded)]
+    return Pair(original, rounded, *bundles)
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> list[Case]:
+    path = tmp_path_factory.mktemp("images") / "noise.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 150, 3), dtype=np.uint8)).save(path)
+    return [Case("picture", "What is this?", (path,), "A cat."), Case("text", "Why does bread rise?")]
+
+
+@pytest.fixture(scope="module")
+def comparison(pair: Pair, cases: list[Case]) -> Comparison:
+    return _compare(pair.candidate, pair.reference, cases)
+
+
+def _compare(candidate: Path, reference: Path, cases: list[Case], shown: int = 0) -> Comparison:
+    def loading(path: Path) -> InternVL:
+        return InternVL.load(path, engine="onnxruntime", threads=1)
+
+    return compare(lambda: loading(candidate), lambda: loading(reference), cases, {"max_new_tokens": 8}, shown=shown)
+
+
+# ---- figures ----
+
+
+def _logits(seed: int, positions: int = 12, vocabulary: int = 50) -> np.ndarray:
+    return np.random.default_rng(seed).normal(scale=3, size=(positions, vocabulary)).astype(np.float32)
+
+
+def test_divergence_and_perplexity_are_torchs() -> None:
+    reference, candidate, targets = _logits(0), _logits(1), np.arange(12)
+    found = divergence(reference, candidate, targets)
+    p, q = (F.log_softmax(torch.from_numpy(x).double(), dim=-1) for x in (reference, candidate))
+    np.testing.assert_allclose(found.kl, F.kl_div(q, p, reduction="none", log_target=True).sum(-1), rtol=1e-12)
+    expected = F.cross_entropy(torch.from_numpy(candidate).double(), torch.from_numpy(targets)).exp()
+    assert summarise([found]).candidate_perplexity == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_the_same_predictions_diverge_by_nothing_and_padding_is_no_nan() -> None:
+    logits = _logits(2)
+    logits[:, 40:] = -3e4
+    found = divergence(logits, logits, np.zeros(12, int))
+    assert found.kl.max() == 0
+    assert found.same_prefix == 12
+    assert summarise([found]).top1_agreement == 1
+
+
+def test_positions_count_the_same_whatever_their_sequence() -> None:
+    parts = [divergence(_logits(0, n), _logits(1, n), np.zeros(n, int)) for n in (2, 10)]
+    together = summarise(parts)
+    assert together.positions == 12
+    assert together.kl_mean == pytest.approx(np.concatenate([part.kl for part in parts]).mean())
+    assert together.kl_mean != pytest.approx(np.mean([part.kl.mean() for part in parts]))
+
+
+def test_the_same_prefix_ends_at_the_first_difference() -> None:
+    reference, candidate = _logits(0), _logits(0)
+    candidate[7, reference[7].argmin()] = reference[7].max() + 1
+    assert divergence(reference, candidate, np.zeros(12, int)).same_prefix == 7
+
+
+# ---- two models ----
+
+
+def test_a_comparison_is_that_of_the_torch_reference(pair: Pair, cases: list[Case], comparison: Comparison) -> None:
+    """Each answer anew in torch: greedy by the original, then both models' logits along it."""
+    original, rounded = Reference(pair.original), Reference(pair.rounded)
+    parts, same = [], []
+    for case in cases:
+        tiles = tile_image(Image.open(case.images[0]), 12, size=56) if case.images else None
+        with InternVL.load(pair.reference, threads=1) as model:
+            prompt = model.chat(case.question, list(case.images), max_new_tokens=1).prompt_ids
+        greedy = original.generate(prompt, tiles, max_new_tokens=8)
+        along = rounded.generate(prompt, tiles, forced=greedy.ids).step_logits
+        parts.append(divergence(greedy.step_logits.numpy(), along.numpy(), greedy.ids))
+        same.append(rounded.generate(prompt, tiles, max_new_tokens=8).ids == greedy.ids)
+    expected = summarise(parts)
+    assert comparison.greedy.kl_mean > 1e-3, "rounding that changes nothing shows nothing"
+    assert comparison.greedy.kl_mean == pytest.approx(expected.kl_mean, rel=1e-3)
+    assert comparison.greedy.kl_max == pytest.approx(expected.kl_max, rel=1e-3)
+    assert comparison.greedy.top1_agreement == expected.top1_agreement
+    assert comparison.greedy.positions == expected.positions
+    assert comparison.same_answers == np.mean(same)
+
+
+def test_given_answers_have_the_perplexity_of_the_torch_reference(
+    pair: Pair, cases: list[Case], comparison: Comparison
+) -> None:
+    case = cases[0]
+    tiles = tile_image(Image.open(case.images[0]), 12, size=56)
+    with InternVL.load(pair.reference, threads=1) as model:
+        prompt = model.chat(case.question, list(case.images), max_new_tokens=1).prompt_ids
+        answer = model.answer_ids(case.answer)
+    assert comparison.answers is not None
+    for folder, found in (
+        (pair.original, comparison.answers.reference_perplexity),
+        (pair.rounded, comparison.answers.candidate_perplexity),
+    ):
+        logits = Reference(folder).generate(prompt, tiles, forced=answer).step_logits
+        assert found == pytest.approx(float(F.cross_entropy(logits, torch.tensor(answer)).exp()), rel=1e-3)
+
+
+def test_a_bundle_equals_its_checkpoint(pair: Pair, cases: list[Case]) -> None:
+    with reference_bundle(str(pair.original)) as exported:
+        found = _compare(pair.reference, exported, cases)
+    assert not exported.exists()
+    assert found.greedy.kl_max < 1e-9
+    assert (found.same_answers, found.same_prefix, found.greedy.top1_agreement) == (1, 1, 1)
+
+
+def test_answers_that_are_shown_are_those_the_models_give_by_themselves(pair: Pair, cases: list[Case]) -> None:
+    found = _compare(pair.candidate, pair.reference, [cases[1], *[cases[0]] * 3], shown=2)
+    assert [answered.case.name for answered in found.answered] == ["picture", "picture"], "pictures come first"
+    said = []
+    for folder in (pair.reference, pair.candidate):
+        with InternVL.load(folder, engine="onnxruntime", threads=1) as model:
+            said.append(model.chat(cases[0].question, list(cases[0].images), max_new_tokens=8))
+    assert (found.answered[0].reference, found.answered[0].candidate) == (said[0].text, said[1].text)
+    assert found.answered[0].same == (said[0].output_ids == said[1].output_ids)
+
+
+def test_kinds_of_questions_are_also_counted_apart(comparison: Comparison) -> None:
+    assert set(comparison.kinds) == {"images", "text"}
+    assert sum(kind.positions for kind in comparison.kinds.values()) == comparison.greedy.positions
+    weighted = sum(kind.kl_mean * kind.positions for kind in comparison.kinds.values())
+    assert weighted / comparison.greedy.positions == pytest.approx(comparison.greedy.kl_mean)
+    assert comparison.kl.mean() == pytest.approx(comparison.figures()["kl"])
+
+
+def test_models_with_other_prompts_are_not_compared(pair: Pair, cases: list[Case], tmp_path: Path) -> None:
+    other = export_bundle(tiny.write_checkpoint(tmp_path / "other"), tmp_path / "bundle")
+    with pytest.raises(EdgeError, match="compare bundles of the same model"):
+        _compare(other, pair.reference, cases)
+
+
+def test_a_full_disk_is_named_with_what_to_do(pair: Pair, cases: list[Case], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, array: np.ndarray) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("numpy.save", full)
+    with pytest.raises(
+        EdgeError, match=r"logits in /.*\(No space left on device\), .* MB a case; set TMPDIR .*--samples$"
+    ):
+        _compare(pair.candidate, pair.reference, cases)
+
+
+def test_an_answer_along_its_own_tokens_has_the_same_logits(pair: Pair) -> None:
+    with InternVL.load(pair.reference, engine="onnxruntime", threads=1) as model:
+        free = model.trace("What is this?", max_new_tokens=6)
+        forced = model.trace("What is this?", answer=free.reply.output_ids)
+    assert forced.reply.output_ids == free.reply.output_ids
+    np.testing.assert_allclose(forced.logits, free.logits, atol=1e-4)
+
+
+# ---- suites ----
+
+
+def test_a_suite_counts_exact_answers_per_task(pair: Pair) -> None:
+    with InternVL.load(pair.reference, threads=1) as model:
+        said = model.chat("What is this?", max_new_tokens=4).text
+        right, wrong = (
+            Case(name, "What is this?", answer=said + end, task=name) for name, end in (("a", ""), ("b", "?"))
+        )
+        score = run_suite(model, [right, right, wrong], {"max_new_tokens": 4})
+    assert (score.share("a"), score.share("b"), score.total) == (1, 0, 2 / 3)
+    assert score.wrong == (("b", said + "?", said),)
+
+
+# ---- the command ----
+
+
+def test_the_command_prints_figures_of_users_data(pair: Pair, cases: list[Case], tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    lines = [{"images": [str(case.images[0])] if case.images else [], "prompt": case.question} for case in cases]
+    data.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    common = ("--data", data, "--max-new-tokens", 4, "--threads", 1)
+    result = internvl_edge("evaluate", pair.candidate, "--reference", pair.reference, *common, "--json")
+    assert result.returncode == 0, result.stderr
+    printed = json.loads(result.stdout)
+    assert (printed["cases"], printed["answers"]) == (2, None)
+    assert printed["greedy"]["kl_mean"] > 0
+    table = internvl_edge("evaluate", pair.candidate, "--reference", pair.original, *common)
+    assert table.returncode == 0, table.stderr
+    assert f"{printed['greedy']['top1_agreement']:.2%}" in table.stdout
+
+
+def test_mistakes_are_one_line(pair: Pair, tmp_path: Path) -> None:
+    assert_one_line(internvl_edge("evaluate", pair.candidate), "--reference", "--suite")
+    broken = tmp_path / "data.jsonl"
+    broken.write_text('{"prompt": 3}\n', encoding="utf-8")
+    compared = ("evaluate", pair.candidate, "--reference", pair.reference, "--data")
+    assert_one_line(internvl_edge(*compared, broken), "data.jsonl:1", "not a text")
+    assert_one_line(internvl_edge(*compared, tmp_path / "none"), "does not exist")
+    missing = tmp_path / "missing.jsonl"
+    missing.write_text('{"images": ["none.png"], "prompt": "What?"}\n', encoding="utf-8")
+    assert_one_line(internvl_edge(*compared, missing), "missing.jsonl:1", "none.png")

@@ -1,0 +1,316 @@
+"""The report: what goes in comes out, the page needs nothing outside itself, and every command leaves its part."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from helpers import tiny
+from helpers.commands import internvl_edge
+from helpers.reports import HOSTILE, full_report
+from internvl_edge.base.jsonable import decode, encode
+from internvl_edge.base.run_record import RunRecord
+from internvl_edge.bundle.manifest import Manifest
+from internvl_edge.bundle.names import QUANTIZATION
+from internvl_edge.checkpoint.record import read_record
+from internvl_edge.evaluation.report.bundle_report import histogram
+from internvl_edge.evaluation.report.content import Report
+from internvl_edge.evaluation.report.files import HTML, JSON, read_report, write_report
+from internvl_edge.evaluation.report.page import difference, render
+from internvl_edge.model.components import Component, Stored
+from internvl_edge.model.linear import W8A8, Scheme
+from internvl_edge.quantize.pipeline import _read_reports
+
+BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+BARE = Report("bundle", "b", "c", (), False, 10, (), figures={})
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the full report."""
+    folder = tmp_path_factory.mktemp("report")
+    write_report(full_report(), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(written: Path) -> str:
+    return (written / HTML).read_text(encoding="utf-8")
+
+
+# ---- files ----
+
+
+def test_a_report_survives_its_file(written: Path) -> None:
+    assert read_report(written) == full_report()
+
+
+def test_what_is_no_number_is_null_and_comes_back() -> None:
+    run = RunRecord("now", float("nan"), 0, "m", {})
+    text = json.dumps(encode(run), allow_nan=False)
+    assert np.isnan(decode(RunRecord, json.loads(text)).seconds)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format_version": 99}', '{"format_version": 1, "kind": 3}'])
+def test_a_strange_file_is_no_report(tmp_path: Path, text: str) -> None:
+    (tmp_path / JSON).write_text(text, encoding="utf-8")
+    assert read_report(tmp_path) is None
+
+
+def test_facts_of_an_older_version_are_read_when_a_run_is_taken_up(tmp_path: Path) -> None:
+    record = full_report().quantization
+    assert record is not None
+    facts = record.linears[0]
+    older = {**asdict(facts), "fallback": True}
+    (tmp_path / "linears.json").write_text(json.dumps([older]), encoding="utf-8")
+    assert _read_reports(tmp_path) == [facts]
+
+
+def test_an_older_report_completes_one_of_the_same_files_only() -> None:
+    older = full_report()
+    newer = replace(older, comparison=None)
+    assert newer.completed_by(older) == older
+    assert replace(newer, files="others").completed_by(older).comparison is None
+    assert newer.completed_by(None) == newer
+
+
+def test_without_the_extra_figures_are_written_and_a_line_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_report(BARE, tmp_path)
+    monkeypatch.delitem(sys.modules, "internvl_edge.evaluation.report.page")
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    written = write_report(replace(BARE, name="newer"), tmp_path)
+    assert "jinja2: pip install 'internvl-edge[report]'" in written.hint
+    assert written.html is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == [JSON], "an older page would show other figures"
+    assert json.loads(written.json.read_text(encoding="utf-8"))["name"] == "newer"
+
+
+def test_every_divergence_is_counted() -> None:
+    kl = np.array([0, 1e-12, 1e-7, 0.5, 99, 1e5, np.inf, np.nan])
+    found = histogram(kl)
+    assert sum(found.counts) == 6
+    assert (found.counts[0], found.counts[-1]) == (3, 2)
+
+
+# ---- the page ----
+
+
+class _Page(HTMLParser):
+    """Tags, addresses and ids of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.addresses: list[str] = []
+        self.ids: list[str] = []
+        self.handlers: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href", "srcset", "action", "data", "poster", "background", "ping"):
+                self.addresses.append(value or "")
+            elif name == "id":
+                self.ids.append(value or "")
+            elif name.startswith("on"):
+                self.handlers.append(name)
+
+
+def test_no_address_leaves_the_page(page: str) -> None:
+    found = _Page(page)
+    assert len(found.addresses) > 6
+    assert [address[:40] for address in found.addresses if not address.startswith(("#", "data:image/"))] == []
+    assert found.tags.isdisjoint({"script", "link", "base", "iframe", "object", "embed", "form", "meta http-equiv"})
+    assert found.handlers == []
+    assert [target for target in re.findall(r"url\(([^)]*)\)", page) if not target.startswith("#")] == []
+    assert "@import" not in page
+    assert "default-src 'none'" in page
+
+
+def test_references_inside_the_page_have_their_target_once(page: str) -> None:
+    found = _Page(page)
+    assert len(set(found.ids)) == len(found.ids)
+    inside = {address[1:] for address in found.addresses if address.startswith("#")}
+    assert inside | set(re.findall(r"url\(#([^)]*)\)", page)) <= set(found.ids)
+
+
+def test_text_stays_text(page: str) -> None:
+    assert "<script" not in page
+    assert "<img src=x" not in page
+    assert page.count("&lt;script") > 5
+    assert "\u202e" in HOSTILE
+    assert "\u202e" not in page, "what follows would read from right to left"
+
+
+def test_a_page_of_a_whole_model_stays_below_two_megabytes(page: str) -> None:
+    assert page.count("data:image/jpeg") == 6
+    assert len(page.encode()) < 2_000_000
+
+
+def test_plots_have_no_colours_of_their_own(page: str) -> None:
+    drawings = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    assert len(drawings) == 2 * 7
+    for drawing in drawings:
+        assert re.findall(r"#[0-9a-fA-F]{6}\b", drawing) == []
+        assert "var(--" in drawing
+
+
+def test_what_is_not_known_is_left_out() -> None:
+    text = render(BARE)
+    for heading in ("The gate", "side by side", "Suite", "Size", "How it was quantized", "<svg", "None"):
+        assert heading not in text
+
+
+def test_the_first_sentence_says_how_each_part_is_stored() -> None:
+    int8, int4 = Scheme(8, None, symmetric=True), Scheme(4, 32, symmetric=True)
+    parts = {"vision": (Stored(9, "float16", W8A8),), "lm_head": (Stored(1, "float16", int8),)}
+    parts["decoder"] = (Stored(4, "float16", int8), Stored(3, "float16", int4))
+    sizes = tuple(Component(name, 500_000_000, 1, 8, stored) for name, stored in parts.items())
+    text = render(replace(BARE, components=sizes))
+    assert "1.50 billion weights: vision and lm_head in int8; decoder in int8 and int4 in groups of 32." in text
+
+
+def test_the_verdict_stands_in_front() -> None:
+    report = replace(full_report(), quantization=None, comparison=None)
+    words = {
+        "failed": "Failed its gate, accepted",
+        "passed": "Passed its gate, accepted",
+        "no gate": "Measured, no gate set, accepted",
+    }
+    assert report.gate is not None
+    for state, verdict in words.items():
+        text = render(replace(report, gate=replace(report.gate, state=state)))
+        assert verdict in text[: text.index("<h2>")]
+
+
+def test_the_first_difference_of_two_answers_is_marked() -> None:
+    assert difference("45.1", "45.0") == "45.<mark>1</mark>"
+    assert difference("45", "45.0") == "45"
+    assert difference("<b>", "<i>") == "&lt;<mark>b&gt;</mark>"
+
+
+# ---- the commands ----
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint, the same in 4 bits, and a bundle of each."""
+    folder = tmp_path_factory.mktemp("made")
+    tiny.write_checkpoint(folder / "original", dtype="float32")
+    rounded = ("--scheme", "w4a16-rtn", "--group-size", 32, "--symmetric")
+    for arguments in (
+        ("quantize", folder / "original", "-o", folder / "rounded", *rounded),
+        ("export", folder / "original", "-o", folder / "float", "--dtype", "float32"),
+        ("export", folder / "rounded", "-o", folder / "int4"),
+    ):
+        result = internvl_edge(*arguments)
+        assert result.returncode == 0, result.stderr
+    return folder
+
+
+def _json(folder: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((folder / JSON).read_text(encoding="utf-8"))
+    return values
+
+
+def test_quantize_writes_both_files_into_its_folder(made: Path) -> None:
+    report = _json(made / "rounded")
+    assert (made / "rounded" / HTML).is_file()
+    assert report["quantization"]["recipe"]["decoder"] == "w4a16-rtn"
+    decoder = next(part for part in report["components"] if part["name"] == "decoder")
+    assert 4.5 <= decoder["bits_per_weight"] < 5.5
+    stored = sum(path.stat().st_size for path in (made / "rounded").glob("*.safetensors"))
+    assert sum(part["bytes"] for part in report["components"]) == pytest.approx(stored, rel=0.15)
+
+
+def test_export_carries_what_the_quantizer_said_of_these_weights(made: Path, tmp_path: Path) -> None:
+    assert QUANTIZATION in Manifest.read(made / "int4").files
+    assert QUANTIZATION not in Manifest.read(made / "float").files
+    assert read_record(made / "original") is None
+    other = Path(shutil.copytree(made / "rounded", tmp_path / "other"))
+    assert read_record(other) == read_record(made / "rounded") is not None
+    (other / "model-00002-of-00002.safetensors").write_bytes(b"")
+    assert read_record(other) is None
+
+
+def test_evaluate_puts_making_and_answers_into_one_report(made: Path, tmp_path: Path) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 150, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    questions = tmp_path / "questions.jsonl"
+    lines = [{"images": ["a.png"], "prompt": HOSTILE}, {"prompt": "Why does bread rise?", "answer": "Gas."}]
+    questions.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    result = internvl_edge(
+        *("evaluate", made / "int4", "--reference", made / "float", "--data", questions, "--max-new-tokens", 4),
+        *("--fail-if", "kl<0"),
+    )
+    assert result.returncode == 0, result.stderr
+    assert "int4.report/report.html" in result.stderr
+    report = _json(made / "int4.report")
+    assert (report["gate"]["state"], report["kind"]) == ("passed", "bundle")
+    assert report["quantization"]["recipe"]["decoder"] == "w4a16-rtn"
+    assert set(report["comparison"]["kinds"]) == {"images", "text"}
+    (sample,) = report["comparison"]["samples"]
+    assert sample["question"] == HOSTILE
+    assert sample["pictures"][0].startswith("data:image/jpeg;base64,")
+    assert sample["same"] == (sample["reference"] == sample["candidate"])
+    counted = sum(report["comparison"]["histogram"]["counts"])
+    assert counted == report["comparison"]["figures"]["positions"]
+    assert str(made) not in (made / "int4.report" / JSON).read_text(encoding="utf-8"), "paths are nobody's business"
+    assert sorted(path.name for path in (made / "int4").iterdir()) == sorted(
+        [*Manifest.read(made / "int4").files, "manifest.json"]
+    )
+
+
+# ---- a browser ----
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if found is None:
+        pytest.skip(f"no browser ({', '.join(BROWSERS)}); install Debian's chromium-headless-shell")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1100, 360])
+def test_a_browser_loads_nothing_else_and_shows_everything(
+    browser: Any, written: Path, tmp_path: Path, scheme: str, width: int
+) -> None:
+    address = (written / HTML).as_uri()
+    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    requests: list[str] = []
+    problems: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("console", lambda message: problems.append(message.text))
+    page.goto(address)
+    page.screenshot(path=str(tmp_path / "page.png"), full_page=True)
+    assert [url for url in requests if not url.startswith("data:")] == [address]
+    assert problems == []
+    assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width, "the page scrolls sideways"
+    shown = page.evaluate("[...document.querySelectorAll('svg')].filter(svg => svg.getClientRects().length).length")
+    assert shown == 7
+    light = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)[0]")
+    ink = page.evaluate("getComputedStyle(document.querySelector('svg text')).fill.match(/\\d+/g).map(Number)[0]")
+    assert (light > 200, light > ink) == ((True, True) if scheme == "light" else (False, False))
+    page.close()

@@ -1,0 +1,69 @@
+"""ONNX Runtime engines of a bundle: how tests open them, what they ask, and how they let them answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from helpers.reference import Reference
+from internvl_edge.bundle.bundle import Bundle
+from internvl_edge.runtime.engines import onnxruntime as engine_module
+from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
+
+TEXT = [5, 9, 42, 17, 100, 3, 77]
+
+
+def random_tiles(count: int, size: int) -> np.ndarray:
+    return np.random.default_rng(count).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+
+
+def greedy(
+    engine: OnnxRuntimeEngine, embeds: np.ndarray, table: np.ndarray, count: int
+) -> tuple[list[int], np.ndarray]:
+    """Tokens and the logits [count, vocab] they were chosen from."""
+    engine.reset()
+    logits = [engine.prefill(embeds).copy()]
+    tokens = [int(logits[0].argmax())]
+    while len(tokens) < count:
+        logits.append(engine.decode(table[tokens[-1]]).copy())
+        tokens.append(int(logits[-1].argmax()))
+    return tokens, np.stack(logits)
+
+
+def engine_for(bundle: Path, dialect: str, capacity: int = 1024) -> OnnxRuntimeEngine:
+    return OnnxRuntimeEngine(Bundle.open(bundle), dialect=dialect, capacity=capacity, threads=1)
+
+
+def run(bundle: Path, dialect: str, reference: Reference, count: int) -> np.ndarray:
+    """Logits [count, vocab] of prompt and greedy continuation."""
+    engine = OnnxRuntimeEngine(Bundle.open(bundle), dialect=dialect, capacity=64, threads=1)
+    logits = [engine.prefill(reference.embed(TEXT).numpy()).copy()]
+    while len(logits) < count:
+        logits.append(engine.decode(reference.embed([int(logits[-1].argmax())])[0].numpy()).copy())
+    return np.stack(logits)
+
+
+def require_wide_sums_where_needed(
+    opened: Bundle,
+    monkeypatch: pytest.MonkeyPatch,
+    session: Callable[[engine_module.OnnxRuntimeEngine], Any],
+    compute: Callable[[engine_module.OnnxRuntimeEngine], np.ndarray],
+    tolerance: float,
+) -> None:
+    """A CPU that saturates gets sums in 32 bits, another the fast way, and both the same numbers."""
+    key, found = "session.x64quantprecision", []
+    for exact in (True, False):
+        monkeypatch.setattr(engine_module, "multiplies_int8_exactly", lambda exact=exact: exact)
+        engine = engine_module.OnnxRuntimeEngine(opened, capacity=64, threads=1)
+        options = session(engine).get_session_options()
+        if exact:
+            with pytest.raises(RuntimeError, match=key):
+                options.get_session_config_entry(key)
+        else:
+            assert options.get_session_config_entry(key) == "1"
+        found.append(compute(engine).copy())
+    np.testing.assert_allclose(found[0], found[1], atol=tolerance)

@@ -1,0 +1,18 @@
+"""Runs that kill themselves half-way, and what they and the runs after them leave in a folder."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+
+def run_and_be_killed(script: str, *arguments: object) -> None:
+    """Run a script that must end by killing itself."""
+    done = subprocess.run([sys.executable, "-c", script, *map(str, arguments)], capture_output=True, check=False)
+    assert done.returncode == -9, done.stderr.decode()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder by its name."""
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}

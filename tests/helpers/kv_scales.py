@@ -1,0 +1,23 @@
+"""Scales of an int8 KV cache for a checkpoint that was never calibrated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from internvl_edge.checkpoint.kv_scales import KvScales
+from internvl_edge.checkpoint.reader import Checkpoint
+
+
+def write_scales(checkpoint: Path, seed: int = 0) -> KvScales:
+    """Scales like those of a calibration: some channels far larger than others."""
+    decoder = Checkpoint(checkpoint).config.decoder
+    shape = decoder.num_hidden_layers, decoder.num_key_value_heads
+    rng = np.random.default_rng(seed)
+    keys, values = (
+        rng.uniform(2, 6, (*shape, width)).astype(np.float32) for width in (decoder.head_dim // 2, decoder.head_dim)
+    )
+    scales = KvScales.from_ranges(keys, values)
+    scales.write(checkpoint)
+    return scales

@@ -1,0 +1,23 @@
+"""The names under which the torch reference holds the tensors that the product names its own way."""
+
+from __future__ import annotations
+
+RENAMES = {
+    "vision.layers.": "vision_model.encoder.layers.",
+    "decoder.layers.": "language_model.model.layers.",
+    "projector.fc1": "mlp1.1",
+    "projector.fc2": "mlp1.3",
+}
+
+
+def reference_name(name: str) -> str:
+    for ours, theirs in RENAMES.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def text_name(name: str) -> str:
+    """The reference's name of a canonical decoder tensor."""
+    if name.startswith("decoder.layers."):
+        return reference_name(name)
+    return "language_model." + ("" if "lm_head" in name else "model.") + name.removeprefix("decoder.")

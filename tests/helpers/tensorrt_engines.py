@@ -1,0 +1,49 @@
+"""TensorRT engines that are none: a folder as a build leaves it, and the engine's host side over the fake GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from helpers.fake_gpu import FakeCuda, FakeTensorRT
+from internvl_edge.bundle.bundle import Bundle, sha256
+from internvl_edge.runtime.engines.tensorrt.build.bundle_engines import headers
+from internvl_edge.runtime.engines.tensorrt.cuda import Cuda
+from internvl_edge.runtime.engines.tensorrt.engine import TensorRTEngine
+from internvl_edge.runtime.engines.tensorrt.flavour import Flavour, make_log
+from internvl_edge.runtime.engines.tensorrt.record import (
+    ENGINES,
+    BuildOptions,
+    EngineRecord,
+    engine_folder,
+    graph_inputs,
+)
+
+CAPACITY = 96
+FLAVOURS = {"tensorrt": "10.16.1", "tensorrt_rtx": "1.7.1"}
+OLD = "10.3.0"
+
+
+def write_engines(bundle: Bundle, flavour: str, profiles: int = 1, **changes: Any) -> EngineRecord:
+    """A folder as `build` would leave it, with headers in place of engines."""
+    options = BuildOptions("float16", capacity=CAPACITY, chunk=16, kept=3, tiles=2, profiles=profiles)
+    folder = engine_folder(bundle, "fake")
+    folder.mkdir(parents=True, exist_ok=True)
+    for graph, (header, _) in headers(bundle, options, decomposed=FLAVOURS[flavour] == OLD).items():
+        (folder / ENGINES[graph]).write_bytes(header)
+    files = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in ENGINES.values()
+    }
+    record = EngineRecord("fake", flavour, FLAVOURS[flavour], (86,), options, graph_inputs(bundle), files)
+    record = replace(record, **changes)
+    record.write(folder)
+    for kept in folder.glob("*.cache"):
+        kept.unlink()
+    return record
+
+
+def open_engine(
+    bundle: Bundle, cuda: FakeCuda, flavour: str = "tensorrt", profiles: int = 1
+) -> tuple[TensorRTEngine, FakeTensorRT]:
+    api = FakeTensorRT(cuda, bundle.folder, FLAVOURS[flavour], profiles)
+    return TensorRTEngine(bundle, cuda=Cuda(cuda), flavour=Flavour(flavour, api, make_log(api))), api

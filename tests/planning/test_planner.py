@@ -1,0 +1,233 @@
+"""Plans: bytes against bundles that were really written, tiles against the real cutter, advice that really helps."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from helpers import tiny
+from helpers.repository import REPOSITORY
+from helpers.tiny_quantized import write_quantized
+from internvl_edge import export_bundle
+from internvl_edge.base.errors import EdgeError
+from internvl_edge.bundle.bundle import Bundle
+from internvl_edge.bundle.names import EMBEDDINGS
+from internvl_edge.checkpoint.config_reader import read_config
+from internvl_edge.checkpoint.reader import Checkpoint
+from internvl_edge.cli.plan import command
+from internvl_edge.model.config import ModelConfig
+from internvl_edge.model.linear import Scheme
+from internvl_edge.model.preprocess import tile_image
+from internvl_edge.planning.devices import Device, Devices
+from internvl_edge.planning.footprint import INT4, RECIPES, Footprint, Storage
+from internvl_edge.planning.planner import IMAGE_SIZES, TILE_LIMITS, make_plan, memory_of, predict, tile_table, tiles_of
+from internvl_edge.planning.storage import bundle_storage
+
+# The published configurations, sizes alone: variant -> fields of the decoder. The tower is InternViT-300M.
+PUBLISHED = {
+    "1B": {"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2}
+    | {"head_dim": 64, "intermediate_size": 4864, "vocab_size": 151674, "qkv_bias": True, "architecture": "qwen2"},
+    "2B": {"hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 8}
+    | {"head_dim": 128, "intermediate_size": 8192, "vocab_size": 92553}
+    | {"qkv_bias": False, "architecture": "internlm2"},
+    "8B": {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+    | {
+        "head_dim": 128,
+        "intermediate_size": 14336,
+        "vocab_size": 92553,
+        "qkv_bias": False,
+        "architecture": "internlm2",
+    },
+}
+INT8_TOWER = REPOSITORY / "benchmarks" / "int8_tower.py"
+TOWER = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("planned") / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def published(checkpoint: Path) -> dict[str, ModelConfig]:
+    config = read_config(checkpoint)
+    tower = replace(config.vision, **TOWER, image_size=448, patch_size=14)
+    return {
+        name: replace(config, vision=tower, decoder=replace(config.decoder, **fields), max_tiles=12)
+        for name, fields in PUBLISHED.items()
+    }
+
+
+def device(name: str, **changes: Any) -> Device:
+    return replace(Devices().device(name), **changes)
+
+
+@pytest.mark.parametrize("text", ["qwen2", "internlm2"])
+@pytest.mark.parametrize("vision", ["300m", "6b"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_counted_bytes_are_those_of_a_written_bundle(tmp_path: Path, text: str, vision: str, dtype: str) -> None:
+    folder = tiny.write_checkpoint(tmp_path / "checkpoint", text=text, vision=vision)
+    bundle = Bundle.open(export_bundle(folder, tmp_path / "bundle", dtype))
+    storage = bundle_storage(bundle.manifest)
+    weights = Footprint(bundle.manifest.model, storage).weights
+    assert weights.embeddings == bundle.path(EMBEDDINGS).stat().st_size
+    for counted, name in ((weights.vision, "vision.data"), (weights.decoder + weights.head, "decoder.data")):
+        stored = bundle.path(name).stat().st_size
+        # Every tensor starts on a page, which only models as small as this one notice.
+        tensors = len(Checkpoint(folder).shapes)
+        assert counted <= stored <= counted + 4096 * tensors
+
+
+@pytest.mark.parametrize("kind", ["int4, zero points", "int4 and int8 head", "int8 tower"])
+def test_counted_bytes_are_those_of_a_quantized_bundle(tmp_path: Path, kind: str) -> None:
+    source = tiny.write_checkpoint(tmp_path / "plain", hidden_size=128, vision_hidden_size=128)
+    if kind == "int8 tower":
+        checkpoint = tmp_path / "int8"
+        subprocess.run([sys.executable, str(INT8_TOWER), str(source), str(checkpoint)], check=True)
+    else:
+        symmetric = {"method": "compressed-tensors", "body": Scheme(4, 32, True), "head": Scheme(8, None, True)}
+        checkpoint, _ = write_quantized(source, tmp_path / "made", **({} if "zero" in kind else symmetric))
+    bundle = Bundle.open(export_bundle(checkpoint, tmp_path / "bundle", "float16"))
+    weights = Footprint(bundle.manifest.model, bundle_storage(bundle.manifest)).weights
+    for counted, name in ((weights.vision, "vision.data"), (weights.decoder + weights.head, "decoder.data")):
+        assert counted == pytest.approx(_used_bytes(bundle.path(name.replace("data", "onnx"))), rel=0.05)
+
+
+def _used_bytes(header: Path) -> int:
+    """Bytes of the tensors a graph keeps in its data file, without what aligns them."""
+    initializers = ir.load(header).graph.initializers.values()
+    tensors = (value.const_value for value in initializers)
+    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, ir.ExternalTensor))
+
+
+def test_cache_is_what_the_engine_allocates(checkpoint: Path, tmp_path: Path) -> None:
+    from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
+
+    bundle = Bundle.open(export_bundle(checkpoint, tmp_path / "bundle"))
+    engine = OnnxRuntimeEngine(bundle, capacity=64)
+    allocated = sum(value.numpy().nbytes for value in engine._cache.values())
+    assert Footprint(bundle.manifest.model, Storage(cache_bytes=4)).cache_bytes(64) == allocated
+
+
+def test_published_sizes(published: dict[str, ModelConfig]) -> None:
+    """Bytes per token and per model as known for the published models, in 1e6 bytes or KiB."""
+    expected = {"1B": (185, 272, 12), "2B": (779, 379, 96), "8B": (3599, 758, 128)}
+    for name, (body, head, cache) in expected.items():
+        footprint = Footprint(published[name], Storage(body=INT4))
+        assert footprint.weights.decoder / 1e6 == pytest.approx(body, rel=0.01)
+        assert footprint.weights.head / 1e6 == pytest.approx(head, rel=0.01)
+        assert footprint.cache_bytes(1) == cache * 1024
+
+
+def test_vision_operations_are_those_of_the_tower(published: dict[str, ModelConfig]) -> None:
+    assert Footprint(published["1B"], Storage()).vision_operations(1) / 1e12 == pytest.approx(0.72, rel=0.05)
+
+
+def test_predictions_are_the_roofline(published: dict[str, ModelConfig]) -> None:
+    """With the cache left aside, published tables of bytes per token give these speeds."""
+    footprint = Footprint(published["2B"], Storage(body=INT4))
+    speed = predict(footprint, device("orin-nano-8gb"), tiles=1)
+    assert speed.decode_tokens_per_s == pytest.approx(59, rel=0.05)
+    faster = predict(footprint, device("orin-nano-8gb", tflops=20.4), tiles=1)
+    assert faster.vision_s == pytest.approx(speed.vision_s / 2)
+    assert faster.decode_tokens_per_s == speed.decode_tokens_per_s
+
+
+def test_what_does_not_fit_is_told_what_would(published: dict[str, ModelConfig]) -> None:
+    """8B in 16 bits is twice the memory of an 8 GB board; the advised recipe fits and is the first that does."""
+    board = device("orin-nano-8gb")
+    config = published["8B"]
+    plan = make_plan(config, board, "fp16", RECIPES["fp16"], context=4096, max_tiles=12)
+    assert not plan.fits
+    fitting = [name for name, storage in RECIPES.items() if _fits(config, board, storage, 4096)]
+    assert any(advice.startswith(f"recipe {fitting[0]} ") for advice in plan.advice)
+    long = make_plan(config, board, "w4a16", RECIPES["w4a16"], context=32768, max_tiles=12)
+    assert not long.fits
+    context = int(long.advice[0].split()[1])
+    assert _fits(config, board, RECIPES["w4a16"], context)
+    assert not _fits(config, board, RECIPES["w4a16"], context + 512)
+    hopeless = make_plan(config, replace(board, memory_gib=4), "fp16", RECIPES["fp16"], context=4096, max_tiles=12)
+    assert hopeless.advice == ("a smaller variant of the model, or a device with more memory",)
+
+
+def _fits(config: ModelConfig, board: Device, storage: Storage, context: int) -> bool:
+    return memory_of(Footprint(config, storage), context).total <= board.usable_memory
+
+
+def test_a_context_too_short_for_the_tiles_is_said(published: dict[str, ModelConfig]) -> None:
+    plan = make_plan(published["1B"], device("rtx-4090"), "fp16", Storage(), context=2048, max_tiles=12)
+    assert plan.fits
+    assert "13 are 3408 tokens" in plan.advice[0]
+
+
+def test_a_board_too_small_to_build_on_is_told(published: dict[str, ModelConfig]) -> None:
+    """8B in int4 fits 8 GB, building its engine does not; cards take engines built elsewhere."""
+    plans = {
+        name: make_plan(published["8B"], device(name), "w4a16", RECIPES["w4a16"], context=4096, max_tiles=12)
+        for name in ("orin-nano-8gb", "rtx-4060", "agx-orin-32gb")
+    }
+    assert all(plan.fits for plan in plans.values())
+    told = {name: any("add swap" in advice for advice in plan.advice) for name, plan in plans.items()}
+    assert told == {"orin-nano-8gb": True, "rtx-4060": False, "agx-orin-32gb": False}
+
+
+def test_tile_table_is_what_the_cutter_does(published: dict[str, ModelConfig]) -> None:
+    table = {row["image"]: row for row in tile_table(published["1B"])}
+    assert table["VGA camera"]["tiles"] == {1: 1, 2: 1, 4: 1, 6: 7, 9: 7, 12: 13}
+    for label, (width, height) in IMAGE_SIZES.items():
+        small = Image.fromarray(np.zeros((height, width, 3), np.uint8))
+        for limit in TILE_LIMITS[:3]:
+            assert len(tile_image(small, max_tiles=limit)) == table[label]["tiles"][limit]
+    assert [tiles_of(published["1B"], limit) for limit in (1, 6, 12)] == [1, 7, 13]
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def test_plan_from_a_configuration_alone(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
+    for path in (tmp_path, tmp_path / "config.json"):
+        result = CliRunner().invoke(command, [str(path), "--json"])
+        assert result.exit_code == 0, result.output
+        plans = json.loads(result.output)["plans"]
+        assert {plan["device"] for plan in plans} == set(Devices().all)
+        assert all(plan["fits"] and plan["prediction"]["method"] == "roofline bound" for plan in plans)
+
+
+def test_plan_of_a_bundle_shows_stored_and_counted(checkpoint: Path, tmp_path: Path) -> None:
+    bundle = export_bundle(checkpoint, tmp_path / "bundle")
+    result = CliRunner().invoke(command, [str(bundle), "--device", "orin-nx-16gb"])
+    assert result.exit_code == 0, result.output
+    assert "stored" in result.output
+    assert "640x480" in result.output
+    assert "predictions" in result.output
+
+
+def test_presets_and_recipe_files_can_be_planned(checkpoint: Path, tmp_path: Path) -> None:
+    def planned(recipe: str) -> dict[str, Any]:
+        arguments = [str(checkpoint), "--device", "orin-nano-8gb", "--recipe", recipe, "--json"]
+        result = CliRunner().invoke(command, arguments, catch_exceptions=False)
+        memory: dict[str, Any] = json.loads(result.output)["plans"][0]["memory"]
+        return memory
+
+    orin, floats = planned("orin"), planned("fp16")
+    assert orin["kv_cache"] == floats["kv_cache"] / 2
+    assert orin["vision"] < 0.8 * floats["vision"]
+    own = tmp_path / "own.toml"
+    own.write_text('base = "orin"\nkv_cache = "fp"\n')
+    assert planned(str(own)) == orin | {"kv_cache": floats["kv_cache"], "total": orin["total"] + orin["kv_cache"]}
+    own.write_text('base = "orin"\n[layers]\n"layers.0.*" = "w8a16"\n')
+    with pytest.raises(EdgeError, match="decides layer by layer"):
+        planned(str(own))
+    with pytest.raises(EdgeError, match="did you mean orin"):
+        planned("oron")

@@ -1,0 +1,112 @@
+"""Recipes: presets and files, single choices on top, and what is refused in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from internvl_edge.base.errors import EdgeError
+from internvl_edge.recipe.files import combine, make_recipe, presets, read_recipe
+from internvl_edge.recipe.recipe import Automatic, DecoderInt8, Recipe
+
+
+def test_presets_are_recipes_that_differ_where_devices_do() -> None:
+    made = {name: make_recipe(values) for name, values in presets().items()}
+    assert set(made) == {"cpu", "rtx", "orin", "thor"}
+    assert {name for name, recipe in made.items() if not recipe.symmetric} == {"cpu"}
+    assert {name for name, recipe in made.items() if recipe.kv_cache == "int8"} == {"orin"}
+    assert all(recipe.group_size in (64, 128) for recipe in made.values())  # TensorRT's sizes
+    assert all(recipe.lm_head == "int8" for recipe in made.values())
+    orin = made["orin"]
+    assert (orin.decoder, orin.vision, orin.kv_cache) == ("w4a16-awq", "int8", "int8")
+
+
+def test_a_file_starts_from_a_preset_and_says_the_rest(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        'base = "orin"\ngroup_size = 64\n[layers]\n"layers.0.*" = "w8a16"\n"*.down_proj" = "w4a16-awq-g32"\n'
+        "[vision_int8]\ncosine = 0.9\n"
+    )
+    recipe = make_recipe(read_recipe(str(path)))
+    assert recipe.layers == (("layers.0.*", "w8a16"), ("*.down_proj", "w4a16-awq-g32"))
+    assert (recipe.group_size, recipe.lm_head, recipe.vision_int8.cosine) == (64, "int8", 0.9)
+    again = make_recipe(combine(read_recipe(str(path)), {"vision_int8": {"smoothing": False}}))
+    assert (again.vision_int8.cosine, again.vision_int8.smoothing) == (0.9, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("group_size = 64\n[", "not valid TOML"),
+        ('base = "jetson"', "base is 'jetson', expected one of cpu, rtx, orin, thor"),
+        ("groupsize = 64", "groupsize is not known; did you mean group_size?"),
+        ('group_size = "64"', "group_size is '64', expected a number"),
+        ("symmetric = 1", "symmetric is 1, expected true or false"),
+        ("lm_head = true", "lm_head is True, expected text"),
+        ("[vision_int8]\nkeep = [1]", r"vision_int8: keep is \[1\], expected a list of text"),
+        ("[automatic]\ntarget = 4.5", "automatic: target is not known; did you mean target_bits?"),
+        ("layers = 3", "layers is no table"),
+        ("vision_int8 = 3", "vision_int8 is 3, expected a table"),
+    ],
+)
+def test_files_that_are_no_recipe_are_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(EdgeError, match=message) as error:
+        read_recipe(str(path))
+    assert str(path) in str(error.value)
+
+
+def test_names_that_are_neither_preset_nor_file_get_near_ones(tmp_path: Path) -> None:
+    with pytest.raises(EdgeError, match="'orni' is not known; did you mean orin"):
+        read_recipe("orni")
+    with pytest.raises(EdgeError, match="cannot be read"):
+        read_recipe(str(tmp_path / "absent.toml"))
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"kv_cache": "int4"}, "kv_cache 'int4' is not one of fp, int8"),
+        ({"layers": (("*", "w3a16"),)}, "scheme 'w3a16' is not supported"),
+        ({"layers": (("*", "w4a16-awq-g48"),)}, "group size 48 is not one of 32, 64, 128"),
+        ({"layers": (("*", "w8a16-g64"),)}, "only w4a16-awq and w4a16-rtn have groups; write w8a16"),
+        ({"decoder": "fp", "automatic": Automatic(target_bits=5)}, "give a decoder scheme below fp"),
+        ({"decoder": "w8a8", "automatic": Automatic(target_bits=9)}, "give max_kl"),
+        ({"decoder_int8": DecoderInt8(max_kl=0), "kv_cache": "int2"}, "kv_cache 'int2'"),
+        ({"decoder": "fp", "layers": (("*", "fp"),)}, "quantize at least one"),
+    ],
+)
+def test_choices_that_cannot_be_are_refused(choices: dict[str, Any], message: str) -> None:
+    with pytest.raises(EdgeError, match=message):
+        Recipe(**choices)
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({}, "one of the two"),
+        ({"target_bits": 5, "max_kl": 0.1}, "one of the two"),
+        ({"target_bits": 3.9}, "more than 4"),
+        ({"max_kl": 0}, "above 0"),
+    ],
+)
+def test_limits_that_cannot_be_are_refused(limits: dict[str, Any], message: str) -> None:
+    with pytest.raises(EdgeError, match=message):
+        Automatic(**limits)
+
+
+def test_a_pattern_that_is_given_again_counts_where_it_was_given_last(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('[layers]\n"layers.0.*" = "w8a16"\n"*.down_proj" = "fp"\n', encoding="utf-8")
+    again = combine(read_recipe(str(file)), {"layers": {"layers.0.*": "w4a16-awq"}})
+    assert list(again["layers"].items()) == [("*.down_proj", "fp"), ("layers.0.*", "w4a16-awq")]
+
+
+def test_int8_inputs_are_limited_unless_told_otherwise() -> None:
+    assert Recipe("w8a8").choice == Automatic(max_kl=0.02)
+    assert Recipe("w8a8", decoder_int8=DecoderInt8(max_kl=0)).choice is None
+    assert Recipe("w8a8", automatic=Automatic(max_kl=0.1)).choice == Automatic(max_kl=0.1)
+    assert Recipe("w8a16").choice is None

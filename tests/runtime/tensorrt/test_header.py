@@ -1,0 +1,216 @@
+"""Headers tailored for TensorRT: the same numbers as the bundle's own graphs, in another type and fixed sizes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+from helpers import tiny
+from helpers.tiny_quantized import write_quantized
+from internvl_edge import export_bundle
+from internvl_edge.base.errors import BundleError
+from internvl_edge.bundle.bundle import Bundle
+from internvl_edge.model.rope import RotaryAngles
+from internvl_edge.runtime.engines import onnxruntime as engine_module
+from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from internvl_edge.runtime.engines.tensorrt.build.bundle_engines import headers
+from internvl_edge.runtime.engines.tensorrt.build.header import decoder_header, vision_header
+from internvl_edge.runtime.engines.tensorrt.record import BuildOptions
+
+CAPACITY = 64
+EXACT = ("session.qdq_matmulnbits_accuracy_level", "1")
+KINDS: dict[str, dict[str, Any]] = {
+    "qwen2": {},
+    "internlm2": {"text": "internlm2"},
+    "native, 6b": {"layout": "native", "vision": "6b"},
+}
+NUMPY = {
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(uint8)": np.uint8,
+    "tensor(float)": np.float32,
+}
+
+
+def opened(folder: Path, dtype: str, activations: str = "float32", **choices: Any) -> Bundle:
+    checkpoint = tiny.write_checkpoint(folder / "checkpoint", **choices)
+    return Bundle.open(export_bundle(checkpoint, folder / "bundle", dtype, activations))
+
+
+def tailored(bundle: Bundle, dtype: str, decomposed: bool = False) -> tuple[bytes, bytes]:
+    options = BuildOptions(dtype, capacity=CAPACITY)
+    made = headers(bundle, options, decomposed)
+    return made["vision"][0], made["decoder"][0]
+
+
+def session(bundle: Bundle, header: bytes, name: str) -> onnxruntime.InferenceSession:
+    """External data is found beside the header, so it is written there."""
+    path = bundle.path(name)
+    path.write_bytes(header)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry(*EXACT)
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+class Steps:
+    """The tailored decoder in ONNX Runtime, with the cache carried by hand; slots beyond the used part hold rubbish."""
+
+    def __init__(self, bundle: Bundle, header: bytes) -> None:
+        self._session = session(bundle, header, "tailored.onnx")
+        self._angles = RotaryAngles(bundle.manifest.model.decoder)
+        self._past = {
+            value.name: np.full(value.shape, 7, np.float16)
+            for value in self._session.get_inputs()
+            if value.name.startswith("past_key_values")
+        }
+        self._length = 0
+
+    def run(self, embeds: np.ndarray[Any, Any], window: int, kept: list[int]) -> tuple[np.ndarray[Any, Any], list[int]]:
+        cos, sin = self._angles.at(self._length, len(embeds), self._length + len(embeds))
+        feeds = {"inputs_embeds": embeds[None], "cos": cos[None], "sin": sin[None]}
+        feeds = {name: array.astype(np.float16) for name, array in feeds.items()}
+        feeds |= {
+            "past_length": np.array([self._length]),
+            "slots": np.arange(window),
+            "kept": np.array(kept),
+        } | self._past
+        names = [value.name for value in self._session.get_outputs()]
+        outputs = dict(zip(names, self._session.run(None, feeds), strict=True))
+        if "new_entries" in outputs:
+            new = np.split(outputs["new_entries"], len(self._past), axis=1)
+            for past, entries in zip(self._past.values(), new, strict=True):
+                past[:, :, self._length : self._length + len(embeds)] = entries
+        else:
+            self._past = {name: outputs[name.replace("past_key_values", "present")] for name in self._past}
+        self._length += len(embeds)
+        return outputs["logits"][0], outputs["token"][0].tolist()
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
+def test_float16_headers_compute_what_the_bundle_computes(tmp_path: Path, kind: str, stored: str) -> None:
+    bundle = opened(tmp_path, stored, **KINDS[kind])
+    _assert_same_numbers(bundle, 0.03)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_decomposed_headers_compute_the_same_with_operators_of_opset_21(tmp_path: Path, kind: str) -> None:
+    bundle = opened(tmp_path, "float16", **KINDS[kind])
+    for header in tailored(bundle, "float16", decomposed=True):
+        model = onnx.load_from_string(header)
+        assert [entry.version for entry in model.opset_import] == [21]
+        for node in model.graph.node:
+            assert onnx.defs.get_schema(node.op_type, 21)  # raises where the operator is newer
+    _assert_same_numbers(bundle, 0.03, decomposed=True)
+
+
+def test_quantized_decoders_keep_their_correction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums over groups cancel: they stay in float32, while scales become 16-bit constants."""
+    checkpoint, _ = write_quantized(tiny.write_checkpoint(tmp_path / "plain"), tmp_path / "checkpoint", skewed=True)
+    bundle = Bundle.open(export_bundle(checkpoint, tmp_path / "bundle", "float16"))
+    model = ir.from_proto(onnx.load_from_string(tailored(bundle, "float16")[1]))
+    sums = [node for node in model.graph if node.op_type == "ReduceSum"]
+    assert sums
+    for node in sums:
+        producer = node.inputs[0].producer()  # type: ignore[union-attr]
+        assert producer is not None
+        assert (producer.op_type, producer.attributes["to"].as_int()) == ("Cast", int(ir.DataType.FLOAT))
+    assert {node.inputs[1].dtype for node in model.graph if node.op_type == "DequantizeLinear"} == {  # type: ignore[union-attr]
+        ir.DataType.FLOAT16
+    }
+    # Neither side may round activations to int8, as ONNX Runtime does by default.
+    monkeypatch.setitem(engine_module._CONFIG, *EXACT)
+    _assert_same_numbers(bundle, 0.03)
+
+
+def _assert_same_numbers(bundle: Bundle, tolerance: float, decomposed: bool = False) -> None:
+    """Vision and eight decoder steps, a prompt in two chunks included, in shares of the standard deviation."""
+    vision, decoder = tailored(bundle, "float16", decomposed)
+    config, random = bundle.manifest.model, np.random.default_rng(5)
+    engine = OnnxRuntimeEngine(bundle, dialect="standard", capacity=CAPACITY)
+    size = config.vision.image_size
+    pixels = random.integers(0, 256, (3, size, size, 3), np.uint8)
+    expected = engine.encode(pixels)
+    found = session(bundle, vision, "tailored_vision.onnx").run(None, {"pixels": pixels})[0]
+    assert found.dtype == np.float16
+    assert np.abs(found - expected).max() < tolerance * expected.std()
+    embeds = (0.6 * random.standard_normal((20, config.decoder.hidden_size))).astype(np.float32)
+    steps = Steps(bundle, decoder)
+    for chunk, window in ((embeds[:9], 9), (embeds[9:14], 20), *((embeds[n : n + 1], CAPACITY) for n in range(14, 20))):
+        expected = engine.score(chunk)
+        kept = sorted({0, len(chunk) // 2, len(chunk) - 1})
+        logits, tokens = steps.run(chunk, window, kept)
+        assert np.abs(logits - expected[kept]).max() < tolerance * expected.std()
+        assert tokens == logits.argmax(axis=-1).tolist()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("activations", ["float32", "float16", "bfloat16"])
+def test_only_sums_norms_and_logits_are_float32(tmp_path: Path, dtype: str, activations: str) -> None:
+    bundle = opened(tmp_path, "bfloat16", activations)
+    wanted = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}[dtype]
+    for header in tailored(bundle, dtype):
+        graph = ir.from_proto(onnx.load_from_string(header)).graph
+        floats = {value.dtype for value in graph.inputs if value.name not in ("pixels", "past_length", "slots", "kept")}
+        assert floats <= {wanted}
+        outputs = {value.name: value.dtype for value in graph.outputs}
+        assert outputs.pop("logits", ir.DataType.FLOAT) == ir.DataType.FLOAT
+        assert outputs.pop("token", ir.DataType.INT64) == ir.DataType.INT64
+        assert set(outputs.values()) == {wanted}
+        casts = [node.attributes["to"].as_int() for node in graph if node.op_type == "Cast"]
+        assert set(casts) <= {int(wanted), int(ir.DataType.FLOAT)}
+        assert casts.count(int(ir.DataType.FLOAT)) <= 1  # the logits
+        stored = {value.const_value.dtype for value in graph.initializers.values() if value.const_value is not None}
+        assert ir.DataType.FLOAT not in stored or activations != "float32"
+
+
+def test_weights_stay_in_the_bundles_files(tmp_path: Path) -> None:
+    bundle = opened(tmp_path, "float16")
+    for header, own in zip(tailored(bundle, "bfloat16"), ("vision.onnx", "decoder.onnx"), strict=True):
+        graph = ir.from_proto(onnx.load_from_string(header)).graph
+        matrices = [
+            value.const_value
+            for node in graph
+            if node.op_type == "MatMul"
+            for value in (_source(node.inputs[1]),)
+            if value.is_initializer()
+        ]
+        assert matrices
+        assert all(isinstance(matrix, ir.ExternalTensor) for matrix in matrices)
+        assert len(header) < 3 * bundle.path(own).stat().st_size
+
+
+def _source(value: ir.Value | None) -> ir.Value:
+    """The weight behind a cast."""
+    assert value is not None
+    producer = value.producer()
+    if producer is not None and producer.op_type == "Cast":
+        assert producer.inputs[0] is not None
+        return producer.inputs[0]
+    return value
+
+
+def test_another_graph_is_refused(tmp_path: Path) -> None:
+    bundle = opened(tmp_path, "float16")
+    with pytest.raises(BundleError, match="not the graph that export writes"):
+        decoder_header(bundle.path("decoder.onnxruntime.onnx"), "float32", "float16", CAPACITY)
+    with pytest.raises(BundleError, match="an input pixels"):
+        vision_header(bundle.path("decoder.onnx"), "float32", "float16")
+
+
+def test_bundles_may_be_links(tmp_path: Path) -> None:
+    """Package caches and copies made with `cp -l` hold hard links."""
+    bundle = opened(tmp_path, "float16")
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in bundle.folder.iterdir():
+        os.link(path, copy / path.name)
+    assert tailored(Bundle.open(copy), "float16") == tailored(bundle, "float16")

@@ -1,0 +1,135 @@
+"""The openvino engine: the same numbers as ONNX Runtime's, and its cache handed over at every seam."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from helpers import tiny
+from internvl_edge import InternVL, export_bundle
+from internvl_edge.base import machine
+from internvl_edge.base.errors import EngineError
+from internvl_edge.bundle.bundle import Bundle
+from internvl_edge.runtime.engines import choice, openvino
+from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
+
+CAPACITY = 1400
+needs_openvino = pytest.mark.skipif(not openvino.is_available(), reason="openvino 2026.3 or newer is not installed")
+
+
+@pytest.fixture(scope="module", params=["qwen2", "internlm2"])
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("openvino")
+    return export_bundle(tiny.write_checkpoint(folder / "checkpoint", text=request.param), folder / "bundle")
+
+
+@pytest.fixture
+def engines(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Any]]:
+    """ONNX Runtime's and OpenVINO's, both in float32."""
+    monkeypatch.setattr(machine, "multiplies_bfloat16", lambda: False)
+    opened = Bundle.open(bundle)
+    pair = OnnxRuntimeEngine(opened, capacity=CAPACITY, threads=1), _engine(opened)
+    yield pair
+    for engine in pair:
+        engine.close()
+
+
+def _engine(opened: Bundle) -> openvino.OpenVinoEngine:
+    return openvino.OpenVinoEngine(opened, capacity=CAPACITY, threads=1)
+
+
+def _embeds(bundle: Path, count: int) -> np.ndarray:
+    width = Bundle.open(bundle).manifest.model.decoder.hidden_size
+    return np.random.default_rng(count).standard_normal((count, width)).astype(np.float32) * 0.5
+
+
+@needs_openvino
+def test_tiles_become_the_same_tokens(engines: tuple[Any, Any], bundle: Path) -> None:
+    size = Bundle.open(bundle).manifest.model.vision.image_size
+    pixels = np.random.default_rng(0).integers(0, 256, (3, size, size, 3), np.uint8)
+    expected, found = (engine.encode(pixels) for engine in engines)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@needs_openvino
+def test_prompts_answers_and_longer_prompts_follow_each_other_as_in_one_engine(
+    engines: tuple[Any, Any], bundle: Path
+) -> None:
+    """A prompt of several chunks, answers, a further long prompt, a short one, several tokens at once, a way back."""
+    parts = [_embeds(bundle, count) for count in (openvino.PREFILL_CHUNK + 130, 1, 200, 7)]
+
+    def walk(engine: Any) -> list[np.ndarray]:
+        found = [np.array(engine.prefill(parts[0])), np.array(engine.decode(parts[1][0]))]
+        found += [np.array(engine.prefill(part)) for part in parts[2:]]
+        found += [engine.score(parts[3])]
+        engine.reset(300)
+        return [*found, np.array(engine.prefill(parts[2])), np.array(engine.decode(parts[1][0]))]
+
+    expected, found = (walk(engine) for engine in engines)
+    assert engines[0].length == engines[1].length == 300 + 200 + 1
+    for a, b in zip(expected, found, strict=True):
+        np.testing.assert_allclose(b, a, atol=2e-3)
+
+
+@needs_openvino
+def test_bfloat16_stays_near_float32(engines: tuple[Any, Any], bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "multiplies_bfloat16", lambda: True)
+    prompt = _embeds(bundle, 100)
+    rounded = _engine(Bundle.open(bundle))
+    expected, found = engines[0].prefill(prompt), rounded.prefill(prompt)
+    rounded.close()
+    assert np.abs(found - expected).max() < 0.2 * expected.std()
+
+
+@needs_openvino
+def test_a_bundle_without_the_graph_for_prompts_leaves_them_to_onnx_runtime(tmp_path: Path) -> None:
+    checkpoint = tiny.write_checkpoint(tmp_path / "checkpoint")
+    bundle = export_bundle(checkpoint, tmp_path / "bundle", dialects=("standard",))
+    engine, expected = _engine(Bundle.open(bundle)), OnnxRuntimeEngine(Bundle.open(bundle), capacity=CAPACITY)
+    prompt = _embeds(bundle, 100)
+    np.testing.assert_allclose(engine.prefill(prompt), expected.prefill(prompt), atol=1e-5)
+
+
+@needs_openvino
+def test_it_answers_as_the_other_engine_does(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "multiplies_bfloat16", lambda: False)
+    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (90, 150, 3), np.uint8))
+    answers = []
+    for name in ("onnxruntime", "openvino"):
+        with InternVL.load(bundle, engine=name, threads=1) as model:
+            answers.append(model.chat("What is this? " * 20, [picture], max_new_tokens=12).output_ids)
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize(
+    ("bfloat16", "installed", "expected"),
+    [(True, True, "openvino"), (False, True, "onnxruntime"), (True, False, "onnxruntime")],
+)
+def test_openvino_is_chosen_where_it_is_installed_and_faster(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, bfloat16: bool, installed: bool, expected: str
+) -> None:
+    made: list[str] = []
+    monkeypatch.setattr(machine, "multiplies_bfloat16", lambda: bfloat16)
+    monkeypatch.setattr(openvino, "is_available", lambda: installed)
+    monkeypatch.setattr(openvino, "OpenVinoEngine", lambda *a, **k: made.append("openvino"))
+    monkeypatch.setattr(choice, "OnnxRuntimeEngine", lambda *a, **k: made.append("onnxruntime"))
+    choice.cpu_engine(Bundle.open(bundle), capacity=8)
+    assert made == [expected]
+
+
+def test_what_cannot_be_is_one_line(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Bundle.open(bundle)
+    with pytest.raises(EngineError, match="is not one of auto, onnxruntime, openvino"):
+        choice.cpu_engine(opened, "tflite", capacity=8)
+    with pytest.raises(EngineError, match="runs the onnxruntime dialect alone"):
+        choice.cpu_engine(opened, "openvino", dialect="standard", capacity=8)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    assert not openvino.is_available()
+    with pytest.raises(EngineError, match=r"pip install 'internvl-edge\[openvino\]'"):
+        choice.cpu_engine(opened, "openvino", capacity=8)
