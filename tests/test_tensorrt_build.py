@@ -20,6 +20,7 @@ from typing import Any
 import onnx
 import pytest
 import tiny
+from parsed_networks import layer_types, layers, outputs_of_type, shape_inputs, tensors
 from test_kv_cache import write_scales
 from tiny_quantized import write_quantized
 
@@ -31,14 +32,7 @@ from internvl_edge.planning.devices import Devices, Target
 from internvl_edge.runtime.engines.tensorrt.build import build_engines, bundle_engines
 from internvl_edge.runtime.engines.tensorrt.build.bundle_engines import headers, options_for
 from internvl_edge.runtime.engines.tensorrt.build.engine import Build, build_engine
-from internvl_edge.runtime.engines.tensorrt.build.network import (
-    layer_types,
-    layers,
-    outputs_of_type,
-    parsed_network,
-    shape_inputs,
-    tensors,
-)
+from internvl_edge.runtime.engines.tensorrt.build.network import parsed_network
 from internvl_edge.runtime.engines.tensorrt.flavour import load_flavour
 from internvl_edge.runtime.engines.tensorrt.record import ENGINES, RECORD, EngineRecord, engine_folder
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from parsed_networks import layer_types, layers
 
 from internvl_edge import export_bundle
 from internvl_edge.bundle.manifest import Bundle
@@ -23,7 +24,7 @@ from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.planning.devices import Devices
 from internvl_edge.runtime.engines.tensorrt.build.bundle_engines import headers, options_for, profiles
 from internvl_edge.runtime.engines.tensorrt.build.engine import Build, Built, build_engine
-from internvl_edge.runtime.engines.tensorrt.build.network import layer_types, layers, parsed_network
+from internvl_edge.runtime.engines.tensorrt.build.network import parsed_network
 from internvl_edge.runtime.engines.tensorrt.flavour import load_flavour
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed (pip install tensorrt-rtx-cu13)")
