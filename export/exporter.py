@@ -32,6 +32,8 @@ from .vision import build_vision, vision_summary
 from .weights import NUMPY_DTYPES, WeightFile, convert_blocks
 
 DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
+# ONNX Runtime has no bfloat16 kernels on a CPU, and TensorRT's graphs get the type of their device when they are built.
+ACTIVATIONS = ("float32", "float16")
 _EMBED_TOKENS = "decoder.embed_tokens.weight"
 
 
@@ -54,7 +56,7 @@ def export_bundle(
         checkpoint: local folder (a hub id is resolved by the command line, see `internvl_edge.checkpoint.hub`).
         out: the bundle to make.
         dtype: how weights are stored: "float32", "float16" or "bfloat16".
-        activations: what the graphs compute in; float32 is right for CPUs.
+        activations: what the graphs compute in, "float32" or "float16"; float32 is right for CPUs.
         asymmetric: what the standard dialect makes of weights with zero points, which TensorRT does not take: "exact"
             adds their part as a small product, "requantize" rounds again without them.
         dialects: which decoders to write; quantized weights are stored once for each.
@@ -70,9 +72,9 @@ def export_bundle(
     Raises:
         EdgeError: the checkpoint is not usable, `out` exists, or the disk is full; nothing is left behind then.
     """
-    for name, value in (("dtype", dtype), ("activations", activations)):
-        if value not in DTYPES:
-            raise EdgeError(f"{name} {value!r} is not one of {', '.join(DTYPES)}")
+    for name, value, known in (("dtype", dtype, DTYPES), ("activations", activations, ACTIVATIONS)):
+        if value not in known:
+            raise EdgeError(f"{name} {value!r} is not one of {', '.join(known)}")
     if not dialects or not set(dialects) <= set(bundle.DECODERS):
         raise EdgeError(f"dialects {list(dialects)} are not some of {', '.join(bundle.DECODERS)}")
     if int8_prompts and "onnxruntime" not in dialects:

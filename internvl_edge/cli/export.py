@@ -17,16 +17,20 @@ from internvl_edge.checkpoint.hub import resolve_checkpoint
 
 from .output import print_json
 
-_TYPES = click.Choice(["float32", "float16", "bfloat16"])
-
 
 @click.command("export")
 @click.argument("checkpoint")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to make.")
-@click.option("--dtype", type=_TYPES, default="float16", show_default=True, help="How weights are stored.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    default="float16",
+    show_default=True,
+    help="How weights are stored.",
+)
 @click.option(
     "--activations",
-    type=_TYPES,
+    type=click.Choice(["float32", "float16"]),
     default="float32",
     show_default=True,
     help="What graphs compute in; CPUs want float32.",
