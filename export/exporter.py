@@ -43,7 +43,6 @@ def export_bundle(
     dtype: str = "float32",
     activations: str = "float32",
     *,
-    asymmetric: str = "exact",
     dialects: Sequence[str] = tuple(bundle.DECODERS),
     token_table: str = "float",
     int8_prompts: bool = False,
@@ -57,8 +56,6 @@ def export_bundle(
         out: the bundle to make.
         dtype: how weights are stored: "float32", "float16" or "bfloat16".
         activations: what the graphs compute in, "float32" or "float16"; float32 is right for CPUs.
-        asymmetric: what the standard dialect makes of weights with zero points, which TensorRT does not take: "exact"
-            adds their part as a small product, "requantize" rounds again without them.
         dialects: which decoders to write; quantized weights are stored once for each.
         token_table: "float" (in `dtype`) or "int8" (one scale per token).
         int8_prompts: add a graph that computes long prompts in int8, for CPUs and decoders with 4-bit weights: faster,
@@ -85,7 +82,7 @@ def export_bundle(
     _require_free(target, force)
     with readable_disk_errors(target), new_folder(target) as folder:
         types = Types(DTYPES[dtype], DTYPES[activations])
-        packed = PackedWeights(source, types, asymmetric)
+        packed = PackedWeights(source, types)
         table = dtype if token_table == "float" else token_table
         export = _Export(source, folder, types, packed, table, progress)
         export.run(dtype, activations, dialects, int8_prompts)

@@ -36,13 +36,6 @@ from .output import print_json
     help="What graphs compute in; CPUs want float32.",
 )
 @click.option(
-    "--asymmetric",
-    type=click.Choice(["exact", "requantize"]),
-    default="exact",
-    show_default=True,
-    help="Weights with zero points, which TensorRT does not take: as two exact terms, or rounded again without them.",
-)
-@click.option(
     "--dialect",
     "dialects",
     type=click.Choice(list(DECODERS)),
@@ -68,7 +61,6 @@ def command(
     output: Path,
     dtype: str,
     activations: str,
-    asymmetric: str,
     dialects: tuple[str, ...],
     token_table: str,
     int8_prompts: bool,
@@ -84,7 +76,6 @@ def command(
         output,
         dtype,
         activations,
-        asymmetric=asymmetric,
         dialects=dialects or tuple(DECODERS),
         token_table=token_table,
         int8_prompts=int8_prompts,
@@ -113,7 +104,6 @@ def _quantized(facts: dict[str, Any]) -> str:
     groups = f"groups of {facts['group_size']}" if facts["group_size"] else "one scale per output"
     text = f"{facts['method']}: int{facts['bits']}, {groups}, {facts['bits_per_weight']:.2f} bits per decoder weight"
     if facts["asymmetric"]:
-        how = "as an exact second term" if facts["asymmetric"] == "exact" else "rounded again"
-        error = facts["weight_error"]
-        text += f"; zero points for TensorRT {how}, weights {f'off by {error:.1e}' if error else 'unchanged'}"
+        error = f"off by {facts['weight_error']:.1e}" if facts["weight_error"] else "unchanged"
+        text += f"; zero points for TensorRT as an exact second term, weights {error}"
     return text

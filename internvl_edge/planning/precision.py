@@ -34,7 +34,8 @@ def bundle_precision(manifest: Manifest, dialect: str = "standard") -> Precision
     quantization = manifest.quantization
     if quantization is None:
         return stored
-    requantized = quantization["asymmetric"] == "requantize" and dialect == "standard"
+    # Older bundles may have their weights rounded again without zero points: "requantize", once spelled with an s.
+    requantized = str(quantization["asymmetric"]).startswith("requanti") and dialect == "standard"
     most = Scheme(quantization["bits"], quantization["group_size"], quantization["symmetric"] or requantized)
     head = {"int4": most, "int8": INT8}.get(str(quantization["lm_head"])[:4])
     layers = Counter(quantization["linears"])
