@@ -50,13 +50,13 @@ def measure(name: str, bundle: Bundle) -> dict[str, Any]:
     """Parity, speed, memory and the share of the copy bandwidth."""
     cuda = Cuda()
     bandwidth = copy_bandwidth(cuda)
-    free = cuda.free_memory()
+    free = cuda.call("cudaMemGetInfo")
     started = time.perf_counter()
     engine = open_engine(name, bundle, cuda.compute_capability())
     row: dict[str, Any] = {"load_s": round(time.perf_counter() - started, 1), "copy_gbs": round(bandwidth / 1e9, 1)}
     row |= parity(engine, bundle)
     row |= speed(engine, bundle, bandwidth)
-    row["memory_mb"] = round((free - cuda.free_memory()) / 1e6)
+    row["memory_mb"] = round((free - cuda.call("cudaMemGetInfo")) / 1e6)
     return row
 
 
@@ -74,11 +74,12 @@ def open_engine(name: str, bundle: Bundle, sm: int) -> Engine:
 def copy_bandwidth(cuda: Cuda) -> float:
     """Bytes read and written per second by copies within the device's memory; the best of a few."""
     source, target = (cuda.device_memory(COPIED, "the bandwidth test") for _ in range(2))
+    kind = cuda._runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
     stream, best = cuda.stream(), 0.0
     for _ in range(5):
         started = time.perf_counter()
         for _ in range(4):
-            cuda.within_device(target, source, COPIED, stream)
+            cuda.call("cudaMemcpyAsync", target, source, COPIED, kind, stream)
         cuda.synchronise(stream)
         best = max(best, 4 * 2 * COPIED / (time.perf_counter() - started))
     cuda.close()

@@ -17,15 +17,17 @@ from pydoc_data import topics
 
 import numpy as np
 import tokenizers
-from accuracy_level import compare, quantize
 from record import write_results
 
 from internvl_edge import export_bundle
 from internvl_edge.bundle.bundle import Bundle
+from internvl_edge.quantize import quantize_checkpoint
+from internvl_edge.recipe.recipe import Recipe
 from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
 
 CHAPTERS = ("types", "customization", "execmodel", "objects", "specialnames", "formatstrings")
 PROMPT, FOLLOWING = 512, 128
+GROUP_SIZE = 64
 
 
 def main() -> None:
@@ -47,6 +49,12 @@ def main() -> None:
     figures["prompts in int8 against 4 bits"] = compare(logits["4 bits, prompts in int8"], logits["4 bits"], answers)
     values = {"chapters": CHAPTERS[: len(texts)], "prompt": PROMPT, "following": FOLLOWING, "figures": figures}
     print(write_results("int8-prompts", values).read_text(encoding="utf-8"))
+
+
+def quantize(checkpoint: Path, out: Path, scheme: str) -> Path:
+    if not out.is_dir():
+        quantize_checkpoint(checkpoint, out, Recipe(scheme, GROUP_SIZE, lm_head="int8", error_compensation=False))
+    return out
 
 
 def export_once(checkpoint: Path, out: Path, int8_prompts: bool = False) -> Path:
@@ -73,6 +81,30 @@ def following(bundle: Path, texts: list[list[int]]) -> list[np.ndarray]:
         engine.prefill(np.asarray(table[ids[:PROMPT]], np.float32))
         found.append(engine.score(np.asarray(table[ids[PROMPT:]], np.float32)))
     return found
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))
+
+
+def perplexity(logits: list[np.ndarray], texts: list[list[int]]) -> float:
+    losses = [-log_softmax(one[:-1])[np.arange(len(ids) - 1), ids[1:]] for one, ids in zip(logits, texts, strict=True)]
+    return round(float(np.exp(np.concatenate(losses).mean())), 4)
+
+
+def compare(got: list[np.ndarray], expected: list[np.ndarray], texts: list[list[int]]) -> dict[str, float]:
+    """Mean divergence KL(expected || got) in nats, top-1 agreement and perplexity."""
+    divergences, same = [], []
+    for one, other in zip(got, expected, strict=True):
+        p, q = log_softmax(other), log_softmax(one)
+        divergences.append((np.exp(p) * (p - q)).sum(-1))
+        same.append(one.argmax(-1) == other.argmax(-1))
+    return {
+        "kl": round(float(np.concatenate(divergences).mean()), 6),
+        "top1_agreement": round(float(np.concatenate(same).mean()), 4),
+        "perplexity": perplexity(got, texts),
+    }
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from internvl_edge.base.jsonable import encode
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.planning.devices import Devices
 from internvl_edge.runtime.engines.tensorrt.build.bundle_engines import headers, options_for
-from internvl_edge.runtime.engines.tensorrt.build.network import layer_types, outputs_of_type, parsed_network
+from internvl_edge.runtime.engines.tensorrt.build.network import parsed_network
 from internvl_edge.runtime.engines.tensorrt.flavour import load_flavour
 
 PROGRAM = [sys.executable, "-c", "from internvl_edge.cli import main; main()"]
@@ -89,14 +90,14 @@ def networks(bundle: Bundle, dtype: str) -> dict[str, Any]:
     found = {}
     for graph, (header, path) in headers(bundle, options_for(target, dtype)).items():
         with parsed_network(load_flavour(target.flavour), header, path) as (_, network):
-            count = layer_types(network)
+            layers = [network.get_layer(index) for index in range(network.num_layers)]
+            count = Counter(layer.type.name for layer in layers)
+            outputs = Counter((layer.type.name, layer.get_output(0).dtype.name) for layer in layers)
             found[graph] = {
                 "header_bytes": len(header),
                 "layers": {kind: count[kind] for kind in TOLD if count[kind]},
-                "product_types": dict(outputs_of_type(network, "MATRIX_MULTIPLY")),
-                "float32_layers": {
-                    kind: floats for kind in count if (floats := outputs_of_type(network, kind)["FLOAT"])
-                },
+                "product_types": {dtype: n for (kind, dtype), n in outputs.items() if kind == "MATRIX_MULTIPLY"},
+                "float32_layers": {kind: n for kind in count if (n := outputs[kind, "FLOAT"])},
             }
     return found
 

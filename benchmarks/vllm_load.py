@@ -39,13 +39,14 @@ from internvl_edge.calibration.samples import SampleBuilder
 from internvl_edge.calibration.synthetic import sample as drawn_sample
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.checkpoint.tokenizer_files import build_tokenizer
+from internvl_edge.demo import CHECKPOINT, demo_questions
 from internvl_edge.model.prompt import build_prompt
 from internvl_edge.model.rope import RotaryAngles
 from internvl_edge.model.template import template_for
 from internvl_edge.quantize.block import computed
 
 HERE = Path(__file__).parent
-DEMO = HERE.parent / "internvl_edge" / "data" / "demo"
+DEMO = {"qwen2": CHECKPOINT, "internlm2": HERE.parent / "examples" / "reader" / "internlm2"}
 SAMPLES = ("--samples", "16")
 AWQ = ("--scheme", "w4a16-awq", "--group-size", "64")
 NO_PROJECTOR = ("--group-size", "64", "--vision-float", "projector.*")
@@ -111,8 +112,8 @@ def pictures(checkpoint: Checkpoint, tokenizer: Path, work: Path) -> list[Asked]
 
 def questions(work: Path) -> Iterator[tuple[Path, str, str]]:
     """(picture, question, answer)."""
-    for shipped in json.loads((DEMO / "samples.json").read_text(encoding="utf-8")):
-        yield DEMO / shipped["image"], shipped["question"], shipped["answer"]
+    for shipped in demo_questions():
+        yield shipped.image, shipped.question, shipped.expected
     for index in range(DRAWN):
         drawn, path = drawn_sample("test", index), work / f"drawn-{index}.png"
         drawn.image.save(path)
@@ -291,7 +292,7 @@ def answers(model: Model, given: list[str]) -> dict[str, int]:
 def main(peer: Path, work: Path, smollm: Path | None, only: str | None) -> None:
     """Load every variant in the environment PEER."""
     work.mkdir(parents=True, exist_ok=True)
-    sources = {f"demo-{layout}": (DEMO / layout, None, variants) for layout, variants in DEMO_VARIANTS.items()}
+    sources = {f"demo-{layout}": (DEMO[layout], None, variants) for layout, variants in DEMO_VARIANTS.items()}
     if smollm:
         sources["smollm2-qwen2"] = (smollm / "qwen2", smollm / "text.npz", SMOLLM_VARIANTS)
     rows = []

@@ -24,7 +24,6 @@ from .builder import INT64_MAX, GraphBuilder, Types
 from .quantized import PackedWeights
 from .weights import Array, WeightFile
 
-DIALECTS: tuple[Dialect, ...] = tuple(ATTENTION)
 # Below every logit, within float16.
 _NEVER = -3e4
 # Rows of the head looked at together; as floats the whole would be the largest thing in memory.

@@ -36,6 +36,8 @@ from .vision import build_vision
 from .weights import NUMPY_DTYPES, WeightFile, convert_blocks
 
 DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
+# ONNX Runtime has no bfloat16 kernels on a CPU, and TensorRT's graphs get the type of their device when they are built.
+ACTIVATIONS = ("float32", "float16")
 _EMBED_TOKENS = "decoder.embed_tokens.weight"
 
 
@@ -45,7 +47,6 @@ def export_bundle(
     dtype: str = "float32",
     activations: str = "float32",
     *,
-    asymmetric: str = "exact",
     dialects: Sequence[str] = tuple(names.DECODERS),
     token_table: str = "float",
     int8_prompts: bool = False,
@@ -58,9 +59,7 @@ def export_bundle(
         checkpoint: local folder (a hub id is resolved by the command line, see `internvl_edge.checkpoint.hub`).
         out: the bundle to make.
         dtype: how weights are stored: "float32", "float16" or "bfloat16".
-        activations: what the graphs compute in; float32 is right for CPUs.
-        asymmetric: what the standard dialect makes of weights with zero points, which TensorRT does not take: "exact"
-            adds their part as a small product, "requantize" rounds again without them.
+        activations: what the graphs compute in, "float32" or "float16"; float32 is right for CPUs.
         dialects: which decoders to write; quantized weights are stored once for each.
         token_table: "float" (in `dtype`) or "int8" (one scale per token).
         int8_prompts: add a graph that computes long prompts in int8, for CPUs and decoders with 4-bit weights: faster,
@@ -74,9 +73,9 @@ def export_bundle(
     Raises:
         EdgeError: the checkpoint is not usable, `out` exists, or the disk is full; nothing is left behind then.
     """
-    for name, value in (("dtype", dtype), ("activations", activations)):
-        if value not in DTYPES:
-            raise EdgeError(f"{name} {value!r} is not one of {', '.join(DTYPES)}")
+    for name, value, known in (("dtype", dtype, DTYPES), ("activations", activations, ACTIVATIONS)):
+        if value not in known:
+            raise EdgeError(f"{name} {value!r} is not one of {', '.join(known)}")
     if not dialects or not set(dialects) <= set(names.DECODERS):
         raise EdgeError(f"dialects {list(dialects)} are not some of {', '.join(names.DECODERS)}")
     if int8_prompts and "onnxruntime" not in dialects:
@@ -87,7 +86,7 @@ def export_bundle(
     _require_free(target, force)
     with readable_disk_errors(target), new_folder(target) as folder:
         types = Types(DTYPES[dtype], DTYPES[activations])
-        packed = PackedWeights(source, types, asymmetric)
+        packed = PackedWeights(source, types)
         table = dtype if token_table == "float" else token_table
         export = _Export(source, folder, types, packed, table, progress)
         export.run(dtype, activations, dialects, int8_prompts)

@@ -33,15 +33,12 @@ from .builder import MICROSOFT, GraphBuilder, Types
 from .int8 import IntegerMatMul
 from .weights import NUMPY_DTYPES, Array, WeightFile
 
-ASYMMETRIC = ("exact", "requantize")
 BLOCKS = "decoder.onnxruntime.data"
 # MatMulNBits takes blocks of a power of two; larger ones gain nothing measurable.
 _LARGEST_BLOCK, _SMALLEST_BLOCK = 128, 16
 # Activations rounded to int8 per block: decodes 1.7 times as fast as float32.
 _ACCURACY_LEVEL = 4
 _INTEGERS = {4: ir.DataType.INT4, 8: ir.DataType.INT8}
-# Rounding again tries scales that put the largest weight of a group on the highest integer, on the lowest, or between.
-_BELOW_MIDDLE = (1.0, 0.5, 0.0)
 # Outputs of each layer on which the weights' error is measured.
 _SAMPLED_ROWS = 256
 
@@ -52,23 +49,18 @@ class PackedWeights:
     Args:
         checkpoint: any; without quantized linears nothing here does anything.
         types: of the graphs.
-        asymmetric: "exact", or "requantize" to round weights with zero points again to a symmetric grid, in the
-            standard dialect only: ONNX Runtime takes zero points at no cost.
 
     Attributes:
         blocks: the file with ONNX Runtime's form of the weights; the standard form goes to the builder's own.
     """
 
-    def __init__(self, checkpoint: Checkpoint, types: Types, asymmetric: str = "exact") -> None:
-        if asymmetric not in ASYMMETRIC:
-            raise EdgeError(f"asymmetric {asymmetric!r} is not one of {', '.join(ASYMMETRIC)}")
+    def __init__(self, checkpoint: Checkpoint, types: Types) -> None:
         self._checkpoint = checkpoint
         self._types = types
         self.blocks = WeightFile(BLOCKS)
-        self._requantizes = asymmetric == "requantize"
         # A factor of 1 is no change but for scales that float16 cannot tell from 0.
         self._integers = IntegerMatMul(checkpoint, lambda name: np.ones(checkpoint.shapes[f"{name}.weight"][0]))
-        self._last: tuple[str, bool, PackedLinear] | None = None
+        self._last: tuple[str, PackedLinear] | None = None
         self._errors: dict[str, tuple[float, float]] = {}
 
     def matmul(self, g: GraphBuilder, x: ir.Value, name: str, dialect: str) -> ir.Value | None:
@@ -94,7 +86,7 @@ class PackedWeights:
         def part(
             last: str, dtype: ir.DataType, shape: tuple[int, ...], read: Callable[[PackedLinear], Array]
         ) -> ir.Value:
-            return g.weight(f"{name}.{last}", dtype, shape, partial(self._part, name, read, False), self.blocks)
+            return g.weight(f"{name}.{last}", dtype, shape, partial(self._part, name, read), self.blocks)
 
         values = part("blocks", ir.DataType.UINT8, (out, count, packed), partial(block_values, block=block))
         scale = part("block_scale", g.types.activations, (out * count,), partial(block_scales, block=block))
@@ -122,26 +114,25 @@ class PackedWeights:
         def part(
             last: str, dtype: ir.DataType, shape: tuple[int, ...], read: Callable[[PackedLinear], Array]
         ) -> ir.Value:
-            return g.weight(f"{name}.{last}", dtype, shape, partial(self._part, name, read, self._requantizes))
+            return g.weight(f"{name}.{last}", dtype, shape, partial(self._part, name, read))
 
         values = part("values", _INTEGERS[scheme.bits], (inputs, out), lambda linear: linear.signed()[0].T)
         scale = part("scale", g.types.activations, grid, lambda linear: linear.scale.T)
         y = g.op("MatMul", x, g.op("DequantizeLinear", values, scale, **form))
-        if scheme.symmetric or self._requantizes:
+        if scheme.symmetric:
             return y
         correction = part("correction", g.types.activations, (groups, out), correction_of)
         return g.op("Add", y, g.op("MatMul", g.group_sums(x, groups), correction))
 
-    def _part(self, name: str, read: Callable[[PackedLinear], Array], requantized: bool) -> Array:
+    def _part(self, name: str, read: Callable[[PackedLinear], Array]) -> Array:
         """What `read` makes of a linear; the last one is kept, as parts of one are written one after the other."""
-        if self._last is None or self._last[:2] != (name, requantized):
-            source = self._checkpoint.linear(name)
-            assert source is not None
-            linear = requantize(source) if requantized and source.zero_point is not None else source
-            if requantized or name not in self._errors:
-                self._errors[name] = _squared_errors(source, linear, self._types.activations)
-            self._last = name, requantized, linear
-        return read(self._last[2])
+        if self._last is None or self._last[0] != name:
+            linear = self._checkpoint.linear(name)
+            assert linear is not None
+            if name not in self._errors:
+                self._errors[name] = _squared_errors(linear, self._types.activations)
+            self._last = name, linear
+        return read(self._last[1])
 
     def summary(self) -> DecoderQuantization | None:
         """What the manifest says of a quantized decoder once its weights are written; None for float weights."""
@@ -181,11 +172,12 @@ def _block_size(name: str, scheme: Scheme, inputs: int) -> int:
     return block
 
 
-def _squared_errors(source: PackedLinear, linear: PackedLinear, activations: ir.DataType) -> tuple[float, float]:
+def _squared_errors(linear: PackedLinear, activations: ir.DataType) -> tuple[float, float]:
     """Sums over evenly spaced outputs: what the graph's weights miss of the checkpoint's, and the latter, squared."""
-    rows = np.unique(np.linspace(0, len(source.values) - 1, _SAMPLED_ROWS).astype(np.intp))
-    expected = source.rows(rows).dequantize().astype(np.float64)
-    missed = stored_weights(linear.rows(rows), activations) - expected
+    rows = np.unique(np.linspace(0, len(linear.values) - 1, _SAMPLED_ROWS).astype(np.intp))
+    sampled = linear.rows(rows)
+    expected = sampled.dequantize().astype(np.float64)
+    missed = stored_weights(sampled, activations) - expected
     return float(np.square(missed).sum()), float(np.square(expected).sum())
 
 
@@ -239,30 +231,3 @@ def stored_weights(linear: PackedLinear, activations: ir.DataType) -> Array:
     if zeros is not None:
         weights += np.repeat(correction_of(linear).T.astype(dtype).astype(np.float64), linear.group_size, axis=1)
     return weights
-
-
-def requantize(linear: PackedLinear) -> PackedLinear:
-    """The same weights rounded again without zero points; of a few scales per group the one that misses least."""
-    values = np.empty(linear.values.shape, np.int8)
-    scale = np.empty(linear.scale.shape, np.float32)
-    for start in range(0, len(values), _SAMPLED_ROWS):
-        rows = slice(start, start + _SAMPLED_ROWS)
-        index = np.arange(*rows.indices(len(values)))
-        values[rows], scale[rows] = _round_symmetric(
-            linear.rows(index).dequantize(), linear.scale.shape[1], linear.middle
-        )
-    return PackedLinear(values, scale, None, linear.bits, linear.bias)
-
-
-def _round_symmetric(weights: Array, groups: int, middle: int) -> tuple[Array, Array]:
-    grouped = weights.reshape(len(weights), groups, -1)
-    largest = np.abs(grouped).max(-1)
-    best = np.full(largest.shape, np.inf, np.float32)
-    values, scale = np.zeros(grouped.shape, np.int8), np.ones(largest.shape, np.float32)
-    for below in _BELOW_MIDDLE:
-        tried = np.where(largest > 0, largest / (middle - below), 1).astype(np.float32)
-        rounded = np.clip(np.rint(grouped / tried[:, :, None]), -middle, middle - 1)
-        missed = np.square(rounded * tried[:, :, None] - grouped).sum(-1)
-        better = missed < best
-        values[better], scale[better], best[better] = rounded[better].astype(np.int8), tried[better], missed[better]
-    return values.reshape(weights.shape), scale

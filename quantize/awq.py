@@ -8,7 +8,6 @@ Every token counts, those of images like those of text.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,14 +30,6 @@ _CLIP_WEIGHTS = 1 << 19
 Reduce = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class ScaleChoice:
-    """The chosen scale [in] and what it was chosen by: squared output error relative to scale 1, on the subset."""
-
-    scale: Tensor
-    relative_error: float
-
-
 def search_scale(
     weights: Sequence[Tensor],
     inputs: InputStatistics,
@@ -46,8 +37,8 @@ def search_scale(
     stored: torch.dtype,
     spread: Reduce = lambda values: values,
     reduce: Reduce = lambda values: values,
-) -> ScaleChoice:
-    """The input scale that leaves the least error at the outputs of the consumers together.
+) -> Tensor:
+    """The input scale [in] that leaves the least error at the outputs of the consumers together.
 
     Args:
         weights: [out, in] float32 of each consumer.
@@ -78,8 +69,7 @@ def search_scale(
         return spread(scale / (scale.max() * scale.min()).sqrt()).clamp(min=1e-4, max=1e4)
 
     unscaled = torch.ones(rows[0].shape[1], device=rows[0].device)
-    plain = loss(unscaled)
-    best = (plain, unscaled)
+    best = (loss(unscaled), unscaled)
     for weighted in (False, True):
         tried: dict[float, float] = {}
         for steps in _ALPHA_STEPS:
@@ -90,7 +80,7 @@ def search_scale(
                     tried[alpha] = loss(scale)
                     if tried[alpha] < best[0]:
                         best = (tried[alpha], scale)
-    return ScaleChoice(best[1], best[0] / plain if plain else 1.0)
+    return best[1]
 
 
 def _relative_size(weight: Tensor, scheme: Scheme) -> Tensor:

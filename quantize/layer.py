@@ -174,7 +174,7 @@ class BlockQuantizer:
         if "w4a16-awq" not in methods:
             return None
         rounded = {name: p.scheme for name, p in precisions.items() if p.scheme is not None}
-        choice = search_scale(
+        found = search_scale(
             [self._float(f"{name}.weight") for name in rounded],
             inputs,
             list(rounded.values()),
@@ -182,7 +182,7 @@ class BlockQuantizer:
             spread=lambda values: spread_channels(values, group, self._decoder),
             reduce=lambda values: reduce_channels(values, group, self._decoder),
         )
-        scale = reduce_channels(choice.scale, group, self._decoder)
+        scale = reduce_channels(found, group, self._decoder)
         producer = self._plan.get(prefix + group.producer)
         floats = len(rounded) < len(precisions) or (producer is not None and producer.precision.scheme is None)
         return power_of_two(scale) if floats else scale

@@ -83,7 +83,7 @@ class InternVL:
             EngineError: the device is not available.
 
         Warns:
-            QualityWarning: the bundle failed its quality gate, or is quantized and has none.
+            QualityWarning: the bundle failed its quality gate.
         """
         if device not in DEVICES:
             raise EngineError(f"device {device!r} is not one of {', '.join(DEVICES)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import internvl_edge
+import internvl_edge.demo
 from internvl_edge.calibration.synthetic import sample
 
 CHOSEN = {"receipt": 9, "chart": 29, "sign": 32}
@@ -14,7 +14,7 @@ CHOSEN = {"receipt": 9, "chart": 29, "sign": 32}
 
 def main() -> None:
     """Draw and write."""
-    folder = Path(internvl_edge.__file__).resolve().parent / "data" / "demo"
+    folder = Path(internvl_edge.demo.__file__).resolve().parent
     entries = []
     for task, index in CHOSEN.items():
         s = sample("test", index, tasks=[task])

@@ -26,4 +26,4 @@ class EngineError(EdgeError):
 
 
 class QualityWarning(UserWarning):
-    """A bundle is used that failed its quality gate, or that is quantized and has none."""
+    """A bundle is used that failed its quality gate."""

@@ -18,7 +18,7 @@ def quality_of(manifest: Manifest) -> Quality:
     """What is known of the bundle with this manifest.
 
     Nothing where the figures belong to other files, or cannot be read: they may be those of a newer version, and no
-    bundle should fail to load for that. A quantized one then counts as never measured.
+    bundle should fail to load for that. The bundle then counts as never measured.
     """
     quality = manifest.quality
     return quality if quality and quality.files == manifest.fingerprint else Quality(manifest.fingerprint)
@@ -42,22 +42,12 @@ def record_quality(folder: Path, quality: Quality) -> None:
 
 
 def quality_warning(folder: Path, manifest: Manifest) -> str | None:
-    """One line about a gate that failed, or that a quantized bundle does not have; None where there is no reason."""
+    """Say in one line that the bundle's gate failed; None where it did not, or where somebody accepted the bundle."""
     quality = quality_of(manifest)
-    if quality.accepted or quality.state == "passed":
+    if quality.accepted or not quality.failed:
         return None
-    how = f"internvl-edge evaluate {folder}"
-    if quality.failed:
-        failed = "; ".join(map(str, quality.failed))
-        return f'{folder} failed its quality gate: {failed}; use another bundle, or accept it: {how} --accept "REASON"'
-    if not manifest.is_quantized:
-        return None
-    if quality.figures:
-        return (
-            f"{folder} is quantized and its figures passed no gate yet; set one: "
-            f'{how} --reference MODEL --fail-if "kl>0.05"'
-        )
+    failed = "; ".join(map(str, quality.failed))
     return (
-        f"{folder} is quantized and nobody has measured what that cost; do so: "
-        f'{how} --reference MODEL --fail-if "kl>0.05"'
+        f"{folder} failed its quality gate: {failed}; use another bundle, or accept it: "
+        f'internvl-edge evaluate {folder} --accept "REASON"'
     )

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from internvl_edge.base.errors import CheckpointError
+from internvl_edge.base.extras import requires
 
 from .kv_scales import KV_CACHE_SCALES
 
@@ -19,7 +20,7 @@ def resolve_checkpoint(text: str) -> Path:
     """The folder of a checkpoint; a hub id such as `OpenGVLab/InternVL2_5-1B` is downloaded, with progress, resumable.
 
     Raises:
-        CheckpointError: neither a folder nor a hub id, or the download failed.
+        CheckpointError: neither a folder nor a hub id, the download failed, or the extra `hub` is not installed.
     """
     if folder := _local(text):
         return folder
@@ -60,9 +61,9 @@ def _local(text: str) -> Path | None:
 
 
 def _download(repo: str, wanted: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
+    with requires("hub", f"downloading {repo}", CheckpointError, "or give a checkpoint folder"):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     try:
         return Path(snapshot_download(repo, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

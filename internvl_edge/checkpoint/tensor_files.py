@@ -206,14 +206,12 @@ def write_file(path: Path, tensors: Sequence[OutTensor], progress: Progress = la
                 progress(len(data[start : start + _BLOCK_BYTES]))
 
 
-def write_shards(
-    folder: Path, tensors: Sequence[OutTensor], shard_bytes: int = SHARD_BYTES, progress: Progress = lambda size: None
-) -> None:
-    """`model.safetensors`, or shards of at most `shard_bytes` (a larger tensor has one to itself) and their index."""
+def write_shards(folder: Path, tensors: Sequence[OutTensor], progress: Progress = lambda size: None) -> None:
+    """Write `model.safetensors`, or shards of at most `SHARD_BYTES` (a larger tensor has its own) and their index."""
     shards: list[list[OutTensor]] = [[]]
     size = 0
     for tensor in tensors:
-        if shards[-1] and size + tensor.nbytes > shard_bytes:
+        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
             shards.append([])
             size = 0
         shards[-1].append(tensor)

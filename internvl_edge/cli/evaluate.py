@@ -69,7 +69,7 @@ _SHOWN = 6
     metavar="CONDITION",
     help='A condition such as "kl>0.05" or "exact_match<0.95", of which none may hold (repeatable).',
 )
-@click.option("--accept", metavar="REASON", help="Use the bundle although its gate failed or is missing: no warnings.")
+@click.option("--accept", metavar="REASON", help="Use the bundle although its gate failed: no warnings.")
 @click.option("--record/--no-record", default=True, show_default=True, help="Put the figures into the manifest.")
 @click.option(
     "--report", type=click.Path(path_type=Path), help="Folder for report.json and report.html [default: BUNDLE.report]."

@@ -18,26 +18,23 @@ from internvl_edge.model.linear import count_schemes
 
 from .output import print_json
 
-_TYPES = click.Choice(["float32", "float16", "bfloat16"])
-
 
 @click.command("export")
 @click.argument("checkpoint")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to make.")
-@click.option("--dtype", type=_TYPES, default="float16", show_default=True, help="How weights are stored.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    default="float16",
+    show_default=True,
+    help="How weights are stored.",
+)
 @click.option(
     "--activations",
-    type=_TYPES,
+    type=click.Choice(["float32", "float16"]),
     default="float32",
     show_default=True,
     help="What graphs compute in; CPUs want float32.",
-)
-@click.option(
-    "--asymmetric",
-    type=click.Choice(["exact", "requantize"]),
-    default="exact",
-    show_default=True,
-    help="Weights with zero points, which TensorRT does not take: as two exact terms, or rounded again without them.",
 )
 @click.option(
     "--dialect",
@@ -65,7 +62,6 @@ def command(
     output: Path,
     dtype: str,
     activations: str,
-    asymmetric: str,
     dialects: tuple[str, ...],
     token_table: str,
     int8_prompts: bool,
@@ -81,7 +77,6 @@ def command(
         output,
         dtype,
         activations,
-        asymmetric=asymmetric,
         dialects=dialects or tuple(DECODERS),
         token_table=token_table,
         int8_prompts=int8_prompts,

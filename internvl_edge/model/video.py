@@ -21,9 +21,7 @@ from .preprocess import MAX_PIXELS
 MAX_FRAMES = 512
 
 
-def frame_indices(
-    total: int, count: int, *, fps: float = 0.0, start_s: float | None = None, end_s: float | None = None
-) -> list[int]:
+def frame_indices(total: int, count: int) -> list[int]:
     """Numbers of the frames that stand for a video: the middle of each of `count` equal parts.
 
     Rounds like the original (to even, then down), so a video shorter than `count` gives frames twice.
@@ -31,44 +29,24 @@ def frame_indices(
     Args:
         total: frames in the video.
         count: frames to take, 1 to 512.
-        fps: frames per second, which `start_s` and `end_s` are converted with.
-        start_s: where to begin, in seconds; default: the start.
-        end_s: where to end, in seconds; default: the end.
 
     Raises:
-        ImageError: no frames, a count out of range, or an empty span.
+        ImageError: no frames, or a count out of range.
     """
     if not 1 <= count <= MAX_FRAMES:
         raise ImageError(f"{count} frames are asked for, expected 1 to {MAX_FRAMES}")
     if total < 1:
         raise ImageError("the video has 0 frames; give one with at least 1")
-    if fps <= 0 and (start_s is not None or end_s is not None):
-        raise ImageError("the video does not say its frames per second; leave out where to begin and end")
-    first = max(0, round((start_s or 0.0) * fps))
-    last = total - 1 if end_s is None else min(round(end_s * fps), total - 1)
-    if first > last:
-        raise ImageError(
-            f"the span from frame {first} to {last} is empty; the video has {total} frames at {fps:g} a second"
-        )
-    part = (last - first) / count
-    return [int(first + part / 2 + round(part * index)) for index in range(count)]
+    part = (total - 1) / count
+    return [int(part / 2 + round(part * index)) for index in range(count)]
 
 
-def load_video(
-    path: str | Path,
-    count: int = 8,
-    *,
-    start_s: float | None = None,
-    end_s: float | None = None,
-    max_pixels: int = MAX_PIXELS,
-) -> list[Image.Image]:
+def load_video(path: str | Path, count: int = 8, *, max_pixels: int = MAX_PIXELS) -> list[Image.Image]:
     """Decode `count` frames of a video as RGB images, in order; ask about them with `prompt.video_question`.
 
     Args:
         path: the file.
         count: frames to take.
-        start_s: where to begin, in seconds.
-        end_s: where to end, in seconds.
         max_pixels: most pixels (width x height) of one frame.
 
     Raises:
@@ -81,11 +59,10 @@ def load_video(
         with av.open(str(path)) as container:
             stream = _video_stream(container, path, max_pixels)
             total = stream.frames
-            fps = float(stream.average_rate or stream.guessed_rate or 0)
         if not total:  # not every format says so
             with av.open(str(path)) as container:
                 total = sum(packet.size > 0 for packet in container.demux(container.streams.video[0]))
-        wanted = frame_indices(total, count, fps=fps, start_s=start_s, end_s=end_s)
+        wanted = frame_indices(total, count)
         with av.open(str(path)) as container:
             stream = _video_stream(container, path, max_pixels)
             stream.thread_type = "AUTO"

@@ -163,7 +163,7 @@ def tiles_of(config: ModelConfig, limit: int) -> int:
     return limit + 1 if limit > 1 and config.use_thumbnail else limit
 
 
-def tile_table(config: ModelConfig, limits: tuple[int, ...] = TILE_LIMITS) -> list[dict[str, Any]]:
+def tile_table(config: ModelConfig) -> list[dict[str, Any]]:
     """Common image sizes and what each tile limit makes of them: grid, tiles, image tokens.
 
     Tiles do not grow evenly with the limit: 640x480 is one tile at 4, 3x2 and a thumbnail at 6, 4x3 and a thumbnail at
@@ -173,7 +173,7 @@ def tile_table(config: ModelConfig, limits: tuple[int, ...] = TILE_LIMITS) -> li
     size = config.vision.image_size
     for label, (width, height) in IMAGE_SIZES.items():
         tiles = {}
-        for limit in limits:
+        for limit in TILE_LIMITS:
             least = min(config.min_tiles, limit)
             columns, lines = tile_grid(width, height, image_size=size, max_tiles=limit, min_tiles=least)
             tiles[limit] = columns * lines + (1 if config.use_thumbnail and columns * lines > 1 else 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +70,15 @@ def test_a_failed_download_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         resolve_checkpoint("OpenGVLab/InternVL2_5-1B")
     assert "no route" in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_only_a_download_needs_the_package_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert resolve_checkpoint(str(tmp_path)) == resolve_configuration(str(tmp_path)) == tmp_path
+    for resolve in (resolve_checkpoint, resolve_configuration):
+        with pytest.raises(CheckpointError) as raised:
+            resolve("OpenGVLab/InternVL2_5-1B")
+        assert str(raised.value) == (
+            "downloading OpenGVLab/InternVL2_5-1B needs the package huggingface_hub: pip install 'internvl-edge[hub]', "
+            "or give a checkpoint folder"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from helpers import tiny
 from helpers.engines import TEXT, engine_for, greedy, random_tiles
 from helpers.reference import Reference
 from internvl_edge import export_bundle
+from internvl_edge.base.errors import EdgeError, EngineError
 from internvl_edge.bundle.bundle import Bundle
-from internvl_edge.bundle.names import DECODERS, VISION
+from internvl_edge.bundle.names import DECODERS, MANIFEST, VISION
 from internvl_edge.runtime.engines.onnxruntime import PREFILL_CHUNK, OnnxRuntimeEngine
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -226,6 +228,18 @@ def test_16_bit_weights_stay_close(tmp_path: Path, dtype: str, limit: float) -> 
         np.testing.assert_allclose(
             logits, reference.logits(TEXT)[-1].numpy(), atol=1e-4
         )  # bf16 weights, kept as they are
+
+
+def test_graphs_that_compute_in_bfloat16_are_neither_written_nor_run(tmp_path: Path) -> None:
+    checkpoint = tiny.write_checkpoint(tmp_path / "checkpoint")
+    with pytest.raises(EdgeError, match=r"^activations 'bfloat16' is not one of float32, float16$"):
+        export_bundle(checkpoint, tmp_path / "refused", activations="bfloat16")
+    assert not (tmp_path / "refused").exists()
+    older = export_bundle(checkpoint, tmp_path / "older")
+    manifest = json.loads((older / MANIFEST).read_text(encoding="utf-8"))
+    (older / MANIFEST).write_text(json.dumps(manifest | {"activations": "bfloat16"}), encoding="utf-8")
+    with pytest.raises(EngineError, match=r"^this bundle computes in bfloat16, which ONNX Runtime does not; export"):
+        engine_for(older, "standard")
 
 
 def test_float16_activations_run(tmp_path: Path) -> None:

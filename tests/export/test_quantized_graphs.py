@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from helpers import tiny
 from helpers.engines import TEXT, run
 from helpers.reference import Reference
-from helpers.tiny_quantized import plain_weights, round_to_nearest, write_quantized
+from helpers.tiny_quantized import write_quantized
 from internvl_edge import export_bundle
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.jsonable import encode
@@ -27,7 +27,7 @@ from internvl_edge.bundle.manifest import DecoderQuantization
 from internvl_edge.bundle.names import DECODERS
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.export.builder import GraphBuilder, Types
-from internvl_edge.export.quantized import PackedWeights, requantize
+from internvl_edge.export.quantized import PackedWeights
 from internvl_edge.export.weights import WeightFile
 from internvl_edge.model.linear import Scheme
 from internvl_edge.runtime.engines import onnxruntime as engine_module
@@ -125,13 +125,11 @@ def test_each_dialect_has_its_own_form_of_quantized_weights_and_shares_the_rest(
     assert set(only_ours.values()) == {"decoder.onnxruntime.data"}
 
 
-def product_in_graph(
-    checkpoint: Checkpoint, name: str, dialect: str, folder: Path, x: np.ndarray, asymmetric: str = "exact"
-) -> np.ndarray:
+def product_in_graph(checkpoint: Checkpoint, name: str, dialect: str, folder: Path, x: np.ndarray) -> np.ndarray:
     """x [rows, in] times the weights of one linear as a graph of x's type computes it, unoptimised."""
     kind = ir.DataType.FLOAT16 if x.dtype == np.float16 else ir.DataType.FLOAT
     types, file = Types(kind, kind), WeightFile(f"{dialect}.data")
-    packed = PackedWeights(checkpoint, types, asymmetric)
+    packed = PackedWeights(checkpoint, types)
     g = GraphBuilder("linear", types, file, checkpoint.shapes, checkpoint.tensor)
     out, inputs = checkpoint.shapes[f"{name}.weight"]
     y = packed.matmul(g, g.input("x", kind, [1, len(x), inputs]), name, dialect)
@@ -147,12 +145,10 @@ def product_in_graph(
     return products[0]
 
 
-def weights_in_graph(
-    checkpoint: Checkpoint, name: str, dialect: str, folder: Path, asymmetric: str = "exact"
-) -> np.ndarray:
+def weights_in_graph(checkpoint: Checkpoint, name: str, dialect: str, folder: Path) -> np.ndarray:
     """The weights [out, in] that a built graph multiplies with."""
     identity = np.eye(checkpoint.shapes[f"{name}.weight"][1], dtype=np.float32)
-    return product_in_graph(checkpoint, name, dialect, folder, identity, asymmetric).T
+    return product_in_graph(checkpoint, name, dialect, folder, identity).T
 
 
 def relative(error: np.ndarray, of: np.ndarray) -> float:
@@ -181,37 +177,29 @@ def test_zero_points_are_imported_without_loss_where_a_clamp_loses(tmp_path: Pat
     assert np.mean(clamped) > (0.25 if skewed else 0.02)
 
 
-@pytest.mark.usefixtures("float_activations")
-def test_rounding_again_removes_zero_points_for_tensorrt_and_says_what_it_costs(tmp_path: Path) -> None:
+def test_zero_points_are_a_second_term_for_tensorrt_and_float16_says_what_it_costs(tmp_path: Path) -> None:
     quantized, twin = write_quantized(tiny.write_checkpoint(tmp_path / "float"), tmp_path, skewed=True)
-    bundle = export_bundle(quantized, tmp_path / "bundle", asymmetric="requantize")
+    bundle = export_bundle(quantized, tmp_path / "bundle", "float16", "float16")
     graph = onnx.load(bundle / DECODERS["standard"], load_external_data=False).graph
     assert {len(node.input) for node in graph.node if node.op_type == "DequantizeLinear"} == {2}
-    assert not any(tensor.name.endswith("correction") for tensor in graph.initializer)
-    name = "decoder.layers.0.mlp.up_proj"
-    exact_still = weights_in_graph(Checkpoint(quantized), name, "onnxruntime", tmp_path, "requantize")
-    np.testing.assert_allclose(exact_still, Checkpoint(twin).tensor(f"{name}.weight"), rtol=1e-6, atol=0)
+    checkpoint, expected = Checkpoint(quantized), Checkpoint(twin)
+    corrections = [tensor.name for tensor in graph.initializer if tensor.name.endswith(".correction")]
+    assert sorted(corrections) == [f"{name}.correction" for name in sorted(checkpoint.schemes)]
+    missed, exact = [], []
+    for name in sorted(checkpoint.schemes):
+        linear = checkpoint.linear(name)
+        assert linear is not None
+        assert linear.zero_point is not None
+        scale, zeros = linear.scale, linear.scale * (linear.zero_point.astype(np.float32) - 8)
+        stored, correction = (
+            np.repeat(grid.astype(np.float16).astype(float), linear.group_size, 1) for grid in (scale, zeros)
+        )
+        exact.append(expected.tensor(f"{name}.weight").astype(float).ravel())
+        missed.append((stored * (linear.values.astype(float) - 8) - correction).ravel() - exact[-1])
     summary = Bundle.open(bundle).manifest.quantization
     assert summary is not None
-    checkpoint, expected = Checkpoint(quantized), Checkpoint(twin)
-    got = [
-        weights_in_graph(checkpoint, name, "standard", tmp_path, "requantize") for name in sorted(checkpoint.schemes)
-    ]
-    exact = [expected.tensor(f"{name}.weight") for name in sorted(checkpoint.schemes)]
-    missed = np.concatenate([(g - e).ravel() for g, e in zip(got, exact, strict=True)])
-    assert summary.weight_error == pytest.approx(relative(missed, np.concatenate([e.ravel() for e in exact])), 1e-3)
-    assert 0.02 < summary.weight_error < 0.2
-    with pytest.raises(EdgeError, match="asymmetric 'clamp' is not one of exact, requantize"):
-        export_bundle(quantized, tmp_path / "other", asymmetric="clamp")
-
-
-def test_rounding_again_keeps_what_is_symmetric_already() -> None:
-    weight = np.random.default_rng(0).standard_normal((300, 64)).astype(np.float32)
-    symmetric = round_to_nearest(weight, Scheme(4, 32, True))
-    shifted = type(symmetric)(
-        (symmetric.values + 8).astype(np.uint8), symmetric.scale, np.full((300, 2), 8, np.uint8), bits=4
-    )
-    np.testing.assert_allclose(requantize(shifted).dequantize(), plain_weights(symmetric), rtol=1e-6)
+    assert summary.weight_error == pytest.approx(relative(np.concatenate(missed), np.concatenate(exact)), rel=1e-3)
+    assert 1e-5 < summary.weight_error < 1e-3
 
 
 def test_the_manifest_tells_how_the_decoder_is_quantized(tmp_path: Path) -> None:
@@ -316,12 +304,12 @@ def test_the_command_prints_what_was_quantized_and_what_it_cost(
     from internvl_edge import cli
 
     quantized, _ = write_quantized(tiny.write_checkpoint(tmp_path / "float"), tmp_path)
-    common = ["internvl-edge", "export", str(quantized), "--asymmetric", "requantize"]
+    common = ["internvl-edge", "export", str(quantized)]
     monkeypatch.setattr("sys.argv", [*common, "-o", str(tmp_path / "text"), "--dialect", "standard"])
     with pytest.raises(SystemExit, match="0"):
         cli.main()
     assert "14 x int4 in groups of 32, with zero points" in (printed := capsys.readouterr().out)
-    assert "bits per weight, weights off by" in printed
+    assert "bits per weight, weights those of the checkpoint" in printed
     monkeypatch.setattr("sys.argv", [*common, "-o", str(tmp_path / "json"), "--json"])
     with pytest.raises(SystemExit, match="0"):
         cli.main()

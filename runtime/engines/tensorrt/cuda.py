@@ -82,22 +82,10 @@ class Cuda:
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self.call("cudaMemcpyAsync", target.ctypes.data, source, target.nbytes, kind, stream)
 
-    def within_device(self, target: int, source: int, size: int, stream: Any) -> None:
-        """Start copying within device memory."""
-        kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-        self.call("cudaMemcpyAsync", target, source, size, kind, stream)
-
     def within_device_rows(self, target: int, pitch: int, source: int, size: int, rows: int, stream: Any) -> None:
         """Start copying `rows` rows of `size` bytes, one behind the other, to places `pitch` bytes apart."""
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         self.call("cudaMemcpy2DAsync", target, pitch, source, size, size, rows, kind, stream)
-
-    def free_memory(self) -> int:
-        """Bytes of device memory that nobody uses."""
-        status, free, _ = self._runtime.cudaMemGetInfo()
-        if status != self._runtime.cudaError_t.cudaSuccess:
-            raise EngineError(f"CUDA: cudaMemGetInfo failed: {self._words(status)}")
-        return int(free)
 
     def synchronise(self, stream: Any) -> None:
         """Wait until everything on a stream is done; errors of earlier work appear here."""

@@ -22,6 +22,7 @@ import pytest
 
 from helpers import tiny
 from helpers.kv_scales import write_scales
+from helpers.parsed_networks import layer_types, layers, outputs_of_type, shape_inputs, tensors
 from helpers.repository import REPOSITORY
 from helpers.tiny_quantized import write_quantized
 from internvl_edge import export_bundle
@@ -32,14 +33,7 @@ from internvl_edge.planning.devices import Devices, Target
 from internvl_edge.runtime.engines.tensorrt.build import build_engines, bundle_engines
 from internvl_edge.runtime.engines.tensorrt.build.bundle_engines import headers, options_for
 from internvl_edge.runtime.engines.tensorrt.build.engine import Build, build_engine
-from internvl_edge.runtime.engines.tensorrt.build.network import (
-    layer_types,
-    layers,
-    outputs_of_type,
-    parsed_network,
-    shape_inputs,
-    tensors,
-)
+from internvl_edge.runtime.engines.tensorrt.build.network import parsed_network
 from internvl_edge.runtime.engines.tensorrt.flavour import load_flavour
 from internvl_edge.runtime.engines.tensorrt.record import ENGINES, RECORD, EngineRecord, engine_folder
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.parsed_networks import layer_types, layers
 from helpers.repository import REPOSITORY
 from internvl_edge import export_bundle
 from internvl_edge.bundle.bundle import Bundle
@@ -24,7 +25,7 @@ from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.planning.devices import Devices
 from internvl_edge.runtime.engines.tensorrt.build.bundle_engines import headers, options_for, profiles
 from internvl_edge.runtime.engines.tensorrt.build.engine import Build, Built, build_engine
-from internvl_edge.runtime.engines.tensorrt.build.network import layer_types, layers, parsed_network
+from internvl_edge.runtime.engines.tensorrt.build.network import parsed_network
 from internvl_edge.runtime.engines.tensorrt.flavour import load_flavour
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed (pip install tensorrt-rtx-cu13)")

@@ -1,6 +1,6 @@
 """Does emitting MatMulNBits directly pay? Load time, memory, speed and size beside the portable DequantizeLinear form.
 
-    python benchmarks/quantized_load.py WORK [--variant 1B] [--layers 4]
+    python benchmarks/settled/quantized_load.py WORK [--variant 1B] [--layers 4]
 
 WORK receives a random symmetric int4 checkpoint with an int8 head, its bundle, and the same decoder with the standard
 dialect's form of the weights, which ONNX Runtime rewrites at load. Random weights: nothing here says anything about
@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import _path  # noqa: F401
 import numpy as np
 from checkpoint_variants import VARIANTS
 from random_checkpoint import write

@@ -1,7 +1,7 @@
 """What rounding activations to int8 (MatMulNBits accuracy level 4) costs on a real language model, and what it saves.
 
     python benchmarks/smollm_checkpoint.py CHECKPOINT --layout internlm2
-    python benchmarks/accuracy_level.py CHECKPOINT WORK
+    python benchmarks/settled/accuracy_level.py CHECKPOINT WORK
 
 SmolLM2-135M, rounded to nearest in groups of 64, on chapters of Python's manual. Divergence, agreement and perplexity
 of each level are against float weights; the weights were 4-bit in groups of 32 before, so the float model is not the
@@ -15,12 +15,13 @@ from pathlib import Path
 from pydoc_data import topics
 from typing import Any
 
+import _path  # noqa: F401
 import numpy as np
+from int8_prompts import GROUP_SIZE, compare, perplexity, quantize
 from record import write_results
 
 CHAPTERS = ("types", "customization", "execmodel")
 TOKENS = 384
-GROUP_SIZE = 64
 LEVELS = (1, 4)
 
 
@@ -43,15 +44,6 @@ def main() -> None:
                 figures[f"{scheme}, level {level}, {dialect}"] = compare(got, expected, texts)
     values = {"group_size": GROUP_SIZE, "chapters": CHAPTERS, "tokens_each": TOKENS, "figures": figures}
     print(write_results("accuracy-level", values).read_text())
-
-
-def quantize(checkpoint: Path, out: Path, scheme: str) -> Path:
-    from internvl_edge.quantize import quantize_checkpoint
-    from internvl_edge.recipe.recipe import Recipe
-
-    if not out.is_dir():
-        quantize_checkpoint(checkpoint, out, Recipe(scheme, GROUP_SIZE, lm_head="int8", error_compensation=False))
-    return out
 
 
 def bundle_of(checkpoint: Path, out: Path, level: int | None) -> Path:
@@ -88,30 +80,6 @@ def logits_of(bundle: Path, dialect: str = "onnxruntime", level: int = 4) -> lis
         engine.reset()
         logits.append(engine.score(np.asarray(table[ids], np.float32)))
     return logits
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))
-
-
-def perplexity(logits: list[np.ndarray], texts: list[list[int]]) -> float:
-    losses = [-log_softmax(one[:-1])[np.arange(len(ids) - 1), ids[1:]] for one, ids in zip(logits, texts, strict=True)]
-    return round(float(np.exp(np.concatenate(losses).mean())), 4)
-
-
-def compare(got: list[np.ndarray], expected: list[np.ndarray], texts: list[list[int]]) -> dict[str, float]:
-    """Mean divergence KL(expected || got) in nats, top-1 agreement and perplexity."""
-    divergences, same = [], []
-    for one, other in zip(got, expected, strict=True):
-        p, q = log_softmax(other), log_softmax(one)
-        divergences.append((np.exp(p) * (p - q)).sum(-1))
-        same.append(one.argmax(-1) == other.argmax(-1))
-    return {
-        "kl": round(float(np.concatenate(divergences).mean()), 6),
-        "top1_agreement": round(float(np.concatenate(same).mean()), 4),
-        "perplexity": perplexity(got, texts),
-    }
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import _path  # noqa: F401
 import numpy as np
 from record import write_results
 

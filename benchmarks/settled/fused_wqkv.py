@@ -1,6 +1,6 @@
 """InternLM2's fused wqkv as one product with its outputs cut apart, against three products: which is faster on the CPU?
 
-    python benchmarks/fused_wqkv.py
+    python benchmarks/settled/fused_wqkv.py
 
 The shapes are those of the 2B decoder. Both graphs are run alternately and compared by the median of their ratios.
 """
@@ -11,6 +11,7 @@ import statistics
 import time
 from typing import Any
 
+import _path  # noqa: F401
 import numpy as np
 import onnx_ir as ir
 import onnxruntime

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import _path  # noqa: F401
 import numpy as np
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper

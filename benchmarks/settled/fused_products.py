@@ -1,6 +1,6 @@
 """Would one product for q, k and v and one for gate and up decode faster than five? All int4 products of a 1B's layers.
 
-    python benchmarks/fused_products.py
+    python benchmarks/settled/fused_products.py
 
 Both graphs hold the linears of 24 layers, so that weights come from memory as they do in decoding, and nothing of
 attention. They take turns; medians. Writes results/fused-products.json.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 
+import _path  # noqa: F401
 import numpy as np
 import onnxruntime
 from onnx import NodeProto, TensorProto, helper, numpy_helper

@@ -1,6 +1,6 @@
 """Does an int8 KV cache pay on the CPU? Prompts and decoding beside a cache of floats, in turn, and the cache's memory.
 
-    python benchmarks/kv_cache_speed.py CHECKPOINT WORK
+    python benchmarks/settled/kv_cache_speed.py CHECKPOINT WORK
 
 CHECKPOINT is a quantized one in real shapes; scales are made up, for speed does not depend on them. Bundles are made
 in WORK and removed. Results: results/kv-cache-speed.json.
@@ -14,6 +14,7 @@ import statistics
 import time
 from pathlib import Path
 
+import _path  # noqa: F401
 import click
 import numpy as np
 from record import write_results

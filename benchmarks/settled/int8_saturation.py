@@ -1,6 +1,6 @@
 """What CPUs without VNNI would do to an int8 tower, emulated: two products added in 16 bits, which saturate.
 
-    python benchmarks/int8_saturation.py CHECKPOINT     -> results/int8-saturation-NAME.json
+    python benchmarks/settled/int8_saturation.py CHECKPOINT     -> results/int8-saturation-NAME.json
 
 Quantizes CHECKPOINT, then computes the embeddings of photographs once with exact sums and once as ONNX Runtime's fast
 kernels do on x86 without VNNI: inputs shifted to unsigned bytes, products of neighbouring inputs added with saturation.
@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import _path  # noqa: F401
 import numpy as np
 import torch
 from int8_vision import agreement, photographs, quantize
