@@ -34,8 +34,8 @@ format: $(VENV)/ready ## Apply the style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-wheel: $(VENV)/ready ## Build the wheel and import every module of it in a clean environment
-	.ci/check_wheel $(BIN)/python
+wheel: $(VENV)/ready ## Build the wheel, and check that the package works in all four ways to have it
+	.ci/check_install $(BIN)/python
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

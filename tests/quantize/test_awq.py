@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -93,6 +93,7 @@ def test_the_token_subset_and_the_gram_matrix_choose_the_same_scale() -> None:
     dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
     spread=st.floats(0.1, 3.0),
 )
+@example(seed=189, dtype=torch.float16, spread=2.75)  # a quotient below float16's normal numbers
 def test_a_storable_scale_divides_the_stored_vector_exactly(seed: int, dtype: torch.dtype, spread: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     vector = torch.randn(32, generator=generator).to(dtype)
@@ -101,7 +102,10 @@ def test_a_storable_scale_divides_the_stored_vector_exactly(seed: int, dtype: to
     scale, divided = storable_scale(wanted, vector)
     assert divided is not None
     torch.testing.assert_close(divided.double() * scale.double(), vector.double(), rtol=2e-7, atol=0)
-    torch.testing.assert_close(scale, wanted, rtol=2**-7, atol=0)
+    # The quotient is rounded to its type, so the scale moves by that much; subnormal quotients have fewer digits.
+    normal = (divided.abs() >= torch.finfo(dtype).tiny) | (vector == 0)
+    assert normal.sum() > 24
+    torch.testing.assert_close(scale[normal], wanted[normal], rtol=2**-7, atol=0)
 
 
 class ExactGrid(Grid):
