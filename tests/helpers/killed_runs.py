@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+
+from internvl_edge.checkpoint.record import RECORD
 
 
 def run_and_be_killed(script: str, *arguments: object) -> None:
@@ -14,5 +17,8 @@ def run_and_be_killed(script: str, *arguments: object) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder by its name."""
-    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Every file of a folder by its name; of a record of a quantization, what does not depend on when it ran."""
+    files = {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    if RECORD in files:
+        files[RECORD] = json.dumps({**json.loads(files[RECORD]), "run": None}).encode()
+    return files
