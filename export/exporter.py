@@ -129,7 +129,7 @@ class _Export:
             source=self._checkpoint.folder.resolve().name,
             model=config,
             template=template_for(config.template, config.system_message),
-            tokens=SpecialTokens(**token_ids(tokenizer)),
+            tokens=SpecialTokens(*token_ids(tokenizer)),
             dtype=dtype,
             activations=activations,
             token_table=self._table,

@@ -50,7 +50,7 @@ class InternVL:
         self._requests = RequestBuilder(
             self.config, manifest.template, self._tokenizer, manifest.tokens.image, capacity=engine.capacity
         )
-        self._stop_id = manifest.tokens.stop
+        self._stop_ids = manifest.tokens.stop
         self._table = opened.embeddings()
         self._images = ImageCache(engine.encode)
         self._session = Session(engine, self.config.decoder)
@@ -155,7 +155,7 @@ class InternVL:
     def answer_ids(self, text: str) -> list[int]:
         """The tokens that would say `text`, its end included."""
         start = len(self._tokenizer.encode(""))  # InternLM2 puts <s> in front of everything
-        return [*self._tokenizer.encode(text)[start:], self._stop_id]
+        return [*self._tokenizer.encode(text)[start:], self._stop_ids[0]]
 
     def close(self) -> None:
         """Release the engine; the object cannot be used afterwards. Closing twice is no mistake."""
@@ -183,7 +183,7 @@ class InternVL:
         logits, computed = self._session.prefill(self._keys(request), lambda start: embeds[start:])
         clock.lap("prefill_s")
         output_ids: list[int] = []
-        tokens = generate(self.engine, logits, self._row, sampler, (self._stop_id,), request.max_new_tokens, lookup)
+        tokens = generate(self.engine, logits, self._row, sampler, self._stop_ids, request.max_new_tokens, lookup)
         try:
             for token in tokens:
                 output_ids.append(token)
@@ -196,7 +196,7 @@ class InternVL:
         if piece := text.finish():
             yield piece
         clock.lap("decode_s")
-        stopped = text.stopped or output_ids[-1] == self._stop_id
+        stopped = text.stopped or output_ids[-1] in self._stop_ids
         yield Reply(
             text=text.text,
             output_ids=output_ids,

@@ -36,6 +36,7 @@ def upgrade(values: dict[str, Any]) -> dict[str, Any]:
     config = decode(ModelConfig, values.get("model"), strict=True)
     linears = _decoder_linears(quantization, config) | _tower_linears(tower, config)
     values |= {
+        "tokens": {**_object(values, "tokens"), "stop": [_object(values, "tokens").get("stop")]},
         "linears": encode(linears),
         "token_table": values.get("token_table") or values.get("dtype"),
         "components": [_component(part, str(values.get("dtype"))) for part in values.get("components") or ()],

@@ -38,10 +38,10 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Token ids with a role: `image` is the placeholder that each image token replaces, `stop` ends an answer."""
+    """Token ids with a role: `image` is the placeholder of image tokens, each of `stop` ends an answer."""
 
     image: int
-    stop: int
+    stop: tuple[int, ...]
 
 
 @dataclass(frozen=True)

@@ -60,10 +60,10 @@ def build_tokenizer(checkpoint_dir: Path, config: ModelConfig) -> bytes:
     return text.encode()
 
 
-def token_ids(tokenizer: bytes) -> dict[str, int]:
-    """Ids by role from the content of a `tokenizer.json`: "image" (`<IMG_CONTEXT>`) and "stop" (`<|im_end|>`)."""
+def token_ids(tokenizer: bytes) -> tuple[int, tuple[int, ...]]:
+    """From the content of a `tokenizer.json`: the id of `<IMG_CONTEXT>`, and those that end an answer (`<|im_end|>`)."""
     ids = {token["content"]: int(token["id"]) for token in json.loads(tokenizer)["added_tokens"]}
-    return {"image": ids["<IMG_CONTEXT>"], "stop": ids["<|im_end|>"]}
+    return ids["<IMG_CONTEXT>"], (ids["<|im_end|>"],)
 
 
 def _added_tokens(folder: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -84,7 +84,7 @@ def test_dynamic_ntk_requests_leave_no_trace(tmp_path: Path) -> None:
     with InternVL.load(bundle, threads=1) as model:
         for question in questions:
             reply = model.chat(question, max_new_tokens=40)
-            expected = reference.generate(reply.prompt_ids, max_new_tokens=40, stop_ids=[model._stop_id])
+            expected = reference.generate(reply.prompt_ids, max_new_tokens=40, stop_ids=list(model._stop_ids))
             assert reply.output_ids == expected.ids, question
 
 
@@ -136,7 +136,7 @@ def test_the_stop_token_ends_an_answer(tmp_path: Path) -> None:
     head = tensors["language_model.lm_head.weight"]
     bundle = export_bundle(folder, tmp_path / "plain")
     with InternVL.load(bundle, threads=1) as model:
-        end = model._stop_id
+        (end,) = model._stop_ids
         chosen = model.chat("Hello", max_new_tokens=1).output_ids[0]
     head[end] = head[chosen] * 2
     save_file(tensors, folder / "model.safetensors")
