@@ -42,7 +42,13 @@ class Bundle:
         return Bundle(folder, manifest)
 
     def path(self, name: str) -> Path:
-        """The full path of one of the bundle's files."""
+        """The full path of one of the bundle's files.
+
+        Raises:
+            BundleError: the manifest does not list the file, so nobody verified it.
+        """
+        if name not in self.manifest.files:
+            raise BundleError(f"{self.folder}: the manifest lists no {name}; export the bundle again")
         return self.folder / name
 
     def embeddings(self) -> TokenTable:

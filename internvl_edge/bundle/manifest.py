@@ -26,6 +26,8 @@ from .names import MANIFEST
 from .quality import Quality
 
 FORMAT_VERSION = 2
+# The manifest's digest of itself. It finds damage; nothing is signed.
+DIGEST = "sha256"
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,10 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json`, the file that makes a folder a bundle; one that is there is replaced in one step."""
-        replace_text(folder / MANIFEST, dumps({"format_version": FORMAT_VERSION, **encode(self)}))
+        values = encode(self)
+        replace_text(
+            folder / MANIFEST, dumps({"format_version": FORMAT_VERSION, DIGEST: manifest_digest(values), **values})
+        )
 
     @staticmethod
     def read(folder: Path) -> Manifest:
@@ -152,9 +157,19 @@ def _decode(values: dict[str, Any], folder: Path) -> Manifest:
         )
     if version == 1:
         values = upgrade(values)
+    elif values.pop(DIGEST, None) != manifest_digest(values):
+        raise ValueError("its own SHA-256 does not fit: it was changed")
     quality = values.pop("quality", None)
     manifest = decode(Manifest, values, strict=True)
+    for name in manifest.files:
+        if name in ("", "..") or Path(name).name != name:
+            raise ValueError(f"files: {name!r} is not the plain name of a file in the bundle")
     return replace(manifest, quality=_quality(quality))
+
+
+def manifest_digest(values: dict[str, Any]) -> str:
+    """The SHA-256 of a manifest's content, whatever the order and the spacing of its JSON."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def _quality(values: Any) -> Quality | None:

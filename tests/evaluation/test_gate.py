@@ -17,6 +17,7 @@ from click.testing import CliRunner
 
 from helpers import tiny, tiny_quantized
 from helpers.commands import assert_one_line, internvl_edge
+from helpers.manifests import change_manifest
 from internvl_edge import InternVL, QualityWarning, export_bundle
 from internvl_edge.base.errors import BundleError, EdgeError
 from internvl_edge.bundle.bundle import Bundle
@@ -195,9 +196,11 @@ def test_newer_figures_are_held_against_earlier_conditions() -> None:
 @pytest.mark.parametrize("damage", [{"gate": [{"condition": "kl"}]}, {"gate": 3}, {"accepted": 1}, {"files": None}])
 def test_an_entry_that_cannot_be_read_counts_as_none(quantized: Path, damage: dict[str, Any]) -> None:
     record_quality(quantized, _graded(quantized, "exact_match<0.99"))
-    written = json.loads((quantized / MANIFEST).read_text(encoding="utf-8"))
-    written["quality"] = {name: value for name, value in (written["quality"] | damage).items() if value is not None}
-    (quantized / MANIFEST).write_text(json.dumps(written), encoding="utf-8")
+
+    def damaged(values: dict[str, Any]) -> None:
+        values["quality"] = {name: value for name, value in (values["quality"] | damage).items() if value is not None}
+
+    change_manifest(quantized, damaged)
     manifest = Manifest.read(quantized)
     assert quality_of(manifest) == Quality(manifest.fingerprint)
     assert quality_warning(quantized, manifest) is None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,12 @@ import pytest
 
 from helpers import tiny
 from helpers.engines import TEXT, engine_for, greedy, random_tiles
+from helpers.manifests import change_manifest
 from helpers.reference import Reference
 from internvl_edge import export_bundle
 from internvl_edge.base.errors import EdgeError, EngineError
 from internvl_edge.bundle.bundle import Bundle
-from internvl_edge.bundle.names import DECODERS, MANIFEST, VISION
+from internvl_edge.bundle.names import DECODERS, VISION
 from internvl_edge.runtime.engines.onnxruntime import PREFILL_CHUNK, OnnxRuntimeEngine
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -236,8 +236,7 @@ def test_graphs_that_compute_in_bfloat16_are_neither_written_nor_run(tmp_path: P
         export_bundle(checkpoint, tmp_path / "refused", activations="bfloat16")
     assert not (tmp_path / "refused").exists()
     older = export_bundle(checkpoint, tmp_path / "older")
-    manifest = json.loads((older / MANIFEST).read_text(encoding="utf-8"))
-    (older / MANIFEST).write_text(json.dumps(manifest | {"activations": "bfloat16"}), encoding="utf-8")
+    change_manifest(older, lambda values: values.update(activations="bfloat16"))
     with pytest.raises(EngineError, match=r"^this bundle computes in bfloat16, which ONNX Runtime does not; export"):
         engine_for(older, "standard")
 
