@@ -28,7 +28,8 @@ from internvl_edge.evaluation.report.bundle_report import histogram
 from internvl_edge.evaluation.report.content import Report
 from internvl_edge.evaluation.report.files import HTML, JSON, read_report, write_report
 from internvl_edge.evaluation.report.page import difference, render
-from internvl_edge.model.components import Component
+from internvl_edge.model.components import Component, Stored
+from internvl_edge.model.linear import W8A8, Scheme
 from internvl_edge.quantize.run import _read_facts
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
