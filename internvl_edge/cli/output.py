@@ -1,9 +1,9 @@
-"""How commands print: JSON objects, sizes, and plain two-column tables."""
+"""Print what commands found: JSON objects, tables, and where a report lies."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -25,6 +25,22 @@ def print_table(rows: Iterable[tuple[str, object]]) -> None:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         click.echo(f"{name:<{width}}  {value}")
+
+
+def print_columns(heading: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a table; columns of numbers and their units line up at the right, text at the left."""
+    cells = [list(heading), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(heading))]
+    right = [
+        all(row[column][:1].isdecimal() or row[column] in ("", "-") for row in cells[1:])
+        for column in range(len(widths))
+    ]
+    for row in cells:
+        line = "  ".join(
+            cell.rjust(width) if is_right else cell.ljust(width)
+            for cell, width, is_right in zip(row, widths, right, strict=True)
+        )
+        click.echo(line.rstrip())
 
 
 def say_written(written: Written) -> None:

@@ -21,8 +21,7 @@ from internvl_edge.planning.planner import TILE_LIMITS, Plan, make_plan, predict
 from internvl_edge.planning.precision import bundle_precision, checkpoint_precision, recipe_precision
 from internvl_edge.recipe.files import make_recipe, presets, read_recipe
 
-from .columns import print_columns
-from .output import print_json
+from .output import print_columns, print_json
 
 DEFAULT_CONTEXT = 4096
 
