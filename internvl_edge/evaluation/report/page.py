@@ -206,9 +206,7 @@ def _plots(report: Report) -> dict[str, Plot | None]:
 
 
 def _markup(plot: Plot) -> Markup:
-    label = escape(plot.description)
-    each = Markup('<div class="{}" role="img" aria-label="{}">{}</div>')
-    return each.format("wide", label, Markup(plot.wide)) + each.format("narrow", label, Markup(plot.narrow))
+    return Markup('<div role="img" aria-label="{}">{}</div>').format(plot.description, Markup(plot.svg))
 
 
 def _outliers(linears: Sequence[LinearReport]) -> list[tuple[LinearReport, float]]:
