@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from internvl_edge.checkpoint.record import LinearReport
 
-from .content import Figures, Histogram
+from ..divergence import DivergenceSummary, Histogram
 
 # Colours that stand for the page's own until the SVG is written: what is drawn with -> CSS.
 _INK, _QUIET, _GRID, _ACCENT = "#010101", "#020202", "#030303", "#040404"
@@ -72,7 +72,7 @@ class Plot:
     description: str
 
 
-def divergence_plot(histogram: Histogram, summary: Figures) -> Plot:
+def divergence_plot(histogram: Histogram, summary: DivergenceSummary) -> Plot:
     """Plot how many tokens diverge by how much, with mean and 99th percentile."""
 
     def draw(axes: Axes) -> None:
