@@ -10,7 +10,6 @@ checkpoints, bundles and figures, and a run continues where it was. Results: res
 from __future__ import annotations
 
 import json
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,9 @@ from record import write_results
 from internvl_edge import InternVL, export_bundle
 from internvl_edge.calibration import DataOptions, choose_compute
 from internvl_edge.checkpoint.reader import Checkpoint
-from internvl_edge.evaluation import SUITES, compare, read_cases, run_suite
+from internvl_edge.evaluation import QuestionSettings, compare, read_cases, run_suite
 from internvl_edge.quantize import quantize_checkpoint
 from internvl_edge.recipe.files import make_recipe, presets, read_recipe
-from internvl_edge.runtime.request import ChatOptions
 
 _AWQ = {"decoder": "w4a16-awq", "group_size": 64}
 # Fields, as in a recipe file; None for the float checkpoint.
@@ -43,7 +41,7 @@ ROWS: dict[str, dict[str, Any] | str | None] = {
     "recipe cpu, int8 prompts": "cpu",
 }
 QUESTIONS, COMPARED, SEED = 500, 64, 1
-OPTIONS: ChatOptions = {"max_new_tokens": 64}
+ANSWER_TOKENS = 64
 
 
 def made(checkpoint: Path, work: Path, name: str) -> tuple[Path, dict[str, Any]]:
@@ -70,16 +68,16 @@ def measure(bundle: Path, reference: Path) -> dict[str, Any]:
     def load(folder: Path) -> InternVL:
         return InternVL.load(folder, device="cpu", engine="onnxruntime")
 
-    with load(bundle) as model:
-        score = run_suite(model, islice(SUITES["reader"](0), QUESTIONS), OPTIONS)
+    score = run_suite(lambda: load(bundle), QuestionSettings("reader", max_new_tokens=ANSWER_TOKENS), QUESTIONS)
     found: dict[str, Any] = {
-        "exact_match": round(score.total, 4),
-        "tasks": {task: round(score.share(task), 4) for task in score.asked},
+        "exact_match": round(score.total.exact_match, 4),
+        "tasks": {name: round(task.exact_match, 4) for name, task in score.tasks.items()},
     }
     if bundle != reference:
         cases = read_cases(None, COMPARED, SEED)
-        comparison = compare(lambda: load(bundle), lambda: load(reference), cases, OPTIONS)
-        found |= {name: round(value, 6) for name, value in comparison.figures().items()}
+        settings = QuestionSettings("built-in", SEED, max_new_tokens=ANSWER_TOKENS)
+        comparison = compare(lambda: load(bundle), lambda: load(reference), cases, settings)
+        found |= {name: round(value, 6) for name, value in comparison.figures.items()}
     return found
 
 

@@ -8,6 +8,7 @@ packed as AutoAWQ does.
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -117,7 +118,7 @@ def compare(reference: Path, weights: Weights, test: list[Sequence], decoder: De
 
 def figures_of(parts: list[Divergence]) -> dict[str, float]:
     """Divergences over all sequences, for a file of results."""
-    return {name: float(f"{value:.6g}") for name, value in summarise(parts).to_dict().items()}
+    return {name: float(f"{value:.6g}") for name, value in asdict(summarise(parts)).items()}
 
 
 def _few(test: list[Sequence]) -> list[list[Sequence]]:

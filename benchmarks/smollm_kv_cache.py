@@ -9,6 +9,7 @@ the cache differs; the runtime decodes with the kernels that answer users. Resul
 from __future__ import annotations
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def calibrated(bench: Bench) -> Path:
 
 def figures(parts: list[Divergence]) -> dict[str, Any]:
     """Over all positions and by position."""
-    found: dict[str, Any] = summarise(parts).to_dict()
+    found: dict[str, Any] = asdict(summarise(parts))
     for start, end in BUCKETS:
         found[f"kl_mean_{start}_{end}"] = float(np.concatenate([part.kl[start:end] for part in parts]).mean())
     return found

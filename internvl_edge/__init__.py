@@ -10,23 +10,37 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .base.errors import QualityWarning
+    from .base.errors import EdgeError, QualityWarning
+    from .evaluation import evaluate
     from .export import export_bundle
+    from .quantize import quantize_checkpoint
     from .runtime.conversation import Conversation
     from .runtime.model import InternVL
     from .runtime.reply import Reply
 
 __version__ = "0.2.0"
 
-__all__ = ["Conversation", "InternVL", "QualityWarning", "Reply", "export_bundle"]
+__all__ = [
+    "Conversation",
+    "EdgeError",
+    "InternVL",
+    "QualityWarning",
+    "Reply",
+    "evaluate",
+    "export_bundle",
+    "quantize_checkpoint",
+]
 
 # Loaded on first use: a device that only runs bundles has no export packages, and `--help` should be quick.
 _HOMES = {
     "InternVL": "runtime.model",
     "Reply": "runtime.reply",
     "Conversation": "runtime.conversation",
+    "EdgeError": "base.errors",
     "QualityWarning": "base.errors",
+    "evaluate": "evaluation",
     "export_bundle": "export",
+    "quantize_checkpoint": "quantize",
 }
 
 

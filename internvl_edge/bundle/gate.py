@@ -36,16 +36,26 @@ class Metric:
 
 
 METRICS = {
-    "kl": Metric("mean KL divergence of the predictions from the reference's, in nats", ("reference",)),
-    "kl_p99": Metric("99th percentile of the KL divergence, in nats", ("reference",)),
-    "kl_max": Metric("largest KL divergence at a token, in nats", ("reference",)),
-    "top1": Metric("tokens for which both find the same one most probable", ("reference",), is_share=True),
-    "same_answers": Metric("greedy answers that are the reference's, token for token", ("reference",), is_share=True),
-    "same_tokens": Metric("greedy tokens before an answer's first difference", ("reference",), is_share=True),
-    "perplexity_ratio": Metric("perplexity of the given answers over the reference's", ("reference", "answers")),
-    "exact_match": Metric("exact answers to a suite's questions", ("suite",), is_share=True),
+    "kl": Metric("mean KL divergence of the bundle's predictions from the reference's, in nats", ("reference",)),
+    "kl_p99": Metric("99th percentile of the KL divergence over all tokens, in nats", ("reference",)),
+    "kl_max": Metric("largest KL divergence at one token, in nats", ("reference",)),
+    "top1": Metric(
+        "top-1 agreement: share of tokens for which both models find the same token most probable",
+        ("reference",),
+        is_share=True,
+    ),
+    "same_answers": Metric(
+        "share of greedy answers that equal the reference's, token for token", ("reference",), is_share=True
+    ),
+    "same_tokens": Metric(
+        "share of answered tokens that come before the first difference of their answer", ("reference",), is_share=True
+    ),
+    "perplexity_ratio": Metric(
+        "perplexity of the given answers, divided by the reference's perplexity", ("reference", "answers")
+    ),
+    "exact_match": Metric("share of a suite's questions that are answered exactly", ("suite",), is_share=True),
     "exact_match_loss": Metric(
-        "the reference's exact answers less the bundle's, as a share of all", ("suite", "reference"), is_share=True
+        "the reference's share of exact answers less the bundle's", ("suite", "reference"), is_share=True
     ),
 }
 _NEEDS = {

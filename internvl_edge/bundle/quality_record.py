@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from internvl_edge.base.errors import BundleError
+from internvl_edge.base.errors import BundleError, EdgeError
 
+from .bundle import Bundle
 from .manifest import Manifest
 from .quality import Quality
 
@@ -39,6 +40,19 @@ def record_quality(folder: Path, quality: Quality) -> None:
         raise BundleError(
             f"the figures cannot be written into {folder} ({error.strerror}); make it writable, or pass --no-record"
         ) from None
+
+
+def accept_quality(folder: Path, reason: str) -> Quality:
+    """Put into the manifest why the bundle is used although its gate failed or is missing.
+
+    Raises:
+        EdgeError: the folder is no bundle, there is no reason, or the manifest cannot be written.
+    """
+    quality = replace(quality_of(Bundle.open(folder).manifest), accepted=reason.strip())
+    if not quality.accepted:
+        raise EdgeError("--accept needs a reason; it is kept in the bundle for whoever uses it next")
+    record_quality(folder, quality)
+    return quality
 
 
 def quality_warning(folder: Path, manifest: Manifest) -> str | None:

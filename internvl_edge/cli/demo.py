@@ -13,8 +13,7 @@ from internvl_edge.base.extras import install, requires
 from internvl_edge.demo import CHECKPOINT, Question, demo_questions
 from internvl_edge.runtime.model import InternVL
 
-from .columns import print_columns
-from .output import print_json
+from .output import print_columns, print_json
 
 
 @click.command("demo")

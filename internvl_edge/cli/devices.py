@@ -9,8 +9,7 @@ import click
 
 from internvl_edge.planning.devices import Devices
 
-from .columns import print_columns
-from .output import print_json
+from .output import print_columns, print_json
 
 
 @click.command("devices")

@@ -21,8 +21,7 @@ from internvl_edge.planning.planner import TILE_LIMITS, Plan, make_plan, predict
 from internvl_edge.planning.storage import bundle_storage, checkpoint_storage, recipe_storage
 from internvl_edge.recipe.files import make_recipe, presets, read_recipe
 
-from .columns import print_columns
-from .output import print_json
+from .output import print_columns, print_json
 
 DEFAULT_CONTEXT = 4096
 

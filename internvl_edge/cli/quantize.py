@@ -41,7 +41,7 @@ def command(checkpoint: str, output: Path, stats: Path | None, as_json: bool, **
     recipe = recipe_of(values)
     wait_politely()
     with requires("quantize", "quantize"):
-        from internvl_edge.evaluation.report.checkpoint_report import report_checkpoint
+        from internvl_edge.evaluation.report import checkpoint_report, write_report
         from internvl_edge.quantize import quantize_checkpoint
     if stats is not None and values["data"] is not None:
         raise EdgeError("--data and --stats cannot be combined; statistics already hold their data")
@@ -61,7 +61,7 @@ def command(checkpoint: str, output: Path, stats: Path | None, as_json: bool, **
     )
     seconds = time.perf_counter() - started
     record = report.record
-    say_written(report_checkpoint(report.folder, record))
+    say_written(write_report(checkpoint_report(report.folder, record), report.folder))
     if as_json:
         facts = {
             "checkpoint": str(report.folder),

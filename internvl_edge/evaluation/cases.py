@@ -17,6 +17,7 @@ from PIL import Image
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.calibration.items import read_items
 from internvl_edge.calibration.texts import TEXTS
+from internvl_edge.runtime.request import ChatOptions
 
 # One built-in case in this many is text alone.
 _TEXT_EVERY = 4
@@ -39,6 +40,28 @@ class Case:
     images: tuple[Path | Image.Image, ...] = ()
     answer: str = ""
     task: str = ""
+
+
+@dataclass(frozen=True)
+class QuestionSettings:
+    """Which questions are asked, and the limits of each.
+
+    Attributes:
+        data: the data set's or the suite's name, for people.
+        seed: which questions of it, and in which order.
+        max_tiles: most tiles of an image; None is the checkpoint's own limit.
+        max_new_tokens: most tokens of an answer.
+    """
+
+    data: str = ""
+    seed: int = 0
+    max_tiles: int | None = None
+    max_new_tokens: int = 64
+
+    @property
+    def options(self) -> ChatOptions:
+        """Return the limits as a model takes them."""
+        return {"max_tiles": self.max_tiles, "max_new_tokens": self.max_new_tokens}
 
 
 def read_cases(source: Path | None, count: int, seed: int = 0) -> list[Case]:

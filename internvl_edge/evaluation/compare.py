@@ -1,4 +1,4 @@
-"""A bundle against a reference: both see the same questions, and the candidate follows the reference's greedy answers.
+"""Compare a bundle with a reference: both see the same questions, and the bundle follows the reference's answers.
 
 One model is in memory at a time: the reference answers first, its logits wait in a temporary folder. Both run as they
 would answer a user, each with its own vision tower, decoding one token at a time.
@@ -6,72 +6,96 @@ would answer a user, each with its own vision tower, decoding one token at a tim
 
 from __future__ import annotations
 
+import base64
+import io
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from internvl_edge.base.errors import EdgeError
+from internvl_edge.base.run_record import RunRecord, run_record
+from internvl_edge.model.preprocess import load_image
 from internvl_edge.runtime.model import InternVL
 from internvl_edge.runtime.request import ChatOptions
 from internvl_edge.runtime.trace import Trace
 
-from .cases import Case
-from .divergence import Divergence, Summary, divergence, summarise
+from .cases import Case, QuestionSettings
+from .divergence import Divergence, DivergenceSummary, Histogram, divergence, histogram, summarise
 
 Load = Callable[[], InternVL]
-Progress = Callable[[int], object]
+Progress = Callable[[int, int], object]
+
+# Small pictures of a question: at most so many, so many pixels wide or high, in this JPEG quality.
+_PICTURES = 3
+_PICTURE_SIDE = 480
+_PICTURE_QUALITY = 78
 
 
 @dataclass(frozen=True)
-class Answered:
-    """One case with what both models answered, each by itself.
+class AnswerPair:
+    """One question with what both models answered, each by itself.
 
     Attributes:
-        reference, candidate: the texts.
+        name: of the case.
+        question: with its `<image>` marks.
+        pictures: small JPEG images as `data:` addresses, at most three.
+        reference, candidate: the answers.
+        expected: the right answer, "" where none is known.
         kl: mean divergence along the reference's answer, nats.
         same: whether the answers are the same, token for token.
     """
 
-    case: Case
+    name: str
+    question: str
+    pictures: tuple[str, ...]
     reference: str
     candidate: str
+    expected: str
     kl: float
     same: bool
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What comparing two models found.
+    """What comparing two models found; shares are from 0 to 1.
 
     Attributes:
-        cases: how many questions.
+        reference: name of what the bundle was compared with, for people.
+        settings: which questions were asked.
+        cases: how many.
         image_tokens: of all prompts.
         greedy: figures along the reference's greedy answers.
         kinds: the same apart for questions with pictures ("images") and without ("text"), where there are any.
-        kl: [positions] divergence at each of these tokens, nats.
         same_answers: share of answers that are the same, token for token, when both decode greedily.
         same_prefix: share of all answered tokens that come before the first difference of their answer.
         answers: figures along the given answers (perplexity among them); None where the data has none.
-        worst: name of the case with the largest divergence.
-        answered: some cases with both answers: the worst, and others at even distances, pictures first.
+        worst_case: name of the case with the largest divergence at a token.
+        histogram: of the divergence at each token of the greedy answers.
+        samples: some cases with both answers: the worst, and others at even distances, pictures first.
+        run: of the whole comparison.
     """
 
+    reference: str
+    settings: QuestionSettings
     cases: int
     image_tokens: int
-    greedy: Summary
-    kinds: dict[str, Summary]
-    kl: NDArray[np.float64]
+    greedy: DivergenceSummary
+    kinds: dict[str, DivergenceSummary]
     same_answers: float
     same_prefix: float
-    answers: Summary | None
-    worst: str
-    answered: tuple[Answered, ...] = ()
+    answers: DivergenceSummary | None
+    worst_case: str
+    histogram: Histogram
+    samples: tuple[AnswerPair, ...]
+    run: RunRecord
 
+    @property
     def figures(self) -> dict[str, float]:
         """The figures that conditions may name, by `gate.METRICS`."""
         figures = {
@@ -86,36 +110,15 @@ class Comparison:
             figures["perplexity_ratio"] = self.answers.candidate_perplexity / self.answers.reference_perplexity
         return figures
 
-    def to_dict(self) -> dict[str, Any]:
-        """The figures as JSON values."""
-        return {
-            "cases": self.cases,
-            "image_tokens": self.image_tokens,
-            "greedy": self.greedy.to_dict(),
-            "kinds": {kind: summary.to_dict() for kind, summary in self.kinds.items()},
-            "same_answers": self.same_answers,
-            "same_prefix": self.same_prefix,
-            "answers": self.answers.to_dict() if self.answers else None,
-            "worst_case": self.worst,
-        }
-
-
-@dataclass(frozen=True)
-class _Expected:
-    """What the reference said to one case, for the candidate to follow."""
-
-    prompt_ids: list[int]
-    greedy: list[int]
-    answer: list[int]
-    text: str
-
 
 def compare(
     load_candidate: Load,
     load_reference: Load,
     cases: Sequence[Case],
-    options: ChatOptions,
-    progress: Progress = lambda done: None,
+    settings: QuestionSettings,
+    progress: Progress = lambda done, total: None,
+    *,
+    reference: str = "",
     shown: int = 0,
 ) -> Comparison:
     """Ask both models all cases.
@@ -123,29 +126,36 @@ def compare(
     Args:
         load_candidate, load_reference: load a model; each is closed before the other is loaded.
         cases: at least one.
-        options: `max_tiles` and `max_new_tokens` of every question.
-        progress: called with 1 for each case and model.
-        shown: of how many cases both answers are kept as texts.
+        settings: the limits of each, and what the comparison says of them.
+        progress: called with the answers so far and those that are wanted in all, first with 0.
+        reference: its name, for people.
+        shown: of how many cases both answers are kept as samples.
 
     Raises:
         EdgeError: no cases, or models whose prompts differ (another tokenizer, template or tile size).
     """
     if not cases:
         raise EdgeError("there are no cases to compare with; give --samples 1 or more")
+    started, total, options = time.perf_counter(), 2 * len(cases), settings.options
+    expected: list[_ReferenceAnswer] = []
+    followed: list[_CandidateAnswer] = []
+    progress(0, total)
     with tempfile.TemporaryDirectory(prefix="internvl-edge-logits-") as folder:
         store = _LogitStore(Path(folder))
         with load_reference() as model:
-            expected = [_ask(model, case, options, store, index, progress) for index, case in enumerate(cases)]
+            for index, case in enumerate(cases):
+                expected.append(_ask(model, case, options, store, index))
+                progress(len(expected), total)
         with load_candidate() as model:
-            found = [
-                _follow(model, case, options, store, index, expected[index], progress)
-                for index, case in enumerate(cases)
+            for index, case in enumerate(cases):
+                followed.append(_follow(model, case, options, store, index, expected[index]))
+                progress(len(cases) + len(followed), total)
+            samples = [
+                _sample(model, cases[index], options, expected[index], followed[index])
+                for index in _chosen(cases, followed, shown)
             ]
-            answered = [
-                _answered(model, cases[index], options, expected[index], found[index])
-                for index in _chosen(cases, found, shown)
-            ]
-    return _joined(cases, found, answered)
+    run = run_record(time.perf_counter() - started)
+    return _joined(reference, settings, cases, followed, samples, run)
 
 
 class _LogitStore:
@@ -171,36 +181,37 @@ class _LogitStore:
         return logits
 
 
-def _ask(
-    model: InternVL, case: Case, options: ChatOptions, store: _LogitStore, index: int, progress: Progress
-) -> _Expected:
-    trace = _trace(model, case, None, options)
-    store.put(index, "greedy", trace.logits)
-    answer = model.answer_ids(case.answer) if case.answer else []
-    if answer:
-        store.put(index, "answer", _trace(model, case, answer, options).logits)
-    progress(1)
-    return _Expected(trace.reply.prompt_ids, trace.reply.output_ids, answer, trace.reply.text)
+@dataclass(frozen=True)
+class _ReferenceAnswer:
+    """What the reference said to one case, for the candidate to follow."""
+
+    prompt_ids: list[int]
+    greedy: list[int]
+    answer: list[int]
+    text: str
 
 
 @dataclass(frozen=True)
-class _Found:
-    """One case as the candidate took it."""
+class _CandidateAnswer:
+    """How the candidate followed the reference in one case."""
 
     greedy: Divergence
     answer: Divergence | None
     image_tokens: int
 
 
+def _ask(model: InternVL, case: Case, options: ChatOptions, store: _LogitStore, index: int) -> _ReferenceAnswer:
+    trace = _trace(model, case, None, options)
+    store.put(index, "greedy", trace.logits)
+    answer = model.answer_ids(case.answer) if case.answer else []
+    if answer:
+        store.put(index, "answer", _trace(model, case, answer, options).logits)
+    return _ReferenceAnswer(trace.reply.prompt_ids, trace.reply.output_ids, answer, trace.reply.text)
+
+
 def _follow(
-    model: InternVL,
-    case: Case,
-    options: ChatOptions,
-    store: _LogitStore,
-    index: int,
-    expected: _Expected,
-    progress: Progress,
-) -> _Found:
+    model: InternVL, case: Case, options: ChatOptions, store: _LogitStore, index: int, expected: _ReferenceAnswer
+) -> _CandidateAnswer:
     trace = _trace(model, case, expected.greedy, options)
     if trace.reply.prompt_ids != expected.prompt_ids:
         raise EdgeError(
@@ -212,26 +223,44 @@ def _follow(
     if expected.answer:
         logits = _trace(model, case, expected.answer, options).logits
         answer = divergence(store.take(index, "answer"), logits, expected.answer)
-    progress(1)
-    return _Found(greedy, answer, trace.reply.image_tokens)
+    return _CandidateAnswer(greedy, answer, trace.reply.image_tokens)
 
 
-def _chosen(cases: Sequence[Case], found: Sequence[_Found], count: int) -> list[int]:
-    """Indices of the cases to show: of those with pictures (of all, without any) the worst and evenly spaced ones."""
+def _chosen(cases: Sequence[Case], followed: Sequence[_CandidateAnswer], count: int) -> list[int]:
+    """Choose the cases to show: of those with pictures (of all, without any) the worst and evenly spaced ones."""
     pool = [index for index, case in enumerate(cases) if case.images] or list(range(len(cases)))
     if not count:
         return []
-    worst = max(pool, key=lambda index: found[index].greedy.kl.mean())
+    worst = max(pool, key=lambda index: followed[index].greedy.kl.mean())
     others = [index for index in pool if index != worst]
     step = max(1.0, len(others) / max(1, count - 1))
     return sorted([worst, *(others[int(n * step)] for n in range(min(count - 1, len(others))))])
 
 
-def _answered(model: InternVL, case: Case, options: ChatOptions, expected: _Expected, found: _Found) -> Answered:
-    """What the candidate says by itself; where every most probable token was the reference's, that is its answer."""
-    same = found.greedy.same_prefix == len(found.greedy.kl)
-    text = expected.text if same else model.chat(case.question, list(case.images), **options).text
-    return Answered(case, expected.text, text, float(found.greedy.kl.mean()), same)
+def _sample(
+    model: InternVL, case: Case, options: ChatOptions, expected: _ReferenceAnswer, followed: _CandidateAnswer
+) -> AnswerPair:
+    """Let the candidate answer by itself; where every most probable token was the reference's, that is its answer."""
+    same = followed.greedy.same_prefix == len(followed.greedy.kl)
+    return AnswerPair(
+        name=case.name,
+        question=case.question,
+        pictures=tuple(small_picture(image) for image in case.images[:_PICTURES]),
+        reference=expected.text,
+        candidate=expected.text if same else model.chat(case.question, list(case.images), **options).text,
+        expected=case.answer,
+        kl=float(followed.greedy.kl.mean()),
+        same=same,
+    )
+
+
+def small_picture(source: Path | Image.Image) -> str:
+    """Encode a small JPEG of a picture as a `data:` address."""
+    picture = load_image(source).convert("RGB")
+    picture.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=_PICTURE_QUALITY, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def _trace(model: InternVL, case: Case, answer: list[int] | None, options: ChatOptions) -> Trace:
@@ -241,22 +270,32 @@ def _trace(model: InternVL, case: Case, answer: list[int] | None, options: ChatO
         raise EdgeError(f"{case.name}: {error}") from None
 
 
-def _joined(cases: Sequence[Case], found: list[_Found], answered: list[Answered]) -> Comparison:
-    greedy = [part.greedy for part in found]
-    answers = [part.answer for part in found if part.answer is not None]
-    worst = max(range(len(found)), key=lambda index: greedy[index].kl.max())
+def _joined(
+    reference: str,
+    settings: QuestionSettings,
+    cases: Sequence[Case],
+    followed: Sequence[_CandidateAnswer],
+    samples: Sequence[AnswerPair],
+    run: RunRecord,
+) -> Comparison:
+    greedy = [part.greedy for part in followed]
+    answers = [part.answer for part in followed if part.answer is not None]
+    worst = max(range(len(greedy)), key=lambda index: greedy[index].kl.max())
     kinds: dict[str, list[Divergence]] = {}
     for case, part in zip(cases, greedy, strict=True):
         kinds.setdefault("images" if case.images else "text", []).append(part)
     return Comparison(
+        reference=reference,
+        settings=settings,
         cases=len(cases),
-        image_tokens=sum(part.image_tokens for part in found),
+        image_tokens=sum(part.image_tokens for part in followed),
         greedy=summarise(greedy),
         kinds={kind: summarise(parts) for kind, parts in kinds.items()},
-        kl=np.concatenate([part.kl for part in greedy]),
         same_answers=sum(part.same_prefix == len(part.kl) for part in greedy) / len(greedy),
         same_prefix=sum(part.same_prefix for part in greedy) / sum(len(part.kl) for part in greedy),
         answers=summarise(answers) if answers else None,
-        worst=cases[worst].name,
-        answered=tuple(answered),
+        worst_case=cases[worst].name,
+        histogram=histogram(np.concatenate([part.kl for part in greedy])),
+        samples=tuple(samples),
+        run=run,
     )

@@ -1,4 +1,4 @@
-"""How far one model's predictions are from another's over the same tokens: arrays of logits in, figures out.
+"""Measure how far one model's predictions are from another's over the same tokens: arrays of logits in, figures out.
 
 Knows nothing about models. Divergences are Kullback-Leibler divergences D(reference || candidate) in nats.
 """
@@ -6,10 +6,13 @@ Knows nothing about models. Divergences are Kullback-Leibler divergences D(refer
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+# Divergences are counted on a logarithmic axis, four bins for each power of ten.
+_EDGES = tuple(float(edge) for edge in np.logspace(-7, 2, 37))
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def divergence(
 
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Logarithms of the probabilities, [positions, vocab] in float64."""
+    """Return logarithms of the probabilities, [positions, vocab] in float64."""
     shifted = logits.astype(np.float64)
     shifted -= shifted.max(axis=1, keepdims=True)
     shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
@@ -63,7 +66,7 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 @dataclass(frozen=True)
-class Summary:
+class DivergenceSummary:
     """Figures over the positions of several sequences, every position counting the same.
 
     Attributes:
@@ -81,16 +84,12 @@ class Summary:
     reference_perplexity: float
     candidate_perplexity: float
 
-    def to_dict(self) -> dict[str, float]:
-        """The figures as JSON values."""
-        return asdict(self)
 
-
-def summarise(parts: Iterable[Divergence]) -> Summary:
+def summarise(parts: Iterable[Divergence]) -> DivergenceSummary:
     """Join sequences into one set of figures; there must be at least one position."""
     parts = list(parts)
     kl = np.concatenate([part.kl for part in parts])
-    return Summary(
+    return DivergenceSummary(
         positions=len(kl),
         kl_mean=float(kl.mean()),
         kl_p99=float(np.quantile(kl, 0.99)),
@@ -99,6 +98,21 @@ def summarise(parts: Iterable[Divergence]) -> Summary:
         reference_perplexity=_perplexity([part.reference_nll for part in parts]),
         candidate_perplexity=_perplexity([part.candidate_nll for part in parts]),
     )
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts between `edges`, one fewer than these; the outermost bins hold what lies beyond."""
+
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+
+
+def histogram(kl: NDArray[np.float64]) -> Histogram:
+    """Count divergences [positions] on a logarithmic scale; what is no number is left out."""
+    inside = np.clip(kl[np.isfinite(kl)], _EDGES[0], np.nextafter(_EDGES[-1], 0))
+    counts, _ = np.histogram(inside, _EDGES)
+    return Histogram(_EDGES, tuple(counts.tolist()))
 
 
 def _perplexity(parts: list[NDArray[np.float64]]) -> float:

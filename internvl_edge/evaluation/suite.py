@@ -1,68 +1,130 @@
-"""A bundle against a suite: how many answers are exactly right, per task."""
+"""Count how many of a bundle's answers to a suite are exactly right, per task, beside those of a reference."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable
+import itertools
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
+from internvl_edge.base.run_record import RunRecord, run_record
 from internvl_edge.runtime.model import InternVL
-from internvl_edge.runtime.request import ChatOptions
 
-from .cases import Case
+from .cases import SUITES, QuestionSettings
+from .compare import Load, Progress
 
 
 @dataclass(frozen=True)
-class SuiteScore:
-    """Right answers of a suite.
+class TaskResult:
+    """One kind of question.
 
     Attributes:
-        asked, right: questions and exact answers per task.
-        wrong: (case, expected, answered) of every other answer.
+        asked: how many questions.
+        exact_match: share of exact answers, from 0 to 1.
+        reference: the same of the reference; None where no reference was asked.
     """
 
-    asked: dict[str, int]
-    right: dict[str, int]
-    wrong: tuple[tuple[str, str, str], ...]
+    asked: int
+    exact_match: float
+    reference: float | None = None
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A question that was not answered exactly."""
+
+    case: str
+    expected: str
+    answered: str
+
+
+@dataclass(frozen=True)
+class SuiteResult:
+    """What asking a suite's questions found.
+
+    Attributes:
+        settings: which questions were asked; `data` is the suite's name.
+        total: over all tasks.
+        tasks: each by itself.
+        mistakes: every answer of the bundle that is not exact.
+        run: of the whole suite, the reference's answers included.
+    """
+
+    settings: QuestionSettings
+    total: TaskResult
+    tasks: dict[str, TaskResult]
+    mistakes: tuple[Mistake, ...]
+    run: RunRecord
 
     @property
-    def total(self) -> float:
-        """Share of exact answers over all questions."""
-        return sum(self.right.values()) / max(1, sum(self.asked.values()))
-
-    def share(self, task: str) -> float:
-        """Share of exact answers of one task."""
-        return self.right.get(task, 0) / self.asked[task]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The figures as JSON values."""
-        return {
-            "exact_match": self.total,
-            "asked": sum(self.asked.values()),
-            "tasks": {task: {"asked": count, "exact_match": self.share(task)} for task, count in self.asked.items()},
-            "wrong": [dict(zip(("case", "expected", "answered"), entry, strict=True)) for entry in self.wrong],
-        }
+    def figures(self) -> dict[str, float]:
+        """The figures that conditions may name, by `gate.METRICS`."""
+        figures = {"exact_match": self.total.exact_match}
+        if self.total.reference is not None:
+            figures["exact_match_loss"] = self.total.reference - self.total.exact_match
+        return figures
 
 
 def run_suite(
-    model: InternVL, cases: Iterable[Case], options: ChatOptions, progress: Callable[[int], object] = lambda done: None
-) -> SuiteScore:
-    """Ask every case and compare whole answers, character for character after stripping.
+    load_candidate: Load,
+    settings: QuestionSettings,
+    questions: int,
+    load_reference: Load | None = None,
+    progress: Progress = lambda done, total: None,
+) -> SuiteResult:
+    """Ask every question and compare whole answers, character for character after stripping.
+
+    Args:
+        load_candidate, load_reference: load a model; the candidate is closed before the reference is loaded.
+        settings: the suite, by its name in `SUITES` (`data`), its seed, and the limits of each question.
+        questions: how many.
+        progress: called with the answers so far and those that are wanted in all, first with 0.
 
     Raises:
         EdgeError: as `InternVL.chat`.
     """
-    asked: Counter[str] = Counter()
-    right: Counter[str] = Counter()
-    wrong = []
-    for case in cases:
-        text = model.chat(case.question, list(case.images), **options).text
-        asked[case.task] += 1
-        if text == case.answer.strip():
-            right[case.task] += 1
-        else:
-            wrong.append((case.name, case.answer, text))
-        progress(1)
-    tasks = sorted(asked)
-    return SuiteScore({task: asked[task] for task in tasks}, {task: right[task] for task in tasks}, tuple(wrong))
+    started = time.perf_counter()
+    loads = [load_candidate] if load_reference is None else [load_candidate, load_reference]
+    answers, total = itertools.count(1), len(loads) * questions
+    progress(0, total)
+    found = []
+    for load in loads:
+        with load() as model:
+            found.append(_ask(model, settings, questions, lambda: progress(next(answers), total)))
+    right, mistakes = found[0]
+    reference = found[1][0] if load_reference else {}
+    return SuiteResult(
+        settings=settings,
+        total=_task_result(_all(right), _all(reference)),
+        tasks={task: _task_result(right[task], reference.get(task)) for task in sorted(right)},
+        mistakes=tuple(mistakes),
+        run=run_record(time.perf_counter() - started),
+    )
+
+
+def _ask(
+    model: InternVL, settings: QuestionSettings, questions: int, advance: Callable[[], object]
+) -> tuple[dict[str, list[bool]], list[Mistake]]:
+    """Return whether each answer is right, by task, and what was answered where it is not."""
+    right: dict[str, list[bool]] = {}
+    mistakes = []
+    for case in itertools.islice(SUITES[settings.data](settings.seed), questions):
+        text = model.chat(case.question, list(case.images), **settings.options).text
+        exact = text == case.answer.strip()
+        right.setdefault(case.task, []).append(exact)
+        if not exact:
+            mistakes.append(Mistake(case.name, case.answer, text))
+        advance()
+    return right, mistakes
+
+
+def _all(right: dict[str, list[bool]]) -> list[bool]:
+    return [answer for answers in right.values() for answer in answers]
+
+
+def _task_result(right: list[bool], reference: list[bool] | None) -> TaskResult:
+    return TaskResult(len(right), _share(right), _share(reference) if reference else None)
+
+
+def _share(right: list[bool]) -> float:
+    return sum(right) / max(1, len(right))

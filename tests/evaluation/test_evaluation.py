@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,13 +14,26 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import internvl_edge as package
 from helpers import tiny, tiny_quantized
 from helpers.commands import assert_one_line, internvl_edge
 from helpers.reference import Reference, tile_image
-from internvl_edge import InternVL, export_bundle
-from internvl_edge.base.errors import EdgeError
-from internvl_edge.evaluation import Case, Comparison, compare, reference_bundle, run_suite
+from internvl_edge import EdgeError, InternVL, evaluate, export_bundle
+from internvl_edge.bundle.manifest import Manifest
+from internvl_edge.bundle.quality_record import quality_of
+from internvl_edge.evaluation import (
+    SUITES,
+    Case,
+    Comparison,
+    EvaluationSettings,
+    Mistake,
+    QuestionSettings,
+    compare,
+    reference_bundle,
+    run_suite,
+)
 from internvl_edge.evaluation.divergence import divergence, summarise
+from internvl_edge.evaluation.report import read_report
 
 
 class Pair(NamedTuple):
@@ -56,7 +70,8 @@ def _compare(candidate: Path, reference: Path, cases: list[Case], shown: int = 0
     def loading(path: Path) -> InternVL:
         return InternVL.load(path, engine="onnxruntime", threads=1)
 
-    return compare(lambda: loading(candidate), lambda: loading(reference), cases, {"max_new_tokens": 8}, shown=shown)
+    settings = QuestionSettings(max_new_tokens=8)
+    return compare(lambda: loading(candidate), lambda: loading(reference), cases, settings, shown=shown)
 
 
 # ---- figures ----
@@ -149,13 +164,13 @@ def test_a_bundle_equals_its_checkpoint(pair: Pair, cases: list[Case]) -> None:
 
 def test_answers_that_are_shown_are_those_the_models_give_by_themselves(pair: Pair, cases: list[Case]) -> None:
     found = _compare(pair.candidate, pair.reference, [cases[1], *[cases[0]] * 3], shown=2)
-    assert [answered.case.name for answered in found.answered] == ["picture", "picture"], "pictures come first"
+    assert [sample.name for sample in found.samples] == ["picture", "picture"], "pictures come first"
     said = []
     for folder in (pair.reference, pair.candidate):
         with InternVL.load(folder, engine="onnxruntime", threads=1) as model:
             said.append(model.chat(cases[0].question, list(cases[0].images), max_new_tokens=8))
-    assert (found.answered[0].reference, found.answered[0].candidate) == (said[0].text, said[1].text)
-    assert found.answered[0].same == (said[0].output_ids == said[1].output_ids)
+    assert (found.samples[0].reference, found.samples[0].candidate) == (said[0].text, said[1].text)
+    assert found.samples[0].same == (said[0].output_ids == said[1].output_ids)
 
 
 def test_kinds_of_questions_are_also_counted_apart(comparison: Comparison) -> None:
@@ -163,7 +178,15 @@ def test_kinds_of_questions_are_also_counted_apart(comparison: Comparison) -> No
     assert sum(kind.positions for kind in comparison.kinds.values()) == comparison.greedy.positions
     weighted = sum(kind.kl_mean * kind.positions for kind in comparison.kinds.values())
     assert weighted / comparison.greedy.positions == pytest.approx(comparison.greedy.kl_mean)
-    assert comparison.kl.mean() == pytest.approx(comparison.figures()["kl"])
+    assert comparison.greedy.kl_mean == comparison.figures["kl"]
+
+
+def test_the_histogram_is_that_of_the_tokens_of_the_greedy_answers(comparison: Comparison) -> None:
+    edges, counts = np.array(comparison.histogram.edges), np.array(comparison.histogram.counts)
+    assert counts.sum() == comparison.greedy.positions
+    assert (edges[:-1] * counts).sum() <= comparison.figures["kl"] * counts.sum() <= (edges[1:] * counts).sum()
+    last = counts.nonzero()[0][-1]
+    assert edges[last] <= comparison.figures["kl_max"] < edges[last + 1]
 
 
 def test_models_with_other_prompts_are_not_compared(pair: Pair, cases: list[Case], tmp_path: Path) -> None:
@@ -194,15 +217,29 @@ def test_an_answer_along_its_own_tokens_has_the_same_logits(pair: Pair) -> None:
 # ---- suites ----
 
 
-def test_a_suite_counts_exact_answers_per_task(pair: Pair) -> None:
+def test_a_suite_counts_exact_answers_per_task(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     with InternVL.load(pair.reference, threads=1) as model:
         said = model.chat("What is this?", max_new_tokens=4).text
-        right, wrong = (
-            Case(name, "What is this?", answer=said + end, task=name) for name, end in (("a", ""), ("b", "?"))
-        )
-        score = run_suite(model, [right, right, wrong], {"max_new_tokens": 4})
-    assert (score.share("a"), score.share("b"), score.total) == (1, 0, 2 / 3)
-    assert score.wrong == (("b", said + "?", said),)
+    right, wrong = (Case(name, "What is this?", answer=said + end, task=name) for name, end in (("a", ""), ("b", "?")))
+    monkeypatch.setitem(SUITES, "three", lambda seed: iter([right, right, wrong]))
+    steps: list[tuple[int, int]] = []
+    score = run_suite(
+        lambda: InternVL.load(pair.reference, threads=1),
+        QuestionSettings("three", max_new_tokens=4),
+        3,
+        lambda: InternVL.load(pair.candidate, threads=1),
+        lambda done, total: steps.append((done, total)),
+    )
+    shares = [task.exact_match for task in (score.tasks["a"], score.tasks["b"], score.total)]
+    assert shares == [1, 0, 2 / 3]
+    assert [task.asked for task in (score.tasks["a"], score.tasks["b"], score.total)] == [2, 1, 3]
+    assert score.mistakes == (Mistake("b", said + "?", said),)
+    with InternVL.load(pair.candidate, threads=1) as model:
+        other = model.chat("What is this?", max_new_tokens=4).text
+    expected = [float(other == said), float(other == said + "?")]
+    assert [score.tasks["a"].reference, score.tasks["b"].reference] == expected
+    assert score.figures["exact_match_loss"] == pytest.approx((2 * expected[0] + expected[1]) / 3 - 2 / 3)
+    assert steps == [(done, 6) for done in range(7)]
 
 
 # ---- the command ----
@@ -221,6 +258,52 @@ def test_the_command_prints_figures_of_users_data(pair: Pair, cases: list[Case],
     table = internvl_edge("evaluate", pair.candidate, "--reference", pair.original, *common)
     assert table.returncode == 0, table.stderr
     assert f"{printed['greedy']['top1_agreement']:.2%}" in table.stdout
+
+
+def test_the_figures_are_those_of_the_manifest_the_report_and_the_library(pair: Pair, tmp_path: Path) -> None:
+    asked = {"samples": 2, "seed": 5, "max_tiles": 1, "max_new_tokens": 4, "threads": 1}
+    options = [word for name, value in asked.items() for word in (f"--{name.replace('_', '-')}", value)]
+    both = ("--reference", pair.reference, "--suite", "reader", "--fail-if", "kl>=0", "--fail-if", "top1<0")
+    result = internvl_edge("evaluate", pair.candidate, *both, *options, "--report", tmp_path / "report", "--json")
+    assert result.returncode == 1, result.stderr
+    printed = json.loads(result.stdout)
+    assert {"kl", "top1", "exact_match", "exact_match_loss"} < printed["figures"].keys()
+    recorded, report = quality_of(Manifest.read(pair.candidate)), read_report(tmp_path / "report")
+    assert report is not None
+    assert report.comparison is not None
+    assert report.suite is not None
+    assert report.quality == recorded
+    assert recorded.figures == printed["figures"] == {**report.comparison.figures, **report.suite.figures}
+    assert asdict(report.comparison.greedy) == printed["greedy"]
+    assert [asdict(mistake) for mistake in report.suite.mistakes] == printed["wrong"]
+    found = evaluate(
+        EvaluationSettings(
+            pair.candidate, str(pair.reference), "reader", fail_if=("kl>=0", "top1<0"), engine="onnxruntime", **asked
+        )
+    )
+    assert found.figures == printed["figures"]
+    assert [verdict.condition for verdict in found.failed] == ["kl>=0"]
+    assert found.comparison is not None
+    assert replace(found.comparison, run=report.comparison.run) == report.comparison
+
+
+def test_settings_that_do_not_fit_together_are_refused() -> None:
+    for values, message in (
+        ({"suite": "none"}, "no suite 'none'; known are reader"),
+        ({"data": "questions.jsonl"}, "--data is compared with a --reference"),
+        ({"fail_if": ("kl>1",)}, "--fail-if needs figures"),
+        ({"reference": "r", "fail_if": ("kl",)}, "METRIC"),
+        ({"reference": "r", "samples": 0}, "at least 1"),
+    ):
+        with pytest.raises(EdgeError, match=message):
+            EvaluationSettings("bundle", **values)
+    with pytest.raises(EdgeError, match="give --reference"):
+        evaluate(EvaluationSettings("bundle"))
+
+
+def test_the_package_hands_on_every_name_that_it_lists() -> None:
+    for name in package.__all__:
+        assert getattr(package, name).__name__ == name
 
 
 def test_mistakes_are_one_line(pair: Pair, tmp_path: Path) -> None:

@@ -26,8 +26,8 @@ from internvl_edge.bundle.manifest import Manifest
 from internvl_edge.bundle.names import DECODERS, MANIFEST
 from internvl_edge.bundle.quality import Quality
 from internvl_edge.bundle.quality_record import quality_of, quality_warning, record_quality
-from internvl_edge.cli import cli, evaluate
-from internvl_edge.evaluation import Comparison, compare
+from internvl_edge.cli import cli
+from internvl_edge.evaluation import Comparison, compare, evaluator
 
 FIGURES = {"kl": 0.02, "exact_match": 0.97}
 
@@ -304,7 +304,7 @@ def test_what_cannot_be_written_is_found_out_first(
 def test_a_bundle_that_cannot_be_loaded_is_found_out_before_the_reference_is_exported(
     quantized: Path, questions: Path, monkeypatch: pytest.MonkeyPatch, suite: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr(evaluate, "reference_bundle", lambda *_, **__: pytest.fail("the reference was prepared"))
+    monkeypatch.setattr(evaluator, "reference_bundle", lambda *_, **__: pytest.fail("the reference was prepared"))
 
     def refused(bundle: Path, *options: str) -> str:
         asked = ["evaluate", str(bundle), "--reference", "nowhere", "--data", str(questions), *suite, *options]
@@ -334,7 +334,7 @@ def test_the_command_prints_null_for_a_broken_model(
         found = compare(*arguments, **options)
         return replace(found, greedy=replace(found.greedy, kl_mean=math.nan, kl_max=math.inf))
 
-    monkeypatch.setattr(evaluate, "compare", broken)
+    monkeypatch.setattr(evaluator, "compare", broken)
     asked = ["evaluate", str(quantized), "--reference", str(made[0]), "--data", str(questions), "--json"]
     result = CliRunner().invoke(cli, [*asked, "--max-new-tokens", "2", "--fail-if", "kl>1"], catch_exceptions=False)
     printed = json.loads(result.stdout, parse_constant=pytest.fail)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import FrozenInstanceError, asdict, fields, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,19 +22,22 @@ from helpers.commands import internvl_edge
 from helpers.reports import HOSTILE, full_report
 from internvl_edge.base.jsonable import decode, encode
 from internvl_edge.base.run_record import RunRecord
+from internvl_edge.bundle.gate import Verdict
 from internvl_edge.bundle.manifest import Manifest
 from internvl_edge.bundle.names import QUANTIZATION
+from internvl_edge.bundle.quality import Quality
 from internvl_edge.checkpoint.record import read_record
-from internvl_edge.evaluation.report.bundle_report import histogram
-from internvl_edge.evaluation.report.content import Report
+from internvl_edge.evaluation.divergence import DivergenceSummary, histogram
+from internvl_edge.evaluation.report import Report
 from internvl_edge.evaluation.report.files import HTML, JSON, read_report, write_report
 from internvl_edge.evaluation.report.page import difference, render
+from internvl_edge.evaluation.report.plots import divergence_plot
 from internvl_edge.model.components import Component, Stored
 from internvl_edge.model.linear import W8A8, Scheme
 from internvl_edge.quantize.pipeline import _read_reports
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
-BARE = Report("bundle", "b", "c", (), False, 10, (), figures={})
+BARE = Report("bundle", "b", "c", (), False, 10, ())
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +57,23 @@ def page(written: Path) -> str:
 
 
 def test_a_report_survives_its_file(written: Path) -> None:
-    assert read_report(written) == full_report()
+    read, full = read_report(written), full_report()
+    assert read is not None
+    assert encode(read) == encode(full) == _json(written)
+    assert read.quality is not None
+    assert full.quality is not None
+    assert math.isnan(read.quality.gate[1].value), "a figure that is no number is none again"
+    assert replace(read, quality=replace(read.quality, gate=full.quality.gate)) == full, "NaN is not equal to itself"
+
+
+def test_every_type_of_a_report_is_frozen_and_stands_in_its_file(written: Path) -> None:
+    """What `evaluate` returns is what is stored: each part decodes by itself, from the place where it stands."""
+    full, values = full_report(), _json(written)
+    for part in (full.quality, full.quantization, full.comparison, full.suite):
+        name = next(field.name for field in fields(full) if getattr(full, field.name) is part)
+        assert encode(decode(type(part), values[name], strict=True)) == encode(part)
+        with pytest.raises(FrozenInstanceError):
+            setattr(part, fields(part)[0].name, None)
 
 
 def test_what_is_no_number_is_null_and_comes_back() -> None:
@@ -80,8 +100,10 @@ def test_facts_of_an_older_version_are_read_when_a_run_is_taken_up(tmp_path: Pat
 def test_an_older_report_completes_one_of_the_same_files_only() -> None:
     older = full_report()
     newer = replace(older, comparison=None)
-    assert newer.completed_by(older) == older
-    assert replace(newer, files="others").completed_by(older).comparison is None
+    assert encode(newer.completed_by(older)) == encode(older)
+    assert newer.quality is not None
+    others = replace(newer, quality=replace(newer.quality, files="others"))
+    assert others.completed_by(older).comparison is None
     assert newer.completed_by(None) == newer
 
 
@@ -103,6 +125,12 @@ def test_every_divergence_is_counted() -> None:
     found = histogram(kl)
     assert sum(found.counts) == 6
     assert (found.counts[0], found.counts[-1]) == (3, 2)
+
+
+@pytest.mark.parametrize("kl", [[0.0], [math.nan], [math.inf], [math.inf, math.nan, 0.1]])
+def test_figures_that_are_no_numbers_are_drawn_without_them(kl: list[float]) -> None:
+    summary = DivergenceSummary(len(kl), kl[0], kl[0], kl[0], 0.5, math.nan, math.nan)
+    assert divergence_plot(histogram(np.array(kl)), summary).svg.startswith("<svg")
 
 
 # ---- the page ----
@@ -163,7 +191,7 @@ def test_a_page_of_a_whole_model_stays_below_two_megabytes(page: str) -> None:
 
 def test_plots_have_no_colours_of_their_own(page: str) -> None:
     drawings = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
-    assert len(drawings) == 2 * 7
+    assert len(drawings) == 7
     for drawing in drawings:
         assert re.findall(r"#[0-9a-fA-F]{6}\b", drawing) == []
         assert "var(--" in drawing
@@ -187,14 +215,27 @@ def test_the_first_sentence_says_how_each_part_is_stored() -> None:
 def test_the_verdict_stands_in_front() -> None:
     report = replace(full_report(), quantization=None, comparison=None)
     words = {
-        "failed": "Failed its gate, accepted",
-        "passed": "Passed its gate, accepted",
-        "no gate": "Measured, no gate set, accepted",
+        "failed": ("Failed its gate, accepted", (Verdict("kl>0.01", 0.0213, True), Verdict("kl<0", 0.0213, False))),
+        "passed": ("Passed its gate, accepted", (Verdict("kl>0.05", 0.0213, False),)),
+        "no gate": ("Measured, no gate set, accepted", ()),
     }
-    assert report.gate is not None
-    for state, verdict in words.items():
-        text = render(replace(report, gate=replace(report.gate, state=state)))
+    assert report.quality is not None
+    for state, (verdict, gate) in words.items():
+        quality = replace(report.quality, gate=gate)
+        assert quality.state == state
+        text = render(replace(report, quality=quality))
         assert verdict in text[: text.index("<h2>")]
+
+
+def test_a_page_lists_the_first_mistakes_and_counts_all() -> None:
+    suite = full_report().suite
+    assert suite is not None
+    text = render(replace(BARE, suite=suite))
+    assert "<summary>40 answers that are not right</summary>" in text
+    more = replace(suite, mistakes=tuple(replace(suite.mistakes[0], case=f"case {n}") for n in range(57)))
+    text = render(replace(BARE, suite=more))
+    assert "<summary>57 answers that are not right, the first 40 of them</summary>" in text
+    assert re.findall(r"<td>case (\d+)</td>", text) == [str(n) for n in range(40)]
 
 
 def test_the_first_difference_of_two_answers_is_marked() -> None:
@@ -247,7 +288,7 @@ def test_export_carries_what_the_quantizer_said_of_these_weights(made: Path, tmp
     assert read_record(other) is None
 
 
-def test_evaluate_puts_making_and_answers_into_one_report(made: Path, tmp_path: Path) -> None:
+def test_evaluate_puts_the_quantization_and_the_answers_into_one_report(made: Path, tmp_path: Path) -> None:
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 150, 3), dtype=np.uint8)).save(tmp_path / "a.png")
     questions = tmp_path / "questions.jsonl"
     lines = [{"images": ["a.png"], "prompt": HOSTILE}, {"prompt": "Why does bread rise?", "answer": "Gas."}]
@@ -259,7 +300,7 @@ def test_evaluate_puts_making_and_answers_into_one_report(made: Path, tmp_path: 
     assert result.returncode == 0, result.stderr
     assert "int4.report/report.html" in result.stderr
     report = _json(made / "int4.report")
-    assert (report["gate"]["state"], report["kind"]) == ("passed", "bundle")
+    assert (decode(Quality, report["quality"]).state, report["kind"]) == ("passed", "bundle")
     assert report["quantization"]["recipe"]["decoder"] == "w4a16-rtn"
     assert set(report["comparison"]["kinds"]) == {"images", "text"}
     (sample,) = report["comparison"]["samples"]
@@ -267,7 +308,7 @@ def test_evaluate_puts_making_and_answers_into_one_report(made: Path, tmp_path: 
     assert sample["pictures"][0].startswith("data:image/jpeg;base64,")
     assert sample["same"] == (sample["reference"] == sample["candidate"])
     counted = sum(report["comparison"]["histogram"]["counts"])
-    assert counted == report["comparison"]["figures"]["positions"]
+    assert counted == report["comparison"]["greedy"]["positions"]
     assert str(made) not in (made / "int4.report" / JSON).read_text(encoding="utf-8"), "paths are nobody's business"
     assert sorted(path.name for path in (made / "int4").iterdir()) == sorted(
         [*Manifest.read(made / "int4").files, "manifest.json"]

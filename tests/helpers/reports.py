@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from PIL import Image
 
 from internvl_edge.base.run_record import RunRecord
+from internvl_edge.bundle.gate import Verdict
+from internvl_edge.bundle.quality import Measurement, Quality
 from internvl_edge.checkpoint.record import ActivationRange, LinearReport, QuantizationRecord, TowerReport
-from internvl_edge.evaluation.report.bundle_report import histogram, small_picture
-from internvl_edge.evaluation.report.content import (
-    ComparisonFacts,
-    Figures,
-    Gate,
-    Judged,
+from internvl_edge.evaluation import (
+    AnswerPair,
+    Comparison,
+    DivergenceSummary,
     Mistake,
-    Report,
-    Sample,
-    SuiteFacts,
-    Task,
+    QuestionSettings,
+    SuiteResult,
+    TaskResult,
 )
+from internvl_edge.evaluation.compare import small_picture
+from internvl_edge.evaluation.divergence import histogram
+from internvl_edge.evaluation.report import Report
 from internvl_edge.model.components import Component, Stored
 from internvl_edge.model.linear import W8A8, Scheme
 
@@ -26,30 +30,27 @@ INT4 = Scheme(4, 128, symmetric=True)
 
 HOSTILE = '"><script src="https://example.com/x.js">alert(1)</script><img src=x onerror=alert(2)> \u202e & 中文'
 RUN = RunRecord("2026-01-02 03:04", 3725.0, 3_210_000_000, "Some CPU, 8 cores", {"python": "3.12", "numpy": "2.1"})
-FIGURES = Figures(1200, 0.0213, 0.31, 2.5, 0.962, 9.1, 9.4)
+FIGURES = DivergenceSummary(1200, 0.0213, 0.31, 2.5, 0.962, 9.1, 9.4)
 
 
 def full_report() -> Report:
     """24 layers of tower and decoder, six pictures."""
-    comparison = ComparisonFacts(
+    comparison = Comparison(
         reference="internvl-1b",
-        data=HOSTILE,
+        settings=QuestionSettings(HOSTILE, seed=0, max_tiles=None, max_new_tokens=64),
         cases=64,
         image_tokens=81920,
-        seed=0,
-        max_tiles=None,
-        max_new_tokens=64,
-        figures=FIGURES,
+        greedy=FIGURES,
         kinds={"images": FIGURES, "text": FIGURES},
         same_answers=0.75,
-        same_tokens=0.87,
+        same_prefix=0.87,
         answers=FIGURES,
-        worst=HOSTILE,
+        worst_case=HOSTILE,
         histogram=histogram(np.random.default_rng(0).lognormal(-5, 2, 1200)),
         samples=tuple(map(_sample, range(6))),
         run=RUN,
     )
-    tasks = {"sign": Task(300, 0.95, 0.96), HOSTILE: Task(200, 0.5, None)}
+    tasks = {"sign": TaskResult(300, 0.95, 0.96), HOSTILE: TaskResult(200, 0.5, None)}
     mistakes = tuple(Mistake(f"sign {n}", HOSTILE, "STOP" * n) for n in range(40))
     return Report(
         kind="bundle",
@@ -62,12 +63,16 @@ def full_report() -> Report:
             Component("vision", 304_000_000, 310_000_000, 8.16, (Stored(96, "float16", W8A8),)),
             Component("decoder", 358_000_000, 201_000_000, 4.5, (Stored(168, "float16", INT4),)),
         ),
-        files="0123456789abcdef" * 4,
-        figures={"kl": 0.0213, "top1": 0.962, "exact_match": 0.95},
-        gate=Gate("failed", (Judged("kl>0.05", 0.0213, False), Judged("exact_match<0.96", None, True)), HOSTILE),
+        quality=Quality(
+            files="0123456789abcdef" * 4,
+            figures={"kl": 0.0213, "top1": 0.962, "exact_match": 0.95},
+            measured={"suite": Measurement("reader", 500, 0, "cpu", "onnxruntime", RUN.date)},
+            gate=(Verdict("kl>0.05", 0.0213, False), Verdict("exact_match<0.96", math.nan, True)),
+            accepted=HOSTILE,
+        ),
         quantization=_quantization(),
         comparison=comparison,
-        suite=SuiteFacts("reader", 0, Task(500, 0.95, 0.96), tasks, mistakes, RUN),
+        suite=SuiteResult(QuestionSettings("reader"), TaskResult(500, 0.95, 0.96), tasks, mistakes, RUN),
     )
 
 
@@ -112,10 +117,10 @@ def _linears() -> list[LinearReport]:
     ]
 
 
-def _sample(number: int) -> Sample:
+def _sample(number: int) -> AnswerPair:
     """Noise: no photograph makes a larger JPEG file."""
     noise = np.random.default_rng(number).integers(0, 256, (900, 1200, 3), dtype=np.uint8)
-    return Sample(
+    return AnswerPair(
         name=f"sign {number}",
         question=HOSTILE,
         pictures=(small_picture(Image.fromarray(noise)),),

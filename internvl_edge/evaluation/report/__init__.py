@@ -5,9 +5,7 @@ Pure data in, files out: nothing here measures, loads a model or touches the net
 
 from __future__ import annotations
 
-from internvl_edge.checkpoint.record import ActivationRange, LinearReport
+from .files import read_report, report_folder, write_report
+from .report import Report, bundle_report, checkpoint_report
 
-from .content import Report
-from .files import read_report, write_report
-
-__all__ = ["ActivationRange", "LinearReport", "Report", "read_report", "write_report"]
+__all__ = ["Report", "bundle_report", "checkpoint_report", "read_report", "report_folder", "write_report"]

@@ -1,4 +1,4 @@
-"""`report.json` and `report.html` in a folder."""
+"""Write and read `report.json` and `report.html` in a folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from internvl_edge.base.extras import missing_package
 from internvl_edge.base.files import replace_text
 from internvl_edge.base.jsonable import decode, dumps
 
-from .content import FORMAT_VERSION, Report
+from .report import FORMAT_VERSION, Report
 
 JSON = "report.json"
 HTML = "report.html"
@@ -21,11 +21,17 @@ _PACKAGES = ("jinja2", "markupsafe", "matplotlib")
 
 @dataclass(frozen=True)
 class Written:
-    """What was written; `hint` says in one line how to get the page where its packages are missing."""
+    """The files that were written; `hint` says in one line how to get the page where its packages are missing."""
 
     json: Path
     html: Path | None
     hint: str = ""
+
+
+def report_folder(bundle: Path) -> Path:
+    """Name the folder of a bundle's report: BUNDLE.report, beside the bundle, whose own files are verified."""
+    named = bundle if bundle.name else bundle.resolve()
+    return named.with_name(f"{named.name}.report")
 
 
 def write_report(report: Report, folder: Path) -> Written:
@@ -53,7 +59,7 @@ def write_report(report: Report, folder: Path) -> Written:
 
 
 def read_report(folder: Path) -> Report | None:
-    """The report in a folder; None where there is none that this version understands."""
+    """Read the report in a folder; None where there is none that this version understands."""
     try:
         values = json.loads((folder / JSON).read_text(encoding="utf-8"))
         if values["format_version"] != FORMAT_VERSION:

@@ -1,10 +1,11 @@
-"""A report as one HTML page that needs nothing else: no script, no network, in the colours the reader prefers.
+"""Render a report as one HTML page that needs nothing else: no script, no network, in the colours the reader prefers.
 
 Everything that comes from data is escaped by the template engine; the page's policy forbids browsers to load anything.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
@@ -14,12 +15,12 @@ from markupsafe import Markup, escape
 
 from internvl_edge.base import units
 from internvl_edge.base.run_record import RunRecord
-from internvl_edge.bundle.gate import METRICS, parse_condition
+from internvl_edge.bundle.gate import METRICS, Verdict, parse_condition
 from internvl_edge.checkpoint.record import LinearReport
 from internvl_edge.model.components import Stored
 
-from .content import Judged, Report
 from .plots import Plot, divergence_plot, layers_plot, ranges_plot
+from .report import Report
 
 _TEMPLATE = "page.html.jinja"
 _STYLE = "page.css"
@@ -36,17 +37,19 @@ _LABELS = {
 # An outlier channel is this many times as large as the median channel.
 _OUTLIER = 10
 _OUTLIER_ROWS = 24
+# So many wrong answers of a suite are listed; report.json holds all.
+_MISTAKES = 40
 # Embeddings, overrides and isolates of Unicode's bidirectional algorithm.
 _DIRECTION = dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)])
 
 
 def _without_direction(value: Any) -> Any:
-    """Text without marks of writing direction: one of them in an answer would turn around the page behind it."""
+    """Remove marks of writing direction from text: one of them in an answer would turn around the page behind it."""
     return value.translate(_DIRECTION) if isinstance(value, str) else value
 
 
 def render(report: Report) -> str:
-    """The page."""
+    """Render the page."""
     environment = jinja2.Environment(
         autoescape=True,
         finalize=_without_direction,
@@ -69,8 +72,10 @@ def render(report: Report) -> str:
         css=Markup(package.joinpath(_STYLE).read_text("utf-8")),
         headlines=_headlines(report),
         verdict=_verdict(report),
+        figures=_figures(report),
         plots={name: plot and _markup(plot) for name, plot in _plots(report).items()},
-        conditions=[_condition(judged) for judged in report.gate.conditions] if report.gate else [],
+        conditions=[_condition(verdict) for verdict in report.quality.gate] if report.quality else [],
+        mistakes=report.suite.mistakes[:_MISTAKES] if report.suite else (),
         largest=max((part.bytes for part in report.components), default=1),
         choices=[linear for linear in _linears(report) if linear.reason],
         outliers=_outliers(_linears(report)),
@@ -82,12 +87,12 @@ def render(report: Report) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes for people, never broken between number and unit."""
+    """Write bytes for people, never broken between number and unit."""
     return units.size(count).replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: "42 s", "3 min 20 s", "2 h 5 min"."""
+    """Write seconds for people: "42 s", "3 min 20 s", "2 h 5 min"."""
     whole = round(seconds)
     if whole < 60:
         return f"{seconds:.3g} s"
@@ -95,14 +100,14 @@ def duration(seconds: float) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A figure with so many digits that count; a dash where there is none."""
+    """Write a figure with so many digits that count; a dash where there is none."""
     if value is None:
         return "\N{EN DASH}"
     return f"{value:.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
 
 
 def difference(text: str, other: str) -> Markup:
-    """`text` with what comes after the part that both begin with marked."""
+    """Mark in `text` what comes after the part that both begin with."""
     pairs = enumerate(zip(text, other, strict=False))
     common = next((place for place, (a, b) in pairs if a != b), min(len(text), len(other)))
     if common == len(text):
@@ -110,11 +115,15 @@ def difference(text: str, other: str) -> Markup:
     return escape(text[:common]) + Markup("<mark>") + escape(text[common:]) + Markup("</mark>")
 
 
+def _figures(report: Report) -> dict[str, float]:
+    return report.quality.figures if report.quality else {}
+
+
 def _headlines(report: Report) -> list[tuple[str, str]]:
     bits = 8 * sum(part.bytes for part in report.components)
     weights = sum(part.parameters for part in report.components)
     rows = [(size(report.bytes), f"{bits / weights:.2f} bits per weight" if weights else "all files")]
-    figures = report.figures or {}
+    figures = _figures(report)
     known = [name for name in _HEADLINES if name in figures][:_MOST_HEADLINES]
     rows += [(METRICS[name].show(figures[name]), _LABELS[name]) for name in known]
     if report.quantization and report.quantization.tower and len(rows) < 1 + _MOST_HEADLINES:
@@ -126,7 +135,7 @@ def _headlines(report: Report) -> list[tuple[str, str]]:
 
 
 def _summary(report: Report) -> str:
-    """What the model is, in one sentence: how many weights, and how those of each part are stored."""
+    """Say in one sentence what the model is: how many weights, and how those of each part are stored."""
     if not report.components:
         return ""
     weights = sum(part.parameters for part in report.components)
@@ -140,7 +149,7 @@ def _summary(report: Report) -> str:
 
 
 def _short(kind: Stored) -> str:
-    """Without what matters to specialists: "int4 in groups of 128", "int8", "bfloat16"."""
+    """Leave out what matters to specialists: "int4 in groups of 128", "int8", "bfloat16"."""
     if kind.scheme is None:
         return kind.dtype
     return f"int{kind.scheme.bits}" + (f" in groups of {kind.scheme.group_size}" if kind.scheme.group_size else "")
@@ -156,7 +165,7 @@ def _runs(report: Report) -> list[tuple[str, RunRecord]]:
 
 
 def _machines(runs: Sequence[tuple[str, RunRecord]]) -> list[tuple[str, str]]:
-    """(machine with its versions, the runs it made), each once."""
+    """List each machine once: (machine with its versions, the runs it made)."""
     found: dict[str, list[str]] = {}
     for label, run in runs:
         versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
@@ -165,26 +174,25 @@ def _machines(runs: Sequence[tuple[str, RunRecord]]) -> list[tuple[str, str]]:
 
 
 def _verdict(report: Report) -> tuple[str, str]:
-    """(a word for the style, the words)."""
-    gate = report.gate
-    if gate is None:
+    """Return a word for the style sheet, and the words of the verdict."""
+    quality = report.quality
+    if quality is None:
         return "open", "Quantized, not yet judged"
-    words = {"passed": "Passed its gate", "failed": "Failed its gate", "no gate": "Measured, no gate set"}[gate.state]
-    if gate.state == "no gate" and not report.figures:
-        words = "Not measured"
-    kind = {"passed": "passed", "failed": "failed", "no gate": "open"}[gate.state]
-    return kind, f"{words}, accepted" if gate.accepted else words
+    measured = "Measured, no gate set" if quality.figures else "Not measured"
+    words = {"passed": "Passed its gate", "failed": "Failed its gate", "no gate": measured}[quality.state]
+    kind = {"passed": "passed", "failed": "failed", "no gate": "open"}[quality.state]
+    return kind, f"{words}, accepted" if quality.accepted else words
 
 
-def _condition(judged: Judged) -> dict[str, Any]:
-    condition = parse_condition(judged.condition)
+def _condition(verdict: Verdict) -> dict[str, Any]:
+    condition = parse_condition(verdict.condition)
     metric = METRICS[condition.metric]
     return {
         "metric": condition.metric,
         "meaning": metric.meaning,
-        "value": "no number" if judged.value is None else metric.show(judged.value),
+        "value": "no number" if math.isnan(verdict.value) else metric.show(verdict.value),
         "limit": f"{condition.sign.replace('<=', '≤').replace('>=', '≥')} {metric.show(condition.limit)}",
-        "failed": judged.failed,
+        "failed": verdict.failed,
     }
 
 
@@ -195,7 +203,7 @@ def _linears(report: Report) -> tuple[LinearReport, ...]:
 def _plots(report: Report) -> dict[str, Plot | None]:
     plots: dict[str, Plot | None] = {}
     if report.comparison:
-        plots["divergence"] = divergence_plot(report.comparison.histogram, report.comparison.figures)
+        plots["divergence"] = divergence_plot(report.comparison.histogram, report.comparison.greedy)
     parts = {"vision": "vision.", "decoder": "decoder."}
     for part, prefix in parts.items():
         linears = [linear for linear in _linears(report) if linear.name.startswith(prefix)]
@@ -206,13 +214,11 @@ def _plots(report: Report) -> dict[str, Plot | None]:
 
 
 def _markup(plot: Plot) -> Markup:
-    label = escape(plot.description)
-    each = Markup('<div class="{}" role="img" aria-label="{}">{}</div>')
-    return each.format("wide", label, Markup(plot.wide)) + each.format("narrow", label, Markup(plot.narrow))
+    return Markup('<div role="img" aria-label="{}">{}</div>').format(plot.description, Markup(plot.svg))
 
 
 def _outliers(linears: Sequence[LinearReport]) -> list[tuple[LinearReport, float]]:
-    """Linears with channels far larger than the median one, and by how much, the largest first."""
+    """Find linears with channels far larger than the median one, and by how much, the largest first."""
     found = []
     for linear in linears:
         inputs = linear.inputs
@@ -222,7 +228,7 @@ def _outliers(linears: Sequence[LinearReport]) -> list[tuple[LinearReport, float
 
 
 def _flat(values: Any, name: str = "") -> list[tuple[str, str]]:
-    """A recipe's nested fields as (name, text) rows; what is empty is left out."""
+    """List a recipe's nested fields as (name, text) rows; what is empty is left out."""
     if isinstance(values, dict):
         return [row for key, value in values.items() for row in _flat(value, f"{name} {key}".strip())]
     if values in (None, [], ()):

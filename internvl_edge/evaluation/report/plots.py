@@ -1,12 +1,13 @@
-"""The plots of a report as SVG that takes colours and typeface from the page around it, and so follows its theme.
+"""Draw the plots of a report as SVG that takes colours and typeface from the page around it, and so follows its theme.
 
-Every plot is drawn twice, for wide and for narrow screens: text keeps its size, where a scaled picture's would not.
-Needs matplotlib.
+Each plot is drawn once, for a width between that of a phone and that of a desk. The page scales it: text shrinks by a
+tenth on a phone and grows by a quarter on a desk, where the style sheet limits the width. Needs matplotlib.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from internvl_edge.checkpoint.record import LinearReport
 
-from .content import Figures, Histogram
+from ..divergence import DivergenceSummary, Histogram
 
 # Colours that stand for the page's own until the SVG is written: what is drawn with -> CSS.
 _INK, _QUIET, _GRID, _ACCENT = "#010101", "#020202", "#030303", "#040404"
@@ -29,13 +30,13 @@ _CSS = {_INK: "var(--ink)", _QUIET: "var(--quiet)", _GRID: "var(--line)", _ACCEN
     colour: f"var(--series-{number})" for number, colour in enumerate(_SERIES, 1)
 }
 _MARKERS = "osD^vPX*"
-# Inches at 72 dots, of a column of text on a desk and on a phone.
-_WIDTHS = {"wide": 9.6, "narrow": 4.7}
+# Inches at 72 dots.
+_WIDTH = 5.6
 # Keys are a closed set of the type checker's, which differs between versions.
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
-    "font.size": 10.5,
+    "font.size": 11.5,
     "text.color": _INK,
     "axes.labelcolor": _QUIET,
     "axes.edgecolor": _GRID,
@@ -48,6 +49,7 @@ _STYLE: dict[Any, Any] = {
     "grid.linewidth": 0.6,
     "xtick.color": _QUIET,
     "ytick.color": _QUIET,
+    "xtick.major.pad": 5,
     "xtick.major.size": 0,
     "xtick.minor.size": 0,
     "ytick.major.size": 0,
@@ -64,25 +66,25 @@ Value = Callable[[LinearReport], float | None]
 
 @dataclass(frozen=True)
 class Plot:
-    """One plot; `wide` and `narrow` are SVG elements, `description` says in words what they show."""
+    """One plot: `svg` is an SVG element, and `description` says in words what it shows."""
 
-    wide: str
-    narrow: str
+    svg: str
     description: str
 
 
-def divergence_plot(histogram: Histogram, figures: Figures) -> Plot:
-    """How many tokens diverge by how much, with mean and 99th percentile."""
+def divergence_plot(histogram: Histogram, summary: DivergenceSummary) -> Plot:
+    """Plot how many tokens diverge by how much, with mean and 99th percentile."""
 
-    def draw(axes: Axes, narrow: bool) -> None:
+    def draw(axes: Axes) -> None:
         edges, counts = np.array(histogram.edges), np.array(histogram.counts)
         axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=_ACCENT, edgecolor="none", alpha=0.85)
         axes.set_xscale("log")
-        shown = [*edges[:-1][counts > 0], *edges[1:][counts > 0], figures.kl_mean, figures.kl_p99]
+        values = [*edges[:-1][counts > 0], *edges[1:][counts > 0], summary.kl_mean, summary.kl_p99]
+        shown = [value for value in values if math.isfinite(value)] or list(edges)
         axes.set_xlim(max(edges[0], min(shown) / 2), min(edges[-1], max(shown) * 2))
         axes.grid(axis="x", visible=False)
-        for value, label in ((figures.kl_mean, "mean"), (figures.kl_p99, "99 %")):
-            if value > edges[0]:
+        for value, label in ((summary.kl_mean, "mean"), (summary.kl_p99, "99 %")):
+            if edges[0] < value < edges[-1]:
                 axes.axvline(value, color=_INK, linewidth=1, linestyle=(0, (3, 2)))
                 axes.text(value, 1.02, label, transform=axes.get_xaxis_transform(), ha="center", va="bottom")
         axes.xaxis.set_major_formatter(_PLAIN)
@@ -90,28 +92,28 @@ def divergence_plot(histogram: Histogram, figures: Figures) -> Plot:
         axes.set_ylabel("tokens")
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
 
-    described = f"Histogram of the divergence at {figures.positions} tokens; mean {figures.kl_mean:.4g} nats."
+    described = f"Histogram of the divergence at {summary.positions} tokens; mean {summary.kl_mean:.4g} nats."
     return _plot("divergence", draw, described, height=2.9)
 
 
 def layers_plot(linears: Sequence[LinearReport], value: Value, label: str) -> Plot | None:
-    """One line for each kind of linear over the layers; None where no value is known of two layers."""
+    """Plot one line for each kind of linear over the layers; None where no value is known of two layers."""
     series = _by_kind(linears, value)
     if not series:
         return None
 
-    def draw(axes: Axes, narrow: bool) -> None:
+    def draw(axes: Axes) -> None:
         for number, (kind, points) in enumerate(series.items()):
             _line(axes, number, points, kind)
         axes.set_ylabel(label)
-        _layers(axes, len(series), narrow)
+        _layers(axes, len(series))
 
     description = f"{label} of each of {len(linears)} linears, by layer."
     return _plot(f"{label} {linears[0].name}", draw, description, height=3.3)
 
 
 def ranges_plot(linears: Sequence[LinearReport]) -> Plot | None:
-    """The largest input of each kind of linear over the layers (or what int8 represents), and of the median channel.
+    """Plot the largest input of each kind of linear by layer (or what int8 represents), and that of the median channel.
 
     Kinds that share their input share a line.
     """
@@ -123,7 +125,7 @@ def ranges_plot(linears: Sequence[LinearReport]) -> Plot | None:
     if not together:
         return None
 
-    def draw(axes: Axes, narrow: bool) -> None:
+    def draw(axes: Axes) -> None:
         for number, (points, kinds) in enumerate(together.items()):
             _line(axes, number, points, ", ".join(kinds))
             if kinds[0] in typical:
@@ -133,7 +135,7 @@ def ranges_plot(linears: Sequence[LinearReport]) -> Plot | None:
         axes.yaxis.set_major_formatter(_PLAIN)
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_ylabel("largest |x|")
-        _layers(axes, len(together), narrow)
+        _layers(axes, len(together))
 
     description = f"Ranges of the inputs of {len(linears)} linears, by layer."
     return _plot(f"ranges {linears[0].name}", draw, description, height=3.3)
@@ -144,7 +146,7 @@ def _largest(linear: LinearReport) -> float | None:
 
 
 def _by_kind(linears: Sequence[LinearReport], value: Value) -> dict[str, list[tuple[int, float]]]:
-    """(layer, value) points by kind; nothing where no kind has two."""
+    """Collect (layer, value) points by kind; nothing where no kind has two."""
     series: dict[str, list[tuple[int, float]]] = {}
     for linear in linears:
         found, (layer, kind) = value(linear), layer_and_kind(linear.name)
@@ -155,7 +157,7 @@ def _by_kind(linears: Sequence[LinearReport], value: Value) -> dict[str, list[tu
 
 
 def layer_and_kind(name: str) -> tuple[int | None, str]:
-    """Layer and kind of a canonical name: (3, "down_proj"); no layer outside the towers' blocks."""
+    """Split a canonical name into layer and kind: (3, "down_proj"); no layer outside the towers' blocks."""
     found = re.search(r"\.layers\.(\d+)\.(?:.*\.)?(\w+)$", name)
     return (int(found[1]), found[2]) if found else (None, name)
 
@@ -165,29 +167,25 @@ def _line(axes: Axes, number: int, points: Sequence[tuple[int, float]], label: s
     axes.plot(*zip(*points, strict=True), color=colour, marker=marker, label=label)
 
 
-def _layers(axes: Axes, entries: int, narrow: bool) -> None:
-    """The axis of layers, and the legend above the plot."""
+def _layers(axes: Axes, entries: int) -> None:
+    """Set up the axis of layers, and the legend above the plot."""
     axes.set_xlabel("layer")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6 if narrow else 14))
-    spacing = {"borderaxespad": 0.2, "handlelength": 1.4, "columnspacing": 1.0}
-    columns = min(entries, 4 if narrow else 8)
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns, **spacing)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    spacing = {"borderaxespad": 0.2, "handlelength": 1.3, "columnspacing": 0.75}
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=min(entries, 7), **spacing)
 
 
-def _plot(name: str, draw: Callable[[Axes, bool], None], description: str, height: float) -> Plot:
-    drawn = {}
-    for form, width in _WIDTHS.items():
-        with mpl.rc_context({**_STYLE, "svg.hashsalt": f"{name}-{form}"}):
-            figure = Figure(figsize=(width, height), layout="constrained")
-            draw(figure.add_subplot(), form == "narrow")
-            file = io.StringIO()
-            figure.savefig(file, format="svg", transparent=True, dpi=72, metadata={"Date": None})
-        drawn[form] = _inline(file.getvalue(), re.sub(r"\W+", "-", f"{name}-{form}"))
-    return Plot(drawn["wide"], drawn["narrow"], description)
+def _plot(name: str, draw: Callable[[Axes], None], description: str, height: float) -> Plot:
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        draw(figure.add_subplot())
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, dpi=72, metadata={"Date": None})
+    return Plot(_inline(file.getvalue(), re.sub(r"\W+", "-", name)), description)
 
 
 def _inline(svg: str, prefix: str) -> str:
-    """A matplotlib SVG as an element of a page: no document header, no metadata, own ids, the page's colours."""
+    """Turn a matplotlib SVG into an element of a page: no document header, no metadata, own ids, the page's colours."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r' (?:xmlns:xlink|xmlns|version)="[^"]*"', "", svg)

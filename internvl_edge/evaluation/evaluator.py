@@ -1,0 +1,219 @@
+"""Evaluate a bundle: compare it with a reference, ask it a suite, or both, and hold the figures against the gate.
+
+This module writes nothing. It uses the runtime and nothing of how a bundle was made; only a reference that is still a
+checkpoint is exported first.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from internvl_edge.base.errors import EdgeError, QualityWarning
+from internvl_edge.bundle.bundle import Bundle
+from internvl_edge.bundle.gate import Condition, Verdict, parse_condition, require_measurable
+from internvl_edge.bundle.quality import Measurement, Quality
+from internvl_edge.bundle.quality_record import quality_of
+from internvl_edge.runtime.model import DEFAULT_CONTEXT, InternVL
+
+from .cases import SUITES, Case, QuestionSettings, read_cases
+from .compare import Comparison, Progress, compare
+from .reference import reference_bundle
+from .suite import SuiteResult, run_suite
+
+_CASES = 32
+_SUITE_QUESTIONS = 500
+_SUITE_ANSWER_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What is measured of a bundle, and how its answers are computed.
+
+    Attributes:
+        bundle: its folder.
+        reference: what to compare it with: a checkpoint (folder or hub id) or a bundle; None compares with nothing.
+        suite: a name in `SUITES`, whose exact answers are counted; None asks no suite.
+        data: a folder of images or a JSON Lines file to compare on; None is the built-in set.
+        samples: how many questions; None is 32 for the comparison and 500 for a suite.
+        seed: which questions, and in which order.
+        max_tiles: most tiles of an image; None is the checkpoint's own limit.
+        max_new_tokens: most tokens of an answer that are compared.
+        fail_if: conditions, such as "kl>0.05", of which none may hold.
+        shown: of how many questions the comparison keeps both answers and small pictures.
+        device, engine, dialect, context, threads: as `InternVL.load` takes them. The engine "auto" is ONNX Runtime
+            here: figures are about the bundle, not about what this machine has installed.
+
+    Raises:
+        EdgeError: a suite or a metric that is not known, or settings that do not fit together.
+    """
+
+    bundle: str | Path
+    reference: str | Path | None = None
+    suite: str | None = None
+    data: str | Path | None = None
+    samples: int | None = None
+    seed: int = 0
+    max_tiles: int | None = None
+    max_new_tokens: int = 64
+    fail_if: tuple[str, ...] = ()
+    shown: int = 6
+    device: str = "auto"
+    engine: str = "auto"
+    dialect: str | None = None
+    context: int = DEFAULT_CONTEXT
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        conditions = self.conditions
+        if self.suite is not None and self.suite not in SUITES:
+            raise EdgeError(f"there is no suite {self.suite!r}; known are {', '.join(SUITES)}")
+        if self.reference is None and self.data is not None:
+            raise EdgeError("--data is compared with a --reference; a --suite brings its own questions")
+        if self.reference is None and self.suite is None and conditions:
+            raise EdgeError("--fail-if needs figures; give --reference, --suite or both")
+        if self.samples is not None and self.samples < 1:
+            raise EdgeError(f"samples is {self.samples}, expected at least 1")
+
+    @property
+    def conditions(self) -> tuple[Condition, ...]:
+        """Parse `fail_if`."""
+        return tuple(map(parse_condition, self.fail_if))
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What an evaluation found; shares are from 0 to 1, divergences in nats.
+
+    Attributes:
+        settings: what was measured.
+        comparison, suite: what each found; None where it was not asked for.
+        figures: what was just measured, by metric, as `gate.METRICS` names them.
+        quality: of the bundle: these figures and earlier ones of the same files, and the verdicts of all conditions.
+    """
+
+    settings: EvaluationSettings
+    comparison: Comparison | None
+    suite: SuiteResult | None
+    figures: dict[str, float]
+    quality: Quality
+
+    @property
+    def failed(self) -> tuple[Verdict, ...]:
+        """List the conditions of the settings that were not met; `quality.failed` also holds earlier ones."""
+        stated = {str(condition) for condition in self.settings.conditions}
+        return tuple(verdict for verdict in self.quality.failed if verdict.condition in stated)
+
+
+def evaluate(settings: EvaluationSettings, progress: Progress | None = None) -> EvaluationResult:
+    """Measure how good a bundle is.
+
+        from internvl_edge import evaluate
+        from internvl_edge.evaluation import EvaluationSettings
+        result = evaluate(EvaluationSettings("bundle", reference="checkpoint", fail_if=("kl>0.05",)))
+        print(result.figures["kl"], result.failed)
+
+    With a reference, both models answer the same questions, the bundle follows the reference's greedy answers, and
+    predictions (divergence in nats) and answers (shares from 0 to 1) are compared. With a suite, answers are compared
+    with the right ones; with both, those of the reference too. Nothing is written: `quality_record.record_quality` puts
+    `result.quality` into the manifest, and `report.bundle_report` and `report.write_report` make the report.
+
+    Args:
+        settings: what to measure. A bundle that cannot be loaded is found out before the reference is exported.
+        progress: called with the answers so far and those that are wanted in all; with 0 where a suite or a comparison
+            begins. A checkpoint as reference then also shows the bar of its export on standard error.
+
+    Returns:
+        The figures by metric, the comparison and the suite they come from, and the bundle's quality with the verdicts.
+
+    Raises:
+        EdgeError: neither reference nor suite, data that cannot be read, a condition on what is not measured, models
+            with different prompts, or a bundle, a reference or a device that is not usable; one line each.
+    """
+    if settings.reference is None and settings.suite is None:
+        raise EdgeError("give --reference, a checkpoint or a bundle to compare with, or --suite, or both")
+    if settings.engine == "auto":
+        settings = replace(settings, engine="onnxruntime")
+    cases = _cases(settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", QualityWarning)
+        comparison, suite = _measure(settings, cases, progress or (lambda done, total: None), progress is not None)
+    figures = {**(comparison.figures if comparison else {}), **(suite.figures if suite else {})}
+    known = quality_of(Bundle.open(Path(settings.bundle)).manifest)
+    quality = known.with_figures(figures, _measurements(settings, comparison, suite), settings.conditions)
+    return EvaluationResult(settings, comparison, suite, figures, quality)
+
+
+def _cases(settings: EvaluationSettings) -> list[Case]:
+    """Read the questions of the comparison, and refuse conditions on what will not be measured."""
+    cases = []
+    if settings.reference is not None:
+        source = None if settings.data is None else Path(settings.data)
+        cases = read_cases(source, settings.samples or _CASES, settings.seed)
+    available = {
+        "reference": settings.reference is not None,
+        "suite": settings.suite is not None,
+        "answers": any(case.answer for case in cases),
+    }
+    require_measurable(settings.conditions, [name for name, there in available.items() if there])
+    return cases
+
+
+def _measure(
+    settings: EvaluationSettings, cases: Sequence[Case], progress: Progress, shows_export: bool
+) -> tuple[Comparison | None, SuiteResult | None]:
+    load_bundle = partial(_load_bundle, settings)
+    questions = QuestionSettings(settings.suite or "", settings.seed, settings.max_tiles, _SUITE_ANSWER_TOKENS)
+    ask_suite = partial(run_suite, load_bundle, questions, settings.samples or _SUITE_QUESTIONS, progress=progress)
+    if settings.reference is None:
+        return None, ask_suite()
+    with load_bundle():
+        pass  # whatever keeps it from being loaded is found out now, not after hours of the reference's answers
+    with reference_bundle(str(settings.reference), progress=shows_export) as folder:
+        load_reference = partial(_load_reference, settings, folder)
+        suite = ask_suite(load_reference=load_reference) if settings.suite else None
+        data = Path(settings.data).name if settings.data else "built-in pictures and texts"
+        comparison = compare(
+            load_bundle,
+            load_reference,
+            cases,
+            replace(questions, data=data, max_new_tokens=settings.max_new_tokens),
+            progress,
+            reference=Path(settings.reference).name,
+            shown=settings.shown,
+        )
+    return comparison, suite
+
+
+def _load_bundle(settings: EvaluationSettings) -> InternVL:
+    return InternVL.load(
+        settings.bundle,
+        settings.device,
+        engine=settings.engine,
+        dialect=settings.dialect,
+        context=settings.context,
+        threads=settings.threads,
+    )
+
+
+def _load_reference(settings: EvaluationSettings, folder: Path) -> InternVL:
+    """Load it for exact answers, whatever runs the bundle: what an engine rounds is part of the bundle's figures."""
+    device = "cpu" if settings.device == "tensorrt" else settings.device
+    return _load_bundle(replace(settings, bundle=folder, device=device, engine="onnxruntime", dialect=None))
+
+
+def _measurements(
+    settings: EvaluationSettings, comparison: Comparison | None, suite: SuiteResult | None
+) -> dict[str, Measurement]:
+    """State how figures were measured, for the manifest."""
+    how = partial(Measurement, device=settings.device, engine=settings.engine, dialect=settings.dialect)
+    measured = {}
+    if comparison:
+        data, date = comparison.settings.data, comparison.run.date
+        measured["comparison"] = how(data, comparison.cases, settings.seed, date=date, reference=comparison.reference)
+    if suite:
+        measured["suite"] = how(suite.settings.data, suite.total.asked, settings.seed, date=suite.run.date)
+    return measured
