@@ -8,6 +8,7 @@ pip and setuptools, which the environment brings along, are left out. Writes res
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,7 +34,10 @@ def main() -> None:
 
 
 def measure(scratch: Path, extra: str) -> dict[str, Any]:
+    # setuptools takes up what an earlier build left.
+    shutil.rmtree(HERE.parent / "build", ignore_errors=True)
     run(sys.executable, "-m", "build", "--wheel", "--outdir", str(scratch / "dist"), str(HERE.parent))
+    shutil.rmtree(HERE.parent / "build")
     (wheel,) = (scratch / "dist").glob("*.whl")
     run(sys.executable, "-m", "venv", str(scratch / "venv"))
     run(str(scratch / "venv" / "bin" / "pip"), "install", f"{wheel}[{extra}]")

@@ -17,8 +17,8 @@ from internvl_edge.bundle.quality import figure_rows
 from internvl_edge.bundle.quality_record import quality_of
 from internvl_edge.checkpoint.hub import resolve_checkpoint
 from internvl_edge.model.config import ModelConfig
+from internvl_edge.model.description import describe
 from internvl_edge.model.linear import count_schemes
-from internvl_edge.planning.storage import BYTES
 
 from .output import print_json, print_table
 
@@ -35,7 +35,7 @@ def command(path: str, as_json: bool) -> None:
     if as_json:
         print_json({**facts, "config": asdict(config)})
     else:
-        print_table([*facts.items(), *_config_rows(config, cache)])
+        print_table([*facts.items(), *describe(config, cache)])
 
 
 def _bundle_facts(folder: Path) -> tuple[dict[str, Any], ModelConfig, str]:
@@ -81,27 +81,3 @@ def _checkpoint_facts(folder: Path) -> tuple[dict[str, Any], ModelConfig, str]:
     if checkpoint.quantization:
         facts["quantized"] = f"{checkpoint.quantization.method}: {count_schemes(checkpoint.schemes.values())}"
     return facts, checkpoint.config, "int8" if checkpoint.kv_scales else "float32"
-
-
-def _config_rows(config: ModelConfig, cache: str) -> list[tuple[str, object]]:
-    vision, decoder = config.vision, config.decoder
-    rope = f"theta {decoder.rope.theta:g}"
-    if decoder.rope.scaling != "none":
-        rope += f", {decoder.rope.scaling} x {decoder.rope.factor:g} beyond {decoder.max_position_embeddings} tokens"
-    numbers = 2 * decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_dim
-    return [
-        (
-            "vision",
-            f"{vision.num_hidden_layers} layers x {vision.hidden_size}, {vision.norm_type}, {vision.image_size} px",
-        ),
-        ("tiles", f"{config.min_tiles} to {config.max_tiles}, {config.tokens_per_tile} tokens each"),
-        ("decoder", f"{decoder.architecture}, {decoder.num_hidden_layers} layers x {decoder.hidden_size}"),
-        (
-            "heads",
-            f"{decoder.num_attention_heads} query, {decoder.num_key_value_heads} key/value, {decoder.head_dim} wide",
-        ),
-        ("vocabulary", decoder.vocab_size),
-        ("rotary", rope),
-        ("KV cache", f"{size(numbers * BYTES[cache])} per token in {cache}"),
-        ("template", config.template),
-    ]

@@ -22,6 +22,8 @@ _PREFIXES = {
     "token table": ("decoder.embed_tokens.",),
 }
 COMPONENTS = tuple(_PREFIXES)
+# Bytes of one number.
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
 
 @dataclass(frozen=True)

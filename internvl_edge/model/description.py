@@ -1,20 +1,36 @@
-"""What a model is, in a few rows for people."""
+"""What a model is, in a few rows for people: for `inspect` and for reports."""
 
 from __future__ import annotations
 
+from internvl_edge.base.units import size
+
+from .components import DTYPE_BYTES
 from .config import ModelConfig
 
 
-def architecture(config: ModelConfig) -> tuple[tuple[str, str], ...]:
-    """(label, text) rows."""
+def describe(config: ModelConfig, cache: str) -> tuple[tuple[str, str], ...]:
+    """Return (label, text) rows.
+
+    Args:
+        config: the model.
+        cache: what its KV cache holds: "float32", "float16", "bfloat16" or "int8".
+    """
     vision, decoder = config.vision, config.decoder
+    rope = f"theta {decoder.rope.theta:g}"
+    if decoder.rope.scaling != "none":
+        rope += f", {decoder.rope.scaling} x {decoder.rope.factor:g} beyond {decoder.max_position_embeddings} tokens"
+    heads = f"{decoder.num_attention_heads} query, {decoder.num_key_value_heads} key/value, {decoder.head_dim} wide"
+    numbers = 2 * decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_dim
     return (
-        ("Vision tower", f"{vision.num_hidden_layers} layers, {vision.hidden_size} wide, {vision.image_size} px tiles"),
-        ("Image tokens", f"{config.tokens_per_tile} per tile, at most {config.max_tiles} tiles"),
         (
-            "Decoder",
-            f"{decoder.architecture}, {decoder.num_hidden_layers} layers, {decoder.hidden_size} wide, "
-            f"{decoder.num_attention_heads} query and {decoder.num_key_value_heads} key/value heads",
+            "vision",
+            f"{vision.num_hidden_layers} layers x {vision.hidden_size}, {vision.norm_type}, {vision.image_size} px",
         ),
-        ("Vocabulary", f"{decoder.vocab_size} tokens"),
+        ("tiles", f"{config.min_tiles} to {config.max_tiles}, {config.tokens_per_tile} tokens each"),
+        ("decoder", f"{decoder.architecture}, {decoder.num_hidden_layers} layers x {decoder.hidden_size}"),
+        ("heads", heads),
+        ("vocabulary", str(decoder.vocab_size)),
+        ("rotary", rope),
+        ("KV cache", f"{size(numbers * DTYPE_BYTES[cache])} per token in {cache}"),
+        ("template", config.template),
     )

@@ -12,13 +12,12 @@ from internvl_edge.checkpoint import layouts
 from internvl_edge.checkpoint.json_files import read_json
 from internvl_edge.checkpoint.kv_scales import KV_CACHE_SCALES
 from internvl_edge.checkpoint.quantization import read_quantization
+from internvl_edge.model.components import DTYPE_BYTES
 from internvl_edge.model.config import ModelConfig
 from internvl_edge.model.linear import W8A8, Scheme
 from internvl_edge.recipe.recipe import Recipe
 
 from .footprint import Storage
-
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
 
 def bundle_storage(manifest: Manifest, dialect: str = "standard") -> Storage:
@@ -28,8 +27,8 @@ def bundle_storage(manifest: Manifest, dialect: str = "standard") -> Storage:
     """
     tower = _most(manifest.schemes("vision.").values()) or _most(manifest.schemes("projector.").values())
     return Storage(
-        dtype_bytes=BYTES[manifest.dtype],
-        vector_bytes=BYTES[manifest.activations],
+        dtype_bytes=DTYPE_BYTES[manifest.dtype],
+        vector_bytes=DTYPE_BYTES[manifest.activations],
         body=_most(manifest.schemes("decoder.layers.").values()),
         head=manifest.linears.get("decoder.lm_head"),
         vision=tower,

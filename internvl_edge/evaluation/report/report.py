@@ -15,7 +15,7 @@ from internvl_edge.bundle.names import QUANTIZATION
 from internvl_edge.bundle.quality import Quality
 from internvl_edge.checkpoint.record import QuantizationRecord
 from internvl_edge.model.components import Component
-from internvl_edge.model.description import architecture
+from internvl_edge.model.description import describe
 
 from ..compare import Comparison
 from ..suite import SuiteResult
@@ -83,7 +83,7 @@ def bundle_report(
         kind="bundle",
         name=folder.resolve().name,
         source=manifest.source,
-        architecture=(*architecture(manifest.model), ("KV cache", manifest.kv_cache or manifest.activations)),
+        architecture=describe(manifest.model, manifest.kv_cache or manifest.activations),
         quantized=manifest.is_quantized,
         bytes=sum(entry.bytes for entry in manifest.files.values()),
         components=manifest.components,
@@ -102,11 +102,12 @@ def checkpoint_report(folder: Path, record: QuantizationRecord) -> Report:
     """
     from internvl_edge.checkpoint.reader import Checkpoint  # needs an extra that devices with bundles lack
 
+    made = Checkpoint(folder)
     return Report(
         kind="checkpoint",
         name=folder.resolve().name,
         source=record.checkpoint,
-        architecture=architecture(Checkpoint(folder).config),
+        architecture=describe(made.config, "int8" if made.kv_scales else made.float_type()[0]),
         quantized=True,
         bytes=sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
         components=record.components,
