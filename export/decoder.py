@@ -24,7 +24,7 @@ from .builder import INT64_MAX, GraphBuilder, Types
 from .quantized import PackedWeights
 from .weights import Array, WeightFile
 
-# A value below every logit that float16 can hold.
+# A float16 value that is below every logit.
 _NEVER = -3e4
 # The number of lm_head rows that are examined at a time. All rows as floats would be the largest array in memory.
 _ROWS = 4096

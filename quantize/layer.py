@@ -113,9 +113,9 @@ class BlockQuantizer:
     def only_unit(self, prefix: str, group: ScaleGroup, block: QuantizedBlock) -> dict[str, Tensor]:
         """Return the tensors that round the consumers of one input and nothing else, from a block that `layer` made.
 
-        They are float32 by their name below `prefix`. The consumers are in the form that is computed. Rows that were
-        divided for the scale of another input have that division undone. The producer of the unit's own input is
-        divided, exactly in float32.
+        They are float32, by their name below `prefix`. The consumers are in the form that calibration computes with.
+        Where the scale of another input divided their rows, that division is undone. The producer of the unit's own
+        input is divided, exactly in float32.
         """
         tensors: dict[str, Tensor] = {}
         for name in group.consumers:

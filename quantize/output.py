@@ -126,8 +126,8 @@ class OutputLayout:
     def _layer_targets(self) -> dict[Scheme | None, list[str]]:
         """Return patterns of the decoder's stored modules by scheme (None for floats).
 
-        There is one pattern for all modules, or one per kind of module.
-        No two patterns match the same module, so their order does not matter to any reader.
+        There is one pattern for all modules, or one per kind of module. No two patterns match the same module, so their
+        order does not matter to any reader.
         """
         layers: dict[tuple[Scheme | None, str], set[int]] = {}
         for name, choice in self._plan.items():

@@ -166,7 +166,7 @@ class DecoderSensitivity:
         }
 
     def _pooled(self, totals: Tensor, powers: Tensor) -> Tensor:
-        """Return the divergence totals [candidates, units], smoothed over candidates by their squared errors.
+        """Return the divergence totals [candidates, units], pooled over candidates by their squared errors.
 
         The squared error of a candidate is exact, but the divergence that it causes is estimated only to some tenths.
         Finer or coarser rounding of a unit's weights changes the size of the error and hardly its direction. All

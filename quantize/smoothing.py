@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# The strengths that are tried. Strength 0 (no smoothing) is tried as well.
+# The strengths that are tried. No smoothing is tried as well.
 STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 # A scale beyond 2^10 would push a channel's values towards zero instead of making them similar to the others.
 _LARGEST_EXPONENT = 10

@@ -61,8 +61,8 @@ class VisionReport:
         lowest_cosine: the cosine of the worst tile.
         predicted_cosine: the cosine that follows from the sum of the measured errors of all int8 linears.
         layers: by canonical linear name: "stored" (int8 or float), "part" of the embeddings' relative squared error as
-            int8, "calibrator", "strength" of smoothing, "range" of its input before clipping, relative output "error",
-            "inputs" (an `ActivationRange`), "reason" why it stays float.
+            int8, "calibrator", "strength" of smoothing, "range" (its input's largest unclipped |x|), relative output
+            "error", "inputs" (an `ActivationRange`), "reason" why it stays float.
     """
 
     tiles: int

@@ -102,7 +102,7 @@ class Page:
 
 
 def damage(image: Image.Image, rng: random.Random, scale: float, fill: Colour, rotate: bool = True) -> Image.Image:
-    """Apply defects of a phone photo, each to some of the pictures: small rotation, blur, weak contrast, noise, JPEG."""
+    """Apply defects of a phone photo, each to some pictures: small rotation, blur, weak contrast, noise, JPEG."""
     if rotate and rng.random() < 0.35:
         most = 3.0 * min(image.size) / max(image.size)
         image = image.rotate(rng.uniform(-most, most), Image.Resampling.BILINEAR, fillcolor=fill)
