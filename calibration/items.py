@@ -40,7 +40,7 @@ class CalibrationItem:
 
 
 def read_items(source: Path | None, seed: int = 0) -> Iterator[CalibrationItem]:
-    """Yield the items of a folder, of a JSON Lines file or (None) of the built-in set, in the order of the seed.
+    """Return the items of a folder, of a JSON Lines file or (None) of the built-in set, in the order of the seed.
 
     The built-in set is endless. Broken entries have their `problem` set. Images are not opened here.
 

@@ -60,8 +60,7 @@ def embed(
         gather: False skips the statistics, which take a seventh of the time.
 
     Returns:
-        Statistics of the inputs of the tower's and the projector's linears, with the names of
-            `dataset.read_statistics`.
+        Statistics of the inputs of the tower's and the projector's linears, named as by `dataset.read_statistics`.
 
     Raises:
         EdgeError: NaN or infinity; the message names layer, tensor and sample.

@@ -1,6 +1,6 @@
 """Export a checkpoint to a bundle.
 
-ONNX graphs are written directly, without torch and tracing. Weights are streamed.
+ONNX graphs are written directly, without torch or tracing. Weights are streamed.
 """
 
 from .exporter import DTYPES, export_bundle

@@ -69,9 +69,8 @@ def layers(
 ) -> tuple[ir.Value | None, Cache]:
     """Add the graph's inputs and all layers.
 
-    Return the last layer's hidden state [batch, seq, hidden] and the new cache.
-
-    If `whole` is False, the last layer ends with its keys and values, and there is no hidden state.
+    Return the last layer's hidden state [batch, seq, hidden] and the new cache. If `whole` is False, the last layer
+    ends with its keys and values, and there is no hidden state.
     """
     decoder, activations = checkpoint.config.decoder, g.types.activations
     x: ir.Value | None = g.input("inputs_embeds", activations, ["batch", "seq", decoder.hidden_size])

@@ -7,8 +7,8 @@ magnitude (the first token of a text most of all), so one scale for all tokens w
 
     x -> x / s -> QuantizeLinear -> MatMulIntegerToFloat -> * s (-> + bias),   s [batch, seq, 1] = max |x| / 127
 
-The last layer ends with its keys and values. The decoder itself computes the prompt's last token. The graph needs a CPU
-that multiplies bytes exactly (VNNI on x86).
+The last layer ends with its keys and values. The decoder itself computes the prompt's last token and all later tokens.
+The graph needs a CPU that multiplies bytes exactly (VNNI on x86).
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def blocks_of(config: ModelConfig) -> list[str]:
 def run_block(config: ModelConfig, block: str, weights: Weights, x: Tensor, observe: Observe) -> Tensor:
     """Run x [tiles, 1 + patches, hidden] float32 through one block.
 
-    The output of the projector is [tiles, tokens, decoder hidden].
+    The projector's output is [tiles, tokens, decoder hidden].
     """
     if block == PROJECTOR:
         return project(weights, x, config, observe)

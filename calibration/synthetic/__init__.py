@@ -71,10 +71,8 @@ def draw_picture(rng: random.Random, split: str, tasks: Sequence[str] | None = N
 def sample(split: str, index: int, seed: int = 0, tasks: Sequence[str] | None = None) -> SyntheticSample:
     """Return SyntheticSample `index` of a split's endless stream.
 
-    Equal arguments give the same sample on every machine.
-
-    `split` is train, validation or test. `tasks` restricts the stream (default: all). Raises EdgeError for an unknown
-    split or task and for a font package that is not installed.
+    Equal arguments give the same sample on every machine. `split` is train, validation or test. `tasks` restricts the
+    stream (default: all). Raises EdgeError for an unknown split or task and for a font package that is not installed.
     """
     rng = random.Random(f"{split}/{seed}/{index}")
     picture, task = draw_picture(rng, split, tasks)

@@ -96,7 +96,7 @@ class QuantizationRecord:
         tower: the comparison of the vision tower, where it is int8.
         bits_per_weight: average over the decoder's layers, as devices hold them.
         predicted_kl: in nats, where precision was chosen by sensitivity.
-        run: the run of the quantizer.
+        run: when, where and how long the quantizer ran.
     """
 
     checkpoint: str

@@ -64,10 +64,7 @@ def build_prompt(
 
 
 def video_question(question: str, frames: int) -> str:
-    """Return the question after one line with a mark per frame: `Frame1: <image>`, `Frame2: <image>`, ...
-
-    (model cards).
-    """
+    """Return the question after one marked line per frame: `Frame1: <image>`, `Frame2: <image>`, ... (model cards)."""
     return "".join(f"Frame{index}: {IMAGE_MARK}\n" for index in range(1, frames + 1)) + question
 
 

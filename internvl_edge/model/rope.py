@@ -22,9 +22,7 @@ class RotaryAngles:
         self._limit = decoder.max_position_embeddings
 
     def at(self, start: int, count: int, total: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Return cos and sin [count, head_dim / 2] of positions start ..
-
-        start + count - 1 in a sequence of `total` tokens.
+        """Return cos and sin [count, head_dim / 2] of `count` positions from `start` on, for a sequence length `total`.
 
         For a prompt that is computed in chunks, pass the length of the whole prompt with every chunk.
         """
