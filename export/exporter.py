@@ -1,6 +1,6 @@
 """Export a checkpoint to a bundle.
 
-The bundle is written to a temporary sibling folder, checked, and renamed at the end.
+The bundle is written to a temporary sibling folder, which is renamed at the end.
 """
 
 from __future__ import annotations
