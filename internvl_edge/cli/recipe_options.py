@@ -39,8 +39,8 @@ _OPTIONS = (
     click.option(
         "--symmetric/--zero-points",
         default=None,
-        help="--symmetric stores 4-bit weights without zero points, as TensorRT needs; --zero-points stores them as AutoAWQ "
-        "does.  [default: zero points]",
+        help="--symmetric stores 4-bit weights without zero points, as TensorRT needs; --zero-points stores them as "
+        "AutoAWQ does.  [default: zero points]",
     ),
     click.option(
         "--lm-head",
