@@ -77,7 +77,8 @@ class InternVL:
                 "auto", which is the CPU.
             engine: on the CPU, "onnxruntime", "openvino" (OpenVINO for tiles and prompts, ONNX Runtime for decode) or
                 "auto", which is the faster one.
-            dialect: the decoder graph to run, "onnxruntime" or "standard"; the default is the fastest that the bundle has.
+            dialect: the decoder graph to run, "onnxruntime" or "standard"; the default is the fastest that the bundle
+                has.
             context: the most tokens that prompt and answer may have together.
             threads: CPU threads; the default is all available cores.
 

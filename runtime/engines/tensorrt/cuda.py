@@ -87,7 +87,7 @@ class Cuda:
         self.call("cudaMemcpyAsync", target.ctypes.data, source, target.nbytes, kind, stream)
 
     def within_device_rows(self, target: int, pitch: int, source: int, size: int, rows: int, stream: Any) -> None:
-        """Start a copy within the device: `rows` contiguous rows of `size` bytes, to rows that are `pitch` bytes apart."""
+        """Start a copy of `rows` contiguous rows of `size` bytes to rows `pitch` bytes apart, within the device."""
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         self.call("cudaMemcpy2DAsync", target, pitch, source, size, size, rows, kind, stream)
 

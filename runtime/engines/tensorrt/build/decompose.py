@@ -107,8 +107,10 @@ def _rotary_embedding(w: _Writer, node: ir.Node) -> ir.Value:
 
 
 def _attention(w: _Writer, node: ir.Node) -> ir.Value:
-    """Compute attention: of the tower from q, k, v [tiles, tokens, heads * width], of the decoder from q, k, v
-    [1, heads, seq, width] and a mask."""
+    """Compute attention.
+
+    The tower has q, k, v [tiles, tokens, heads * width]. The decoder has q, k, v [1, heads, seq, width] and a mask.
+    """
     q, k, v = node.inputs[:3]
     heads = w.heads
     if len(node.inputs) == 3:

@@ -44,8 +44,11 @@ class Built:
 
 @dataclass(frozen=True)
 class Build:
-    """What to build: the header of a graph, the path of the graph beside its weights, compute capabilities, profiles,
-    and the output file."""
+    """What to build.
+
+    `header` is the graph for TensorRT; `path` is the bundle's graph, which lies beside the weights. `sms` are the compute
+    capabilities, such as 86 for 8.6, and `output` is the engine file.
+    """
 
     header: bytes
     path: Path
