@@ -1,8 +1,8 @@
 """The KV cache on the device, in one piece of memory [layers x (key, value) x kv_heads, capacity, head_dim].
 
-TensorRT from 10.15 has a layer that writes float entries into the cache in place. For int8 and for older versions there
-is no such layer. Then the graph only reads the cache and outputs the entries of the step, and one strided copy after
-the step writes these entries into the cache.
+TensorRT for RTX, and TensorRT from 10.15, have a layer that writes float entries into the cache in place. For int8 and
+for older versions there is no such layer. Then the graph only reads the cache and outputs the entries of the step, and
+one strided copy after the step writes these entries into the cache.
 """
 
 from __future__ import annotations
