@@ -142,7 +142,7 @@ class Footprint:
         return tiles * (per_tile + attention)
 
     def prefill_operations(self, tokens: int) -> float:
-        """Return the multiplications and additions of a prompt: decoder linears, causal attention, lm_head for one token."""
+        """Return the multiplications and additions of a prompt: decoder linears, causal attention, lm_head once."""
         decoder = self.config.decoder
         body = sum(
             math.prod(shape) for name, shape in self._shapes.items() if _part(name) == "decoder" and len(shape) == 2
