@@ -77,9 +77,8 @@ def bench(folder: Path, *, repeat: int = 3, threads: int | None = None, **loadin
     if repeat < 1:
         raise EngineError(f"repeat is {repeat}, expected at least 1")
     threads = threads or cores()
-    manifest = Bundle.open(
-        folder
-    ).manifest  # Verify first: only the first load of a bundle hashes its files, and `load` should time a usual one.
+    # Verify first: only the first load of a bundle hashes its files, and the figure `load` is for all later loads.
+    manifest = Bundle.open(folder).manifest
     started = time.perf_counter()
     with InternVL.load(folder, threads=threads, **loading) as model:
         load_s = time.perf_counter() - started

@@ -41,7 +41,7 @@ def multiplies_bfloat16() -> bool:
 
 
 def memory(*fields: str) -> int | None:
-    """Return the sum in bytes of fields of /proc/meminfo ("MemTotal", "SwapFree"), or None where there are none."""
+    """Return the sum in bytes of /proc/meminfo fields ("MemTotal", "MemAvailable", "SwapFree"); None elsewhere."""
     found = [_proc_field("meminfo", field).split() for field in fields]
     return sum(1024 * int(value[0]) for value in found) if all(found) else None
 

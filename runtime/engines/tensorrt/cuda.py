@@ -42,7 +42,7 @@ class Cuda:
         """Call a function by name, and return its result without the status (None if there is no result)."""
         status, *results = getattr(self._runtime, function)(*arguments)
         if status != self._runtime.cudaError_t.cudaSuccess:
-            raise EngineError(f"CUDA: {function} failed: {self._words(status)}")
+            raise EngineError(f"CUDA: {function} failed: {self._description(status)}")
         return results[0] if results else None
 
     def compute_capability(self) -> int:
@@ -125,9 +125,9 @@ class Cuda:
         """Release a handle and ignore failures: the context is gone, or another call has raised the error already."""
         getattr(self._runtime, function)(handle)
 
-    def _words(self, status: Any) -> str:
-        _, words = self._runtime.cudaGetErrorString(status)
-        return words.decode() if isinstance(words, bytes) else str(words)
+    def _description(self, status: Any) -> str:
+        _, text = self._runtime.cudaGetErrorString(status)
+        return text.decode() if isinstance(text, bytes) else str(text)
 
     def _free(self) -> str:
         status, free, total = self._runtime.cudaMemGetInfo()

@@ -87,11 +87,11 @@ def headers(opened: Bundle, options: BuildOptions, decomposed: bool = False) -> 
     vision, decoder = opened.path(names.VISION), opened.path(names.DECODERS["standard"])
     text, tower = opened.manifest.model.decoder, opened.manifest.model.vision
     width = tower.hidden_size // tower.num_attention_heads
-    seeing = Heads(tower.num_attention_heads, tower.num_attention_heads, width) if decomposed else None
-    reading = Heads(text.num_attention_heads, text.num_key_value_heads, text.head_dim) if decomposed else None
+    vision_heads = Heads(tower.num_attention_heads, tower.num_attention_heads, width) if decomposed else None
+    decoder_heads = Heads(text.num_attention_heads, text.num_key_value_heads, text.head_dim) if decomposed else None
     return {
-        "vision": (vision_header(vision, activations, options.dtype, seeing), vision),
-        "decoder": (decoder_header(decoder, activations, options.dtype, options.capacity, reading), decoder),
+        "vision": (vision_header(vision, activations, options.dtype, vision_heads), vision),
+        "decoder": (decoder_header(decoder, activations, options.dtype, options.capacity, decoder_heads), decoder),
     }
 
 

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 OPSET, IR_VERSION = 21, 10
 # The score of a masked position: it is below every attention score, and float16 can represent it.
-_NEVER = -3e4
+_MASKED_SCORE = -3e4
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def _softmax_product(
     scaled = w.one("Mul", q, w.constant(w.heads.width**-0.5, number))
     scores = w.one("MatMul", scaled, w.one("Transpose", k, perm=transposed))
     if visible is not None:
-        scores = w.one("Where", visible, scores, w.constant(_NEVER, number))
+        scores = w.one("Where", visible, scores, w.constant(_MASKED_SCORE, number))
     return w.one("MatMul", w.one("Softmax", scores, axis=-1), v)
 
 

@@ -53,11 +53,11 @@ def vision_header(path: Path, activations: str, dtype: str, heads: Heads | None 
     Raises:
         BundleError: the graph is not as `export` writes it.
     """
-    tailor = _Tailor(path, activations, dtype)
-    tailor.cast_bytes_at_once("pixels")
-    tailor.retype()
-    tailor.decompose(heads)
-    return tailor.serialise()
+    editor = _GraphEditor(path, activations, dtype)
+    editor.cast_bytes_at_once("pixels")
+    editor.retype()
+    editor.decompose(heads)
+    return editor.serialise()
 
 
 def decoder_header(path: Path, activations: str, dtype: str, capacity: int, heads: Heads | None = None) -> bytes:
@@ -70,18 +70,18 @@ def decoder_header(path: Path, activations: str, dtype: str, capacity: int, head
 
     Args and raises are those of `vision_header`; `capacity` is the number of tokens in the KV cache.
     """
-    tailor = _Tailor(path, activations, dtype)
-    tailor.take_kept()
-    tailor.take_slots()
-    tailor.put_out_new_entries(always=heads is not None)
-    tailor.fix_sizes({"batch": 1, "capacity": capacity})
-    tailor.choose_token()
-    tailor.retype()
-    tailor.decompose(heads)
-    return tailor.serialise()
+    editor = _GraphEditor(path, activations, dtype)
+    editor.take_kept()
+    editor.take_slots()
+    editor.put_out_new_entries(always=heads is not None)
+    editor.fix_sizes({"batch": 1, "capacity": capacity})
+    editor.choose_token()
+    editor.retype()
+    editor.decompose(heads)
+    return editor.serialise()
 
 
-class _Tailor:
+class _GraphEditor:
     """Changes one graph in place, step by step."""
 
     def __init__(self, path: Path, activations: str, dtype: str) -> None:
