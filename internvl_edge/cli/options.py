@@ -1,5 +1,7 @@
-"""Options that several commands share: how a bundle is loaded (`run`, `chat`, `bench`, `evaluate`) and how it answers
-(`run`, `chat`)."""
+"""Options that several commands share.
+
+`run`, `chat`, `bench` and `evaluate` share how a bundle is loaded; `run` and `chat` also share how it answers.
+"""
 
 from __future__ import annotations
 
