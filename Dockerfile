@@ -1,4 +1,4 @@
-# One file for every target; the wheel is built first, so that every step can be repeated without this repository:
+# One Dockerfile for all targets. Build the wheel first; the image then needs only dist/ from this repository:
 #
 #   pip wheel --no-deps -w dist .
 #   docker build -t internvl-edge .                                              CPU, x86-64 or Arm
@@ -18,12 +18,12 @@ FROM ${BASE}
 ARG EXTRA=cpu
 ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PATH=/opt/internvl-edge/bin:$PATH
 
-# CUDA images come without Python. hadolint would have versions pinned, which differ from base to base.
+# CUDA images have no Python. hadolint DL3008 asks for pinned versions, but these differ between base images.
 # hadolint ignore=DL3008
 RUN python3 -c "import ensurepip" 2>/dev/null \
     || { apt-get update && apt-get install -y --no-install-recommends python3 python3-venv && rm -rf /var/lib/apt/lists/*; }
 
-# JetPack's TensorRT belongs to the system's Python, so the environment looks there too.
+# JetPack installs TensorRT for the system's Python, so the environment must also use the system's packages.
 COPY dist/*.whl /tmp/
 RUN python3 -m venv --system-site-packages /opt/internvl-edge \
     && pip install "$(ls /tmp/internvl_edge-*.whl)[${EXTRA}]" \

@@ -1,10 +1,10 @@
-# Every target sets up what it needs. PYTHON chooses the interpreter (3.11 or newer).
+# Every target installs what it needs. PYTHON selects the interpreter (3.11 or newer).
 PYTHON ?= python3
 VENV := .venv
 DEMO_VENV := .venv-demo
 BIN := $(VENV)/bin
 JOBS ?= 2
-# ONNX Runtime and torch both use all cores; tests run side by side instead.
+# ONNX Runtime and torch would each use all cores. One thread each lets JOBS tests run in parallel.
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test slow gpu-acceptance lint format wheel clean help
@@ -12,29 +12,29 @@ export OMP_NUM_THREADS ?= 1
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
-demo: $(DEMO_VENV)/ready ## Export a small model that reads and ask it about pictures (no torch)
+demo: $(DEMO_VENV)/ready ## Export the demo model and ask it about images (no torch)
 	@$(DEMO_VENV)/bin/internvl-edge demo
 
-test: $(VENV)/ready ## Fast tests
+test: $(VENV)/ready ## Run the fast tests
 	$(BIN)/pytest -n $(JOBS) -m "not slow"
 
-slow: $(VENV)/ready ## Tests that need minutes
+slow: $(VENV)/ready ## Run the slow tests, which need minutes
 	$(BIN)/pytest -n $(JOBS) -m slow
 
-gpu-acceptance: $(VENV)/ready ## Build, compare and time on this machine's NVIDIA GPU, within 8 minutes
+gpu-acceptance: $(VENV)/ready ## Build engines on this NVIDIA GPU, compare and time them (within 8 minutes)
 	$(BIN)/python benchmarks/gpu_acceptance.py
 
-lint: $(VENV)/ready ## Style and types
+lint: $(VENV)/ready ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy internvl_edge
 	$(BIN)/mypy --python-version 3.10 --no-warn-return-any internvl_edge
 
-format: $(VENV)/ready ## Apply the style
+format: $(VENV)/ready ## Apply the code style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-wheel: $(VENV)/ready ## Build the wheel, and check that the package works in all four ways to have it
+wheel: $(VENV)/ready ## Build the wheel, and check all four ways to install the package
 	.ci/check_install $(BIN)/python
 
 $(VENV)/ready: pyproject.toml
@@ -48,5 +48,5 @@ $(DEMO_VENV)/ready: pyproject.toml
 	$(DEMO_VENV)/bin/pip install --quiet --editable ".[cpu,export]"
 	touch $@
 
-clean: ## Remove environments and build products
+clean: ## Remove environments and build outputs
 	rm -rf $(VENV) $(DEMO_VENV) build dist work *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,7 +1,7 @@
-"""setuptools, behind one check: the links that make the top-level folders part of the package must be links.
+"""The build backend: setuptools, after a check of the symbolic links in `internvl_edge/`.
 
-Git on Windows writes a text file in place of a symbolic link unless `core.symlinks` is on. setuptools would then build
-a wheel without these folders and say nothing.
+These links make four top-level folders part of the package. Without `core.symlinks`, Git on Windows writes a text file
+in place of a link. setuptools would then build a wheel without these folders, and report no error.
 """
 
 from pathlib import Path

@@ -1,1 +1,1 @@
-"""Bundle -> answers, on a device: no torch, no export, no quantization."""
+"""Run a bundle on a device and return answers. This package needs no torch, no export and no quantization."""

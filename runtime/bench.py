@@ -1,8 +1,9 @@
-"""How fast a bundle is on this machine, each figure beside the limit the machine sets.
+"""Measure how fast a bundle is on this machine, and compare decode with the limit of the machine.
 
-Prompts are random embeddings and images random pixels: speed does not depend on values. Decoding is limited by memory:
-the share of the limit is the bytes that one token must read (weights as stored, and the cache up to its position) over
-the time it took and the bandwidth measured in the same run.
+Prompts are random embeddings and images are random pixels, because speed does not depend on the values. The memory
+bandwidth limits decode. The share of this limit is B / (t * W): B is the bytes that one token must read (weights as
+stored, and the KV cache up to its position), t is the time of the token, and W is the bandwidth in bytes/s, measured in
+the same run.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _DECODED = 16
 
 @dataclass(frozen=True)
 class Figure:
-    """One measurement: the median of the runs and their spread (half the range, as a share of it)."""
+    """One measurement: the median of the runs, and their spread (half the range, as a share of the median)."""
 
     name: str
     value: float
@@ -48,8 +49,8 @@ class Figure:
 class BenchResult:
     """All figures of one bundle on one machine.
 
-    `bandwidth` is in bytes/s, `matrix_rate` in FLOP/s, sizes in bytes. `decode_limit` gives for each decode figure the
-    share of the speed that the measured bandwidth allows.
+    `bandwidth` is in bytes/s, `matrix_rate` in FLOP/s, and sizes are in bytes. `decode_limit` maps the name of each
+    decode figure to its share of the speed that the measured bandwidth allows.
     """
 
     bundle: str
@@ -62,12 +63,12 @@ class BenchResult:
     decode_limit: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON values."""
+        """Return the result as JSON values."""
         return asdict(self)
 
 
 def bench(folder: Path, *, repeat: int = 3, threads: int | None = None, **loading: Any) -> BenchResult:
-    """Measure a bundle; `loading` goes to `InternVL.load`.
+    """Measure a bundle. `loading` holds further arguments of `InternVL.load`.
 
     Raises:
         BundleError, EngineError: as `InternVL.load`.
@@ -76,7 +77,8 @@ def bench(folder: Path, *, repeat: int = 3, threads: int | None = None, **loadin
     if repeat < 1:
         raise EngineError(f"repeat is {repeat}, expected at least 1")
     threads = threads or cores()
-    manifest = Bundle.open(folder).manifest  # verified before the clock runs, as for every load but the first
+    # Verify first: only the first load of a bundle hashes its files, and the figure `load` is for all later loads.
+    manifest = Bundle.open(folder).manifest
     started = time.perf_counter()
     with InternVL.load(folder, threads=threads, **loading) as model:
         load_s = time.perf_counter() - started
@@ -86,7 +88,7 @@ def bench(folder: Path, *, repeat: int = 3, threads: int | None = None, **loadin
         answers = [*decode.values(), *runs.first_token(), runs.second_question()]
         figures = [Figure("load", load_s, "s"), *runs.vision(), *runs.prefill(), *answers]
     peak_rss = peak_memory()
-    # Last, so that its arrays do not count as the model's memory.
+    # Measured last, so that its arrays do not count in the peak RSS of the model.
     bandwidth = limits.read_bandwidth(threads)
     footprint = _footprint(manifest, dialect)
     return BenchResult(
@@ -105,14 +107,14 @@ def bench(folder: Path, *, repeat: int = 3, threads: int | None = None, **loadin
 
 
 def _footprint(manifest: Manifest, dialect: str) -> Footprint:
-    """What this engine reads: a cache of floats is as wide as what the graphs compute in."""
+    """Return the footprint of what this engine reads. A float KV cache has the type that the graphs compute in."""
     storage = bundle_storage(manifest, dialect)
     cache_bytes = storage.cache_bytes if manifest.kv_cache else storage.vector_bytes
     return Footprint(manifest.model, replace(storage, cache_bytes=cache_bytes))
 
 
 class _Runs:
-    """Everything that is timed, on one loaded model."""
+    """Runs and times every phase on one loaded model."""
 
     def __init__(self, model: InternVL, repeat: int) -> None:
         self._engine = model.engine
@@ -129,7 +131,7 @@ class _Runs:
         self._embeds = random.standard_normal((rows, model.config.decoder.hidden_size)).astype(np.float32) * 0.05
 
     def vision(self) -> list[Figure]:
-        """Milliseconds per tile, alone and in an image of several."""
+        """Measure milliseconds per tile, for one tile alone and for an image of several tiles."""
         figures = []
         for count in QUESTIONS:
             middle, spread = self._measured(partial(self._engine.encode, self._tiles[:count]))
@@ -137,11 +139,11 @@ class _Runs:
         return figures
 
     def prefill(self) -> list[Figure]:
-        """Prompt tokens per second."""
+        """Measure prompt tokens per second."""
         return [self._rate(f"prefill {count}", count, partial(self._prefill, count)) for count in PROMPTS]
 
     def decode(self) -> dict[int, Figure]:
-        """Answered tokens per second by tokens already in the cache."""
+        """Measure decoded tokens per second, keyed by the number of tokens already in the KV cache."""
         figures = {}
         for context in CONTEXTS:
             self._prefill(context)
@@ -149,7 +151,7 @@ class _Runs:
         return figures
 
     def first_token(self) -> list[Figure]:
-        """Seconds from tiles to the first logits of a question about an image."""
+        """Measure seconds from the tiles to the first logits of a question about an image."""
         figures = []
         for count in QUESTIONS:
             middle, spread = self._measured(partial(self._question, count))
@@ -157,7 +159,10 @@ class _Runs:
         return figures
 
     def second_question(self) -> Figure:
-        """Seconds to the first logits of another question about the same image, whose tokens both caches hold."""
+        """Measure seconds to the first logits of a second question about the same image.
+
+        The image cache and the KV cache already hold the image tokens.
+        """
         tiles = self._tiles[: max(QUESTIONS)]
         images = ImageCache(self._engine.encode)
         shared = len(tiles) * self._tokens_per_tile

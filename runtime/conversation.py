@@ -1,4 +1,4 @@
-"""A conversation: turns and their images are kept, and each question continues the last."""
+"""A conversation: it keeps the turns and their images, so that each question sees all earlier ones."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 class Conversation:
-    """History for one `InternVL`; the model's KV cache keeps what earlier turns computed.
+    """The history of one conversation with an `InternVL`. The model's KV cache holds what earlier turns computed.
 
-    `options` hold for every turn (see `ChatOptions`; `history` and one `max_tiles` per image are not meant for here).
-    `reply` is the last finished answer.
+    `options` apply to every turn (see `ChatOptions`). Do not pass `history`, or one `max_tiles` per image. `reply` is
+    the last finished answer.
     """
 
     def __init__(self, model: InternVL, **options: Unpack[ChatOptions]) -> None:
@@ -30,17 +30,17 @@ class Conversation:
         self._options = options
 
     def ask(self, question: str, *images: ImageSource) -> Reply:
-        """Ask the next question, with new images if any (see `stream`)."""
+        """Ask the next question, with new images if there are any (see `stream`), and return the answer."""
         for _ in self.stream(question, *images):
             pass
         assert self.reply is not None
         return self.reply
 
     def stream(self, question: str, *images: ImageSource) -> Iterator[str]:
-        """Ask the next question; yields pieces of the answer. The turn joins the history when the answer is complete.
+        """Ask the next question, and yield pieces of the answer. The history receives the turn when it is complete.
 
-        New images go in front of the question, unless it places them itself with `<image>` marks; several are numbered
-        through the conversation (`Image-1: <image>`), as the model was trained.
+        New images go in front of the question, unless the question has `<image>` marks. Where the conversation has
+        several images, each new one gets a number (`Image-1: <image>`), as in the training of the model.
         """
         if images and IMAGE_MARK not in question:
             question = self._marks(len(images)) + question

@@ -1,4 +1,7 @@
-"""The decoding loop: logits in, tokens out. Knows tokens, sampling and the cache, and nothing about text or images."""
+"""The decode loop, which turns logits into tokens.
+
+This module knows tokens, sampling and the KV cache. It does not know text or images.
+"""
 
 from __future__ import annotations
 
@@ -25,18 +28,19 @@ def generate(
 ) -> Iterator[int]:
     """Yield the tokens of an answer, the stop token included.
 
-    With `lookup`, guessed tokens are put into the cache together with the last answered one. Each is accepted only if
-    the sampler chooses the same token from the logits before it; from the first that differs on, the cache is wound
-    back. The sampler sees the same logits in the same order either way, up to the rounding of a step of several tokens.
+    With `lookup`, each step appends guessed tokens to the KV cache, together with the last token of the answer. A guess
+    is accepted only if the sampler chooses the same token from the logits before it. The first guess that differs, and
+    all after it, are dropped from the cache. With and without `lookup`, the sampler sees the same logits in the same
+    order, except for the rounding of a step of several tokens.
 
     Args:
-        engine: holds the prompt in its cache.
+        engine: an engine with the prompt in its KV cache.
         logits: [vocab] after the prompt.
-        embed: row [hidden] of the token table.
+        embed: returns the row [hidden] of a token in the token table.
         sampler: chooses each token.
-        stop_ids: end the answer.
-        max_new_tokens: most tokens to yield. The last one need not be in the cache.
-        lookup: holds the prompt's tokens; None guesses nothing.
+        stop_ids: tokens that end the answer.
+        max_new_tokens: the most tokens to yield. The last one need not be in the KV cache.
+        lookup: makes the guesses, and already holds the prompt's tokens; None for no guesses.
     """
     choosing = engine if isinstance(engine, ChoosingEngine) and sampler.takes_the_best else None
     token = sampler.choose(logits)
@@ -48,7 +52,7 @@ def generate(
             return
         if lookup is not None:
             lookup.push(token)
-        # One token less than may still come, so that what follows the guess has room too.
+        # One token less than may still come, because each step also yields the token after the guess.
         guess = lookup.guess(max_new_tokens - answered - 1) if lookup is not None else []
         if choosing is not None and not guess:
             token = choosing.decode_token(embed(token))

@@ -1,4 +1,4 @@
-"""Image tokens of tiles seen before: a second question about the same image costs no vision time."""
+"""A cache of image tokens, so that a second question about the same image needs no vision time."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ DEFAULT_BYTES = 256 << 20
 
 
 def pixel_key(tiles: NDArray[np.uint8]) -> bytes:
-    """A digest of tiles [tiles, S, S, 3]; equal pixels, equal key."""
+    """Return a digest of the pixels of tiles [tiles, S, S, 3]."""
     return hashlib.blake2b(tiles.tobytes(), digest_size=16).digest()
 
 
 class ImageCache:
-    """Least recently used image tokens within a bound of bytes, keyed by the pixels of the tiles."""
+    """An LRU cache of image tokens, with a limit in bytes and the pixels of the tiles as key."""
 
     def __init__(self, encode: Encode, max_bytes: int = DEFAULT_BYTES) -> None:
         self._encode = encode
@@ -28,7 +28,7 @@ class ImageCache:
         self._entries: OrderedDict[bytes, NDArray[np.float32]] = OrderedDict()
 
     def encode(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Tiles [tiles, S, S, 3] of one image -> image tokens [tiles, tokens_per_tile, hidden]."""
+        """Return the image tokens [tiles, tokens_per_tile, hidden] of one image, from its tiles [tiles, S, S, 3]."""
         key = pixel_key(tiles)
         if key in self._entries:
             self._entries.move_to_end(key)

@@ -1,7 +1,9 @@
-"""Prompt lookup: guess the next tokens from what the text already says, so that several can be verified in one step.
+"""Prompt lookup: guess the next tokens from earlier text, so that one step can verify several.
 
 Answers about documents repeat the prompt and themselves (fields, JSON keys, numbers). The last n-gram is looked up in
-all tokens so far and what followed it then is the guess. Guesses change speed, never the answer: see `generate`.
+all tokens so far, and the tokens that followed it there are the guess. Guesses change the speed, but not the answer
+(see `generate`).
+
 Method: prompt lookup decoding (Saxena, 2023), an n-gram case of speculative decoding (Leviathan et al., 2023).
 """
 
@@ -11,13 +13,13 @@ from collections.abc import Iterable
 
 _LONGEST, _SHORTEST = 3, 2
 _MOST_GUESSED = 6
-# After so many guessed tokens, guessing stops for good if fewer than this share of them came true: a step that verifies
-# several tokens costs more than one that does not.
+# After _PATIENCE guessed tokens, guessing stops for the rest of the answer if less than this share of them was right,
+# because a step that verifies several tokens takes longer than a step of one token.
 _PATIENCE, _WORTHWHILE = 24, 0.25
 
 
 class PromptLookup:
-    """Guesses for one answer; `excluded` tokens (image placeholders) are never guessed."""
+    """Makes the guesses of one answer. It never guesses `excluded` tokens (image placeholders)."""
 
     def __init__(self, prompt_ids: Iterable[int], excluded: Iterable[int] = ()) -> None:
         self._excluded = frozenset(excluded)
@@ -29,14 +31,14 @@ class PromptLookup:
 
     def push(self, token: int) -> None:
         """Append a token of the prompt or the answer."""
-        # The n-grams that end before this token are indexed now, so that the last one never finds itself.
+        # Index the n-grams that end before this token only now. So the last n-gram never finds itself.
         for length in range(_SHORTEST, _LONGEST + 1):
             if len(self._tokens) >= length:
                 self._ends[tuple(self._tokens[-length:])] = len(self._tokens)
         self._tokens.append(token)
 
     def guess(self, most: int) -> list[int]:
-        """Up to `most` tokens that may come next; often none."""
+        """Return up to `most` tokens that may come next. The list is often empty."""
         if self._guessed >= _PATIENCE and self._right < _WORTHWHILE * self._guessed:
             return []
         for length in range(_LONGEST, _SHORTEST - 1, -1):
@@ -46,7 +48,7 @@ class PromptLookup:
         return []
 
     def judged(self, guessed: int, right: int) -> None:
-        """Record how many of the guessed tokens came true."""
+        """Record how many of the guessed tokens were right."""
         self._guessed += guessed
         self._right += right
 

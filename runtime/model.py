@@ -1,4 +1,7 @@
-"""`InternVL`: a loaded bundle that answers questions about images. Joins request, engine, cache and text."""
+"""`InternVL`: a loaded bundle that answers questions about images.
+
+This module connects the request, the engine, the caches and the text stream.
+"""
 
 from __future__ import annotations
 
@@ -36,12 +39,12 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 DEVICES = ("auto", "cpu", "cuda", "tensorrt")
-# Tokens of prompt and answer together. Pages of the KV cache that are not used cost no memory.
+# Most tokens of prompt and answer together. Pages of the KV cache that are not touched use no memory.
 DEFAULT_CONTEXT = 32768
 
 
 class InternVL:
-    """A model on a device. One request at a time; for several threads, load several."""
+    """A model on a device. It handles one request at a time. For several threads, load one model per thread."""
 
     def __init__(self, opened: Bundle, engine: Engine) -> None:
         manifest = opened.manifest
@@ -70,13 +73,14 @@ class InternVL:
 
         Args:
             folder: the bundle.
-            device: "cpu", "cuda" (ONNX Runtime), "tensorrt" (engines that `build` made; the context is theirs), or
+            device: "cpu", "cuda" (ONNX Runtime), "tensorrt" (engines that `build` made, which fix the context), or
                 "auto", which is the CPU.
-            engine: on the CPU, "onnxruntime", "openvino" (tiles and prompts by OpenVINO, tokens by ONNX Runtime) or
-                "auto": the faster one.
-            dialect: the decoder graph to run, "onnxruntime" or "standard"; default: the fastest that the bundle has.
-            context: tokens that prompt and answer may have together.
-            threads: CPU threads; default: all available cores.
+            engine: on the CPU, "onnxruntime", "openvino" (OpenVINO for tiles and prompts, ONNX Runtime for decode) or
+                "auto", which is the faster one.
+            dialect: the decoder graph to run, "onnxruntime" or "standard"; the default is the fastest that the bundle
+                has.
+            context: the most tokens that prompt and answer may have together.
+            threads: CPU threads; the default is all available cores.
 
         Raises:
             BundleError: the bundle is damaged or too new.
@@ -106,21 +110,22 @@ class InternVL:
         """Answer a question.
 
         Args:
-            question: may hold `<image>` marks; without any, images go in front of it.
+            question: it may have `<image>` marks; without marks, images go in front of it.
             images: paths, bytes or Pillow images, one per `<image>` mark of history and question, in order; a list of
                 images shares one mark.
             options: see `ChatOptions`.
 
         Raises:
-            PromptError: question, images, options and context do not fit together; raised before any work starts.
+            PromptError: question, images, options and context do not fit together. It is raised before any work starts.
             ImageError: an image cannot be read or exceeds a limit.
         """
         return self.stream(question, images, **options).reply
 
     def stream(self, question: str, images: Images = (), **options: Unpack[ChatOptions]) -> ReplyStream:
-        """Like `chat`, as an iterator over pieces of the text; `.reply` is the finished answer.
+        """Answer a question as `chat` does, and return an iterator over pieces of the text.
 
-        The request is checked at once; vision and prompt are computed when the first piece is asked for.
+        Its `reply` is the finished answer. The request is checked at once; vision and prefill run when the first piece
+        is requested.
         """
         request = self._requests.build(question, images, options)
         sampling = {name: options[name] for name in Sampling.__dataclass_fields__ if name in options}  # type: ignore[literal-required]
@@ -130,17 +135,17 @@ class InternVL:
 
     @property
     def engine(self) -> Engine:
-        """What executes the graphs; using it directly disturbs the reuse of prompts."""
+        """The engine that executes the graphs. Direct use of it breaks the reuse of the KV cache between prompts."""
         return self._session.engine
 
     def trace(
         self, question: str, images: Images = (), answer: Sequence[int] | None = None, **options: Unpack[ChatOptions]
     ) -> Trace:
-        """Answer greedily, or along the tokens of a given answer, and keep the logits before each token.
+        """Answer greedily, or follow the tokens of a given answer, and keep the logits before each token.
 
         Args:
-            question, images, options: as for `chat`; sampling and stop strings have no effect.
-            answer: tokens to take instead of the most probable ones; a stop token in it ends the answer.
+            question, images, options: as for `chat`, but sampling and stop strings have no effect.
+            answer: tokens to take instead of the most probable ones. A stop token in it ends the answer.
 
         Raises:
             PromptError, ImageError: as `chat`.
@@ -153,12 +158,12 @@ class InternVL:
         return Trace(reply, recorder.logits)
 
     def answer_ids(self, text: str) -> list[int]:
-        """The tokens that would say `text`, its end included."""
+        """Return the tokens of an answer with this text, the stop token included."""
         start = len(self._tokenizer.encode(""))  # InternLM2 puts <s> in front of everything
         return [*self._tokenizer.encode(text)[start:], self._stop_ids[0]]
 
     def close(self) -> None:
-        """Release the engine; the object cannot be used afterwards. Closing twice is no mistake."""
+        """Release the engine. The object cannot be used afterwards. A second call does nothing."""
         if hasattr(self, "_session"):
             self.engine.close()
             del self._session, self._images
@@ -208,7 +213,10 @@ class InternVL:
         )
 
     def _lookup(self, request: Request) -> PromptLookup | None:
-        """None where several tokens at once would be rotated by another base than one by one (dynamic NTK)."""
+        """Return a lookup for the request, or None where guessing would change the answer.
+
+        With dynamic NTK, several tokens in one step get another rotary base than the same tokens one by one.
+        """
         longest = len(request.prompt_ids) + request.max_new_tokens
         if RotaryAngles(self.config.decoder).scales_at(longest):
             return None

@@ -1,4 +1,4 @@
-"""An answer under way, as an iterator over its text, and the finished `Reply`."""
+"""The finished answer (`Reply`), and an iterator over the text of an answer in progress (`ReplyStream`)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer and how it came about.
+    """An answer, with its tokens and timings.
 
     Attributes:
         text: the answer, stripped, without special tokens.
@@ -17,9 +17,9 @@ class Reply:
         image_tokens: how many of `prompt_ids` stand for images.
         tiles: tiles of each image, in the order given.
         finish_reason: "stop" (the model or a stop string ended it) or "length" (`max_new_tokens` did).
-        timings: seconds in "preprocess_s", "vision_s", "prefill_s", "decode_s" and their sum up to the first token,
-            "first_token_s"; "prefill_tokens" computed (what the cache held is not) with "prefill_tokens_per_s", and
-            "decode_tokens_per_s".
+        timings: seconds in "preprocess_s", "vision_s", "prefill_s" and "decode_s"; "first_token_s", the sum of the
+            first three; "prefill_tokens", the prompt tokens that were computed (without those already in the KV cache);
+            and the rates "prefill_tokens_per_s" and "decode_tokens_per_s".
     """
 
     text: str
@@ -32,7 +32,7 @@ class Reply:
 
 
 class ReplyStream:
-    """Pieces of an answer's text, whole characters only; together they are `reply.text`."""
+    """An iterator over pieces of an answer's text. Each piece has whole characters; all joined are `reply.text`."""
 
     def __init__(self, pieces: Iterator[str | Reply]) -> None:
         self._pieces = pieces
@@ -50,7 +50,7 @@ class ReplyStream:
 
     @property
     def reply(self) -> Reply:
-        """The finished answer; what is left of it is generated first."""
+        """The finished answer. Reading this generates the rest of the answer first."""
         for _ in self:
             pass
         assert self._reply is not None

@@ -1,6 +1,6 @@
-"""A question with its images becomes prompt tokens and tiles.
+"""Convert a question and its images to prompt tokens and tiles.
 
-Everything that can be wrong with a request is found here, before any work starts.
+This module finds every error in a request, before any work starts.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ Images = Sequence[ImageSource | Sequence[ImageSource]]
 
 
 class ChatOptions(TypedDict, total=False):
-    """What can be said beside question and images.
+    """The options of a request, beside question and images.
 
     Attributes:
-        max_tiles: most tiles of an image, one number or one per image; default: the checkpoint's own limit.
-        history: earlier turns as (question, answer); their `<image>` marks take the first images.
+        max_tiles: the most tiles of an image, one number or one per image; the default is the checkpoint's own limit.
+        history: earlier turns as (question, answer). Their `<image>` marks take the first images.
         system: system text instead of the checkpoint's; "" leaves the system turn out.
-        max_new_tokens: most tokens of the answer; default 1024.
-        temperature, top_k, top_p, repetition_penalty, seed: see `Sampling`; default greedy.
+        max_new_tokens: the most tokens of the answer; the default is 1024.
+        temperature, top_k, top_p, repetition_penalty, seed: see `Sampling`; the default is greedy.
         stop: strings that end the answer and are not part of it.
-        speculate: guess tokens from the prompt and verify several at once; see `lookup`. The answer is the same.
-        exif: turn images as their EXIF orientation says; the original does not, which is the default.
+        speculate: guess tokens from the prompt and verify several in one step (see `lookup`). The answer is the same.
+        exif: rotate images as their EXIF orientation says. By default they are not rotated, as in the original code.
     """
 
     max_tiles: int | Sequence[int] | None
@@ -60,11 +60,11 @@ class Request:
     """A checked request.
 
     Attributes:
-        prompt_ids: [seq] tokens; image tokens are the template's placeholder.
-        is_image: [seq], where `prompt_ids` stands for pixels.
-        tiles: uint8 [tiles, S, S, 3] of each image, in order; their tokens fill `is_image` in this order.
-        max_new_tokens: bound of the answer.
-        seconds: what decoding and tiling took.
+        prompt_ids: [seq], the tokens; each image token is the placeholder token.
+        is_image: [seq], True where `prompt_ids` has an image token.
+        tiles: uint8 [tiles, S, S, 3] of each image. Their image tokens fill the places of `is_image` in this order.
+        max_new_tokens: the most tokens of the answer.
+        seconds: time to decode and tile the images.
     """
 
     prompt_ids: NDArray[np.int64]
@@ -75,7 +75,7 @@ class Request:
 
 
 class RequestBuilder:
-    """Turns questions into requests for one model."""
+    """Makes the requests of one model from questions and images."""
 
     def __init__(
         self, config: ModelConfig, template: PromptTemplate, tokenizer: Tokenizer, image_token: int, capacity: int

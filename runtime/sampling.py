@@ -1,7 +1,7 @@
-"""Logits become a token: greedy, or temperature, top-k and top-p sampling, with a repetition penalty.
+"""Choose a token from logits: greedy, or by temperature, top-k and top-p sampling, with a repetition penalty.
 
 The order of the steps and the meaning of each parameter are those of transformers' `generate`, which the original
-calls.
+code calls.
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ class Sampling:
     """How tokens are chosen.
 
     Attributes:
-        temperature: 0 is greedy; higher flattens the distribution.
-        top_k: keep the k most probable tokens; 0 keeps all.
-        top_p: keep the most probable tokens whose probabilities sum to at least this.
-        repetition_penalty: logits of tokens already answered are divided (positive) or multiplied (negative) by it. As
-        in
-            the original, which generates from embeddings, tokens of the prompt do not count.
-        seed: of the random generator; None draws a new one.
+        temperature: 0 is greedy; higher values flatten the distribution.
+        top_k: sample among the k most probable tokens; 0 keeps all.
+        top_p: sample among the most probable tokens whose probabilities sum to at least this.
+        repetition_penalty: divides the positive logits, and multiplies the negative logits, of tokens that the answer
+            already has. Tokens of the prompt do not count, as in the original code, which generates from embeddings.
+        seed: seed of the random generator; None takes a new one each time.
     """
 
     temperature: float = 0.0
@@ -49,15 +48,18 @@ class Sampling:
 
 
 class Chooser(Protocol):
-    """What decides on each token of an answer."""
+    """The interface that chooses each token of an answer."""
 
     @property
     def takes_the_best(self) -> bool:
-        """Whether it always takes the most probable token, so that an engine may choose by itself."""
+        """Whether it always takes the most probable token. Then the engine may choose the token itself."""
         ...
 
     def choose(self, logits: NDArray[np.float32]) -> int:
-        """The next token for logits [vocab], which are left unchanged and valid only now."""
+        """Return the next token for logits [vocab].
+
+        The logits must not be changed, and are valid only during the call.
+        """
         ...
 
 
@@ -71,11 +73,11 @@ class Sampler:
 
     @property
     def takes_the_best(self) -> bool:
-        """Greedy, and without a penalty that changes logits."""
+        """Whether sampling is greedy and no penalty changes the logits."""
         return self._sampling.temperature == 0 and self._sampling.repetition_penalty == 1
 
     def choose(self, logits: NDArray[np.float32]) -> int:
-        """The next token for logits [vocab], which are left unchanged."""
+        """Return the next token for logits [vocab], and leave the logits unchanged."""
         token = self._choose(self._penalised(logits))
         self._answered.add(token)
         return token
@@ -96,14 +98,14 @@ class Sampler:
         return int(self._random.choice(tokens, p=probabilities))
 
     def distribution(self, logits: NDArray[np.float32]) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
-        """The tokens that may be chosen for logits [vocab], most probable first, and their probabilities."""
+        """Return the tokens that can be chosen for logits [vocab], most probable first, and their probabilities."""
         kept = min(self._sampling.top_k or len(logits), len(logits))
         tokens = np.argpartition(-logits, kept - 1)[:kept]
         tokens = tokens[np.argsort(-logits[tokens], kind="stable")]
         scaled = (logits[tokens].astype(np.float64) - float(logits[tokens[0]])) / self._sampling.temperature
         probabilities = np.exp(scaled)
         probabilities /= probabilities.sum()
-        # Keep a token while those before it do not yet reach top_p; the first always stays.
+        # Keep a token as long as the tokens before it do not reach top_p. The first token always stays.
         before = np.cumsum(probabilities) - probabilities
         count = int(np.searchsorted(before, self._sampling.top_p, side="left"))
         probabilities = probabilities[: max(1, count)]

@@ -1,8 +1,8 @@
-"""The KV cache across requests: what a new prompt shares with the last one is not computed again.
+"""Reuse of the KV cache across requests: the common prefix of a new prompt and the last one is not computed again.
 
-Positions are compared by keys: a text token's id, or for an image token a number made from the pixels it stands for.
-Under dynamic NTK a cache that is, or becomes, longer than the model's maximum is not reused: its keys are rotated by
-another base.
+Positions are compared by keys. The key of a text token is its id; the key of an image token is a number made from the
+pixels of its image. With dynamic NTK, the cache is not reused where its old or its new length exceeds the model's
+maximum, because its entries are then rotated with another base.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Keys = NDArray[np.int64]
 
 
 class Session:
-    """One engine's cache and the keys of what it holds."""
+    """The KV cache of one engine, and the keys of its positions."""
 
     def __init__(self, engine: Engine, decoder: DecoderConfig) -> None:
         self.engine = engine
@@ -29,24 +29,24 @@ class Session:
         self._keys: Keys = np.empty(0, np.int64)
 
     def prefill(self, keys: Keys, embed_from: Callable[[int], NDArray[np.float32]]) -> tuple[NDArray[np.float32], int]:
-        """Put a prompt into the cache.
+        """Compute a prompt and leave it in the KV cache.
 
         Args:
-            keys: one per prompt position.
-            embed_from: embeddings [seq - start, hidden] of the prompt from a position on.
+            keys: one key per prompt position.
+            embed_from: returns the embeddings [seq - start, hidden] of the prompt from position `start` on.
 
         Returns:
-            Logits [vocab] after the prompt, and how many tokens were computed.
+            The logits [vocab] after the prompt, and the number of tokens that were computed.
         """
         start = self.shared(keys)
         self.engine.reset(start)
-        self._keys = keys[:start]  # if the engine fails, only this much is known to be good
+        self._keys = keys[:start]  # if the engine fails, only these positions are known to be valid
         logits = self.engine.prefill(embed_from(start))
         self._keys = keys
         return logits, len(keys) - start
 
     def shared(self, keys: Keys) -> int:
-        """Leading positions of a new prompt that the cache already holds; at least one is left to compute."""
+        """Return how many leading positions of a new prompt the KV cache holds. At least one remains to compute."""
         if any(self._angles.scales_at(length) for length in (len(keys), len(self._keys))):
             return 0
         length = min(len(keys) - 1, len(self._keys), self.engine.length)
@@ -54,12 +54,12 @@ class Session:
         return int(different[0]) if len(different) else length
 
     def extend(self, tokens: list[int]) -> None:
-        """Record answered tokens, as far as the engine has put them into the cache."""
+        """Record the tokens of an answer, as far as the engine has appended them to the KV cache."""
         keys = np.concatenate([self._keys, np.array(tokens, np.int64)])
         self._keys = keys[: self.engine.length]
 
 
 def image_keys(digest: bytes, count: int) -> Keys:
-    """Keys of an image's `count` tokens: negative, so that they never equal a token id."""
+    """Return the keys of the `count` tokens of an image. Keys are negative, so that they never equal a token id."""
     seed = int.from_bytes(digest[:8], "little") >> 2
     return -1 - ((seed + np.arange(count, dtype=np.int64) * 0x9E3779B1) & (2**62 - 1))

@@ -1,7 +1,7 @@
-"""Token ids in, text out, while the model is still writing.
+"""Convert token ids to text while the model still generates.
 
-The pieces joined are exactly the final text: the whole reply decoded, cut before the first stop string, stripped. So a
-piece never holds a part of a character, of a stop string, or whitespace that turns out to be the reply's end.
+All pieces joined are exactly the final text: the whole reply decoded, cut before the first stop string, and stripped.
+So a piece never has a part of a character, a part of a stop string, or whitespace at the end of the reply.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ from internvl_edge.model.tokenizer import Tokenizer
 
 
 class TextStream:
-    """The text of one reply, growing token by token.
+    """The text of one reply, which grows token by token.
 
-    `stopped` says that a stop string was found; ids pushed after that are ignored. `text` is what was returned so far.
+    `stopped` is True after a stop string was found; later ids are ignored. `text` is the text returned so far.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str] = ()) -> None:
-        """Start a reply; `stop` is a text that ends it, or several.
+        """Start a reply. `stop` is a text that ends it, or several such texts.
 
-        The stop string that is complete first ends the reply; of two that end together, the longer one is cut off.
+        The stop string that is complete first ends the reply. Of two that end at the same place, the longer one is cut
+        off.
 
         Raises:
-            PromptError: an empty stop string.
+            PromptError: a stop string is empty.
         """
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if not all(stop):
@@ -33,17 +34,17 @@ class TextStream:
         self._tokenizer = tokenizer
         self._characters = codecs.getincrementaldecoder("utf-8")(tokenizer.decode_errors)
         self._stop = stop
-        self._held = ""  # may still become a stop string
-        self._space = ""  # may still be the reply's end
+        self._held = ""  # this text may still become a stop string
+        self._space = ""  # this whitespace may still be the end of the reply
         self.text = ""
         self.stopped = False
 
     def push(self, token_id: int) -> str:
-        """Add a token; returns the text that is now certain, often ""."""
+        """Add a token, and return the text that is now certain, often ""."""
         return self._advance(self._tokenizer.token_bytes(token_id), final=False)
 
     def finish(self) -> str:
-        """End the reply; returns the rest of its text."""
+        """End the reply, and return the rest of its text."""
         return self._advance(b"", final=True)
 
     def _advance(self, data: bytes, final: bool) -> str:
@@ -60,7 +61,7 @@ class TextStream:
         return self._emit(text)
 
     def _possible_stop(self, text: str) -> int:
-        """Length of the longest end of `text` that begins a stop string."""
+        """Return the length of the longest end of `text` that is the beginning of a stop string."""
         longest = max((len(stop) for stop in self._stop), default=1) - 1
         for length in range(min(longest, len(text)), 0, -1):
             if any(stop.startswith(text[-length:]) for stop in self._stop):

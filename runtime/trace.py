@@ -1,4 +1,4 @@
-"""An answer with the logits that led to it: greedy, or along given tokens. What evaluation looks at."""
+"""An answer with the logits before each token, for evaluation. The answer is greedy, or follows given tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Trace:
 
     Attributes:
         reply: the answer; its `output_ids` are the tokens taken.
-        logits: float32 [len(output_ids), vocab], row i is what the model said before token i was taken.
+        logits: float32 [len(output_ids), vocab]; row i holds the logits before token i was taken.
     """
 
     reply: Reply
@@ -25,7 +25,7 @@ class Trace:
 
 
 class Recorder:
-    """Takes the most probable token, or the next of the given ones, and keeps all logits."""
+    """Takes the most probable token, or the next of the given tokens, and keeps all logits."""
 
     def __init__(self, forced: Sequence[int] | None = None) -> None:
         self._forced = None if forced is None else iter(forced)
@@ -33,15 +33,15 @@ class Recorder:
 
     @property
     def takes_the_best(self) -> bool:
-        """Never: logits are what is recorded."""
+        """False, because the engine must return logits to record."""
         return False
 
     def choose(self, logits: NDArray[np.float32]) -> int:
-        """The next token for logits [vocab]."""
+        """Record logits [vocab], and return the next token."""
         self._logits.append(logits.copy())
         return int(logits.argmax()) if self._forced is None else next(self._forced)
 
     @property
     def logits(self) -> NDArray[np.float32]:
-        """[tokens, vocab], all that was seen."""
+        """All recorded logits [tokens, vocab]."""
         return np.stack(self._logits)

@@ -1,1 +1,1 @@
-"""Doors to other libraries, each with an extra of its own and never imported by anything else here."""
+"""Adapters to other libraries. Each has its own extra, and no other module of this project imports them."""

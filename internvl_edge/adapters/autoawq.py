@@ -1,9 +1,10 @@
-"""AutoAWQ 0.2.9 as another search for scales and clipping, for comparison with this project's own.
+"""Quantize with the search of AutoAWQ 0.2.9 for scales and clipping, to compare it with the search of this project.
 
     python -m internvl_edge.adapters.autoawq CHECKPOINT CALIBRATION OUT --group-size 128
 
-Qwen2 models only. AutoAWQ by itself sees text; here it gets what `calibrate` embedded, image tokens included. The whole
-decoder is in memory in float32. Needs the extra `autoawq` (archived upstream; works with transformers 5.5 to 5.23).
+This works for Qwen2 models only. AutoAWQ itself calibrates on text; here it receives the embeddings that `calibrate`
+made, image tokens included. The whole decoder is in memory in float32. The extra `autoawq` is necessary (AutoAWQ is
+archived upstream, and works with transformers 5.5 to 5.23).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from internvl_edge.quantize.block import QuantizedBlock
 from internvl_edge.quantize.output import OutputLayout
 from internvl_edge.recipe.recipe import Recipe
 
-# AutoAWQ joins its samples and cuts them into sequences of one length; this is its own default.
+# Tokens per sequence. AutoAWQ joins its samples and cuts them into sequences of this length, its own default.
 SEQUENCE_LENGTH = 512
 _PARTS = ("qweight", "qzeros", "scales")
 
@@ -43,12 +44,13 @@ def quantize_with_autoawq(
 
     Args:
         checkpoint: local folder with float weights.
-        calibration: what `calibrate` made with this checkpoint.
+        calibration: the folder that `calibrate` made with this checkpoint.
         out: the checkpoint folder to make, in AutoAWQ's GEMM format.
         group_size: inputs that share one scale.
 
     Raises:
-        EdgeError: another text model, AutoAWQ missing or broken, too little data, or anything `check_recipe` refuses.
+        EdgeError: the text model is not Qwen2, `out` exists, AutoAWQ is missing or broken, the calibration
+            folder cannot be used or is of another checkpoint, or `check_recipe` refuses.
     """
     source, target = Checkpoint(Path(checkpoint)), Path(out)
     if source.config.decoder.architecture != "qwen2":
@@ -75,22 +77,22 @@ def quantize_with_autoawq(
 
 
 def _sequences(data: CalibrationSet) -> Tensor:
-    """[sequences, length, hidden] float32 of the embedded samples, joined and cut."""
+    """Join the embedded samples, and cut them into sequences [sequences, length, hidden] float32."""
     length = min(SEQUENCE_LENGTH, data.total)
     count = data.total // length
     return torch.from_numpy(np.array(data.embeddings()[: count * length])).reshape(count, length, -1)
 
 
 def _search(checkpoint: Checkpoint, sequences: Tensor, group_size: int) -> dict[str, Tensor]:
-    """AutoAWQ's tensors of the decoder's layers by their name below `decoder.`."""
+    """Run AutoAWQ, and return the tensors of the decoder's layers by their names without `decoder.`."""
     with requires("autoawq", "AutoAWQ's search"):
         from awq.models.qwen2 import Qwen2AWQForCausalLM
         from awq.quantize.quantizer import AwqQuantizer
 
     class Embedded(AwqQuantizer):  # type: ignore[misc]  # the library has no types
-        """Starts from embeddings instead of token ids, and keeps copies of weights while it tries scales.
+        """A quantizer that starts from embeddings instead of token ids, and copies weights before it tries scales.
 
-        AutoAWQ keeps them with `.cpu()`, which on a CPU copies nothing: the first scale tried would stay in the model.
+        AutoAWQ saves the weights with `.cpu()`, which does not copy on a CPU. The first scale would stay in the model.
         """
 
         def init_quant(self, n_samples: int = 0, max_seq_len: int = 0) -> tuple[Any, dict[str, Any], Tensor]:
@@ -116,7 +118,7 @@ def _search(checkpoint: Checkpoint, sequences: Tensor, group_size: int) -> dict[
 
 
 def _text_model(checkpoint: Checkpoint) -> Any:
-    """transformers' Qwen2ForCausalLM with the checkpoint's decoder, float32."""
+    """Return transformers' Qwen2ForCausalLM with the checkpoint's decoder in float32."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     decoder = checkpoint.config.decoder
@@ -136,7 +138,7 @@ def _text_model(checkpoint: Checkpoint) -> Any:
     with torch.device("meta"):
         model = Qwen2ForCausalLM(config)
     names = [name for name in checkpoint.shapes if name.startswith("decoder.")]
-    # Copies: AutoAWQ scales weights in place, and those of a float32 checkpoint are views of its file.
+    # Copy the weights, because AutoAWQ scales them in place, and those of a float32 checkpoint are views of its file.
     tensors = {name: to_torch(checkpoint.tensor(name)).to(torch.float32, copy=True) for name in names}
     prefixes = {"decoder.lm_head": "lm_head", "decoder.": "model."}
     renamed = {_renamed(name, prefixes): tensor for name, tensor in tensors.items()}
@@ -150,7 +152,7 @@ def _renamed(name: str, prefixes: dict[str, str]) -> str:
 
 
 def _as_block(checkpoint: Checkpoint, state: dict[str, Tensor]) -> QuantizedBlock:
-    """AutoAWQ's result in this project's terms; norms and biases are rounded to the type they were stored in."""
+    """Convert AutoAWQ's result to a `QuantizedBlock`. Norms and biases are rounded to the dtype of the checkpoint."""
     block = QuantizedBlock()
     for name, tensor in state.items():
         module, _, kind = f"decoder.{name}".rpartition(".")
@@ -167,9 +169,9 @@ def _as_block(checkpoint: Checkpoint, state: dict[str, Tensor]) -> QuantizedBloc
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("calibration", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--group-size", type=int, default=128, show_default=True)
+@click.option("--group-size", type=int, default=128, show_default=True, help="Inputs that share one scale.")
 def main(checkpoint: Path, calibration: Path, out: Path, group_size: int) -> None:
-    """Quantize CHECKPOINT with AutoAWQ on CALIBRATION, the folder that `internvl-edge calibrate` made, into OUT."""
+    """Quantize CHECKPOINT with AutoAWQ into OUT. CALIBRATION is the folder that `internvl-edge calibrate` made."""
     try:
         click.echo(quantize_with_autoawq(checkpoint, calibration, out, group_size))
     except EdgeError as error:

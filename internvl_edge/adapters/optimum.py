@@ -1,4 +1,4 @@
-"""Lets users of Hugging Face's optimum find this exporter: optimum's `TasksManager` knows InternVL after `register()`.
+"""Make this exporter available in Hugging Face's optimum: `register()` adds InternVL to optimum's `TasksManager`.
 
     from internvl_edge.adapters.optimum import register
     from optimum.exporters.tasks import TasksManager
@@ -8,8 +8,8 @@
     )
     found(config).export("InternVL2_5-1B", "bundle")
 
-Nothing is traced: what is found calls `export_bundle`, which writes graphs directly. optimum's own command line exports
-by tracing and cannot use it. Needs the extra `optimum`.
+The exporter does not trace the model: it calls `export_bundle`, which writes the graphs directly. The command line of
+optimum exports by tracing and cannot use it. The extra `optimum` is necessary.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ MODEL_TYPES = ("internvl_chat", "internvl")
 
 
 class InternVLExport:
-    """What optimum hands out for InternVL.
+    """The exporter that optimum returns for InternVL.
 
     Args:
-        config: the model's configuration object or None; the exporter reads the checkpoint's own `config.json`.
+        config: the model's configuration object or None. The exporter reads `config.json` of the checkpoint instead.
         task: `image-text-to-text`.
     """
 
@@ -50,14 +50,14 @@ class InternVLExport:
         return export_bundle(resolve_checkpoint(str(checkpoint)), out, **options)
 
     def __getattr__(self, name: str) -> Any:
-        """Tracing exporters ask for inputs, outputs and patches, which do not exist here."""
+        """Raise EdgeError: tracing exporters use inputs, outputs and patches, which do not exist here."""
         if name.startswith("__"):
             raise AttributeError(name)
         raise EdgeError(f"InternVL is not exported by tracing, so there is no {name}; call export(checkpoint, out)")
 
 
 def register() -> None:
-    """Make InternVL known to optimum's TasksManager, in both layouts; existing entries stay.
+    """Register InternVL in optimum's TasksManager, in both checkpoint layouts. Existing entries stay.
 
     Raises:
         EdgeError: optimum is not installed or cannot be imported.

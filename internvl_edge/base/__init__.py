@@ -1,1 +1,1 @@
-"""What every room stands on: errors, units, files written whole, dataclasses as JSON, and facts about this machine."""
+"""The base of all other packages: errors, units, atomic writes, dataclasses as JSON, and facts about the machine."""

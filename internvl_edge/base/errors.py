@@ -1,12 +1,15 @@
-"""What can be wrong on the user's side. Every message is one line: what was found, what was expected, what to do."""
+"""The errors that a user can correct.
+
+Every message is one line: what was found, what was expected, and what to do.
+"""
 
 
 class EdgeError(Exception):
-    """A mistake in what the user gave, never a bug of ours; the command line prints it and exits with status 2."""
+    """An error in the user's input, and not a bug. The command line prints it and exits with status 2."""
 
 
 class CheckpointError(EdgeError):
-    """The checkpoint folder, its configuration or one of its tensors is not usable."""
+    """The checkpoint folder, its configuration or one of its tensors cannot be used."""
 
 
 class BundleError(EdgeError):
@@ -26,4 +29,4 @@ class EngineError(EdgeError):
 
 
 class QualityWarning(UserWarning):
-    """A bundle is used that failed its quality gate."""
+    """The bundle in use failed its quality gate."""

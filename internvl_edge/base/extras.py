@@ -1,4 +1,4 @@
-"""What to install when a package of one of the optional extras is missing."""
+"""Error messages for missing packages of the optional extras, with the command that installs them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from .errors import EdgeError
 
 @contextmanager
 def requires(extra: str, what: str, error: type[EdgeError] = EdgeError, advice: str = "") -> Iterator[None]:
-    """Around imports of optional packages: a missing one becomes one line.
+    """Turn a failed import of an optional package inside the block into an error of one line.
 
     Args:
-        extra: the extra of internvl-edge that has the packages: "export", or several: "cpu,export".
-        what: what cannot be done without them: "export", "reading a checkpoint".
-        error: the kind of error to raise.
-        advice: what else can be done, such as "or give a bundle".
+        extra: the extra of internvl-edge with the packages, such as "export", or several: "cpu,export".
+        what: what needs the packages, such as "export" or "reading a checkpoint".
+        error: the class of the error to raise.
+        advice: what else the user can do, such as "or give a bundle".
 
     Raises:
-        EdgeError: of the kind `error`; names the package, and the command that installs it.
+        EdgeError: of the class `error`; the message names the package and the command that installs it.
     """
     try:
         yield
@@ -28,9 +28,10 @@ def requires(extra: str, what: str, error: type[EdgeError] = EdgeError, advice: 
 
 
 def missing_package(missing: ImportError, extra: str, what: str, advice: str = "") -> str:
-    """The line of `requires`, where a missing package is no error.
+    """Return the message of `requires`, for callers to whom a missing package is no error.
 
-    A package that is there and cannot be imported (a library of the system is missing) says so in its own words.
+    If an installed package cannot be imported (a system library is missing, for example), the message includes the
+    reason from the import.
     """
     broken = not isinstance(missing, ModuleNotFoundError)
     found = f"{what} needs the package {missing.name or 'that failed to import'}{f' ({missing})' if broken else ''}"
@@ -38,5 +39,5 @@ def missing_package(missing: ImportError, extra: str, what: str, advice: str = "
 
 
 def install(extra: str) -> str:
-    """The command that installs an extra, or several: "cpu,export"."""
+    """Return the command that installs an extra, or several: "cpu,export"."""
     return f"pip install 'internvl-edge[{extra}]'"

@@ -1,6 +1,7 @@
-"""Files and folders that appear whole or not at all, and one line for what a disk refuses.
+"""Write files and folders atomically, and turn disk errors into messages of one line.
 
-A killed process leaves the old file or the new one, never half of one; a partial folder disappears on any failure.
+After a process was killed, the old file or the complete new file is there. On a failure, including Ctrl-C and SIGTERM,
+a partial folder is removed.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 @contextmanager
 def replacing(path: Path, *, shared: bool = True) -> Iterator[Path]:
-    """A temporary sibling to write; it takes the place of `path` in one step, with its mode, when the block succeeds.
+    """Yield a temporary sibling file. If the block succeeds, it replaces `path` in one step and keeps the old mode.
 
     Args:
-        path: the file to make or to replace.
-        shared: other processes may write the same file at the same time. In a folder of one process alone, False gives
-            the sibling a fixed name, so that what a killed run left is overwritten by the next.
+        path: the file to create or replace.
+        shared: whether other processes may write the same file at the same time. In a folder that only one process
+            uses, False gives the sibling a fixed name, so that the next run overwrites what a killed run left.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}" if shared else f"{path.name}.new")
     try:
@@ -49,9 +50,9 @@ def replace_text(path: Path, text: str, *, shared: bool = True) -> None:
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A temporary sibling folder that becomes `target`, or takes its place, when the block succeeds.
+    """Yield a temporary sibling folder. If the block succeeds, it becomes `target` or replaces it.
 
-    On failure it disappears, also on Ctrl-C and SIGTERM.
+    On a failure, including Ctrl-C and SIGTERM, the folder is removed.
     """
     with _terminating_as_interrupt():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -78,16 +79,16 @@ def readable_disk_errors(
     when_refused: str = "choose another --output",
     error: type[EdgeError] = EdgeError,
 ) -> Iterator[None]:
-    """Turn a full disk or missing rights inside the block into one line.
+    """Turn a full disk or a missing permission inside the block into an error of one line.
 
     Args:
-        target: what is being written, for the message.
-        when_full: what to do about a full disk.
-        when_refused: what to do where writing is not allowed.
-        error: the kind of error to raise.
+        target: the file or folder that the block writes, for the message.
+        when_full: what to do when the disk is full.
+        when_refused: what to do when writing is not permitted.
+        error: the class of the error to raise.
 
     Raises:
-        EdgeError: of the kind `error`.
+        EdgeError: of the class `error`.
     """
     try:
         yield
@@ -101,7 +102,7 @@ def readable_disk_errors(
 
 
 def require_space(folder: Path, needed: int, what: str, advice: str) -> None:
-    """Raise EdgeError where the disk of `folder` has less than `needed` bytes free."""
+    """Raise EdgeError if the disk of `folder` has less than `needed` bytes free."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise EdgeError(f"{what} needs {needed / 1e9:.2f} GB, {folder.parent} has {free / 1e9:.2f} GB free; {advice}")
@@ -109,7 +110,10 @@ def require_space(folder: Path, needed: int, what: str, advice: str) -> None:
 
 @contextmanager
 def _terminating_as_interrupt() -> Iterator[None]:
-    """SIGTERM cleans up like Ctrl-C does; signals can only be handled in the main thread."""
+    """Make SIGTERM raise KeyboardInterrupt, so that it cleans up as Ctrl-C does.
+
+    This works only in the main thread, because Python handles signals only there.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt

@@ -1,7 +1,6 @@
-"""Frozen dataclasses as JSON and back, by their annotations: the one codec of everything that this project stores.
+"""Convert frozen dataclasses to JSON and back, by their annotations. All stored data of this project uses this module.
 
-Figures that are no numbers (NaN, infinity) are null in JSON and NaN when they are read. Reading checks types and names
-the place of a mistake.
+NaN and infinity are null in JSON, and null is read as NaN. Reading checks types, and an error names the place.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ _INDENT = "  "
 
 
 def encode(value: Any) -> Any:
-    """A dataclass, and what it holds, as JSON values."""
+    """Return a dataclass, and everything in it, as JSON values."""
     if is_dataclass(value):
         return {field.name: encode(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
@@ -34,20 +33,23 @@ def encode(value: Any) -> Any:
 
 
 def dumps(value: Any) -> str:
-    """A dataclass, or values, as the text of a JSON file: what fits on a line of 120 characters stands on one."""
+    """Return a dataclass, or JSON values, as the text of a JSON file.
+
+    A value that fits a line of 120 characters is on one line, unless it contains other non-empty objects or lists.
+    """
     return _text(encode(value), "") + "\n"
 
 
 def decode(kind: type[T], value: Any, *, strict: bool = False) -> T:
-    """The dataclass that `encode` made JSON values of.
+    """Return the dataclass that these JSON values encode.
 
     Args:
-        kind: the class.
+        kind: the dataclass.
         value: JSON values.
-        strict: refuse entries that this version does not know, instead of passing over them.
+        strict: whether an entry that this version does not know is an error. Otherwise it is ignored.
 
     Raises:
-        ValueError: the values are not of this form; the place is named.
+        ValueError: the values do not fit the class; the message names the place.
     """
     decoded: T = _Decoder(strict).decode(kind, value, "")
     return decoded
@@ -67,13 +69,13 @@ def _text(value: Any, indent: str) -> str:
 
 
 def _holds_rows(value: dict[str, Any] | list[Any]) -> bool:
-    """Whether containers stand inside, which read better one to a line."""
+    """Return whether a value contains non-empty objects or lists. These are easier to read with one per line."""
     items = value.values() if isinstance(value, dict) else value
     return any(isinstance(item, (dict, list)) and item for item in items)
 
 
 class _Decoder:
-    """Follows the annotations; `where` is the place in the JSON values, for messages."""
+    """Decodes values by annotations. `where` is the place in the JSON values, for error messages."""
 
     def __init__(self, strict: bool) -> None:
         self._strict = strict

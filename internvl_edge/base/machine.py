@@ -1,4 +1,4 @@
-"""What this machine is: cores, processor, instructions and memory, as far as the system says."""
+"""Facts about this machine, as far as the system provides them: cores, processor, CPU features and memory."""
 
 from __future__ import annotations
 
@@ -12,41 +12,42 @@ _BFLOAT16 = {"avx512_bf16", "amx_bf16"}
 
 
 def cores() -> int:
-    """CPU cores this process may use; where the system does not say, all of them."""
+    """Return the number of CPU cores that this process may use, or of all cores where the system does not say."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def processor() -> str:
-    """The processor's name."""
+    """Return the name of the processor."""
     return _proc_field("cpuinfo", "model name", "Model") or platform.processor() or platform.machine() or "unknown"
 
 
 def cpu_features() -> frozenset[str]:
-    """Instructions of the CPU as Linux names them ("avx512_vnni", on Arm "asimddp"); empty on other systems."""
+    """Return the CPU features with their Linux names ("avx512_vnni", on Arm "asimddp"); empty on other systems."""
     return frozenset(_proc_field("cpuinfo", "flags", "Features").split())
 
 
 def multiplies_int8_exactly() -> bool:
-    """Whether this CPU adds up products of bytes without loss: x86 needs VNNI for it, others always do.
+    """Return whether this CPU accumulates int8 products exactly. An x86 CPU needs VNNI for this; others always do it.
 
-    Without it, two products are added in 16 bits, where large ones saturate. False where the CPU cannot be asked.
+    Without VNNI, x86 adds two products in 16 bits, where large ones saturate. The result is False on x86 systems that
+    do not provide the CPU features.
     """
     return platform.machine().lower() not in ("x86_64", "amd64") or bool(_VNNI & cpu_features())
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices faster than float32 ones (x86 only)."""
+    """Return whether this CPU multiplies bfloat16 matrices faster than float32 matrices (x86 only)."""
     return bool(_BFLOAT16 & cpu_features())
 
 
 def memory(*fields: str) -> int | None:
-    """Bytes of fields of Linux's memory table together ("MemTotal", "MemAvailable", "SwapFree"); None elsewhere."""
+    """Return the sum in bytes of /proc/meminfo fields ("MemTotal", "MemAvailable", "SwapFree"); None elsewhere."""
     found = [_proc_field("meminfo", field).split() for field in fields]
     return sum(1024 * int(value[0]) for value in found) if all(found) else None
 
 
 def peak_memory() -> int:
-    """Bytes of this process's largest resident memory, 0 where the system does not say."""
+    """Return the peak RSS of this process in bytes, or 0 where the system does not provide it."""
     try:
         import resource
     except ImportError:
@@ -55,7 +56,7 @@ def peak_memory() -> int:
 
 
 def _proc_field(table: str, *names: str) -> str:
-    """The first `name : value` of a table in /proc, "" where there is none."""
+    """Return the value of the first of `names` in a table in /proc, or "" where there is none."""
     try:
         text = Path("/proc", table).read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -1,4 +1,4 @@
-"""When, where, how long and in how much memory something was computed."""
+"""The record of a computation: its date, its machine, its time, its memory and its package versions."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _PACKAGES = ("internvl-edge", "numpy", "onnxruntime", "tensorrt-rtx-cu13", "toke
 
 @dataclass(frozen=True)
 class RunRecord:
-    """How something was computed.
+    """The record of one computation.
 
     Attributes:
         date: UTC, to the minute: "2026-11-23 17:05".
-        seconds: wall time; of a continued run, its last part.
-        peak_memory: largest resident memory of the process, bytes.
-        machine: processor and cores.
+        seconds: wall time; for a resumed run, that of its last part.
+        peak_memory: peak RSS of the process, in bytes.
+        machine: processor and number of cores.
         versions: package -> version.
     """
 
@@ -33,7 +33,7 @@ class RunRecord:
 
 
 def run_record(seconds: float) -> RunRecord:
-    """The record of work that this process did, took `seconds`, and ends now."""
+    """Return the record of work in this process that took `seconds` and ends now."""
     found = {name: installed for name in _PACKAGES if (installed := _version(name))}
     return RunRecord(
         date=f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M}",

@@ -1,4 +1,4 @@
-"""TOML text -> values; Python 3.10, which JetPack 6 has, reads it with tomli."""
+"""Parse TOML text. Python 3.10 (JetPack 6) has no tomllib and uses tomli."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ else:
 
 
 def parse(text: str, where: str, error: type[EdgeError] = EdgeError) -> dict[str, Any]:
-    """The values of a file's text.
+    """Return the values of the text of a TOML file.
 
     Raises:
-        EdgeError: `where` is not valid TOML, with the place of the mistake; or the kind of it that is `error`.
+        EdgeError: of the class `error`: the text is not valid TOML. The message names the file `where` and the place.
     """
     try:
         return tomllib.loads(text)

@@ -1,1 +1,1 @@
-"""The bundle that devices run: its manifest and verification, its token table, and the quality recorded in it."""
+"""The bundle that devices run: its manifest, its verification, its token table and its recorded quality."""

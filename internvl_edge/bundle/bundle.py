@@ -1,7 +1,7 @@
-"""An opened bundle: one folder with graphs, weights, tokenizer and a manifest that says what they are.
+"""An opened bundle: one folder with graphs, weights, tokenizer and a manifest that describes them.
 
-`Bundle.open` checks everything a device can check before it loads a byte of weights: format version, presence, sizes,
-and the SHA-256 of every file. A file whose hash was once verified is recognised by size and time stamp and not read
+`Bundle.open` verifies the bundle before any weights are loaded: the format version, and the presence, size and SHA-256
+of every file. A file with a verified hash is recognised by its path, inode, size and time stamps, and is not read
 again.
 """
 
@@ -35,14 +35,15 @@ class Bundle:
         """Read the manifest and verify every file.
 
         Raises:
-            BundleError: not a bundle, newer format, or a file that is missing or changed (named).
+            BundleError: the folder is not a bundle, its format is newer, or a file is missing or changed (the message
+                names it).
         """
         manifest = Manifest.read(folder)
         _verify(folder, manifest)
         return Bundle(folder, manifest)
 
     def path(self, name: str) -> Path:
-        """The full path of one of the bundle's files.
+        """Return the full path of one of the bundle's files.
 
         Raises:
             BundleError: the manifest does not list the file, so nobody verified it.
@@ -52,14 +53,14 @@ class Bundle:
         return self.folder / name
 
     def embeddings(self) -> TokenTable:
-        """The token table [vocab, hidden]."""
+        """Return the token table [vocab, hidden]."""
         decoder = self.manifest.model.decoder
         shape = (decoder.vocab_size, decoder.hidden_size)
         return TokenTable(self.path(EMBEDDINGS), self.manifest.token_table, shape)
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file."""
+    """Return the SHA-256 of a file in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         for block in iter(lambda: file.read(1 << 20), b""):
@@ -110,7 +111,7 @@ def _read_stamps() -> dict[str, str]:
 
 
 def _write_stamps(stamps: dict[str, str]) -> None:
-    """Remember verified files; a device without a writable cache just verifies every time."""
+    """Store the stamps of verified files. A device without a writable cache folder verifies every time."""
     path = _stamp_file()
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

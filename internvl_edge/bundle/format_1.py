@@ -1,9 +1,9 @@
-"""Manifests of format 1, as values of format 2.
+"""Convert manifests of format 1 to values of format 2.
 
-Format 1 told how linears are stored in sentences and counts. Which linear has which scheme follows from them where the
-decoder's layers have one scheme, as in nearly all bundles of its time. Where they have several, the counts are right
-and the places are not known: they are given out in the order of the layers. Nothing in this version decides by the
-place.
+Format 1 describes the storage of linears as text and counts. Where the decoder's layers have one scheme, as in nearly
+all bundles of format 1, the scheme of each linear follows from this. Where they have several schemes, the counts are
+correct, but the scheme of a single linear is not known: the schemes are assigned in the order of the layers. No code
+depends on which linear has which scheme.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _HEAD = "decoder.lm_head"
 
 
 def upgrade(values: dict[str, Any]) -> dict[str, Any]:
-    """Values of format 2 that say what values of format 1 say.
+    """Return the values of format 2 that are equal to values of format 1.
 
     Raises:
-        ValueError: values that format 1 did not have.
+        ValueError: the values are not of format 1.
     """
     quantization, tower = values.get("quantization"), values.pop("vision_quantization", None)
     config = decode(ModelConfig, values.get("model"), strict=True)
@@ -83,7 +83,7 @@ def _component(part: Any, dtype: str) -> dict[str, Any]:
 
 
 def _quality(values: Any) -> Any:
-    """How figures were measured had other names for a suite and for a comparison."""
+    """Rename the fields of `measured`, whose names differed between a suite and a comparison in format 1."""
     if not isinstance(values, dict) or not isinstance(values.get("measured"), dict):
         return values
     renamed = {"cases": "questions", "suite": "data"}

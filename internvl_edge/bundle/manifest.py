@@ -1,6 +1,7 @@
-"""The manifest: what a bundle says of itself, as typed data in `manifest.json`.
+"""The manifest, which describes a bundle as typed data in `manifest.json`.
 
-Written in format 2. Format 1, which told some of it in sentences, is still read; see `format_1` and docs/formats.md.
+It is written in format 2. Format 1, which has some of the data as text, can still be read (see `format_1` and
+docs/formats.md).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ DIGEST = "sha256"
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One file: its size and the SHA-256 of its content, in hexadecimal digits."""
+    """One file: its size in bytes and the SHA-256 of its content in hexadecimal digits."""
 
     bytes: int
     sha256: str
@@ -40,7 +41,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Token ids with a role: `image` is the placeholder of image tokens, each of `stop` ends an answer."""
+    """Ids of special tokens: `image` is the placeholder of each image token, and each of `stop` ends an answer."""
 
     image: int
     stop: tuple[int, ...]
@@ -48,13 +49,13 @@ class SpecialTokens:
 
 @dataclass(frozen=True)
 class DecoderQuantization:
-    """What is known of a quantized decoder beside the scheme of each linear.
+    """Facts about a quantized decoder beside the scheme of each linear.
 
     Attributes:
-        method: of the checkpoint: "awq" or "compressed-tensors".
-        bits_per_weight: over all linears of the decoder, with scales and zero points.
-        weight_error: root mean square of what the standard dialect's weights miss of the checkpoint's, relative to
-            these, on up to 256 outputs of each linear with float inputs.
+        method: quantization method of the checkpoint, "awq" or "compressed-tensors".
+        bits_per_weight: mean over all linears of the decoder, scales and zero points included.
+        weight_error: root mean square of the difference between the weights of the standard dialect and those of the
+            checkpoint, relative to the latter, on up to 256 outputs of each linear with float inputs.
     """
 
     method: str
@@ -64,24 +65,24 @@ class DecoderQuantization:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a bundle says of itself.
+    """The description of a bundle.
 
     Attributes:
         producer: name and version of the program that made it.
-        source: the checkpoint's folder name, for people.
-        model: the configuration the graphs were built from.
-        template: how a conversation is written.
-        tokens: ids by role.
-        dtype: how float weights are stored: "float32", "float16" or "bfloat16".
-        activations: what the graphs compute in.
-        kv_cache: "int8", or None for a cache in `activations`.
-        token_table: "int8", or one of the types of `dtype`.
-        linears: how each quantized linear is rounded, by canonical name ("decoder.layers.0.mlp.up_proj"); all others
+        source: name of the checkpoint's folder, for information.
+        model: the configuration that the graphs were built from.
+        template: the conversation template of the prompt.
+        tokens: ids of the special tokens.
+        dtype: type of stored float weights: "float32", "float16" or "bfloat16".
+        activations: type that the graphs compute in.
+        kv_cache: type of the KV cache: "int8", or None for `activations`.
+        token_table: type of the token table: "int8", or one of the types of `dtype`.
+        linears: scheme of each quantized linear, by canonical name ("decoder.layers.0.mlp.up_proj"). All other linears
             are floats.
         components: the size of each part of the model.
-        quantization: more about a quantized decoder; None for one of floats.
-        files: by name.
-        quality: what evaluation found; None where nobody has looked.
+        quantization: more about a quantized decoder; None for a decoder in floats.
+        files: all files by name.
+        quality: the results of evaluation; None where the bundle was not evaluated.
     """
 
     producer: str
@@ -101,30 +102,30 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """One SHA-256 for the names and contents of all files: what figures about a bundle are tied to."""
+        """One SHA-256 of the names and contents of all files. Measured figures belong to one fingerprint."""
         digests = sorted((name, entry.sha256) for name, entry in self.files.items())
         return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
     @property
     def is_quantized(self) -> bool:
-        """Whether anything has fewer bits than a float."""
+        """Whether any linear, the KV cache or the token table is quantized."""
         return bool(self.linears) or "int8" in (self.kv_cache, self.token_table)
 
     @property
     def rounds_inputs(self) -> bool:
-        """Whether any linear takes int8 inputs, whose products are added up in integers."""
+        """Whether any linear has int8 inputs, so that its products are accumulated as integers."""
         return any(scheme.static_inputs for scheme in self.linears.values())
 
     def schemes(self, part: str) -> dict[str, Scheme]:
-        """The quantized linears whose names begin with `part`: "decoder.layers.", "vision."."""
+        """Return the schemes of quantized linears whose names begin with `part`, such as "decoder.layers."."""
         return {name: scheme for name, scheme in self.linears.items() if name.startswith(part)}
 
     def floats(self, *parts: str) -> list[str]:
-        """The linears whose names begin with one of `parts` and that keep their floats."""
+        """Return the linears in floats whose names begin with one of `parts`."""
         return [name for name in linear_names(self.model, *parts) if name not in self.linears]
 
     def write(self, folder: Path) -> None:
-        """Write `manifest.json`, the file that makes a folder a bundle; one that is there is replaced in one step."""
+        """Write `manifest.json`, which makes a folder a bundle. An existing manifest is replaced in one step."""
         values = encode(self)
         replace_text(
             folder / MANIFEST, dumps({"format_version": FORMAT_VERSION, DIGEST: manifest_digest(values), **values})
@@ -132,7 +133,7 @@ class Manifest:
 
     @staticmethod
     def read(folder: Path) -> Manifest:
-        """Raises BundleError when there is no manifest, or one this version cannot read."""
+        """Read the manifest of a folder. Raise BundleError if there is none, or this version cannot read it."""
         path = folder / MANIFEST
         if not path.is_file():
             raise BundleError(
@@ -168,12 +169,15 @@ def _decode(values: dict[str, Any], folder: Path) -> Manifest:
 
 
 def manifest_digest(values: dict[str, Any]) -> str:
-    """The SHA-256 of a manifest's content, whatever the order and the spacing of its JSON."""
+    """Return the SHA-256 of a manifest's content, whatever the order and the spacing of its JSON."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def _quality(values: Any) -> Quality | None:
-    """None where it cannot be read: it may be of a newer version, and no bundle should fail to load for that."""
+    """Return the quality, or None where it cannot be read.
+
+    It may be of a newer version, and a bundle must not fail to load for that reason.
+    """
     if values is None:
         return None
     try:

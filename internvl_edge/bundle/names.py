@@ -2,11 +2,11 @@
 
 MANIFEST = "manifest.json"
 VISION = "vision.onnx"
-# One decoder header per dialect. Float weights lie once, in a file that both share; quantized ones lie once for each.
+# One decoder graph per dialect. Both share one file of float weights, and each has its own copy of quantized weights.
 DECODERS = {"standard": "decoder.onnx", "onnxruntime": "decoder.onnxruntime.onnx"}
-# Long prompts in int8, for ONNX Runtime on CPUs; optional.
+# The optional int8 graph for long prompts, for ONNX Runtime on CPUs.
 PROMPTS = "prompts.onnx"
 EMBEDDINGS = "embeddings.bin"
 TOKENIZER = "tokenizer.json"
-# A `checkpoint.record.QuantizationRecord`, where the checkpoint brought one.
+# The `checkpoint.record.QuantizationRecord` of the checkpoint, if it has one.
 QUANTIZATION = "quantization.json"

@@ -1,6 +1,6 @@
-"""The quality that a bundle's manifest records: read where it is this bundle's, written in one step, warned about.
+"""Read, write and check the quality that a bundle's manifest records.
 
-Figures are tied to the bundle's files: under a manifest with other files they do not count.
+Figures belong to the files that were measured. If the bundle has other files, the figures do not count.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from .quality import Quality
 
 
 def quality_of(manifest: Manifest) -> Quality:
-    """What is known of the bundle with this manifest.
+    """Return the recorded quality of the bundle with this manifest.
 
-    Nothing where the figures belong to other files, or cannot be read: they may be those of a newer version, and no
-    bundle should fail to load for that. The bundle then counts as never measured.
+    The quality is empty, as if the bundle was never measured, where the figures belong to other files or cannot be
+    read. They may be of a newer version, and a bundle must not fail to load for that reason.
     """
     quality = manifest.quality
     return quality if quality and quality.files == manifest.fingerprint else Quality(manifest.fingerprint)
 
 
 def record_quality(folder: Path, quality: Quality) -> None:
-    """Put the figures into the bundle's manifest, in one step.
+    """Write the quality into the bundle's manifest in one step.
 
     Raises:
-        BundleError: the bundle's files are not those that were measured, or the manifest cannot be written.
+        BundleError: the bundle's files differ from those that were measured, or the manifest cannot be written.
     """
     manifest = Manifest.read(folder)
     if manifest.fingerprint != quality.files:
@@ -56,7 +56,7 @@ def accept_quality(folder: Path, reason: str) -> Quality:
 
 
 def quality_warning(folder: Path, manifest: Manifest) -> str | None:
-    """Say in one line that the bundle's gate failed; None where it did not, or where somebody accepted the bundle."""
+    """Return one line that says that the bundle failed its gate; None if it did not fail, or if it was accepted."""
     quality = quality_of(manifest)
     if quality.accepted or not quality.failed:
         return None

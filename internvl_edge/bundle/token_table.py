@@ -1,7 +1,8 @@
-"""The token table: one row of numbers per token, read row by row from a mapped file.
+"""The token table: one row [hidden] per token, read row by row from a mapped file.
 
-Rows are floats, or int8 with one float32 scale each, all scales behind all rows. A device looks up a few rows a second,
-so the table costs no memory, but on the disk of a 1B it is larger than the int4 decoder.
+Rows are floats, or int8 with one float32 scale per row. In the file, all scales follow all rows. A device reads a few
+rows per second, so the table needs almost no memory. On disk, the float table of a 1B model is larger than its int4
+decoder.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _STORED = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, 
 
 
 class TokenTable:
-    """A table of `shape` (vocab, hidden) in a file; `dtype` is "float32", "float16", "bfloat16" or "int8"."""
+    """A table of `shape` (vocab, hidden) in a file. `dtype` is "float32", "float16", "bfloat16" or "int8"."""
 
     def __init__(self, path: Path, dtype: str, shape: tuple[int, int]) -> None:
         self.dtype, self.shape = dtype, shape
@@ -30,7 +31,7 @@ class TokenTable:
         )
 
     def __getitem__(self, ids: Any) -> NDArray[np.float32]:
-        """Rows of tokens `ids` [n], [n, hidden]; of one token, [hidden]."""
+        """Return the rows [n, hidden] of token ids [n], or the row [hidden] of one id."""
         rows: NDArray[Any] = np.asarray(self._rows[ids])
         if self._scales is not None:
             scaled: NDArray[np.float32] = rows * np.asarray(self._scales[ids])[..., None]
@@ -41,7 +42,7 @@ class TokenTable:
 
 
 def int8_table(blocks: Iterable[NDArray[Any]], shape: tuple[int, int]) -> Iterator[NDArray[Any]]:
-    """Blocks of float rows -> what an int8 file holds: blocks of rows, what aligns the scales, the scales."""
+    """Yield the parts of an int8 file from blocks of float rows: int8 rows, padding that aligns the scales, scales."""
     scales = []
     for block in blocks:
         rows = block.astype(np.float32)
@@ -57,6 +58,6 @@ def _scale_offset(shape: tuple[int, int]) -> int:
 
 
 def table_bytes(shape: tuple[int, int], dtype: str) -> int:
-    """Size of the file."""
+    """Return the size of the file in bytes."""
     size = shape[0] * shape[1] * np.dtype(_STORED[dtype]).itemsize
     return _scale_offset(shape) + 4 * shape[0] if dtype == "int8" else size

@@ -1,7 +1,10 @@
-"""The command line: `internvl-edge COMMAND`. Each command is one file here; this one turns mistakes into one line each.
+"""The command line: `internvl-edge COMMAND`.
 
-Exit status: 0 done, 1 a bundle failed a condition of `evaluate --fail-if`, 2 a mistake of the user's (one line on
-standard error), 130 interrupted.
+Each command is one file in this folder. This file finds the command, and prints an error as one line on standard
+error.
+
+Exit status: 0 for success, 1 when a bundle fails a condition of `evaluate --fail-if` or `doctor` finds a problem, 2 for
+an error that the user can correct, 130 when the user interrupts the command.
 """
 
 from __future__ import annotations
@@ -17,21 +20,21 @@ import click
 
 from internvl_edge.base.errors import EdgeError, QualityWarning
 
-# Command -> one-line help. Commands are imported when they are called: `run` must not pay for `export`.
+# Command -> one-line help. A command is imported only when it is called: `run` must not load what `export` needs.
 COMMANDS = {
-    "inspect": "Show what a checkpoint or a bundle is.",
-    "calibrate": "Run calibration data through a checkpoint, for quantize.",
-    "quantize": "Quantize a checkpoint to 4 or 8 bits.",
-    "export": "Turn a checkpoint into a bundle of ONNX graphs.",
-    "devices": "List what bundles can be planned and built for.",
-    "plan": "Say whether a model fits a device, and how fast it can be.",
-    "build": "Build TensorRT engines of a bundle for a device.",
-    "run": "Ask a bundle one question about images.",
-    "chat": "Talk with a bundle in the terminal.",
-    "evaluate": "Measure how good a bundle's answers are.",
-    "bench": "Measure a bundle's speed and memory on this machine.",
-    "demo": "Export a small model that reads and ask it about pictures, both of them shipped.",
-    "doctor": "Check this machine's installation.",
+    "inspect": "Show the configuration and size of a checkpoint or a bundle.",
+    "calibrate": "Collect calibration data from a checkpoint, for quantize.",
+    "quantize": "Convert a checkpoint to a quantized one (4 or 8 bits).",
+    "export": "Convert a checkpoint to a bundle of ONNX graphs.",
+    "devices": "List the devices that plan and build support.",
+    "plan": "Predict whether a model fits a device, and its speed there.",
+    "build": "Build TensorRT engines from a bundle, for a device.",
+    "run": "Ask a bundle one question about images or a video.",
+    "chat": "Chat with a bundle in the terminal.",
+    "evaluate": "Measure the quality of a bundle's answers.",
+    "bench": "Measure the speed and memory of a bundle on this machine.",
+    "demo": "Export the shipped demo model and ask it about shipped images.",
+    "doctor": "Check the installation on this machine.",
 }
 
 
@@ -54,13 +57,13 @@ class _Commands(click.Group):
 @click.version_option(package_name="internvl-edge")
 @click.pass_context
 def cli(context: click.Context) -> None:
-    """InternVL 2.5 on the edge: export, calibrate, quantize, run."""
+    """Export, calibrate, quantize and run InternVL 2.5 on edge devices."""
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 
 
 def main() -> None:
-    """Entry point of the `internvl-edge` program."""
+    """Run the `internvl-edge` program and exit with its status."""
     warnings.showwarning = _one_line(warnings.showwarning)
     try:
         status = cli.main(prog_name="internvl-edge", standalone_mode=False)
@@ -76,13 +79,13 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as error:  # what the system refuses: a file that cannot be read, a disk that is full
+    except OSError as error:  # the system refused an operation: an unreadable file, a full disk
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}{error.strerror or error}")
 
 
 def _one_line(others: Callable[..., None]) -> Callable[..., None]:
-    """Our own warnings as one line like errors; all others as before."""
+    """Return a warning handler that prints quality warnings as one line and passes all others to `others`."""
 
     def show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
         if issubclass(category, QualityWarning):

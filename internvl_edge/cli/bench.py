@@ -1,4 +1,4 @@
-"""`internvl-edge bench BUNDLE`: speed and memory on this machine, beside its limits."""
+"""`internvl-edge bench BUNDLE`: measure speed and memory on this machine, and compare them with its limits."""
 
 from __future__ import annotations
 
@@ -20,12 +20,18 @@ from .output import print_json, print_table
 
 @click.command("bench")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--repeat", type=int, default=3, show_default=True, help="Runs per figure; the median is shown.")
+@click.option(
+    "--repeat", type=int, default=3, show_default=True, help="Number of runs per figure. The median is shown."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write a bar plot to this PNG or SVG file.")
 @loading_options
 def command(bundle: Path, repeat: int, as_json: bool, plot: Path | None, **loading: Any) -> None:
-    """Measure BUNDLE: load, vision, prefill, decode, time to first token, memory."""
+    """Measure BUNDLE on this machine, and print the figures.
+
+    The figures are the load time, vision time per tile, prefill and decode rates, time to first token and peak RSS.
+    Each decode rate is also shown as a share of what the measured memory bandwidth allows.
+    """
     if plot is not None:
         _require_plottable(plot)
     report = bench(bundle, repeat=repeat, **loading)
@@ -54,7 +60,10 @@ def _print(report: BenchResult) -> None:
 
 
 def _require_plottable(path: Path) -> None:
-    """Found out before anything is measured, and without an import that would count as memory."""
+    """Check that a plot can be written, before anything is measured.
+
+    This does not import matplotlib, because its memory would count in the peak RSS of the run.
+    """
     if path.suffix.lower() not in (".png", ".svg"):
         raise EdgeError(f"--plot {path}: bar plots are PNG or SVG files; end the name in .png or .svg")
     if not path.parent.is_dir():

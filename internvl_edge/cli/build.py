@@ -1,4 +1,4 @@
-"""`internvl-edge build BUNDLE --device NAME`: TensorRT engines into the bundle."""
+"""`internvl-edge build BUNDLE --device NAME`: build TensorRT engines into the bundle's folder."""
 
 from __future__ import annotations
 
@@ -18,19 +18,42 @@ from .output import print_json
 
 @click.command("build")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--device", "name", default="rtx", show_default=True, help="A device, or rtx: one file for RTX cards.")
+@click.option(
+    "--device",
+    "name",
+    default="rtx",
+    show_default=True,
+    help="Target device: a name from `internvl-edge devices`, or rtx, which builds one file for RTX cards.",
+)
 @click.option("--devices", "table", type=click.Path(path_type=Path), help="A TOML file with more devices.")
-@click.option("--dtype", type=click.Choice(["bfloat16", "float16"]), help="Default: bfloat16 where the device has it.")
-@click.option("--context", "capacity", type=click.IntRange(min=2), help="Tokens of prompt and answer [default: 4096].")
-@click.option("--chunk", type=click.IntRange(min=1), help="Most prompt tokens per step [default: 512].")
-@click.option("--tiles", type=click.IntRange(min=1), help="Most tiles encoded together [default: 4].")
-@click.option("--profiles", type=click.IntRange(1, 2), help="2: prompts get their own; holds 16-bit weights twice.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16"]),
+    help="Type that the engines compute in.  [default: bfloat16 where the device supports it]",
+)
+@click.option(
+    "--context",
+    "capacity",
+    type=click.IntRange(min=2),
+    help="Capacity of the KV cache: most tokens of prompt and answer together.  [default: 4096]",
+)
+@click.option("--chunk", type=click.IntRange(min=1), help="Most prompt tokens per prefill step.  [default: 512]")
+@click.option("--tiles", type=click.IntRange(min=1), help="Most tiles that are encoded together.  [default: 4]")
+@click.option(
+    "--profiles",
+    type=click.IntRange(1, 2),
+    help="Optimisation profiles of the decoder: 1 for prefill and decode together, or 2, one for each. 2 holds 16-bit "
+    "weights twice.  [default: 1]",
+)
 @click.option("--force", is_flag=True, help="Build again even if nothing changed.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
     bundle: Path, name: str, table: Path | None, dtype: str | None, force: bool, as_json: bool, **sizes: int | None
 ) -> None:
-    """Build TensorRT engines of BUNDLE for a device. Engines for RTX cards need no GPU to be built."""
+    """Build TensorRT engines from BUNDLE for a device, into BUNDLE/engines/DEVICE.
+
+    Engines for RTX cards can be built on a machine without a GPU. Engines for a Jetson must be built on that device.
+    """
     target = Devices(table).target(name)
     from internvl_edge.runtime.engines.tensorrt.build.bundle_engines import build_engines, options_for
 
@@ -59,7 +82,7 @@ def _summary(record: EngineRecord) -> str:
 
 
 class _Line:
-    """One line of progress on a terminal, rewritten in place."""
+    """A progress line on the terminal that is rewritten in place."""
 
     def __init__(self) -> None:
         self._shown = sys.stderr.isatty()

@@ -1,4 +1,4 @@
-"""`internvl-edge calibrate CHECKPOINT -o DIR`."""
+"""`internvl-edge calibrate CHECKPOINT -o DIR`: write a calibration folder for `quantize --stats`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .output import print_json
 
 @click.command("calibrate")
 @click.argument("checkpoint")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to make.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Calibration folder to make.")
 @calibration_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(checkpoint: str, output: Path, as_json: bool, **values: Any) -> None:
-    """Run calibration data through CHECKPOINT, once for many calls of quantize --stats.
+    """Run calibration samples through CHECKPOINT, a folder or a hub id, and write a calibration folder.
 
-    The folder holds what the decoder sees (image tokens included) and the range of every linear layer's inputs. A
-    killed run continues when the command is repeated.
+    Many calls of quantize can use the folder with --stats. It holds the embeddings that the decoder receives (image
+    tokens included) and statistics of the inputs of every linear. To resume a killed run, repeat the command.
     """
     started = time.perf_counter()
     wait_politely()

@@ -1,4 +1,4 @@
-"""`internvl-edge chat BUNDLE`: a conversation in the terminal."""
+"""`internvl-edge chat BUNDLE`: hold a conversation in the terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from internvl_edge.runtime.conversation import Conversation
 
 from .options import answering_options, chat_options, load_model, loading_options
 
-_HELP = "/image FILE shows an image with the next question, /clear starts anew, /history shows the turns, /quit ends"
+_HELP = "/image FILE adds an image to the next question, /clear forgets the turns, /history shows them, /quit ends"
 
 
 @click.command("chat")
@@ -22,7 +22,10 @@ _HELP = "/image FILE shows an image with the next question, /clear starts anew, 
 @loading_options
 @answering_options
 def command(bundle: Path, **values: Any) -> None:
-    """Talk with BUNDLE. Lines starting with / are commands: /image FILE, /clear, /history, /quit."""
+    """Chat with BUNDLE in the terminal. It answers each line, and later questions see earlier turns.
+
+    Lines that start with / are commands: /image FILE, /clear, /history, /quit.
+    """
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (line editing and history for input())
     with load_model(bundle, values) as model:
@@ -36,14 +39,14 @@ def command(bundle: Path, **values: Any) -> None:
 
 
 class _Terminal:
-    """Lines in, answers out; a mistake in one line does not end the conversation."""
+    """Reads lines and prints answers. An error in one line does not end the conversation."""
 
     def __init__(self, conversation: Conversation) -> None:
         self._conversation = conversation
         self._images: list[str] = []
 
     def read(self) -> str | None:
-        """The next line, None at the end of input."""
+        """Return the next line, or None at the end of input or after /quit."""
         while True:
             try:
                 line = input("> ").strip()
@@ -58,10 +61,10 @@ class _Terminal:
                 return line
 
     def handle(self, line: str) -> None:
-        """Obey a command or answer a question."""
+        """Execute a command, or answer a question."""
         name, _, argument = line.partition(" ")
         if name == "/image":
-            load_image(argument.strip())  # found out now, not after the next question was typed
+            load_image(argument.strip())  # report a bad image now, not after the next question was typed
             self._images.append(argument.strip())
             click.secho(f"{len(self._images)} image(s) go with the next question", dim=True)
         elif name == "/clear":

@@ -1,4 +1,4 @@
-"""Options that `calibrate` and `quantize` share: which data, and what computes."""
+"""Options that `calibrate` and `quantize` share: the calibration data, and the device and dtype of the computation."""
 
 from __future__ import annotations
 
@@ -21,55 +21,68 @@ _OPTIONS = (
     click.option(
         "--data",
         type=click.Path(path_type=Path),
-        help='A folder of images, or a .jsonl file of {"images": [...], "prompt": ..., "answer": ...} [default: '
-        "built-in documents, charts, signs, scenes and texts].",
+        help='Calibration data: a folder of images, or a .jsonl file of {"images": [...], "prompt": ..., "answer": '
+        "...}.  [default: built-in documents, charts, signs, scenes and texts]",
     ),
-    click.option("--samples", type=click.IntRange(min=1), default=64, show_default=True, help="Most samples."),
-    click.option("--seed", type=int, default=0, show_default=True, help="Which samples, in which order."),
+    click.option(
+        "--samples", type=click.IntRange(min=1), default=64, show_default=True, help="Most calibration samples."
+    ),
+    click.option(
+        "--seed", type=int, default=0, show_default=True, help="Seed that chooses the samples and their order."
+    ),
     click.option(
         "--max-tiles",
         type=click.IntRange(min=1),
         default=4,
         show_default=True,
-        help="Most tiles of an image, thumbnail not counted.",
+        help="Most tiles of an image, without its thumbnail.",
     ),
     click.option(
         "--max-broken",
         type=click.IntRange(min=0),
         default=8,
         show_default=True,
-        help="Broken items that are skipped; one more is an error.",
+        help="Number of broken items to skip; one more is an error.",
     ),
-    click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda."),
+    click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        help="Device that computes: cpu, cuda, or auto, which takes CUDA where it is present.",
+    ),
     click.option(
         "--dtype",
         type=click.Choice(["auto", "bfloat16", "float32"]),
         default="auto",
         show_default=True,
-        help="What activations are computed in.",
+        help="Type of the matrix products. auto is bfloat16 where the device multiplies it, otherwise float32.",
     ),
-    click.option("--restart", is_flag=True, help="Discard an unfinished run instead of continuing it."),
+    click.option("--restart", is_flag=True, help="Discard an unfinished run instead of resuming it."),
 )
 
 
 def wait_politely() -> None:
-    """Before torch is imported: its threads sleep at barriers instead of spinning.
+    """Make OpenMP threads sleep at barriers instead of spinning. Call this before torch is imported.
 
-    A quantizer's many small operations meet a barrier each; with spinning threads they cost a multiple of their work
-    as soon as another program uses a core.
+    Quantization runs many small operations, and each one ends at a barrier. When another program uses a core, threads
+    that spin there make these operations take several times as long.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def calibration_options(command: Command) -> Command:
-    """Adds --data, --samples, --seed, --max-tiles, --max-broken, --device, --dtype, --restart."""
+    """Add --data, --samples, --seed, --max-tiles, --max-broken, --device, --dtype and --restart to a command."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
 
 
 def data_options(values: dict[str, Any]) -> DataOptions:
-    """The data that the options describe; takes them out of `values`."""
+    """Return the calibration data that the options describe. This removes these options from `values`.
+
+    Raises:
+        EdgeError: the data does not exist.
+    """
     from internvl_edge.calibration import DataOptions
 
     source = values.pop("data")
@@ -79,7 +92,7 @@ def data_options(values: dict[str, Any]) -> DataOptions:
 
 
 def compute_options(values: dict[str, Any]) -> Compute:
-    """Device and type; takes them out of `values`."""
+    """Return the device and dtype that the options describe. This removes both options from `values`."""
     from internvl_edge.calibration import choose_compute
 
     return choose_compute(values.pop("device"), values.pop("dtype"))

@@ -1,4 +1,4 @@
-"""`internvl-edge demo`."""
+"""`internvl-edge demo`: export the shipped demo model and ask it about the shipped images."""
 
 from __future__ import annotations
 
@@ -18,12 +18,22 @@ from .output import print_columns, print_json
 
 @click.command("demo")
 @click.option(
-    "--checkpoint", type=click.Path(path_type=Path), help="Another small model that reads.  [default: the shipped one]"
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    help="Checkpoint folder of another small model.  [default: the shipped one]",
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Keep the bundle there, to ask it more.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Folder that keeps the bundle.  [default: a temporary folder]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(checkpoint: Path | None, output: Path | None, as_json: bool) -> None:
-    """Export the small model that comes with this package and ask it about pictures that do, too."""
+    """Export the small model that comes with this package to a bundle, and ask it about images that also come with it.
+
+    Each line of the output shows an image, a question, the answer and the expected answer.
+    """
     checkpoint = checkpoint or CHECKPOINT
     with _folder(output) as folder:
         started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""`internvl-edge devices`: what bundles can be planned and built for."""
+"""`internvl-edge devices`: list the devices that `plan` and `build` support."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .output import print_columns, print_json
 @click.option("--devices", "table", type=click.Path(path_type=Path), help="A TOML file with more devices.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(table: Path | None, as_json: bool) -> None:
-    """List the devices that bundles can be planned and built for."""
+    """List the devices that plan and build support, with memory, bandwidth, TensorRT version and number formats."""
     devices = Devices(table)
     if as_json:
         every = {name: asdict(device) | {"formats": device.formats} for name, device in devices.all.items()}

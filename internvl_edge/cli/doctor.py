@@ -1,4 +1,4 @@
-"""`internvl-edge doctor`: is this installation sound, and what can this machine run?"""
+"""`internvl-edge doctor`: check the installation, and show what this machine can run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PACKAGES = (
     *("internvl-edge", "numpy", "pillow", "tokenizers", "onnxruntime", "onnxruntime-gpu"),
     *("onnx", "onnx-ir", "openvino", "torch", "tensorrt", "tensorrt-rtx-cu13", "cuda-bindings", "av"),
 )
-# What the CPU engine's int8, bf16 and int4 kernels profit from.
+# CPU instructions that the int8, bf16 and int4 kernels of the CPU engines use.
 _CPU_FLAGS = (
     "avx2",
     "avx_vnni",
@@ -39,7 +39,10 @@ _CPU_FLAGS = (
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
 def command(ctx: click.Context, as_json: bool) -> None:
-    """Check versions, ONNX Runtime providers, memory and CPU features. Exit status 1 when something is broken."""
+    """Print package versions, ONNX Runtime providers, memory and CPU features, and the problems found.
+
+    The exit status is 1 when there is a problem.
+    """
     facts = {
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
@@ -68,7 +71,7 @@ def _version(package: str) -> str | None:
 
 
 def _onnxruntime() -> tuple[list[str], list[str]]:
-    """The providers, and what is wrong with the installation."""
+    """Return the providers of ONNX Runtime, and the problems of the installation."""
     problems = []
     if _version("onnxruntime") and _version("onnxruntime-gpu"):
         problems.append("onnxruntime and onnxruntime-gpu overwrite each other; uninstall both, then install one")
@@ -86,7 +89,10 @@ def _onnxruntime() -> tuple[list[str], list[str]]:
 
 
 def _has_tensorrt() -> bool:
-    """Whether bundles can run without ONNX Runtime, as on JetPack 6, whose Python has none that reads the graphs."""
+    """Return whether bundles can run without ONNX Runtime.
+
+    On JetPack 6, no release of ONNX Runtime for its Python can read the graphs, so TensorRT alone runs there.
+    """
     return importlib.util.find_spec("tensorrt") is not None and _version("cuda-bindings") is not None
 
 

@@ -1,4 +1,4 @@
-"""`internvl-edge export CHECKPOINT -o DIR`."""
+"""`internvl-edge export CHECKPOINT -o DIR`: convert a checkpoint to a bundle."""
 
 from __future__ import annotations
 
@@ -21,39 +21,40 @@ from .output import print_json
 
 @click.command("export")
 @click.argument("checkpoint")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to make.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Bundle folder to make.")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
     default="float16",
     show_default=True,
-    help="How weights are stored.",
+    help="Type that float weights are stored in.",
 )
 @click.option(
     "--activations",
     type=click.Choice(["float32", "float16"]),
     default="float32",
     show_default=True,
-    help="What graphs compute in; CPUs want float32.",
+    help="Type that the graphs compute in. CPUs need float32 to be fast.",
 )
 @click.option(
     "--dialect",
     "dialects",
     type=click.Choice(list(DECODERS)),
     multiple=True,
-    help="Only this decoder (repeatable); quantized weights are stored once for each.  [default: both]",
+    help="Decoder graph to write (repeatable). Each one stores its own copy of quantized weights.  [default: both]",
 )
 @click.option(
     "--token-table",
     type=click.Choice(TYPES),
     default="float",
     show_default=True,
-    help="int8: half its size on disk, one scale per token.",
+    help="Type of the token table. float is --dtype; int8 takes half the space of float16, with one scale per token.",
 )
 @click.option(
     "--int8-prompts",
     is_flag=True,
-    help="Add a graph that computes long prompts in int8: faster on CPUs, 8 more bits for each 4-bit weight.",
+    help="Add a graph that computes long prompts in int8. It is faster on CPUs and stores 8 more bits for each 4-bit "
+    "weight.",
 )
 @click.option("--force", is_flag=True, help="Replace the bundle if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -68,7 +69,10 @@ def command(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Turn CHECKPOINT, a folder or a hub id, into a bundle of ONNX graphs."""
+    """Convert CHECKPOINT, a folder or a hub id, to a bundle.
+
+    A bundle is one folder with ONNX graphs, weights, tokenizer and a manifest. CHECKPOINT may be quantized.
+    """
     started = time.perf_counter()
     with requires("export", "export"):
         from internvl_edge.export import export_bundle

@@ -1,4 +1,4 @@
-"""`internvl-edge inspect PATH`: what a checkpoint or a bundle is, before spending time on it."""
+"""`internvl-edge inspect PATH`: show the configuration and size of a checkpoint or a bundle."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ from .output import print_json, print_table
 @click.argument("path")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(path: str, as_json: bool) -> None:
-    """Show what PATH is: a checkpoint folder, a hub id or a bundle. Everything in it is checked."""
+    """Show the configuration and size of PATH: a checkpoint folder, a hub id or a bundle.
+
+    The command also checks PATH, and a damaged one is an error.
+    """
     if (Path(path) / MANIFEST).is_file():
         facts, config, cache = _bundle_facts(Path(path))
     else:
@@ -39,7 +42,7 @@ def command(path: str, as_json: bool) -> None:
 
 
 def _bundle_facts(folder: Path) -> tuple[dict[str, Any], ModelConfig, str]:
-    """What is printed, the model, and what its KV cache holds."""
+    """Return the facts to print, the model's configuration, and the type of its KV cache."""
     manifest = Bundle.open(folder).manifest
     total = sum(entry.bytes for entry in manifest.files.values())
     facts = {

@@ -1,4 +1,4 @@
-"""`internvl-edge plan PATH --device NAME`: does it fit, how fast can it be, what to change."""
+"""`internvl-edge plan PATH --device NAME`: predict whether a model fits a device, its speed, and what to change."""
 
 from __future__ import annotations
 
@@ -28,21 +28,36 @@ DEFAULT_CONTEXT = 4096
 
 @click.command("plan")
 @click.argument("path")
-@click.option("--device", "name", help="A device of `internvl-edge devices` [default: all, in one table].")
+@click.option(
+    "--device", "name", help="Target device: a name from `internvl-edge devices`.  [default: all, in one table]"
+)
 @click.option("--devices", "table", type=click.Path(path_type=Path), help="A TOML file with more devices.")
 @click.option(
     "--recipe",
     default="all",
     show_default=True,
-    help=f"A preset ({', '.join(presets())}), a recipe file, one of [{'; '.join(RECIPES)}], or all of these last.",
+    help=f"Recipe to predict for: a preset ({', '.join(presets())}), a recipe file, or one of [{'; '.join(RECIPES)}]. "
+    "all compares the recipes in brackets.",
 )
-@click.option("--max-tiles", type=click.IntRange(min=1, max=128), help="Most tiles of an image [default: the model's].")
-@click.option("--context", type=click.IntRange(min=2), default=DEFAULT_CONTEXT, show_default=True, help="Tokens.")
+@click.option(
+    "--max-tiles", type=click.IntRange(min=1, max=128), help="Most tiles of an image.  [default: the model's limit]"
+)
+@click.option(
+    "--context",
+    type=click.IntRange(min=2),
+    default=DEFAULT_CONTEXT,
+    show_default=True,
+    help="Capacity of the KV cache: most tokens of prompt and answer together.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
     path: str, name: str | None, table: Path | None, recipe: str, max_tiles: int | None, context: int, as_json: bool
 ) -> None:
-    """Plan PATH, a bundle, a checkpoint, its config.json or a hub id, for a device. Weights are not needed."""
+    """Predict the memory and speed of PATH on a device: a bundle, a checkpoint, its config.json or a hub id.
+
+    The prediction uses the configuration alone, so weights are not needed. Speeds are upper bounds from the device's
+    bandwidth and arithmetic rate. Advice follows for a model that does not fit.
+    """
     devices = Devices(table)
     chosen = [devices.device(name)] if name else list(devices.all.values())
     config, fixed, stored = _source(path)
@@ -74,7 +89,11 @@ def command(
 
 
 def _source(path: str) -> tuple[ModelConfig, Storage | None, dict[str, tuple[int, int]] | None]:
-    """The model at a path, how it is stored if that is fixed, and for a bundle bytes by part: stored and counted."""
+    """Return the model at a path, its storage, and the bytes by part of a bundle.
+
+    The storage is None where any recipe can be planned, that is for a model in floats. The bytes by part are (stored,
+    counted), and None where the path is not a bundle.
+    """
     folder = Path(path)
     if (folder / MANIFEST).is_file():
         manifest = Manifest.read(folder)
@@ -88,7 +107,7 @@ def _source(path: str) -> tuple[ModelConfig, Storage | None, dict[str, tuple[int
         }
         stored = {part: (files[name], count) for part, (name, count) in pairs.items() if name in files}
         quantized = storage.body or storage.head or storage.vision or manifest.kv_cache
-        # Engines hold 16-bit numbers, whatever the bundle stores.
+        # TensorRT engines hold floats in 16 bits, whatever type the bundle stores.
         return manifest.model, replace(storage, dtype_bytes=2, vector_bytes=2) if quantized else None, stored
     folder = resolve_configuration(path)
     config = read_config(folder)

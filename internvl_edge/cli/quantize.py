@@ -1,4 +1,4 @@
-"""`internvl-edge quantize CHECKPOINT --scheme w4a16-awq -o DIR`."""
+"""`internvl-edge quantize CHECKPOINT -o DIR`: convert a checkpoint to a quantized checkpoint."""
 
 from __future__ import annotations
 
@@ -26,16 +26,18 @@ if TYPE_CHECKING:
 
 @click.command("quantize")
 @click.argument("checkpoint")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to make.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Checkpoint folder to make.")
 @recipe_options
-@click.option("--stats", type=click.Path(path_type=Path), help="What calibrate made, instead of --data.")
+@click.option(
+    "--stats", type=click.Path(path_type=Path), help="Calibration folder that calibrate made, in place of --data."
+)
 @calibration_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(checkpoint: str, output: Path, stats: Path | None, as_json: bool, **values: Any) -> None:
-    """Quantize the decoder of CHECKPOINT, its vision tower or both into another checkpoint.
+    """Quantize the decoder of CHECKPOINT (a folder or a hub id), its vision tower or both, into another checkpoint.
 
-    The result loads wherever AutoAWQ or compressed-tensors checkpoints do, and is what export takes. A killed run
-    continues when the command is repeated.
+    The result is in the format of AutoAWQ or compressed-tensors, and export accepts it. To resume a killed run, repeat
+    the command.
     """
     started = time.perf_counter()
     recipe = recipe_of(values)

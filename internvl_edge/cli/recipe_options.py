@@ -1,4 +1,4 @@
-"""Options that say how `quantize` quantizes: a recipe by name or file, and single choices that replace its fields."""
+"""Options of `quantize` that make the recipe: a preset or a file, and options that replace single fields of it."""
 
 from __future__ import annotations
 
@@ -23,61 +23,91 @@ Command = Callable[..., Any]
 
 _OPTIONS = (
     click.option(
-        "--recipe", help=f"One of {', '.join(presets())}, or a file; the options below replace single fields of it."
+        "--recipe",
+        help=f"A preset ({', '.join(presets())}) or a TOML file. The options below replace single fields of it.",
     ),
     click.option(
         "--scheme",
-        help=f"One of {', '.join(DECODER_SCHEMES)}.  [default: {DECODER_SCHEMES[0]}; with --vision int8: fp]",
+        help=f"Scheme of the decoder's linears: {', '.join(DECODER_SCHEMES)}.  [default: {DECODER_SCHEMES[0]}; with "
+        "--vision int8: fp]",
     ),
-    click.option("--group-size", type=int, help=f"Inputs per scale: 32, 64 or 128.  [default: {Recipe.group_size}]"),
+    click.option(
+        "--group-size",
+        type=int,
+        help=f"Group size of 4-bit weights, in inputs per scale: 32, 64 or 128.  [default: {Recipe.group_size}]",
+    ),
     click.option(
         "--symmetric/--zero-points",
         default=None,
-        help="No zero points, as TensorRT needs, or AutoAWQ's format.  [default: zero points]",
+        help="--symmetric stores 4-bit weights without zero points, as TensorRT needs; --zero-points stores them as "
+        "AutoAWQ does.  [default: zero points]",
     ),
-    click.option("--lm-head", type=click.Choice(LM_HEADS), help=f"[default: {Recipe.lm_head}]"),
-    click.option("--kv-cache", type=click.Choice(KV_CACHES), help=f"[default: {Recipe.kv_cache}]"),
+    click.option(
+        "--lm-head",
+        type=click.Choice(LM_HEADS),
+        help="Type of lm_head: fp keeps it, int8 has one scale per output, int4 is as the decoder's 4-bit weights.  "
+        f"[default: {Recipe.lm_head}]",
+    ),
+    click.option(
+        "--kv-cache",
+        type=click.Choice(KV_CACHES),
+        help=f"Type of the KV cache of exported bundles.  [default: {Recipe.kv_cache}]",
+    ),
     click.option(
         "--compensate/--no-compensate",
         default=None,
-        help="Spread rounding errors over later columns (GPTQ), 4 and 8 bits; with data.  [default: compensate]",
+        help="Error compensation (GPTQ) of w4a16-awq and w8a16: spread the rounding error of each column over the "
+        "columns not yet rounded. It needs calibration data.  [default: compensate]",
     ),
     click.option(
         "--layer",
         "layers",
         multiple=True,
         metavar="PATTERN=SCHEME",
-        help='An exception: "layers.0.*=w8a16", "*.down_proj=w4a16-awq-g32" (repeatable, the last that matches holds).',
+        help='Scheme of the linears that match a pattern: "layers.0.*=w8a16", "*.down_proj=w4a16-awq-g32" (repeatable; '
+        "the last match applies).",
     ),
     click.option(
         "--target-bits",
         type=float,
-        help="Choose the precision of each layer: least divergence for so many bits per decoder weight.",
+        help="Choose the precision of each decoder linear: the least divergence at this average of bits per weight, "
+        "scales and zero points included.",
     ),
     click.option(
         "--max-kl",
         type=float,
-        help="Choose the precision of each layer: fewest bits for so much predicted divergence (nats); 0: none.  "
+        help="Choose the precision of each decoder linear: the fewest bits whose predicted KL divergence (mean, in "
+        "nats) is at most this; 0 sets no limit.  "
         f"[default: none; with w8a8: {DecoderInt8.max_kl}]",
     ),
-    click.option("--vision", help=f"int8: weights and inputs of tower and projector.  [default: {Recipe.vision}]"),
+    click.option(
+        "--vision",
+        help=f"Scheme of the vision tower and projector: fp, or int8 weights and inputs.  [default: {Recipe.vision}]",
+    ),
     click.option(
         "--calibrator",
         type=click.Choice(CALIBRATORS),
-        help="How int8 finds the range of a linear's input; best tries all.  [default: best]",
+        help="Method that finds the int8 range of the inputs of a linear; best tries all.  [default: best]",
     ),
-    click.option("--smooth/--no-smooth", default=None, help="SmoothQuant, of tower and w8a8.  [default: smooth]"),
+    click.option(
+        "--smooth/--no-smooth",
+        default=None,
+        help="Whether SmoothQuant is applied to the int8 vision tower and to w8a8.  [default: smooth]",
+    ),
     click.option(
         "--vision-cosine",
         type=float,
-        help="Layers of the tower keep floats until its embeddings are to come this near; 0 for none.  "
+        help="Keep linears of the vision tower in floats, the most harmful first, until the predicted cosine between "
+        "int8 and float image embeddings reaches this; 0 keeps none.  "
         f"[default: {VisionInt8.cosine}]",
     ),
     click.option(
-        "--vision-float", multiple=True, help="A layer of the tower that keeps floats, * and ? allowed (repeatable)."
+        "--vision-float",
+        multiple=True,
+        help="Pattern (* and ?) of vision or projector linears that keep their floats (repeatable).",
     ),
 )
-# Option -> where its value goes in a recipe.
+# Option -> the fields of a recipe that receive its value.
 _FIELDS: dict[str, tuple[str, ...]] = {
     "scheme": ("decoder",),
     "group_size": ("group_size",),
@@ -93,17 +123,17 @@ _FIELDS: dict[str, tuple[str, ...]] = {
 
 
 def recipe_options(command: Command) -> Command:
-    """Adds --recipe and the options that replace its fields."""
+    """Add --recipe, and the options that replace its fields, to a command."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
 
 
 def recipe_of(values: dict[str, Any]) -> Recipe:
-    """The recipe that the options describe; takes them out of `values`.
+    """Return the recipe that the options describe. This removes these options from `values`.
 
     Raises:
-        EdgeError: from reading or combining them.
+        EdgeError: the recipe cannot be read, or the options do not fit together.
     """
     name = values.pop("recipe")
     fields: dict[str, Any] = read_recipe(name) if name else {}
@@ -124,7 +154,7 @@ def recipe_of(values: dict[str, Any]) -> Recipe:
         del limits["max_kl"]
         fields = {name: value for name, value in fields.items() if name != "automatic"}
         given.setdefault("decoder_int8", {})["max_kl"] = 0.0
-    if limits:  # in place of the recipe's own limit
+    if limits:  # these replace the recipe's own limit
         among = {"among": fields["automatic"]["among"]} if "among" in fields.get("automatic", {}) else {}
         fields = {**fields, "automatic": {**among, **limits}}
     return make_recipe(combine(fields, given))

@@ -1,4 +1,4 @@
-"""`internvl-edge run BUNDLE --image A "question"`."""
+"""`internvl-edge run BUNDLE QUESTION`: answer one question about images or a video."""
 
 from __future__ import annotations
 
@@ -20,17 +20,34 @@ from .output import print_json
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("question")
 @click.option(
-    "--image", "images", multiple=True, help="An image file; repeat for several, in the order of <image> marks."
+    "--image",
+    "images",
+    multiple=True,
+    help="An image file (repeatable; images take the <image> marks of QUESTION in order).",
 )
-@click.option("--video", type=click.Path(path_type=Path), help="A video file, seen as frames.")
-@click.option("--frames", type=click.IntRange(min=1), default=8, show_default=True, help="Frames taken from the video.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming.")
+@click.option("--video", type=click.Path(path_type=Path), help="A video file. Its frames become the images.")
+@click.option(
+    "--frames",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Number of frames to take from the video.",
+)
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print one JSON object with text, tokens and timings instead of streaming the text.",
+)
 @loading_options
 @answering_options
 def command(
     bundle: Path, question: str, images: tuple[str, ...], video: Path | None, frames: int, as_json: bool, **values: Any
 ) -> None:
-    """Ask BUNDLE one QUESTION. Images go in front of it, or where it says <image>."""
+    """Ask BUNDLE one QUESTION about images or a video, and print the answer.
+
+    An image takes the place of its <image> mark in QUESTION. Without marks, images go in front of QUESTION.
+    """
     sources: list[Any] = list(images)
     if video is not None:
         if sources:

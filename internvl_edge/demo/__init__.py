@@ -1,7 +1,7 @@
-"""The demo: a small model that reads, shipped with this package, and the pictures it is asked about.
+"""The demo: a small model that is shipped with this package, and images with questions about them.
 
-The checkpoint lies in `qwen2/` and is read like any other. One with the same skill on the InternLM2 text model lies in
-the repository, in `examples/reader/internlm2`.
+The model reads text in images. Its checkpoint is in `qwen2/` and is loaded like any other. The repository has a similar
+one with the InternLM2 text model in `examples/reader/internlm2`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ CHECKPOINT = _HERE / "qwen2"
 
 @dataclass(frozen=True)
 class Question:
-    """One picture's file, what is asked about it, and the right answer."""
+    """The file of an image, a question about it, and the correct answer."""
 
     image: Path
     question: str
@@ -24,6 +24,6 @@ class Question:
 
 
 def demo_questions() -> list[Question]:
-    """The shipped pictures with their questions."""
+    """Return the questions about the shipped images."""
     entries = json.loads((_HERE / "samples.json").read_text(encoding="utf-8"))
     return [Question(_HERE / entry["image"], entry["question"], entry["answer"]) for entry in entries]

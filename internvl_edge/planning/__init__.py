@@ -1,1 +1,1 @@
-"""Whether a model fits a device and how fast it can be there, computed from numbers alone; opens no device."""
+"""Predict whether a model fits a device and how fast it can be there, from numbers alone. No device is opened."""

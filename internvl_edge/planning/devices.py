@@ -1,7 +1,8 @@
-"""Devices as data: what `plan` predicts for and `build` builds for. Knows numbers and names, opens no GPU.
+"""The table of devices that `plan` predicts for and `build` builds for.
 
-The shipped table is `devices.toml`; entries of ~/.config/internvl-edge/devices.toml and of a file given by the user
-come on top and may replace shipped ones.
+The shipped table is `devices.toml`. Entries of ~/.config/internvl-edge/devices.toml, and then of a file that the user
+gives, are added to it and replace entries of the same name. This module knows numbers and names. It does not access a
+GPU.
 """
 
 from __future__ import annotations
@@ -20,21 +21,21 @@ from internvl_edge.base.errors import EdgeError
 
 FLAVOURS = ("tensorrt", "tensorrt_rtx")
 _CAPABILITY = re.compile(r"\d{1,2}\.\d")
-# Memory that the system, the display and the CUDA context keep for themselves; an estimate.
+# Estimated bytes of memory that the system, the display and the CUDA context use.
 _RESERVED_UNIFIED = 1.5 * 2**30
 _RESERVED_DISCRETE = 0.6 * 2**30
 
 
 class DeviceError(EdgeError):
-    """A device is not known, or a table of devices is not usable."""
+    """A device is not known, or a table of devices cannot be used."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """One device; the fields are those of the table, see the comments there.
+    """One device. Its fields are those of the table (see the comments in `devices.toml`).
 
-    `compute_capability` is text like "8.7"; `memory_gib` in 2**30 bytes, `bandwidth_gbs` in 1e9 bytes/s, `tflops` and
-    `int8_tops` dense tensor operations in 1e12/s.
+    `compute_capability` is text such as "8.7". `memory_gib` is in 2**30 bytes, and `bandwidth_gbs` in 1e9 bytes/s.
+    `tflops` and `int8_tops` are dense tensor operations in 1e12/s.
     """
 
     name: str
@@ -50,28 +51,28 @@ class Device:
 
     @property
     def sm(self) -> int:
-        """Compute capability as one number: 87 for 8.7, 120 for 12.0."""
+        """The compute capability as one number: 87 for 8.7, 120 for 12.0."""
         return sm(self.compute_capability)
 
     @property
     def memory(self) -> int:
-        """Bytes, nominal."""
+        """The nominal memory in bytes."""
         return int(self.memory_gib * 2**30)
 
     @property
     def usable_memory(self) -> int:
-        """Bytes left for a model, an estimate."""
+        """The estimated bytes that are available for a model."""
         return int(self.memory - (_RESERVED_UNIFIED if self.unified else _RESERVED_DISCRETE))
 
     @property
     def formats(self) -> tuple[str, ...]:
-        """Number formats its tensor cores compute with."""
+        """The number formats that its tensor cores support."""
         return formats(self.sm)
 
 
 @dataclass(frozen=True)
 class Target:
-    """What one engine file is built for: a device, or a group of them that can share a file."""
+    """The target of one engine file: a device, or a group of devices that can share the file."""
 
     name: str
     title: str
@@ -80,35 +81,35 @@ class Target:
 
     @property
     def sms(self) -> tuple[int, ...]:
-        """Compute capabilities as numbers."""
+        """The compute capabilities as numbers, such as 87 for 8.7."""
         return tuple(sm(capability) for capability in self.compute_capabilities)
 
     @property
     def dtype(self) -> str:
-        """What its graphs compute in: bfloat16 where all its devices have it, otherwise float16."""
+        """The type that engines compute in: bfloat16 where all its devices support it, otherwise float16."""
         return "bfloat16" if min(self.sms) >= 80 else "float16"
 
 
 def sm(compute_capability: str) -> int:
-    """ "8.7" -> 87, "12.0" -> 120."""
+    """Return a compute capability as one number: 87 for "8.7", 120 for "12.0"."""
     major, _, minor = compute_capability.partition(".")
     return 10 * int(major) + int(minor)
 
 
 def formats(sm: int) -> tuple[str, ...]:
-    """Number formats of a compute capability, as vendor tables have them."""
+    """Return the number formats of a compute capability (87 for 8.7), from the vendor's tables."""
     first = {"fp16": 0, "int8": 0, "int4": 0, "bf16": 80, "fp8": 89, "fp4": 100}
     return tuple(name for name, since in first.items() if sm >= since)
 
 
 class Devices:
-    """The known devices by name, the user's included.
+    """The known devices by name, those of the user included.
 
     Args:
-        extra: a table given by the user, on top of the shipped and the configured one.
+        extra: a table that the user gives. It is added to the shipped and the configured table.
 
     Raises:
-        DeviceError: a table is missing or damaged; the file, the entry and the field are named.
+        DeviceError: a table is missing or damaged. The message names the file, the entry and the field.
     """
 
     def __init__(self, extra: Path | None = None) -> None:
@@ -122,22 +123,22 @@ class Devices:
 
     @cached_property
     def all(self) -> dict[str, Device]:
-        """Name -> device, in the order of the tables."""
+        """All devices by name, in the order of the tables."""
         return {name: device for devices, _ in self._tables for name, device in devices.items()}
 
     @cached_property
     def groups(self) -> dict[str, Target]:
-        """Name -> devices that share one engine file."""
+        """All groups of devices that share one engine file, by name."""
         return {name: group for _, groups in self._tables for name, group in groups.items()}
 
     def device(self, name: str) -> Device:
-        """One device. Raises DeviceError with near names where there is none."""
+        """Return one device. Raise DeviceError, with similar names, where there is no such device."""
         if name not in self.all:
             raise DeviceError(self._unknown(name, list(self.all)))
         return self.all[name]
 
     def target(self, name: str) -> Target:
-        """What to build for: a group or a device. Raises DeviceError as `device`."""
+        """Return the target of this name, a group or a device. Raise DeviceError as `device` does."""
         if name in self.groups:
             return self.groups[name]
         if name not in self.all:

@@ -1,7 +1,7 @@
-"""Bytes and operations of a model from its configuration alone: weights by part, KV cache, activations.
+"""Count the bytes and operations of a model from its configuration alone: weights by part, KV cache and activations.
 
-Exact for what is counted from shapes (weights, token table, KV cache, multiplications); activations are an estimate.
-Knows shapes and how they are stored, no device and no file.
+Counts from shapes are exact (weights, token table, KV cache, multiplications). Activations are an estimate. This module
+knows shapes and how tensors are stored. It does not know devices or files.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from internvl_edge.checkpoint.layouts import tensor_shapes
 from internvl_edge.model.config import ModelConfig
 from internvl_edge.model.linear import INT8, Scheme
 
-# What becomes part of another weight when a bundle is exported.
+# Tensors that export folds into other weights.
 _FOLDED = (".ls1", ".ls2")
-# Inputs that share one scale in ONNX Runtime's form at most.
+# The most inputs that share one scale in the onnxruntime dialect.
 _LARGEST_BLOCK = 128
 
 
@@ -26,15 +26,15 @@ class Storage:
     """How the parts of a model are stored and computed.
 
     Attributes:
-        dtype_bytes: of unquantized matrices, and of the token table unless it is int8: 2 or 4.
-        vector_bytes: of norms, biases and scales.
-        body: how decoder linears are rounded, None for floats.
-        head: how `lm_head` is rounded, None for floats.
-        vision: how vision linears are rounded, None for floats.
-        cache_bytes: of one number in the KV cache.
-        floats: linears that stay floats whatever the scheme of their part, by canonical name.
-        table: how the token table is stored: "float" (`dtype_bytes`) or "int8".
-        dialect: of the decoder: "onnxruntime" has zero points as they are, "standard" their exact correction.
+        dtype_bytes: bytes of a value in float matrices, and in the token table unless it is int8: 2 or 4.
+        vector_bytes: bytes of a value in norms, biases and scales.
+        body: scheme of the linears in the decoder's layers, None for floats.
+        head: scheme of `lm_head`, None for floats.
+        vision: scheme of the linears of the vision tower and projector, None for floats.
+        cache_bytes: bytes of a value in the KV cache.
+        floats: canonical names of linears that stay floats although their part has a scheme.
+        table: type of the token table: "float" (`dtype_bytes`) or "int8".
+        dialect: dialect of the decoder: "onnxruntime" stores zero points, "standard" stores their exact correction.
     """
 
     dtype_bytes: int = 2
@@ -48,7 +48,7 @@ class Storage:
     dialect: str = "standard"
 
     def matrix_bytes(self, inputs: int, outputs: int, scheme: Scheme | None) -> int:
-        """One linear's weights: integers, scales and what stands for zero points."""
+        """Return the bytes of one linear's weights: integers, scales, and zero points or their corrections."""
         if scheme is None:
             return inputs * outputs * self.dtype_bytes
         groups = inputs // scheme.group_size if scheme.group_size else 1
@@ -60,7 +60,7 @@ class Storage:
 
 
 INT4 = Scheme(4, 128, True)
-# What `plan` compares, all with 16-bit activations.
+# The recipes that `plan` compares. All have 16-bit activations.
 RECIPES = {
     "fp16": Storage(),
     "w8a16": Storage(body=INT8, head=INT8),
@@ -72,10 +72,10 @@ RECIPES = {
 
 
 def builder_bytes(graph_weights: int) -> int:
-    """An estimate of the memory that must be free to build a TensorRT engine, from the bytes of a graph's weights.
+    """Estimate the bytes of free memory that the build of a TensorRT engine needs, from the bytes of a graph's weights.
 
-    Measured with TensorRT for RTX 1.7, beside mapped files: 2.8 GB for 0.99 GB of weights, 2.2 GB for 0.62 GB and a
-    decoder in int4 with corrections (docs/performance.md).
+    Measured with TensorRT for RTX 1.7, without mapped files: 2.8 GB for a decoder of 0.99 GB, and 2.2 GB for a vision
+    tower of 0.62 GB beside an int4 decoder with corrections (docs/performance.md).
     """
     return int(0.5e9 + 2.7 * graph_weights)
 
@@ -91,7 +91,7 @@ class Weights:
 
 
 class Footprint:
-    """Bytes and operations of one model, stored one way."""
+    """The bytes and operations of one model with one storage."""
 
     def __init__(self, config: ModelConfig, storage: Storage) -> None:
         self.config = config
@@ -100,7 +100,7 @@ class Footprint:
 
     @cached_property
     def weights(self) -> Weights:
-        """Bytes of weights, as a bundle stores them."""
+        """The bytes of the weights, as a bundle stores them."""
         sizes = {"vision": 0, "decoder": 0, "head": 0, "embeddings": 0}
         for name, shape in self._shapes.items():
             if name.endswith(_FOLDED) or not self._is_used(name):
@@ -109,15 +109,16 @@ class Footprint:
         return Weights(**sizes)
 
     def cache_bytes(self, tokens: int) -> int:
-        """The KV cache of a context of so many tokens."""
+        """Return the bytes of the KV cache for a context of `tokens` tokens."""
         decoder = self.config.decoder
         per_token = 2 * decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_dim
         return per_token * tokens * self.storage.cache_bytes
 
     def activation_bytes(self, tiles: int, chunk: int) -> int:
-        """An estimate of the largest intermediate results: `tiles` encoded together, `chunk` prompt tokens at once.
+        """Estimate the peak bytes of activations for `tiles` tiles encoded together and `chunk` prompt tokens per step.
 
-        Counts what one block keeps alive at its widest place, in 16 bits, and the logits of one position in float32.
+        This counts the tensors alive at the widest place of one block, in 16 bits, and the logits of one position in
+        float32.
         """
         vision, decoder = self.config.vision, self.config.decoder
         patches = vision.grid_size**2 + 1
@@ -127,7 +128,7 @@ class Footprint:
         return max(tower + pixels, text + 6 * decoder.vocab_size)
 
     def vision_operations(self, tiles: int) -> float:
-        """Multiplications and additions to encode tiles: all linears of the tower and the projector, and attention."""
+        """Return the multiplications and additions to encode tiles: linears of tower and projector, and attention."""
         vision = self.config.vision
         patches = vision.grid_size**2 + 1
         per_tile = 0.0
@@ -141,7 +142,7 @@ class Footprint:
         return tiles * (per_tile + attention)
 
     def prefill_operations(self, tokens: int) -> float:
-        """Multiplications and additions of a prompt: decoder linears, causal attention, the head once."""
+        """Return the multiplications and additions of a prompt: decoder linears, causal attention, lm_head once."""
         decoder = self.config.decoder
         body = sum(
             math.prod(shape) for name, shape in self._shapes.items() if _part(name) == "decoder" and len(shape) == 2
@@ -151,11 +152,11 @@ class Footprint:
         return 2.0 * body * tokens + attention + 2.0 * decoder.vocab_size * decoder.hidden_size
 
     def decode_bytes(self, length: int) -> int:
-        """Bytes read for one more token: decoder and head once, and the cache of what came before."""
+        """Return the bytes read for one more token: decoder, head, and the KV cache of `length` tokens."""
         return self.weights.decoder + self.weights.head + self.cache_bytes(length)
 
     def with_storage(self, storage: Storage) -> Footprint:
-        """The same model, stored another way."""
+        """Return the footprint of the same model with another storage."""
         return Footprint(self.config, replace(storage))
 
     def _tensor_bytes(self, name: str, shape: tuple[int, ...]) -> int:

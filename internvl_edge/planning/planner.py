@@ -1,8 +1,8 @@
-"""Does a model fit a device, how fast can it be there at most, and what to change: from numbers alone.
+"""Predict whether a model fits a device, how fast it can be there, and what to change, from numbers alone.
 
-Speeds are roofline bounds: each phase takes at least its multiplications at the nominal arithmetic rate, and at least
-its bytes at the nominal bandwidth. They are predictions, never measurements; real runs stay below them.
-Knows no files; `footprint` counts, `internvl_edge.planning.devices` describes.
+Speeds are roofline bounds: each phase takes at least the time of its operations at the nominal arithmetic rate, and at
+least the time of its bytes at the nominal bandwidth. They are predictions and not measurements; real runs are slower.
+`footprint` counts bytes and operations, and `devices` describes devices. This module does not read files.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from internvl_edge.model.preprocess import tile_grid
 from .devices import Device
 from .footprint import RECIPES, Footprint, Storage, builder_bytes
 
-# What a camera, a screen or a scanner gives: label -> width, height in pixels.
+# Image sizes of cameras, screens and scanners: label -> width, height in pixels.
 IMAGE_SIZES = {
     "VGA camera": (640, 480),
     "HD camera": (1280, 720),
@@ -31,17 +31,17 @@ IMAGE_SIZES = {
     "till receipt": (600, 1800),
 }
 TILE_LIMITS = (1, 2, 4, 6, 9, 12)
-# Tokens of the prompt beside the image: system text, question and marks.
+# Tokens of the prompt without the image tokens: system text, question and marks.
 TEXT_TOKENS = 80
 ANSWER_TOKENS = 256
-# Prompt tokens and tiles that one engine call takes; see `build`.
+# Prompt tokens and tiles per call of an engine, the defaults of `build`.
 PREFILL_CHUNK = 512
 TILES_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the device. `activations` and `workspace` are estimates, the rest is counted."""
+    """Bytes on the device. `activations` and `workspace` are estimates; the others are counted from shapes."""
 
     vision: int
     decoder: int
@@ -53,13 +53,13 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All that the device holds; the token table is read from its file, row by row."""
+        """The bytes in device memory. The token table is not part of them: its rows are read from the file."""
         return self.vision + self.decoder + self.head + self.kv_cache + self.activations + self.workspace
 
 
 @dataclass(frozen=True)
 class Speed:
-    """A roofline prediction for one image of `tiles` tiles; seconds and tokens per second, bounds."""
+    """A roofline prediction for one image of `tiles` tiles: bounds in seconds and in tokens per second."""
 
     tiles: int
     prompt_tokens: int
@@ -69,13 +69,13 @@ class Speed:
 
     @property
     def first_token_s(self) -> float:
-        """Seconds until the first token."""
+        """The seconds to the first token."""
         return self.vision_s + self.prefill_s
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One model, stored one way, on one device."""
+    """The plan of one model with one recipe on one device."""
 
     device: Device
     recipe: str
@@ -87,11 +87,11 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the device's memory suffices, beside what the system needs."""
+        """Whether the model fits the memory that the system leaves."""
         return self.memory.total <= self.device.usable_memory
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as JSON values; times are named predictions."""
+        """Return the plan as JSON values. Times are under the key "prediction"."""
         return {
             "device": self.device.name,
             "recipe": self.recipe,
@@ -110,12 +110,12 @@ def make_plan(
     """Plan one model on one device.
 
     Args:
-        config: the model.
-        device: where it should run.
-        recipe: the name of `storage`, for people.
-        storage: how weights and cache are stored.
-        context: tokens that prompt and answer may have together.
-        max_tiles: most tiles of an image; the prediction is for an image that needs them all.
+        config: the configuration of the model.
+        device: the device to run on.
+        recipe: the name of `storage` in the output.
+        storage: how weights and KV cache are stored.
+        context: the most tokens of prompt and answer together.
+        max_tiles: the most tiles of an image. The prediction is for an image with this number of tiles.
     """
     footprint = Footprint(config, storage)
     memory = memory_of(footprint, context)
@@ -132,7 +132,7 @@ def make_plan(
 
 
 def memory_of(footprint: Footprint, context: int) -> Memory:
-    """Bytes on the device for a context of so many tokens."""
+    """Return the bytes on the device for a context of `context` tokens."""
     weights = footprint.weights
     activations = footprint.activation_bytes(TILES_AT_ONCE, PREFILL_CHUNK)
     return Memory(
@@ -147,7 +147,7 @@ def memory_of(footprint: Footprint, context: int) -> Memory:
 
 
 def predict(footprint: Footprint, device: Device, tiles: int) -> Speed:
-    """The roofline of one question about one image of `tiles` tiles, thumbnail included."""
+    """Predict the speed of one question about one image of `tiles` tiles, thumbnail included."""
     config, storage, weights = footprint.config, footprint.storage, footprint.weights
     bandwidth, rate, int8_rate = device.bandwidth_gbs * 1e9, device.tflops * 1e12, device.int8_tops * 1e12
     prompt = tiles * config.tokens_per_tile + TEXT_TOKENS
@@ -159,15 +159,15 @@ def predict(footprint: Footprint, device: Device, tiles: int) -> Speed:
 
 
 def tiles_of(config: ModelConfig, limit: int) -> int:
-    """Tiles of an image that uses the whole limit, with its thumbnail."""
+    """Return the tiles of an image that uses the whole limit, with its thumbnail."""
     return limit + 1 if limit > 1 and config.use_thumbnail else limit
 
 
 def tile_table(config: ModelConfig) -> list[dict[str, Any]]:
-    """Common image sizes and what each tile limit makes of them: grid, tiles, image tokens.
+    """Return the number of tiles of common image sizes for each tile limit, thumbnail included.
 
-    Tiles do not grow evenly with the limit: 640x480 is one tile at 4, 3x2 and a thumbnail at 6, 4x3 and a thumbnail at
-    12.
+    The number does not grow evenly with the limit: 640x480 is one tile at 4, 3x2 and a thumbnail at 6, and 4x3 and a
+    thumbnail at 12.
     """
     rows = []
     size = config.vision.image_size
@@ -188,7 +188,7 @@ def _refused_formats(device: Device, storage: Storage) -> tuple[str, ...]:
 
 
 def _advice(footprint: Footprint, device: Device, context: int, memory: Memory) -> list[str]:
-    """What would make it fit, the least loss first."""
+    """Return the changes that make the model fit, the one with the least loss first."""
     advice = []
     if shorter := _longest_context(memory, device, footprint):
         advice.append(shorter)
@@ -203,7 +203,7 @@ def _advice(footprint: Footprint, device: Device, context: int, memory: Memory) 
 
 
 def _longest_context(memory: Memory, device: Device, footprint: Footprint) -> str | None:
-    """The context that still fits beside everything else, if an image of one tile and an answer fit into it."""
+    """Return advice with the largest context that fits, or None if it has no room for one tile and an answer."""
     left = device.usable_memory - (memory.total - memory.kv_cache)
     context = left // footprint.cache_bytes(1) // 256 * 256
     tiles = (context - TEXT_TOKENS - ANSWER_TOKENS) // footprint.config.tokens_per_tile

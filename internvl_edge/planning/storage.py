@@ -1,4 +1,4 @@
-"""How the parts of a model are stored: in a bundle, in a quantized checkpoint, or as a recipe will make them."""
+"""Find the storage of a model's parts: in a bundle, in a quantized checkpoint, or as a recipe will make them."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from .footprint import Storage
 
 
 def bundle_storage(manifest: Manifest, dialect: str = "standard") -> Storage:
-    """How a bundle stores its weights for one of its decoder graphs.
+    """Return how a bundle stores its weights for one of its decoder graphs.
 
-    Where a part has several schemes, most of its linears' stands for all that are not floats.
+    Where a part has several schemes, its most frequent scheme counts for all its linears that are not floats.
     """
     tower = _most(manifest.schemes("vision.").values()) or _most(manifest.schemes("projector.").values())
     return Storage(
@@ -40,10 +40,10 @@ def bundle_storage(manifest: Manifest, dialect: str = "standard") -> Storage:
 
 
 def recipe_storage(recipe: Recipe) -> Storage:
-    """What a recipe will make of a model.
+    """Return the storage that a recipe will give to a model.
 
     Raises:
-        EdgeError: its layers get precisions of their own, which only the quantized checkpoint can tell.
+        EdgeError: the recipe chooses the precision layer by layer, so that only the quantized checkpoint has it.
     """
     if recipe.layers or recipe.automatic:
         raise EdgeError("this recipe decides layer by layer; quantize with it, then plan what comes out")
@@ -56,9 +56,9 @@ def recipe_storage(recipe: Recipe) -> Storage:
 
 
 def checkpoint_storage(folder: Path, config: ModelConfig) -> Storage | None:
-    """What config.json says of a quantized checkpoint; None for float weights, which any recipe can be made from.
+    """Return the storage of a quantized checkpoint from its config.json, or None for float weights.
 
-    Where a part has several schemes, most of its linears' stands for all that are not floats.
+    Where a part has several schemes, its most frequent scheme counts for all its linears that are not floats.
     """
     quantization = read_quantization(read_json(folder / "config.json"), config.vision)
     if quantization is None:
@@ -74,10 +74,10 @@ def checkpoint_storage(folder: Path, config: ModelConfig) -> Storage | None:
 
 
 def _names(config: ModelConfig, linear: str) -> list[str]:
-    """What configurations may call a linear: stored names with all prefixes and without, then its class.
+    """Return the names that a configuration may use for a linear: stored names with and without prefixes, its class.
 
-    Only the decoder's layers have one: heads and towers of published checkpoints are floats unless they are named, and
-    their `ignore`, which should say so, is often missing.
+    Only linears of the decoder's layers get the class "Linear". In published checkpoints, heads and towers are floats
+    unless the configuration names them, and the `ignore` list that should say so is often missing.
     """
     stored = layouts.tensor_source(config, f"{linear}.weight").names
     written = [
@@ -86,7 +86,7 @@ def _names(config: ModelConfig, linear: str) -> list[str]:
         for prefix, table in layouts.NATIVE_PREFIXES
         if config.layout == "native" and name.startswith(table)
     ]
-    alone = [name.removeprefix("language_model.") for name in stored]  # in the text model's own section
+    alone = [name.removeprefix("language_model.") for name in stored]  # as in the text model's section
     names = [name.removesuffix(".weight") for name in (*stored, *written, *alone)]
     return [*names, "Linear"] if linear.startswith("decoder.layers.") else names
 

@@ -1,4 +1,7 @@
-"""What executes a bundle's graphs. An engine knows tiles, embeddings, positions and logits, and nothing about text."""
+"""The interface of an engine, which executes the graphs of a bundle.
+
+An engine knows tiles, embeddings, positions and logits. It does not know text.
+"""
 
 from __future__ import annotations
 
@@ -13,51 +16,55 @@ class Engine(Protocol):
 
     @property
     def dialect(self) -> str:
-        """The decoder graph that answers, a key of `bundle.DECODERS`."""
+        """The name of the decoder graph that decodes, a key of `bundle.names.DECODERS`."""
         ...
 
     @property
     def capacity(self) -> int:
-        """Tokens that fit the cache, prompt and answer together."""
+        """The most tokens that the KV cache can hold, prompt and answer together."""
         ...
 
     @property
     def length(self) -> int:
-        """Tokens in the cache."""
+        """The number of tokens in the KV cache."""
         ...
 
     def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Tiles [tiles, S, S, 3] -> image tokens [tiles, tokens_per_tile, hidden]."""
+        """Encode tiles [tiles, S, S, 3] to image tokens [tiles, tokens_per_tile, hidden]."""
         ...
 
     def prefill(self, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Append a prompt [seq, hidden] to the cache; logits [vocab] after its last token."""
+        """Append a prompt [seq, hidden] to the KV cache, and return the logits [vocab] after its last token."""
         ...
 
     def decode(self, embed: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Append one token [hidden] to the cache; logits [vocab] after it, valid until the next call."""
+        """Append one token [hidden] to the KV cache, and return the logits [vocab] after it.
+
+        The logits are valid until the next call.
+        """
         ...
 
     def score(self, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Append tokens [seq, hidden] to the cache; logits [seq, vocab] after each of them.
+        """Append tokens [seq, hidden] to the KV cache, and return the logits [seq, vocab] after each of them.
 
-        Rotated as one prompt: under dynamic NTK beyond the maximum this differs from appending them one by one.
+        The tokens get the rotary angles of one prompt. With dynamic NTK, beyond the model's maximum length, this
+        differs from appending them one by one.
         """
         ...
 
     def reset(self, length: int = 0) -> None:
-        """Forget everything from position `length` on."""
+        """Drop all tokens from position `length` on."""
         ...
 
     def close(self) -> None:
-        """Release the device's memory; the engine cannot be used afterwards."""
+        """Release the device's memory. The engine cannot be used afterwards."""
         ...
 
 
 @runtime_checkable
 class ChoosingEngine(Engine, Protocol):
-    """An engine that finds the most probable token where the logits are, and returns that alone."""
+    """An engine that can choose the most probable token on its device, so that the logits need not be copied."""
 
     def decode_token(self, embed: NDArray[np.float32]) -> int:
-        """Append one token [hidden] to the cache; the most probable next one."""
+        """Append one token [hidden] to the KV cache, and return the id of the most probable next token."""
         ...

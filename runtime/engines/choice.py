@@ -1,4 +1,4 @@
-"""Which engine runs a bundle on a CPU."""
+"""Choose the engine that runs a bundle on a CPU."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ ENGINES = ("auto", "onnxruntime", "openvino")
 def cpu_engine(
     opened: Bundle, name: str = "auto", *, dialect: str | None = None, capacity: int, threads: int | None = None
 ) -> Engine:
-    """The engine called `name`; "auto" takes OpenVINO for tiles and prompts where it is the faster one.
+    """Return the engine called `name`. "auto" takes OpenVINO for tiles and prompts where that is faster.
 
-    That is where it is installed and the CPU multiplies bfloat16, which ONNX Runtime does not (docs/performance.md). It
-    costs memory: both hold the decoder's weights.
+    It is faster where OpenVINO is installed and the CPU multiplies bfloat16, which ONNX Runtime does not use
+    (docs/performance.md). It also needs more memory, because both libraries hold the decoder's weights.
 
     Raises:
-        EngineError: no such engine, it is not installed, or it cannot run this dialect.
+        EngineError: the engine does not exist, is not installed, or cannot run this dialect.
     """
     if name not in ENGINES:
         raise EngineError(f"engine {name!r} is not one of {', '.join(ENGINES)}")

@@ -1,7 +1,7 @@
-"""The ONNX Runtime engine: CPU by default, CUDA when asked.
+"""The ONNX Runtime engine, on the CPU by default and on CUDA on request.
 
-The KV cache is one fixed buffer per layer, bound as both `past` and `present`, so a step writes only its own positions.
-Untouched pages of the cache cost no memory.
+The KV cache has a fixed buffer for the keys and one for the values of each layer. Each buffer is bound as `past` and as
+`present`, so that a step writes only its own positions. Pages of the cache that no step has touched use no memory.
 """
 
 from __future__ import annotations
@@ -20,24 +20,27 @@ from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.model.rope import RotaryAngles
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-# Prompt tokens per step: bounds memory, and skips the upper triangle of the attention scores.
+# Prompt tokens per step. The limit bounds memory, and saves most of the upper triangle of the attention scores.
 PREFILL_CHUNK = 256
-# The same in int8, where large steps are the faster ones.
+# Prompt tokens per step of the int8 graph, which is faster in large steps.
 _INT8_PREFILL_CHUNK = 512
-# Shorter prompts are not worth a graph of their own.
+# Prompts with fewer tokens than this use the decoder graph: the int8 graph would not make them faster.
 _SHORTEST_PROMPT = 16
-# For quantized weights of the standard dialect, which ONNX Runtime fuses at load: activations rounded to int8, and
-# blocks of 128 inputs where weights have one scale per output. The onnxruntime dialect says the same in its graph.
+# ONNX Runtime fuses the quantized weights of the standard dialect when it loads the graph. These entries make it round
+# activations to int8 (accuracy level 4), and use blocks of 128 inputs where weights have one scale per output. The
+# graph of the onnxruntime dialect holds the same settings.
 _CONFIG = {"session.qdq_matmulnbits_accuracy_level": "4", "session.qdq_matmulnbits_block_size": "128"}
-# Products with int8 inputs added up in 32 bits where the CPU's fast way would saturate in 16 (half as fast, exact).
+# This entry accumulates int8 products in 32 bits. It is exact and half as fast, for CPUs whose fast instructions would
+# saturate in 16 bits.
 _WIDE_SUMS = ("session.x64quantprecision", "1")
-# Threads that wait for long steps need not burn a core until the next one; decoding's do, it would be 10 % slower.
+# This entry makes threads sleep between the long steps of vision and prefill. Decode keeps spinning threads, because
+# it would be 10 % slower without them.
 _SLEEPING = ("session.force_spinning_stop", "1")
-# Tokens of which all logits are kept at once: 8 x 151674 of them are 5 MB.
+# Tokens per step of `score`: float32 logits of 8 x 151674 take 5 MB.
 _SCORE_CHUNK = 8
-# ONNX Runtime's GroupQueryAttention takes heads whose width is a multiple of this.
+# ONNX Runtime's GroupQueryAttention requires a head width that is a multiple of this.
 _GROUPED_HEAD = 8
-# Tiles are encoded together while one layer's attention scores stay below this many bytes.
+# Tiles are encoded together as long as the attention scores of one layer stay below this many bytes.
 _SCORES_BYTES = 64 << 20
 
 
@@ -47,9 +50,9 @@ class OnnxRuntimeEngine:
     Args:
         opened: the bundle.
         device: "cpu" or "cuda".
-        dialect: decoder graph, "onnxruntime" or "standard"; by default the fastest that the bundle has.
+        dialect: decoder graph, "onnxruntime" or "standard"; the default is the fastest that the bundle has.
         capacity: tokens in the KV cache.
-        threads: CPU threads; all available cores by default.
+        threads: CPU threads; the default is all available cores.
 
     Raises:
         EngineError: ONNX Runtime is missing or broken, or has no provider for the device.
@@ -93,21 +96,21 @@ class OnnxRuntimeEngine:
 
     @property
     def dialect(self) -> str:
-        """The decoder graph that runs."""
+        """The name of the decoder graph that runs."""
         return self._dialect
 
     @property
     def capacity(self) -> int:
-        """Tokens that fit the cache."""
+        """The most tokens that the KV cache can hold."""
         return self._capacity
 
     @property
     def length(self) -> int:
-        """Tokens in the cache."""
+        """The number of tokens in the KV cache."""
         return self._length
 
     def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Tiles [tiles, S, S, 3] -> image tokens [tiles, tokens_per_tile, hidden]."""
+        """Encode tiles [tiles, S, S, 3] to image tokens [tiles, tokens_per_tile, hidden]."""
         parts = [
             self._vision.run(None, {"pixels": pixels[start : start + self._tiles_at_once]})[0]
             for start in range(0, len(pixels), self._tiles_at_once)
@@ -115,10 +118,10 @@ class OnnxRuntimeEngine:
         return np.concatenate(parts).astype(np.float32, copy=False)
 
     def prefill(self, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Append a prompt [seq, hidden], in chunks; logits [vocab] after its last token.
+        """Append a prompt [seq, hidden] in chunks, and return the logits [vocab] after its last token.
 
         Raises:
-            EngineError: it does not fit the cache; the same holds for `decode` and `score`.
+            EngineError: the tokens do not fit the KV cache. `decode` and `score` raise this too.
         """
         total = self._room_for(len(embeds))
         if self._prompts is not None and len(embeds) >= _SHORTEST_PROMPT:
@@ -130,26 +133,26 @@ class OnnxRuntimeEngine:
         return self._last_logits()
 
     def decode(self, embed: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Append one token [hidden]; logits [vocab] after it, valid until the next call."""
+        """Append one token [hidden], and return the logits [vocab] after it, valid until the next call."""
         self._step.run(embed[None], self._room_for(1))
         return self._last_logits()
 
     def score(self, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Append tokens [seq, hidden]; logits [seq, vocab] after each of them."""
+        """Append tokens [seq, hidden], and return the logits [seq, vocab] after each of them."""
         total = self._room_for(len(embeds))
         chunks = (embeds[start : start + _SCORE_CHUNK] for start in range(0, len(embeds), _SCORE_CHUNK))
         return np.concatenate([self._score_chunk(chunk, total) for chunk in chunks])
 
     def reset(self, length: int = 0) -> None:
-        """Forget everything from position `length` on; what lies there is overwritten later and masked until then."""
+        """Drop all tokens from position `length` on. Their entries stay masked until later tokens overwrite them."""
         self._length = min(length, self._length)
 
     def close(self) -> None:
-        """Release sessions and cache."""
+        """Release the sessions and the KV cache."""
         del self._step, self._vision, self._text, self._prompts, self._cache, self._cache_arrays, self._logits
 
     def _room_for(self, count: int) -> int:
-        """Tokens in the cache once `count` more are in it."""
+        """Return the number of tokens in the KV cache after `count` more; raise EngineError where they do not fit."""
         total = self._length + count
         if total > self._capacity:
             used = f"{self._length} of {self._capacity} are used"
@@ -159,7 +162,7 @@ class OnnxRuntimeEngine:
     def _score_chunk(self, embeds: NDArray[np.float32], total: int) -> NDArray[np.float32]:
         logits = self._value(np.zeros((1, len(embeds), self._decoder.vocab_size), np.float32))
         _Step(self, self._text, len(embeds), logits, kept=len(embeds)).run(embeds, total)
-        return np.array(logits.numpy()[0])  # a copy: the value's memory ends with it
+        return np.array(logits.numpy()[0])  # copied, because the memory belongs to the OrtValue
 
     def _last_logits(self) -> NDArray[np.float32]:
         logits: NDArray[np.float32] = self._logits.numpy()[0, 0]
@@ -169,7 +172,11 @@ class OnnxRuntimeEngine:
         return self._session(opened, names.VISION, threads, _SLEEPING)
 
     def _load_prompts(self, opened: Bundle, threads: int | None) -> Any:
-        """The graph for long prompts, where the bundle has one and this CPU multiplies bytes without loss."""
+        """Return a session of the int8 graph for long prompts, or None.
+
+        It is None where the bundle has no such graph, the device is not the CPU, or this CPU cannot add int8 products
+        exactly.
+        """
         usable = self._device == "cpu" and names.PROMPTS in opened.manifest.files and multiplies_int8_exactly()
         return self._session(opened, names.PROMPTS, threads, _SLEEPING) if usable else None
 
@@ -199,9 +206,9 @@ class OnnxRuntimeEngine:
 
 
 class _Step:
-    """Bindings of a session for `count` tokens at once; the arrays behind them are filled anew for each run.
+    """Bindings of a session for `count` tokens at once. Each run fills the bound arrays again.
 
-    `logits` [1, kept, vocab] receives those of the last positions; the graph for prompts has none.
+    `logits` [1, kept, vocab] receives the logits of the last `kept` positions. The int8 graph has no logits.
     """
 
     def __init__(
@@ -223,7 +230,7 @@ class _Step:
         self._bind_fixed(logits)
 
     def run(self, embeds: NDArray[np.float32], total: int) -> None:
-        """Compute tokens [count, hidden] as positions length .. of a sequence of `total` tokens."""
+        """Compute tokens [count, hidden] at the positions from `engine.length` on, in a sequence of `total` tokens."""
         engine, arrays = self._engine, self._arrays
         cos, sin = engine._angles.at(engine.length, self._count, total)
         arrays["inputs_embeds"][0], arrays["cos"][0], arrays["sin"][0] = embeds, cos, sin

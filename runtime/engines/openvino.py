@@ -1,8 +1,9 @@
-"""The hybrid engine: OpenVINO encodes tiles and prompts, ONNX Runtime answers token by token.
+"""The hybrid engine: OpenVINO encodes tiles and prompts, and ONNX Runtime decodes token by token.
 
-Both read the bundle's own graphs. OpenVINO multiplies in bfloat16 where the CPU does, with AMX several times as fast as
-ONNX Runtime; ONNX Runtime decodes faster, from a cache it writes in place. After a prompt the keys and values that
-OpenVINO computed are copied into that cache, a few milliseconds for thousands of tokens. Weights are held by both.
+Both libraries read the bundle's own graphs, and both hold the weights. OpenVINO multiplies in bfloat16 where the CPU
+can; with AMX it is several times as fast as ONNX Runtime. ONNX Runtime decodes faster, because it writes its KV cache
+in place. After a prompt, the keys and values that OpenVINO computed are copied into that cache. This takes a few
+milliseconds for thousands of tokens.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ from internvl_edge.bundle.bundle import Bundle
 
 from .onnxruntime import OnnxRuntimeEngine
 
-# The first release that reads RMSNormalization, RotaryEmbedding and GroupQueryAttention of these graphs.
+# The first release that can read RMSNormalization, RotaryEmbedding and GroupQueryAttention in these graphs.
 OLDEST = (2026, 3)
-# Prompt tokens per step: OpenVINO's products gain from more rows than ONNX Runtime's.
+# Prompt tokens per step. OpenVINO gains from larger steps than ONNX Runtime does.
 PREFILL_CHUNK = 512
-# Shorter prompts are not worth handing the cache over and back.
+# Prompts with fewer tokens than this stay with ONNX Runtime: the two copies of the KV cache would take longer.
 _SHORTEST_PROMPT = 64
 
 
 def is_available() -> bool:
-    """Whether a release of OpenVINO that can read the graphs is installed."""
+    """Return whether a release of OpenVINO that can read the graphs is installed."""
     try:
         _import_openvino()
     except EngineError:
@@ -39,15 +40,15 @@ def is_available() -> bool:
 
 
 class OpenVinoEngine(OnnxRuntimeEngine):
-    """Runs `vision.onnx` and prompts in OpenVINO, single tokens in ONNX Runtime (see `Engine` for the protocol).
+    """Runs `vision.onnx` and prompts in OpenVINO, and single tokens in ONNX Runtime (see `Engine` for the protocol).
 
-    Prompts stay with ONNX Runtime where the bundle has a graph for prompts in int8, which is as fast, and where
-    OpenVINO has none to read: bundles without the onnxruntime dialect, and int8 caches.
+    Prompts stay with ONNX Runtime in two cases: the bundle has an int8 graph for prompts, which is as fast; or OpenVINO
+    has no graph that it can read, because the bundle has no onnxruntime dialect or an int8 KV cache.
 
     Args:
         opened: the bundle.
         capacity: tokens in the KV cache.
-        threads: CPU threads; all available cores by default.
+        threads: CPU threads; the default is all available cores.
 
     Raises:
         EngineError: OpenVINO or ONNX Runtime is missing or too old, or cannot read the graphs.
@@ -60,16 +61,16 @@ class OpenVinoEngine(OnnxRuntimeEngine):
         has_graph = names.DECODERS["onnxruntime"] in opened.manifest.files and self._cache_dtype == self._dtype
         if has_graph and self._prompts is None:
             compiled = self._compiled(opened, names.DECODERS["onnxruntime"], threads)
-            # Two, because the cache that one returns is what the other reads.
+            # Two requests take turns, because each one reads the cache that the other one returned.
             self._requests = [compiled.create_infer_request() for _ in range(2)]
 
     def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Tiles [tiles, S, S, 3] -> image tokens [tiles, tokens_per_tile, hidden]."""
+        """Encode tiles [tiles, S, S, 3] to image tokens [tiles, tokens_per_tile, hidden]."""
         parts = [self._vision.infer({"pixels": tile[None]})["image_embeds"] for tile in pixels]
         return np.concatenate(parts).astype(np.float32, copy=False)
 
     def prefill(self, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Append a prompt [seq, hidden], in chunks; logits [vocab] after its last token."""
+        """Append a prompt [seq, hidden] in chunks, and return the logits [vocab] after its last token."""
         if not self._requests or len(embeds) < _SHORTEST_PROMPT:
             return super().prefill(embeds)
         start, total = self._length, self._room_for(len(embeds))
@@ -86,7 +87,7 @@ class OpenVinoEngine(OnnxRuntimeEngine):
         return logits
 
     def close(self) -> None:
-        """Release models, sessions and cache."""
+        """Release the models, the sessions and the KV cache."""
         super().close()
         self._requests.clear()
         del self._core

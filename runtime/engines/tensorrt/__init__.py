@@ -1,1 +1,1 @@
-"""TensorRT: the engine that runs plans on a GPU, and `build/`, which makes them."""
+"""TensorRT: the engine that runs a bundle on a GPU, and `build/`, which builds the engine files."""

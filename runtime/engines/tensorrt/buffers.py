@@ -1,4 +1,7 @@
-"""Memory that host and device share the layout of, and 16-bit numbers as bits. Knows CUDA's wrapper, no model."""
+"""Blocks of memory with the same layout on host and device, and the conversion of 16-bit floats.
+
+This module knows the CUDA wrapper (`cuda`). It does not know a model.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,15 @@ from numpy.typing import NDArray
 
 from .cuda import Cuda
 
-# CUDA reads vectors of numbers fastest from such addresses, and TensorRT asks for them.
+# Bytes. TensorRT requires aligned addresses, and CUDA reads vectors fastest from them.
 _ALIGNMENT = 256
 
 
 @dataclass(frozen=True)
 class Half:
-    """How 16-bit floats of one kind are kept on the host.
+    """How one kind of 16-bit floats is stored on the host.
 
-    `stored` is numpy's type for them: float16, or uint16 for the bits of bfloat16, which numpy lacks.
+    `stored` is its numpy type: float16, or uint16 for the bits of bfloat16, because numpy has no bfloat16.
     """
 
     stored: np.dtype[Any]
@@ -29,7 +32,7 @@ class Half:
 
 
 def _pack_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """The upper half of float32, rounded to nearest, ties to even."""
+    """Return the upper 16 bits of float32 values, rounded to nearest, ties to even."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
 
@@ -47,12 +50,14 @@ HALVES = {
 
 
 class Block:
-    """Several arrays side by side, in pinned host memory and at the same places in device memory: one copy moves all.
+    """Several arrays in one piece of pinned host memory and one piece of device memory with the same layout.
+
+    One copy moves all of them.
 
     Args:
-        cuda: gives and takes back the memory.
-        parts: name -> shape and type.
-        purpose: named when memory does not suffice.
+        cuda: allocates and frees the memory.
+        parts: name -> shape and dtype.
+        purpose: what the memory is for, named in the error message where there is too little.
     """
 
     def __init__(self, cuda: Cuda, parts: dict[str, tuple[tuple[int, ...], Any]], purpose: str) -> None:
@@ -72,15 +77,15 @@ class Block:
         }
 
     def address(self, name: str) -> int:
-        """Where a part lies on the device."""
+        """Return the device address of a part."""
         return self._device + self._places[name][0]
 
     def upload(self, stream: Any) -> None:
-        """Start copying everything to the device. The host's part must not change until the stream has done it."""
+        """Start a copy of all parts to the device. The host arrays must not change until the stream has done it."""
         self._cuda.to_device(self._device, self._host, stream)
 
     def download(self, name: str, stream: Any, size: int | None = None) -> None:
-        """Start copying one part, or its first `size` bytes, to the host."""
+        """Start a copy of one part, or of its first `size` bytes, to the host."""
         start, end = self._places[name]
         end = end if size is None else start + size
         self._cuda.to_host(self._host[start:end], self._device + start, stream)

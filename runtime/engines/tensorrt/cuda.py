@@ -1,6 +1,7 @@
-"""The few CUDA calls an engine needs, each checked: memory, copies, streams, graphs. Nothing here knows TensorRT.
+"""The CUDA calls that an engine needs, each with an error check: memory, copies, streams and graphs.
 
-Everything taken through one `Cuda` is given back by its `close`, in reverse order, also after an error.
+`Cuda.close` releases everything that this `Cuda` allocated, in reverse order, also after an error. This module does not
+know TensorRT.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ _INSTALL = f"{install('rtx')} (or [jetson])"
 
 
 class Cuda:
-    """The present GPU through `cuda.bindings.runtime`; pointers, streams and graphs are plain integers or handles.
+    """The present GPU through `cuda.bindings.runtime`. Pointers are integers; streams and graphs are handles.
 
     Args:
-        runtime: the module to call; the installed one by default.
+        runtime: the module to call; the default is the installed one.
 
     Raises:
-        EngineError: from any method, when a call fails; its name and CUDA's own words are in the message.
+        EngineError: from any method, when a call fails. The message has the function's name and CUDA's description.
     """
 
     def __init__(self, runtime: Any = None) -> None:
@@ -38,20 +39,20 @@ class Cuda:
         self.call("cudaSetDevice", 0)
 
     def call(self, function: str, *arguments: Any) -> Any:
-        """Call a function by name; returns its result without the status (None where there is nothing else)."""
+        """Call a function by name, and return its result without the status (None if there is no result)."""
         status, *results = getattr(self._runtime, function)(*arguments)
         if status != self._runtime.cudaError_t.cudaSuccess:
-            raise EngineError(f"CUDA: {function} failed: {self._words(status)}")
+            raise EngineError(f"CUDA: {function} failed: {self._description(status)}")
         return results[0] if results else None
 
     def compute_capability(self) -> int:
-        """87 for 8.7."""
+        """Return the compute capability as one number: 87 for 8.7."""
         attributes = self._runtime.cudaDeviceAttr
         major = self.call("cudaDeviceGetAttribute", attributes.cudaDevAttrComputeCapabilityMajor, 0)
         return int(10 * major + self.call("cudaDeviceGetAttribute", attributes.cudaDevAttrComputeCapabilityMinor, 0))
 
     def device_memory(self, size: int, purpose: str) -> int:
-        """A device address of `size` bytes, all zero. `purpose` is named when memory does not suffice."""
+        """Allocate `size` zero bytes on the device, and return the address. An error message names `purpose`."""
         try:
             pointer = int(self.call("cudaMalloc", size))
         except EngineError as error:
@@ -61,44 +62,47 @@ class Cuda:
         return pointer
 
     def pinned(self, size: int) -> NDArray[np.uint8]:
-        """Host memory of `size` bytes that copies do not wait for, as an array. It must not be used after `close`."""
+        """Allocate `size` bytes of pinned host memory, and return them as an array.
+
+        Copies from and to pinned memory are asynchronous. The array must not be used after `close`.
+        """
         pointer = int(self.call("cudaHostAlloc", size, self._runtime.cudaHostAllocDefault))
         self._owned.callback(self._release, "cudaFreeHost", pointer)
         return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(pointer))
 
     def stream(self) -> Any:
-        """A stream of its own."""
+        """Create a stream."""
         stream = self.call("cudaStreamCreateWithFlags", self._runtime.cudaStreamNonBlocking)
         self._owned.callback(self._release, "cudaStreamDestroy", stream)
         return stream
 
     def to_device(self, target: int, source: NDArray[np.uint8], stream: Any) -> None:
-        """Start copying pinned bytes to the device."""
+        """Start a copy of pinned bytes to the device."""
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
         self.call("cudaMemcpyAsync", target, source.ctypes.data, source.nbytes, kind, stream)
 
     def to_host(self, target: NDArray[np.uint8], source: int, stream: Any) -> None:
-        """Start copying from the device to pinned bytes."""
+        """Start a copy from the device to pinned bytes."""
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self.call("cudaMemcpyAsync", target.ctypes.data, source, target.nbytes, kind, stream)
 
     def within_device_rows(self, target: int, pitch: int, source: int, size: int, rows: int, stream: Any) -> None:
-        """Start copying `rows` rows of `size` bytes, one behind the other, to places `pitch` bytes apart."""
+        """Start a copy of `rows` contiguous rows of `size` bytes to rows `pitch` bytes apart, within the device."""
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         self.call("cudaMemcpy2DAsync", target, pitch, source, size, size, rows, kind, stream)
 
     def synchronise(self, stream: Any) -> None:
-        """Wait until everything on a stream is done; errors of earlier work appear here."""
+        """Wait until all work on a stream is done. Errors of earlier work are raised here."""
         self.call("cudaStreamSynchronize", stream)
 
     def begin_capture(self, stream: Any) -> None:
-        """Record what follows on the stream instead of doing it."""
+        """Record the following work on the stream instead of running it."""
         self.call(
             "cudaStreamBeginCapture", stream, self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         )
 
     def end_capture(self, stream: Any) -> Any:
-        """The recorded work as an executable graph; `destroy_graph` gives it back."""
+        """Return the recorded work as an executable graph, which `destroy_graph` releases."""
         graph = self.call("cudaStreamEndCapture", stream)
         try:
             return self.call("cudaGraphInstantiate", graph, 0)
@@ -106,24 +110,24 @@ class Cuda:
             self._release("cudaGraphDestroy", graph)
 
     def launch(self, graph: Any, stream: Any) -> None:
-        """Do the recorded work."""
+        """Run the recorded work."""
         self.call("cudaGraphLaunch", graph, stream)
 
     def destroy_graph(self, graph: Any) -> None:
-        """Give back a graph of `end_capture`."""
+        """Release a graph that `end_capture` returned."""
         self._release("cudaGraphExecDestroy", graph)
 
     def close(self) -> None:
-        """Give back everything; further calls do nothing."""
+        """Release everything. Further calls do nothing."""
         self._owned.close()
 
     def _release(self, function: str, handle: Any) -> None:
-        """Failures to release are not reported: the context is gone or the error was already raised elsewhere."""
+        """Release a handle and ignore failures: the context is gone, or another call has raised the error already."""
         getattr(self._runtime, function)(handle)
 
-    def _words(self, status: Any) -> str:
-        _, words = self._runtime.cudaGetErrorString(status)
-        return words.decode() if isinstance(words, bytes) else str(words)
+    def _description(self, status: Any) -> str:
+        _, text = self._runtime.cudaGetErrorString(status)
+        return text.decode() if isinstance(text, bytes) else str(text)
 
     def _free(self) -> str:
         status, free, total = self._runtime.cudaMemGetInfo()

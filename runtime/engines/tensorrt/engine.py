@@ -1,9 +1,9 @@
-"""The TensorRT engine: a bundle's built engines on the present GPU, through cuda-bindings alone (see `Engine`).
+"""The TensorRT engine runs the built engines of a bundle on the present GPU, with cuda-bindings alone (see `Engine`).
 
-The KV cache stays on the device. A decoding step sends one embedding and gets one token id
-back; logits follow only when asked for. Its work is one CUDA graph: kept by TensorRT for RTX itself, captured here
-otherwise.
-Vision has a stream and memory of its own, so `encode` may run in one thread while another decodes.
+The KV cache stays on the device. A decode step sends one embedding to the device and gets one token id back; logits are
+copied only on request. A decode step is one CUDA graph, which TensorRT for RTX captures itself and which this module
+captures for TensorRT. Vision has its own stream and memory, so `encode` may run in one thread while another one
+decodes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .program import Context, Program
 from .record import ENGINES, RUNTIME_CACHE, EngineRecord, engine_folder, find_engines
 from .runtime_cache import NEW_ENTRIES, DeviceCache
 
-# The cache is looked at in multiples of so many slots; each multiple is one shape, and one CUDA graph.
+# Attention reads the KV cache in multiples of this many slots. Each multiple is one shape, and so one CUDA graph.
 WINDOW = 512
 _log = logging.getLogger(__name__)
 
@@ -38,12 +38,12 @@ class TensorRTEngine:
 
     Args:
         opened: the bundle.
-        target: name of the engines' folder; by default the first that suits the present GPU.
-        cuda, flavour: what to call instead of the installed libraries, for tests.
+        target: name of the engines' folder; the default is the first one that fits the present GPU.
+        cuda, flavour: replacements for the installed libraries, for tests.
 
     Raises:
-        EngineError: no GPU, no engines for it, engines of other files or another TensorRT, or too little memory.
-            Nothing stays allocated then.
+        EngineError: there is no GPU or no engine for it, the engines were built from other files or by another
+            TensorRT, or there is too little memory. Nothing stays allocated then.
     """
 
     def __init__(
@@ -95,25 +95,28 @@ class TensorRTEngine:
 
     @property
     def dialect(self) -> str:
-        """The decoder graph that engines are built from."""
+        """The name of the decoder graph that engines are built from."""
         return "standard"
 
     @property
     def capacity(self) -> int:
-        """Tokens that fit the cache."""
+        """The most tokens that the KV cache can hold."""
         return self._options.capacity
 
     @property
     def length(self) -> int:
-        """Tokens in the cache."""
+        """The number of tokens in the KV cache."""
         return self._length
 
     def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Tiles [tiles, S, S, 3] -> image tokens [tiles, tokens_per_tile, hidden]."""
+        """Encode tiles [tiles, S, S, 3] to image tokens [tiles, tokens_per_tile, hidden]."""
         return self._vision.encode(pixels)
 
     def prefill(self, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Append a prompt [seq, hidden], in chunks; logits [vocab] after its last token, valid until the next call."""
+        """Append a prompt [seq, hidden] in chunks, and return the logits [vocab] after its last token.
+
+        The logits are valid until the next call.
+        """
         total = self._room_for(len(embeds))
         for start in range(0, len(embeds), self._options.chunk):
             chunk = embeds[start : start + self._options.chunk]
@@ -122,18 +125,18 @@ class TensorRTEngine:
         return logits
 
     def decode(self, embed: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Append one token [hidden]; logits [vocab] after it, valid until the next call."""
+        """Append one token [hidden], and return the logits [vocab] after it, valid until the next call."""
         self._decode_one(embed)
         logits: NDArray[np.float32] = self._logits(1)[0]
         return logits
 
     def decode_token(self, embed: NDArray[np.float32]) -> int:
-        """Append one token [hidden]; the most probable next one, chosen on the device."""
+        """Append one token [hidden], and return the most probable next token, which the device chooses."""
         self._decode_one(embed)
         return int(self._results.arrays["token"][0])
 
     def score(self, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Append tokens [seq, hidden] to the cache; logits [seq, vocab] after each of them."""
+        """Append tokens [seq, hidden], and return the logits [seq, vocab] after each of them."""
         total = self._room_for(len(embeds))
         rows = []
         for start in range(0, len(embeds), self._options.kept):
@@ -143,11 +146,11 @@ class TensorRTEngine:
         return np.concatenate(rows)
 
     def reset(self, length: int = 0) -> None:
-        """Forget everything from position `length` on; what lies there is overwritten later and masked until then."""
+        """Drop all tokens from position `length` on. Their entries stay masked until later tokens overwrite them."""
         self._length = min(length, self._length)
 
     def close(self) -> None:
-        """Keep compiled kernels for the next start, then release everything; further calls do nothing."""
+        """Save the compiled kernels for the next start, then release everything. Further calls do nothing."""
         if self._closed:
             return
         self._closed = True
@@ -187,7 +190,7 @@ class TensorRTEngine:
         step.context.reshape(step.shapes(len(embeds), len(kept), self._window(self._length + len(embeds))))
         step.enqueue(self._stream)
         self._cache.store(self._length, len(embeds), self._stream)
-        self._cuda.synchronise(self._stream)  # the host's block is filled anew for the next step
+        self._cuda.synchronise(self._stream)  # the next step fills the host block again
         self._length += len(embeds)
 
     def _window(self, used: int) -> int:
@@ -229,7 +232,7 @@ class TensorRTEngine:
         return context
 
     def _shared_addresses(self, capacity: int) -> dict[str, int]:
-        """What all steps use: the cache, the slots' numbers, and the results."""
+        """Return the addresses that all steps use: the KV cache, the slot numbers and the results."""
         slots = Block(self._cuda, {"slots": ((capacity,), np.int64)}, "slot numbers")
         slots.arrays["slots"][:] = np.arange(capacity)
         slots.upload(self._stream)
@@ -238,7 +241,7 @@ class TensorRTEngine:
         return {"slots": slots.address("slots")} | results | self._cache.addresses()
 
     def _keep_kernels(self) -> None:
-        """A folder that cannot be written only costs time at the next start."""
+        """Save the compiled kernels. A write error is ignored, because it only makes the next start slower."""
         for program, graph in zip(self._programs, ("decoder", "vision"), strict=False):
             data = program.cache_bytes()
             path = self._folder / f"{graph}.{RUNTIME_CACHE}"
@@ -249,7 +252,7 @@ class TensorRTEngine:
 
 
 class _Step:
-    """Inputs of up to `rows` tokens at once, and the context that computes them."""
+    """The inputs of a step of up to `rows` tokens, and the execution context that computes it."""
 
     def __init__(self, engine: TensorRTEngine, context: Context, rows: int) -> None:
         decoder, half = engine._decoder, engine._half
@@ -262,11 +265,14 @@ class _Step:
         self._block = Block(engine._cuda, parts, "inputs of the decoder")
 
     def addresses(self) -> dict[str, int]:
-        """Where this step's own inputs lie."""
+        """Return the addresses of this step's own inputs."""
         return {name: self._block.address(name) for name in self._block.arrays}
 
     def fill(self, embeds: NDArray[np.float32], start: int, total: int, kept: list[int]) -> None:
-        """Tokens [rows, hidden] as positions start .. of a sequence of `total`; `kept` of them get logits."""
+        """Write the inputs of tokens [rows, hidden] at the positions from `start` on, in a sequence of `total` tokens.
+
+        `kept` are the indices of the tokens that get logits.
+        """
         arrays, pack = self._block.arrays, self._engine._half.pack
         cos, sin = self._engine._angles.at(start, len(embeds), total)
         for name, values in (("inputs_embeds", embeds), ("cos", cos), ("sin", sin)):
@@ -275,18 +281,21 @@ class _Step:
         arrays["kept"][: len(kept)] = kept
 
     def shapes(self, rows: int, kept: int, window: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of the inputs that vary."""
+        """Return the shapes of the inputs whose shape varies."""
         return {name: (1, rows, width) for name, width in self._widths.items()} | {"kept": (kept,), "slots": (window,)}
 
     def enqueue(self, stream: Any) -> None:
-        """Inputs up, computation, token ids down."""
+        """Start the copy of the inputs to the device, the computation, and the copy of the token ids to the host."""
         self._block.upload(stream)
         self.context.enqueue(stream)
         self._engine._results.download("token", stream)
 
 
 class _DecodeGraph:
-    """One CUDA graph of a decoding step, captured the second time a shape occurs: the first lets TensorRT settle."""
+    """The CUDA graph of a decode step.
+
+    It is captured when a shape occurs for the second time, because TensorRT prepares itself in the first run.
+    """
 
     def __init__(self, cuda: Cuda, step: _Step, stream: Any, captures: bool) -> None:
         self._cuda = cuda
@@ -297,7 +306,7 @@ class _DecodeGraph:
         self._graph: Any = None
 
     def run(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Start one step with these shapes."""
+        """Start one step with these input shapes."""
         if shapes != self._shapes:
             self.close()
             self._step.context.reshape(shapes)
@@ -312,13 +321,13 @@ class _DecodeGraph:
             self._cuda.launch(self._graph, self._stream)
 
     def close(self) -> None:
-        """Give the graph back."""
+        """Release the graph."""
         if self._graph is not None:
             self._cuda.destroy_graph(self._graph)
             self._graph = None
 
     def _capture(self) -> None:
-        """Steps that cannot be captured run one kernel after the other: slower, said once, and never wrong."""
+        """Capture the graph. If that fails, log it once; later steps launch their kernels one by one, more slowly."""
         self._cuda.begin_capture(self._stream)
         try:
             self._step.enqueue(self._stream)
@@ -332,7 +341,7 @@ class _DecodeGraph:
 
 
 class _Vision:
-    """The vision engine with its own stream, memory and context."""
+    """The vision engine, with its own stream, memory and execution context."""
 
     def __init__(self, engine: TensorRTEngine, program: Program, opened: Bundle) -> None:
         model, tiles = opened.manifest.model, engine._options.tiles

@@ -1,6 +1,6 @@
-"""Where `tensorrt` (JetPack, 10.3 to 11.x) and `tensorrt_rtx` differ; everything else uses what they share.
+"""The differences between `tensorrt` (JetPack, 10.3 to 11.x) and `tensorrt_rtx`. Other modules use what both share.
 
-Knows their Python interfaces, no bundle and no model.
+This module knows their Python interfaces. It does not know a bundle or a model.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from internvl_edge.base.errors import EngineError
 from internvl_edge.base.extras import install
 
 _OLDEST = {"tensorrt": (10, 3), "tensorrt_rtx": (1, 7)}
-# Attention came with 10.14, rotary embedding and the cache update with 10.15 (release notes).
+# The first versions with layers for attention (10.14), and for rotary embedding and the cache update (10.15), from the
+# release notes.
 _ATTENTION = {"tensorrt": (10, 15), "tensorrt_rtx": (1, 7)}
 _INSTALL = {
     "tensorrt": "it comes with JetPack 6.2 or newer (make the environment with --system-site-packages)",
     "tensorrt_rtx": install("rtx"),
 }
-# What a library without a driver says again and again while it builds; building needs none.
+# A message that the library repeats during a build without a GPU driver. The build does not need a driver.
 _NO_DRIVER = "CUDA driver version is insufficient"
 
 
 @dataclass(frozen=True)
 class Flavour:
-    """One installed TensorRT. `api` is its Python module, `log` collects what it says."""
+    """One installed TensorRT. `api` is its Python module, and `log` collects its messages."""
 
     name: str
     api: Any
@@ -35,21 +36,21 @@ class Flavour:
 
     @property
     def version(self) -> str:
-        """As the library says, "10.16.1.11"."""
+        """The version as the library gives it, such as "10.16.1.11"."""
         return str(self.api.__version__)
 
     @property
     def builds_anywhere(self) -> bool:
-        """Whether engines can be built for other devices than the present one, or with none."""
+        """Whether it builds engines for other devices than the present one, and on machines without a GPU."""
         return self.name == "tensorrt_rtx"
 
     @property
     def has_attention(self) -> bool:
-        """Whether it has layers for attention, rotary embedding and the cache; without, graphs are decomposed."""
+        """Whether it has layers for attention, rotary embedding and the KV cache. If not, graphs are decomposed."""
         return _numbers(self.version) >= _ATTENTION[self.name]
 
     def network(self, builder: Any) -> Any:
-        """An empty network whose types are those of the graph; version 11 knows no other kind."""
+        """Return an empty, strongly typed network: its types are those of the graph. Version 11 has no other kind."""
         flag = getattr(self.api.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
         return builder.create_network(0 if flag is None else 1 << int(flag))
 
@@ -71,7 +72,7 @@ class Flavour:
             config.set_compute_capability(known[f"SM{sm}"], index)
 
     def use_timing_cache(self, config: Any, path: Path | None) -> None:
-        """Start from the timings of an earlier build; TensorRT for RTX measures none."""
+        """Use the timings of an earlier build. TensorRT for RTX does not measure timings."""
         if self.builds_anywhere:
             return
         data = path.read_bytes() if path and path.is_file() else b""
@@ -80,14 +81,15 @@ class Flavour:
             config.set_timing_cache(cache, True)
 
     def timing_cache(self, config: Any) -> bytes:
-        """The timings after a build, b"" where there are none."""
+        """Return the timings after a build, b"" where there are none."""
         cache = None if self.builds_anywhere else config.get_timing_cache()
         return bytes(cache.serialize()) if cache else b""
 
     def new_cache(self, engine: Any, data: bytes) -> Any:
-        """TensorRT for RTX compiles kernels on the device: its cache of them, from `cache_bytes` of an earlier one.
+        """Return the kernel cache of TensorRT for RTX, which compiles kernels on the device; None for TensorRT.
 
-        Data of another device or version are refused by the library, and the cache starts empty. None for TensorRT.
+        `data` is `cache_bytes` of an earlier cache. The library refuses data of another device or version, and the
+        cache then starts empty.
         """
         if not self.builds_anywhere:
             return None
@@ -98,14 +100,14 @@ class Flavour:
 
     @staticmethod
     def cache_bytes(cache: Any) -> bytes:
-        """What to keep of a cache for the next start."""
+        """Return the bytes of a kernel cache, to be saved for the next start."""
         data = None if cache is None else cache.serialize()
         return b"" if data is None else bytes(data)
 
     def context(self, engine: Any, cache: Any, repeats: bool) -> Any:
-        """An execution context without memory of its own; None where the library fails.
+        """Return an execution context without its own memory, or None where the library fails.
 
-        `repeats`: the same shapes come again and again, so TensorRT for RTX keeps a CUDA graph of them.
+        `repeats` says that the same shapes occur many times. TensorRT for RTX then keeps a CUDA graph of them.
         """
         owned = self.api.ExecutionContextAllocationStrategy.USER_MANAGED
         if not self.builds_anywhere:
@@ -120,18 +122,18 @@ class Flavour:
 
     @property
     def captures_itself(self) -> bool:
-        """Whether the library makes CUDA graphs of repeated shapes; otherwise the caller captures them."""
+        """Whether the library captures CUDA graphs itself. Otherwise the caller captures them."""
         return self.builds_anywhere
 
     @staticmethod
     def context_bytes(engine: Any) -> int:
-        """Device memory that any context of this engine needs."""
+        """Return the bytes of device memory that each execution context of this engine needs."""
         size = getattr(engine, "device_memory_size_v2", None)
         return int(engine.device_memory_size if size is None else size)
 
 
 def load_flavour(name: str) -> Flavour:
-    """Import a TensorRT.
+    """Import a TensorRT by the name of its module.
 
     Raises:
         EngineError: it is not installed, cannot be loaded, or is too old for the graphs.
@@ -140,7 +142,7 @@ def load_flavour(name: str) -> Flavour:
         api: Any = importlib.import_module(name)
     except ImportError as error:
         raise EngineError(f"{name} cannot be imported ({error}): {_INSTALL[name]}") from None
-    except OSError as error:  # the shared library is missing or does not fit
+    except OSError as error:  # the shared library is missing or cannot be loaded here
         raise EngineError(f"{name} cannot be loaded ({error}): {_INSTALL[name]}") from None
     if _numbers(str(api.__version__)) < _OLDEST[name]:
         wanted = ".".join(map(str, _OLDEST[name]))
@@ -149,12 +151,12 @@ def load_flavour(name: str) -> Flavour:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """Major and minor."""
+    """Return major and minor version."""
     return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
 def make_log(api: Any) -> Any:
-    """A logger that keeps what goes wrong: `.errors` and `.warnings`, lists of lines."""
+    """Return a logger that collects messages in `.errors` and `.warnings`, which are lists of lines."""
 
     class Log(api.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -174,5 +176,5 @@ def make_log(api: Any) -> Any:
 
 
 def last_error(log: Any) -> str:
-    """The last complaint, for a message of one line."""
+    """Return the last error message, at most 300 characters."""
     return str(log.errors[-1])[:300] if log.errors else "TensorRT gives no reason"

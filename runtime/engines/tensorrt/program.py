@@ -1,6 +1,7 @@
-"""One deserialised engine and its execution contexts: shapes and addresses in, work on a stream out.
+"""One deserialised engine and its execution contexts, which run on a stream with given shapes and addresses.
 
-Every refusal of TensorRT becomes an EngineError. Knows TensorRT and memory, nothing about vision or text.
+Every refusal of TensorRT becomes an EngineError. This module knows TensorRT and memory. It does not know vision or
+text.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ class Program:
 
     Args:
         flavour: the TensorRT that built the file.
-        cuda: gives memory for contexts.
-        path: the file.
-        sha256: what its content must be.
-        runtime_cache: kept kernels of an earlier start, b"" for none.
+        cuda: allocates memory for the contexts.
+        path: the engine file.
+        sha256: the expected SHA-256 of the file.
+        runtime_cache: saved kernels of an earlier start, b"" for none.
 
     Raises:
         EngineError: the file was changed, or TensorRT refuses it.
@@ -45,19 +46,22 @@ class Program:
         self._memory: int | None = None
 
     def inputs(self) -> dict[str, tuple[int, ...]]:
-        """Input names and shapes, -1 where they vary."""
+        """Return the names and shapes of the inputs; a dimension that varies is -1."""
         return self._tensors(self._flavour.api.TensorIOMode.INPUT)
 
     def outputs(self) -> dict[str, tuple[int, ...]]:
-        """Output names and shapes."""
+        """Return the names and shapes of the outputs; a dimension that varies is -1."""
         return self._tensors(self._flavour.api.TensorIOMode.OUTPUT)
 
     def profiles(self) -> int:
-        """Optimisation profiles."""
+        """Return the number of optimisation profiles."""
         return int(self._engine.num_optimization_profiles)
 
     def context(self, profile: int, stream: Any, repeats: bool) -> Context:
-        """A context for one profile. All contexts of a program use the same memory, so they run on one stream."""
+        """Return a context for one profile.
+
+        All contexts of a program share one piece of memory, so they must run on one stream.
+        """
         size = self._flavour.context_bytes(self._engine)
         if self._memory is None and size:
             self._memory = self._cuda.device_memory(size, f"intermediate results of {self._path.name}")
@@ -72,11 +76,11 @@ class Program:
         return Context(context, self._path.name, self._flavour.log)
 
     def cache_bytes(self) -> bytes:
-        """Kernels compiled on this device, to be kept for the next start."""
+        """Return the kernels that were compiled on this device, to be saved for the next start."""
         return self._flavour.cache_bytes(self._cache)
 
     def close(self) -> None:
-        """Release the engine; contexts must have been closed."""
+        """Release the engine. Its contexts must be closed first."""
         self._cache = self._engine = self._runtime = None
 
     def _tensors(self, mode: Any) -> dict[str, tuple[int, ...]]:
@@ -86,7 +90,7 @@ class Program:
 
 
 class Context:
-    """One execution context with fixed addresses and varying shapes."""
+    """One execution context, with fixed addresses and variable shapes."""
 
     def __init__(self, context: Any, name: str, log: Any) -> None:
         self._context = context
@@ -95,19 +99,19 @@ class Context:
         self._shapes: dict[str, tuple[int, ...]] = {}
 
     def bind(self, addresses: dict[str, int]) -> None:
-        """Where each input and output lies."""
+        """Set the address of each input and output."""
         for name, address in addresses.items():
             self._check(self._context.set_tensor_address(name, address), f"address of {name}")
 
     def reshape(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Shapes of inputs for what follows."""
+        """Set the shapes of inputs for the following runs."""
         for name, shape in shapes.items():
             if self._shapes.get(name) != shape:
                 self._check(self._context.set_input_shape(name, shape), f"shape {shape} of {name}")
                 self._shapes[name] = shape
 
     def enqueue(self, stream: Any) -> None:
-        """Start computing on a stream."""
+        """Start the computation on a stream."""
         self._check(self._context.execute_async_v3(int(stream)), "run")
 
     def close(self) -> None:

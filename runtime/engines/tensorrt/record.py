@@ -1,6 +1,7 @@
-"""`engine.json`: what a folder of engines was built from, for what, with what. `build` writes it, the engine reads it.
+"""`engine.json`, the record of a folder of engines: its inputs, its target, its options and the TensorRT that built it.
 
-A folder of engines belongs to its bundle: it lies in `engines/NAME/` there and is valid for the recorded inputs alone.
+`build` writes the record and the engine reads it. The folder is `engines/NAME/` in the bundle, and is valid only for
+the recorded inputs.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ class BuildOptions:
     """Sizes that are fixed when engines are built.
 
     Attributes:
-        dtype: "bfloat16" or "float16", what graphs compute in.
-        capacity: tokens in the KV cache, prompt and answer together.
-        chunk: most prompt tokens per step.
-        kept: most positions of one step that get logits, for checking guessed tokens.
-        tiles: most tiles encoded together.
-        profiles: 1, or 2 with one of them for single tokens; two hold 16-bit weights twice.
+        dtype: the type that the engines compute in, "bfloat16" or "float16".
+        capacity: the most tokens in the KV cache, prompt and answer together.
+        chunk: the most prompt tokens per prefill step.
+        kept: the most positions of one step that get logits, to verify guessed tokens.
+        tiles: the most tiles that are encoded together.
+        profiles: 1, or 2, of which one is for single tokens. Two profiles hold 16-bit weights twice.
     """
 
     dtype: str
@@ -44,16 +45,16 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class EngineRecord:
-    """One folder of engines.
+    """The record of one folder of engines.
 
     Attributes:
-        target: name of the device or group it was built for.
-        flavour, version: the TensorRT that built it and alone can run it.
-        compute_capabilities: like 86, of the devices it runs on.
-        options: the fixed sizes.
-        inputs: SHA-256 of the bundle's files that went in.
-        files: of the folder, name -> {"bytes", "sha256"}.
-        figures: seconds, peak_rss and layers, per engine, for people.
+        target: name of the device or the group that it was built for.
+        flavour, version: the TensorRT that built it. No other one can run it.
+        compute_capabilities: those of the devices it runs on, such as 86 for 8.6.
+        options: the sizes that were fixed.
+        inputs: SHA-256 of the bundle's files that it was built from, by name.
+        files: the files of the folder, name -> {"bytes", "sha256"}.
+        figures: seconds, peak_rss (bytes) and layers of each engine, for information.
     """
 
     target: str
@@ -66,7 +67,7 @@ class EngineRecord:
     figures: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def same_build(self, other: EngineRecord) -> bool:
-        """Whether the same inputs, sizes, target and TensorRT went in."""
+        """Return whether both records have the same inputs, options, target and TensorRT."""
         ignored = {"files", "figures"}
         mine, theirs = ({k: v for k, v in asdict(record).items() if k not in ignored} for record in (self, other))
         return mine == theirs
@@ -78,10 +79,10 @@ class EngineRecord:
 
     @staticmethod
     def read(folder: Path) -> EngineRecord:
-        """Read a folder's record; every file must be there in its size.
+        """Read a folder's record, and check that every file exists with its recorded size.
 
         Raises:
-            EngineError: no engines, a damaged record or file, or a newer format.
+            EngineError: there are no engines, the record or a file is damaged, or the format is newer.
         """
         path = folder / RECORD
         try:
@@ -102,22 +103,24 @@ class EngineRecord:
 
 
 def engine_folder(opened: Bundle, target: str) -> Path:
-    """Where a target's engines lie."""
+    """Return the folder of a target's engines."""
     return opened.folder / "engines" / target
 
 
 def graph_inputs(opened: Bundle) -> dict[str, str]:
-    """SHA-256 of the files that engines are built from, by name."""
+    """Return the SHA-256 of the files that engines are built from, by name."""
     files = opened.manifest.files
     inputs = (names.VISION, names.DECODERS["standard"], "vision.data", "decoder.data")
     return {name: files[name].sha256 for name in inputs if name in files}
 
 
 def find_engines(opened: Bundle, sm: int, target: str | None = None) -> EngineRecord:
-    """The engines of a bundle for a compute capability, or those of a name; the first that fit the bundle's files.
+    """Return the record of the first engines that fit a compute capability and the bundle's present files.
+
+    With `target`, only the engines of this name are searched.
 
     Raises:
-        EngineError: there are none, those there are cannot be read, or they were built from other files than the
+        EngineError: there are no such engines, they cannot be read, or they were built from other files than the
             bundle's present ones.
     """
     found: list[EngineRecord] = []
@@ -125,7 +128,7 @@ def find_engines(opened: Bundle, sm: int, target: str | None = None) -> EngineRe
     for folder in _engine_folders(opened, target):
         try:
             found.append(EngineRecord.read(folder))
-        except EngineError as error:  # the engines beside it may be sound
+        except EngineError as error:  # engines in other folders may still be valid
             unreadable.append(error)
     suitable = [record for record in found if sm in record.compute_capabilities]
     fresh = [record for record in suitable if record.inputs == graph_inputs(opened)]
@@ -145,6 +148,6 @@ def find_engines(opened: Bundle, sm: int, target: str | None = None) -> EngineRe
 
 
 def _engine_folders(opened: Bundle, target: str | None) -> list[Path]:
-    """By name; without the hidden ones, in which builds were interrupted."""
+    """Return the folders of engines, sorted by name, without hidden folders, which interrupted builds leave behind."""
     folders = sorted(path.parent for path in (opened.folder / "engines").glob(f"*/{RECORD}"))
     return [folder for folder in folders if not folder.name.startswith(".") and target in (None, folder.name)]

@@ -1,7 +1,8 @@
-"""The KV cache on the device, in one piece [layers x (key, value) x kv_heads, capacity, head_dim].
+"""The KV cache on the device, in one piece of memory [layers x (key, value) x kv_heads, capacity, head_dim].
 
-Newer TensorRT writes floats in place by a layer of its own. It takes no int8, and before 10.15 there is none: then the
-graph reads what is there, puts out what is new, and one strided copy after each step puts that in its place.
+TensorRT for RTX, and TensorRT from 10.15, have a layer that writes float entries into the cache in place. For int8 and
+for older versions there is no such layer. Then the graph only reads the cache and outputs the entries of the step, and
+one strided copy after the step writes these entries into the cache.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ _PURPOSE = "the KV cache (a smaller --context needs less)"
 
 
 class DeviceCache:
-    """Device memory for `capacity` tokens.
+    """The device memory of a KV cache for `capacity` tokens.
 
     Args:
-        cuda: gives the memory, all zeros: what is masked is still multiplied, and rubbish could be NaN.
-        decoder: layers, heads and their width.
-        capacity: tokens.
-        itemsize: bytes of one number.
-        chunk: most tokens of one step where the graph puts out what is new, 0 where it writes in place.
+        cuda: allocates the memory with zeros: masked entries are still multiplied, and undefined ones could be NaN.
+        decoder: gives the number of layers and heads, and the width of a head.
+        capacity: the most tokens in the cache.
+        itemsize: bytes of one value.
+        chunk: the most tokens of one step where the graph outputs new entries; 0 where it writes them in place.
     """
 
     def __init__(self, cuda: Cuda, decoder: DecoderConfig, capacity: int, itemsize: int, chunk: int = 0) -> None:
@@ -38,7 +39,7 @@ class DeviceCache:
         self._new = cuda.device_memory(self._rows * chunk * self._width, _PURPOSE) if chunk else None
 
     def addresses(self) -> dict[str, int]:
-        """Where the graph's inputs and outputs lie."""
+        """Return the addresses of the graph's cache inputs and outputs."""
         places = {
             f"{layer}.{part}": self._base + (2 * layer + index) * self._part
             for layer in range(self._layers)
@@ -50,9 +51,10 @@ class DeviceCache:
         return past | {f"present.{name}": place for name, place in places.items()}
 
     def store(self, start: int, count: int, stream: Any) -> None:
-        """Start putting the `count` entries of the step just enqueued at positions start .., unless they are there.
+        """Start the copy of the last step's `count` entries to the positions from `start` on.
 
-        Not part of a CUDA graph, which would keep the position it was captured with.
+        This does nothing where the graph writes them in place. It must not be part of a CUDA graph, which would keep
+        the position from the time of its capture.
         """
         if self._new is None:
             return

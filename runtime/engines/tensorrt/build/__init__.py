@@ -1,4 +1,7 @@
-"""Bundle -> TensorRT engines, on the device or (TensorRT for RTX) on any machine. Nothing here runs an engine."""
+"""Build TensorRT engines from a bundle: on the target device, or with TensorRT for RTX on any machine.
+
+Nothing in this package runs an engine.
+"""
 
 from .bundle_engines import build_engines
 

@@ -1,6 +1,7 @@
-"""Both engines of a bundle for one target: `engines/NAME/`, whole or not at all, rebuilt only when inputs changed.
+"""Build both engines of a bundle for one target, into the bundle's folder `engines/NAME/`.
 
-TensorRT's own builder needs the device; TensorRT for RTX needs none and puts several compute capabilities into a file.
+The folder appears complete or not at all, and is built again only when its inputs changed. TensorRT must build on the
+target device. TensorRT for RTX needs no device, and puts several compute capabilities into one file.
 """
 
 from __future__ import annotations
@@ -28,20 +29,20 @@ from .engine import Build, Built, Profile, Progress, build_engine, interruptible
 def build_engines(
     opened: Bundle, target: Target, options: BuildOptions, *, force: bool = False, progress: Progress | None = None
 ) -> tuple[EngineRecord, bool]:
-    """Build a bundle's engines for a target, unless they are there already.
+    """Build a bundle's engines for a target, unless the same build exists already.
 
     Args:
-        opened: the bundle; engines go to its folder `engines/NAME/`.
-        target: the device, or a group of devices that share one file.
+        opened: the bundle. Its folder `engines/NAME/` receives the engines.
+        target: a device, or a group of devices that share one file.
         options: sizes that are fixed in engines.
-        force: build again whatever is there.
-        progress: told the graph's file and phase, and steps done and to do.
+        force: build again even if the same build exists.
+        progress: called with the name of the graph file and the phase, the steps done, and all steps of the phase.
 
     Returns:
-        What stands there, and whether it was built now.
+        The record of the engines in the folder, and whether this call built them.
 
     Raises:
-        EngineError: TensorRT is missing, too old or refuses a graph; another device is needed; sizes do not fit.
+        EngineError: TensorRT is missing, is too old or refuses a graph; another device is needed; or sizes do not fit.
     """
     _check_options(opened.manifest.model, target, options)
     _check_graphs(opened)
@@ -71,9 +72,10 @@ def build_engines(
 
 
 def headers(opened: Bundle, options: BuildOptions, decomposed: bool = False) -> dict[str, tuple[bytes, Path]]:
-    """Graph -> its header as TensorRT takes it, and the path its data lies beside.
+    """Return the ONNX header of each graph for TensorRT, and the path of the bundle's graph.
 
-    `decomposed`: for a TensorRT without layers for attention, rotary embedding and the cache (before 10.15).
+    A header is an ONNX model without its large weights, which stay in files beside the bundle's graph. `decomposed` is
+    for a TensorRT without layers for attention, rotary embedding and the KV cache (before 10.15).
 
     Raises:
         EngineError: onnx-ir is not installed.
@@ -85,19 +87,19 @@ def headers(opened: Bundle, options: BuildOptions, decomposed: bool = False) -> 
     vision, decoder = opened.path(names.VISION), opened.path(names.DECODERS["standard"])
     text, tower = opened.manifest.model.decoder, opened.manifest.model.vision
     width = tower.hidden_size // tower.num_attention_heads
-    seeing = Heads(tower.num_attention_heads, tower.num_attention_heads, width) if decomposed else None
-    reading = Heads(text.num_attention_heads, text.num_key_value_heads, text.head_dim) if decomposed else None
+    vision_heads = Heads(tower.num_attention_heads, tower.num_attention_heads, width) if decomposed else None
+    decoder_heads = Heads(text.num_attention_heads, text.num_key_value_heads, text.head_dim) if decomposed else None
     return {
-        "vision": (vision_header(vision, activations, options.dtype, seeing), vision),
-        "decoder": (decoder_header(decoder, activations, options.dtype, options.capacity, reading), decoder),
+        "vision": (vision_header(vision, activations, options.dtype, vision_heads), vision),
+        "decoder": (decoder_header(decoder, activations, options.dtype, options.capacity, decoder_heads), decoder),
     }
 
 
 def profiles(config: ModelConfig, options: BuildOptions, graph: str) -> tuple[Profile, ...]:
-    """The shapes an engine is built for.
+    """Return the optimisation profiles of an engine, that is the input shapes it is built for.
 
-    One profile serves prompts and single tokens; its best shape is one token, as decoding is what users wait for
-    longest. With two, prompts have their own.
+    One profile serves prefill and decode. Its optimal shape is one token, because users wait longest for decode. With
+    two profiles, prefill has its own.
     """
     if graph == "vision":
         size = config.vision.image_size
@@ -179,7 +181,7 @@ def _check_options(config: ModelConfig, target: Target, options: BuildOptions) -
 
 
 def _check_device(target: Target) -> None:
-    """TensorRT builds for the device it runs on: that must be the target."""
+    """Raise EngineError unless the present GPU is the target, because TensorRT builds for the device it runs on."""
     from ..cuda import Cuda
 
     cuda = Cuda()
@@ -213,7 +215,10 @@ def _check_memory(opened: Bundle) -> None:
 
 
 def options_for(target: Target, dtype: str | None = None, **sizes: int | None) -> BuildOptions:
-    """Options with the target's own type and the given sizes, None left out; steps never exceed the context."""
+    """Return build options with the given values. None means the default: for `dtype`, the target's own type.
+
+    The default prefill step never exceeds the context.
+    """
     given = {name: size for name, size in sizes.items() if size is not None}
     options = BuildOptions(**(asdict(BuildOptions(dtype or target.dtype)) | given))
     return options if "chunk" in given else replace(options, chunk=min(options.chunk, options.capacity))

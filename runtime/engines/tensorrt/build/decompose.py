@@ -1,8 +1,8 @@
-"""Newer operators written as older ones, for TensorRT 10.3 (JetPack 6.2), which has no layers for them.
+"""Replace newer ONNX operators by older ones, for TensorRT 10.3 (JetPack 6.2), which has no layers for them.
 
-RMSNormalization, RotaryEmbedding and Attention become what they mean; norms and attention weights stay in the types
-that TensorRT's own layers would use: float32 inside norms. What remains is ONNX opset 21. Works on headers that
-`header` has tailored; knows onnx-ir, nothing about TensorRT.
+RMSNormalization, RotaryEmbedding and Attention become the basic operators that define them. The types are those that
+TensorRT's own layers would use: norms compute in float32. The result is ONNX opset 21. The input is a model that
+`header` has already changed for TensorRT. This module knows onnx-ir. It does not know TensorRT.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import numpy as np
 import onnx_ir as ir
 
 OPSET, IR_VERSION = 21, 10
-# Below every attention score, within float16.
-_NEVER = -3e4
+# The score of a masked position: it is below every attention score, and float16 can represent it.
+_MASKED_SCORE = -3e4
 
 
 @dataclass(frozen=True)
 class Heads:
-    """Of attention: query heads, key and value heads, and the width of one."""
+    """The heads of attention: number of query heads, number of key and value heads, and the width of one head."""
 
     query: int
     key: int
@@ -29,7 +29,7 @@ class Heads:
 
 
 def decompose(model: ir.Model, heads: Heads, dtype: ir.DataType) -> None:
-    """Replace all nodes that are newer than opset 21, in place; `dtype` is what the graph computes in."""
+    """Replace all nodes that are newer than opset 21, in place. `dtype` is the type that the graph computes in."""
     writer = _Writer(model.graph, heads, dtype)
     for node in list(model.graph):
         if form := _FORMS.get(node.op_type):
@@ -41,7 +41,7 @@ def decompose(model: ir.Model, heads: Heads, dtype: ir.DataType) -> None:
 
 
 class _Writer:
-    """Puts nodes in front of `before`; equal small constants and equal nodes over the same inputs are shared."""
+    """Inserts nodes before the node `before`. Equal constants, and nodes made by `shared`, exist only once."""
 
     before: ir.Node
 
@@ -60,7 +60,10 @@ class _Writer:
         return self.op(op_type, *inputs, **attributes)[0]
 
     def shared(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
-        """One node for all who ask for the same; its inputs must come before all of them."""
+        """Return one node for all calls with the same arguments.
+
+        Its inputs must come before all nodes that use it.
+        """
         key = (op_type, inputs, tuple(attributes.items()))
         if key not in self._shared:
             self._shared[key] = self.one(op_type, *inputs, **attributes)
@@ -91,7 +94,7 @@ def _rms_normalization(w: _Writer, node: ir.Node) -> ir.Value:
 
 
 def _rotary_embedding(w: _Writer, node: ir.Node) -> ir.Value:
-    """x [1, heads, seq, width]; the first half of a head pairs with its second half."""
+    """Rotate x [1, heads, seq, width]. Each value in the first half of a head pairs with one in its second half."""
     x, cos, sin = node.inputs[:3]
     cos, sin = (w.shared("Unsqueeze", table, w.constant([1])) for table in (cos, sin))
     first, second = w.op("Split", x, outputs=2, axis=-1, num_outputs=2)
@@ -104,7 +107,10 @@ def _rotary_embedding(w: _Writer, node: ir.Node) -> ir.Value:
 
 
 def _attention(w: _Writer, node: ir.Node) -> ir.Value:
-    """Of the tower: q, k, v [tiles, tokens, heads * width]; of the decoder: [1, heads, seq, width] and a mask."""
+    """Compute attention.
+
+    The tower has q, k, v [tiles, tokens, heads * width]. The decoder has q, k, v [1, heads, seq, width] and a mask.
+    """
     q, k, v = node.inputs[:3]
     heads = w.heads
     if len(node.inputs) == 3:
@@ -113,7 +119,7 @@ def _attention(w: _Writer, node: ir.Node) -> ir.Value:
         )
         attended = w.one("Transpose", _softmax_product(w, q, k, v, [0, 1, 3, 2]), perm=[0, 2, 1, 3])
         return w.reshape(attended, [0, 0, heads.query * heads.width])
-    # Query heads that share keys are one more axis, so that nothing is repeated.
+    # Query heads that share a key head become one more axis, so that keys and values need not be repeated.
     q = w.reshape(q, [0, heads.key, heads.query // heads.key, -1, heads.width])
     k, v = (w.one("Unsqueeze", x, w.constant([2])) for x in (k, v))
     visible = w.shared("Unsqueeze", node.inputs[3], w.constant([1]))
@@ -128,12 +134,12 @@ def _softmax_product(
     transposed: list[int],
     visible: ir.Value | None = None,
 ) -> ir.Value:
-    """softmax(q k^T / sqrt(width)) v; queries are scaled first, which keeps scores small in float16."""
+    """Compute softmax(q k^T / sqrt(width)) v. Queries are scaled first, which keeps the scores small in float16."""
     number = w.dtype.numpy()
     scaled = w.one("Mul", q, w.constant(w.heads.width**-0.5, number))
     scores = w.one("MatMul", scaled, w.one("Transpose", k, perm=transposed))
     if visible is not None:
-        scores = w.one("Where", visible, scores, w.constant(_NEVER, number))
+        scores = w.one("Where", visible, scores, w.constant(_MASKED_SCORE, number))
     return w.one("MatMul", w.one("Softmax", scores, axis=-1), v)
 
 

@@ -1,4 +1,4 @@
-"""One parsed network becomes one engine file: profile, limits, progress, interruption."""
+"""Build one engine file from one graph: optimisation profiles, limits, progress and interruption."""
 
 from __future__ import annotations
 
@@ -20,17 +20,20 @@ from ..flavour import Flavour, last_error
 from .network import parsed_network
 
 Shape = tuple[int, ...]
-# Input -> smallest, best and largest shape.
+# Input -> smallest, optimal and largest shape.
 Profile = dict[str, tuple[Shape, Shape, Shape]]
-# Called with a phase and the steps done and to do in it.
+# Called with a phase, the number of steps done, and the number of all its steps.
 Progress = Callable[[str, int, int], None]
-# Device memory that a kernel may use as scratch while it is chosen and while it runs.
+# Bytes of device memory that a kernel may use as scratch, both while it is selected and while it runs.
 WORKSPACE = 1 << 30
 
 
 @dataclass(frozen=True)
 class Built:
-    """One engine file: its size and hash, and what building it took. `peak_rss` is of the process so far, in bytes."""
+    """One engine file: its size in bytes, its SHA-256, its layers, and the seconds to build it.
+
+    `peak_rss` is the peak RSS of the process so far, in bytes.
+    """
 
     bytes: int
     sha256: str
@@ -41,7 +44,11 @@ class Built:
 
 @dataclass(frozen=True)
 class Build:
-    """What to build: a header beside its data, for compute capabilities, with its profiles, into a file."""
+    """What to build.
+
+    `header` is the graph for TensorRT; `path` is the bundle's graph, which lies beside the weights. `sms` are the compute
+    capabilities, such as 86 for 8.6, and `output` is the engine file.
+    """
 
     header: bytes
     path: Path
@@ -52,11 +59,11 @@ class Build:
 
 
 def build_engine(flavour: Flavour, build: Build, progress: Progress, stop: threading.Event) -> Built:
-    """Parse, optimise and write one engine.
+    """Parse the graph, build the engine and write it.
 
     Raises:
-        EngineError: the parser or the builder refuses, with its reason.
-        KeyboardInterrupt: `stop` was set, and the build ended between two steps.
+        EngineError: the parser or the builder refuses; the message has its reason.
+        KeyboardInterrupt: `stop` was set, and the build stopped between two steps.
     """
     started = time.perf_counter()
     with parsed_network(flavour, build.header, build.path) as (builder, network):
@@ -66,7 +73,7 @@ def build_engine(flavour: Flavour, build: Build, progress: Progress, stop: threa
         flavour.use_timing_cache(config, build.timing_cache)
         for profile in build.profiles:
             config.add_optimization_profile(_profile(builder, network, profile))
-        monitor = make_monitor(flavour.api, progress, stop)  # the builder only borrows it
+        monitor = make_monitor(flavour.api, progress, stop)  # the builder holds no reference, so this variable must stay alive
         config.progress_monitor = monitor
         plan = builder.build_serialized_network(network, config)
         if stop.is_set():
@@ -86,7 +93,7 @@ def build_engine(flavour: Flavour, build: Build, progress: Progress, stop: threa
 
 
 def make_monitor(api: Any, progress: Progress, stop: threading.Event) -> Any:
-    """TensorRT's progress monitor: reports the innermost phase, ends the build once `stop` is set."""
+    """Return a progress monitor for TensorRT. It reports the innermost phase, and stops the build once `stop` is set."""
 
     class Monitor(api.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -119,9 +126,10 @@ def _profile(builder: Any, network: Any, shapes: Profile) -> Any:
 
 @contextmanager
 def interruptible() -> Iterator[threading.Event]:
-    """Ctrl-C and SIGTERM set an event that the builder looks at between steps; an exception in its callbacks is lost.
+    """Make Ctrl-C and SIGTERM set an event, which the builder checks between steps.
 
-    Signals can only be handled in the main thread; elsewhere the event is never set.
+    An exception would not work: TensorRT loses exceptions from its callbacks. Signals can be handled only in the main
+    thread; in other threads the event is never set.
     """
     stop = threading.Event()
 

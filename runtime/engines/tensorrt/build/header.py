@@ -1,20 +1,22 @@
-"""A bundle's graphs as TensorRT takes them: the same nodes and weights, another type and fixed sizes.
+"""Change a bundle's graphs for TensorRT: the same nodes and weights, with another dtype and fixed sizes.
 
-Changes, all in the header of a few hundred kilobytes; weights stay in the bundle's files:
+All changes are in the header, that is the ONNX model without its large weights (a few hundred kilobytes). The weights
+stay in the bundle's files. The changes are:
 
 - Everything that computes in the bundle's `activations` computes in bfloat16 or float16. Sums over groups, which
-  correct zero points, stay in float32, and so do the logits.
-- One row (batch 1) and a KV cache of fixed capacity, as TensorRT's in-place update demands.
-- `slots` [window] int64, 0 to window - 1, becomes an input: how much of the cache attention looks at follows from the
-  shape of an input instead of a value, so that no shape depends on device data and a decoding step can be captured as a
-  CUDA graph. The mask hides slots behind the present position.
-- `kept` [kept] int64 becomes an input likewise: the positions of this step whose logits are computed.
-- `token` [1, kept] int64, the most probable ones, becomes an output.
-- TensorRT's cache update takes no int8, and before 10.15 there is none: such a cache is only read, what is new becomes
-  one output `new_entries` [1, 2 x layers x kv_heads, seq, head_dim], and attention sees both, one behind the other.
-- For TensorRT before 10.15 newer operators are written as older ones (`decompose`).
+  correct zero points, and the logits stay in float32.
+- The batch is 1 and the KV cache has a fixed capacity, as TensorRT's in-place update requires.
+- `slots` [window] int64, the numbers 0 to window - 1, becomes an input. The shape of this input, and not a value, now
+  says how many cache slots attention reads. So no shape depends on device data, and a decode step can be captured as a
+  CUDA graph. The mask hides the slots after the present position.
+- `kept` [kept] int64 becomes an input in the same way: the positions of this step that get logits.
+- `token` [1, kept] int64, the most probable tokens, becomes an output.
+- TensorRT's cache update does not support int8, and TensorRT before 10.15 has no cache update. In these cases the graph
+  only reads the cache. The entries of the step become one output `new_entries` [1, 2 x layers x kv_heads, seq,
+  head_dim], and attention reads the cache followed by these entries.
+- For TensorRT before 10.15, older operators replace newer ones (`decompose`).
 
-Needs onnx-ir; knows the names and forms that `export` writes, and nothing about TensorRT's interfaces.
+This module needs onnx-ir. It knows the names and the graph patterns that `export` writes. It does not know TensorRT.
 """
 
 from __future__ import annotations
@@ -32,54 +34,55 @@ from ..runtime_cache import NEW_ENTRIES
 from .decompose import Heads, decompose
 
 DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
-# Float matrices above this many elements stay in their file and are converted by the builder; below, here.
+# Float matrices with more elements than this stay in their file, and the builder converts them. Smaller ones are
+# converted here.
 _SMALL = 1 << 16
 
 
 def vision_header(path: Path, activations: str, dtype: str, heads: Heads | None = None) -> bytes:
-    """The vision graph in another type, serialised.
+    """Return the vision graph in another dtype, serialised.
 
     pixels [tiles, S, S, 3] uint8 -> image_embeds [tiles, tokens_per_tile, hidden] in `dtype`
 
     Args:
-        path: the bundle's graph; its external data is referred to, not read.
-        activations: what the graph computes in: "float32", "float16" or "bfloat16".
-        dtype: what it is to compute in: "float16" or "bfloat16".
-        heads: given, the header is written for TensorRT before 10.15.
+        path: the bundle's graph; the result refers to its external data, which is not read.
+        activations: the type that the graph computes in: "float32", "float16" or "bfloat16".
+        dtype: the type that the result computes in: "float16" or "bfloat16".
+        heads: the attention heads, given only for TensorRT before 10.15; None for newer versions.
 
     Raises:
-        BundleError: not a graph of the expected form.
+        BundleError: the graph is not as `export` writes it.
     """
-    tailor = _Tailor(path, activations, dtype)
-    tailor.cast_bytes_at_once("pixels")
-    tailor.retype()
-    tailor.decompose(heads)
-    return tailor.serialise()
+    editor = _GraphEditor(path, activations, dtype)
+    editor.cast_bytes_at_once("pixels")
+    editor.retype()
+    editor.decompose(heads)
+    return editor.serialise()
 
 
 def decoder_header(path: Path, activations: str, dtype: str, capacity: int, heads: Heads | None = None) -> bytes:
-    """The standard decoder graph in another type and with fixed sizes, serialised.
+    """Return the standard decoder graph in another dtype and with fixed sizes, serialised.
 
     inputs_embeds [1, seq, hidden], cos and sin [1, seq, head_dim / 2], past_length [1] int64, slots [window] int64,
     kept [kept] int64, past_key_values.N.{key,value} [1, kv_heads, capacity, head_dim]
-    -> logits [1, kept, vocab] float32, token [1, kept] int64, present.N.{key,value}, each in the memory of its past,
-       or new_entries in their place
+    -> logits [1, kept, vocab] float32, token [1, kept] int64, present.N.{key,value} in the memory of
+       past_key_values.N.{key,value}, or new_entries instead of all present.*
 
-    Args and raises: as `vision_header`; `capacity` is the number of tokens in the KV cache.
+    Args and raises are those of `vision_header`; `capacity` is the number of tokens in the KV cache.
     """
-    tailor = _Tailor(path, activations, dtype)
-    tailor.take_kept()
-    tailor.take_slots()
-    tailor.put_out_new_entries(always=heads is not None)
-    tailor.fix_sizes({"batch": 1, "capacity": capacity})
-    tailor.choose_token()
-    tailor.retype()
-    tailor.decompose(heads)
-    return tailor.serialise()
+    editor = _GraphEditor(path, activations, dtype)
+    editor.take_kept()
+    editor.take_slots()
+    editor.put_out_new_entries(always=heads is not None)
+    editor.fix_sizes({"batch": 1, "capacity": capacity})
+    editor.choose_token()
+    editor.retype()
+    editor.decompose(heads)
+    return editor.serialise()
 
 
-class _Tailor:
-    """One graph being changed in place."""
+class _GraphEditor:
+    """Changes one graph in place, step by step."""
 
     def __init__(self, path: Path, activations: str, dtype: str) -> None:
         self._path = path
@@ -88,13 +91,13 @@ class _Tailor:
         self._from, self._to = DTYPES[activations], DTYPES[dtype]
 
     def serialise(self) -> bytes:
-        """The model's bytes; external data is named relative to the bundle's folder."""
+        """Return the model's bytes. Names of external data are relative to the bundle's folder."""
         proto: Any = ir.to_proto(self._model)
         data: bytes = proto.SerializeToString()
         return data
 
     def cast_bytes_at_once(self, name: str) -> None:
-        """TensorRT moves no uint8 tensors around: the input is converted first and rearranged afterwards.
+        """Convert the uint8 input before any other node, because TensorRT cannot reshape or transpose uint8 tensors.
 
         All integers up to 255 are exact in both 16-bit types.
         """
@@ -105,7 +108,7 @@ class _Tailor:
             node.replace_input_with(index, converted)
 
     def take_kept(self) -> None:
-        """Let an input `kept` name the positions that get logits, in place of a number of last ones."""
+        """Replace the input `logits_to_keep`, a number of last positions, by `kept`, the positions that get logits."""
         keep = self._input("logits_to_keep")
         negated = [node for node, _ in keep.uses()]
         slices = [node for node in self._graph if node.op_type == "Slice" and node.inputs[1] in _outputs(negated)]
@@ -119,7 +122,10 @@ class _Tailor:
         self._graph.inputs.remove(keep)
 
     def take_slots(self) -> None:
-        """Let the shape of a new input `slots` say how many cache slots are looked at, not a computed length."""
+        """Take the number of cache slots that attention reads from the shape of a new input `slots`.
+
+        In the bundle's graph it is a computed length.
+        """
         scatters = [node for node in self._graph if node.op_type == "TensorScatter"]
         slices = [use for node in scatters for use, _ in node.outputs[0].uses() if use.op_type == "Slice"]
         totals = {node.inputs[2] for node in slices}
@@ -135,7 +141,7 @@ class _Tailor:
             node.replace_input_with(2, window)
 
     def put_out_new_entries(self, always: bool) -> None:
-        """Replace the in-place update of an int8 cache, or of `always` any."""
+        """Replace the in-place update of an int8 cache by the output `new_entries`; with `always`, of any cache."""
         scatters = [node for node in self._graph if node.op_type == "TensorScatter"]
         caches = [node.inputs[0] for node in scatters]
         dtype = caches[0].dtype if caches and caches[0] else None
@@ -161,7 +167,7 @@ class _Tailor:
         self._graph.outputs.append(entries)
 
     def _read_past_and_new(self, scatter: ir.Node) -> None:
-        """Let attention read the cache as it was and, behind it, what this step adds."""
+        """Make attention read the cache before this step, followed by the entries of this step."""
         past, new = scatter.inputs[:2]
         slices = [node for node, _ in scatter.outputs[0].uses()]
         if [node.op_type for node in slices] != ["Slice"]:
@@ -176,7 +182,7 @@ class _Tailor:
         reader.replace_input_with(index, self._insert_before(reader, "Concat", [used, new], axis=2))
 
     def _mask_past_and_new(self) -> None:
-        """Slots before this step's first position, then this step's positions up to each one's own."""
+        """Make the mask show the slots before this step, and of this step the positions up to each token's own."""
         mask = next(node for node in self._graph if node.op_type == "LessOrEqual")
         slots, rows = mask.inputs  # [window], [1, 1, seq, 1]
         positions = rows.producer().inputs[0] if rows is not None and rows.producer() else None  # type: ignore[union-attr]
@@ -193,14 +199,14 @@ class _Tailor:
             node.replace_input_with(index, both)
 
     def fix_sizes(self, sizes: dict[str, int]) -> None:
-        """Give symbolic dimensions of inputs and outputs a size."""
+        """Replace symbolic dimensions of inputs and outputs by sizes."""
         for value in [*self._graph.inputs, *self._graph.outputs]:
             assert value.shape is not None
             dims: list[Any] = [sizes.get(str(dim), dim) if not isinstance(dim, int) else dim for dim in value.shape]
             value.shape = ir.Shape(dims)
 
     def choose_token(self) -> None:
-        """Add the position of the greatest logit as output `token`."""
+        """Add the output `token`, the index of the largest logit."""
         logits = next(value for value in self._graph.outputs if value.name == "logits")
         node = ir.node("ArgMax", [logits], {"axis": -1, "keepdims": 0})
         self._graph.append(node)
@@ -209,7 +215,7 @@ class _Tailor:
         self._graph.outputs.append(token)
 
     def retype(self) -> None:
-        """Compute in the new type: inputs, constants, casts and outputs; see the module's description."""
+        """Change inputs, constants, casts and outputs to the new dtype (see the module docstring)."""
         self._retype_initializers()
         self._retype_casts()
         if self._from == ir.DataType.FLOAT:
@@ -227,7 +233,7 @@ class _Tailor:
         self._drop_unused()
 
     def decompose(self, heads: Heads | None) -> None:
-        """Write newer operators as older ones where `heads` are given; after `retype`."""
+        """Replace newer operators by older ones if `heads` is given. Call this after `retype`."""
         if heads is not None:
             decompose(self._model, heads, self._to)
 
@@ -250,7 +256,10 @@ class _Tailor:
             value.type = ir.TensorType(self._to)
 
     def _read(self, tensor: ir.TensorProtocol) -> np.ndarray[Any, Any]:
-        """A constant's numbers; onnx-ir itself refuses files that are links, as copies of bundles may be."""
+        """Return the values of a constant.
+
+        External data is read here, because onnx-ir refuses files that are links, and files of a bundle may be links.
+        """
         if not isinstance(tensor, ir.ExternalTensor):
             return tensor.numpy()
         if Path(tensor.location).name != str(tensor.location):
@@ -272,7 +281,7 @@ class _Tailor:
                 self._attribute(node.outputs[0], "to", int(self._to))
 
     def _sum_in_float32(self) -> None:
-        """Sums over groups of activations keep float32, as they cancel; other ReduceSums do not occur."""
+        """Keep the sums over groups of activations in float32, because their terms cancel. No other ReduceSum occurs."""
         for node in [node for node in self._graph if node.op_type == "ReduceSum"]:
             source = node.inputs[0]
             assert source is not None
@@ -297,7 +306,7 @@ class _Tailor:
         wide.name = "logits"
 
     def _drop_unused(self) -> None:
-        """Nodes and constants that nothing asks for any more, last first."""
+        """Remove nodes and constants that are no longer used, from the last node to the first."""
         kept = set(self._graph.outputs)
         for node in reversed(list(self._graph)):
             if not any(output in kept or output.uses() for output in node.outputs):
@@ -313,7 +322,7 @@ class _Tailor:
         raise self._unexpected(f"an input {name}")
 
     def _new_input(self, name: str, dim: str) -> ir.Value:
-        """An int64 vector of varying length."""
+        """Add an int64 vector of variable length to the inputs."""
         value = ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([dim]))
         self._graph.inputs.append(value)
         return value
@@ -338,7 +347,7 @@ class _Tailor:
 
 
 def _is_large_matrix(value: ir.Value, tensor: ir.TensorProtocol) -> bool:
-    """Whether a constant is a weight matrix: only the second factor of products, and too large to hold here."""
+    """Return whether a constant is a large weight matrix, used only as the second factor of MatMul."""
     return tensor.size > _SMALL and all(node.op_type == "MatMul" and index == 1 for node, index in value.uses())
 
 

@@ -1,6 +1,6 @@
-"""A serialised header becomes a parsed TensorRT network.
+"""Parse a serialised ONNX header into a TensorRT network.
 
-Knows TensorRT's parser; a graph that it rejects is one line that names the node.
+This module knows TensorRT's parser. If the parser rejects a graph, the error is one line that names the node.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from ..flavour import Flavour, last_error
 
 @contextmanager
 def parsed_network(flavour: Flavour, header: bytes, path: Path) -> Iterator[tuple[Any, Any]]:
-    """(builder, network) of a header whose external data lies beside `path`; released on leaving.
+    """Yield (builder, network) of a header whose external data is beside `path`, and release both on exit.
 
     Raises:
-        EngineError: the parser rejects a node, which is named.
+        EngineError: the parser rejects a node; the message names it.
     """
     api = flavour.api
     builder = api.Builder(flavour.log)
