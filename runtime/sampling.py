@@ -6,6 +6,7 @@ calls.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,9 +24,9 @@ class Sampling:
         temperature: 0 is greedy; higher flattens the distribution.
         top_k: keep the k most probable tokens; 0 keeps all.
         top_p: keep the most probable tokens whose probabilities sum to at least this.
-        repetition_penalty: logits of tokens already answered are divided (positive) or multiplied (negative) by it. As
-        in
-            the original, which generates from embeddings, tokens of the prompt do not count.
+        repetition_penalty: logits of tokens already answered are divided (positive) or multiplied (negative) by it.
+            Tokens of the prompt count in the native layout, as in transformers. They do not in the published layout,
+            whose original generates from embeddings.
         seed: of the random generator; None draws a new one.
     """
 
@@ -62,12 +63,15 @@ class Chooser(Protocol):
 
 
 class Sampler:
-    """Chooses the tokens of one answer."""
+    """Chooses the tokens of one answer.
 
-    def __init__(self, sampling: Sampling) -> None:
+    `counted` are tokens that the repetition penalty counts from the start.
+    """
+
+    def __init__(self, sampling: Sampling, counted: Iterable[int] = ()) -> None:
         self._sampling = sampling
         self._random = np.random.default_rng(sampling.seed)
-        self._answered: set[int] = set()
+        self._answered: set[int] = set(counted)
 
     @property
     def takes_the_best(self) -> bool:

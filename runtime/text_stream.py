@@ -19,18 +19,21 @@ class TextStream:
     `stopped` says that a stop string was found; ids pushed after that are ignored. `text` is what was returned so far.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str] = (), keep_special: bool = False) -> None:
         """Start a reply; `stop` is a text that ends it, or several.
 
         The stop string that is complete first ends the reply; of two that end together, the longer one is cut off.
 
         Raises:
-            PromptError: an empty stop string.
+            PromptError: an empty stop string, or one that can never occur because special tokens are dropped.
         """
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if not all(stop):
             raise PromptError("a stop string is empty; leave it out")
+        if not keep_special and (lost := tokenizer.special_token_in(stop)):
+            raise PromptError(f"a stop string holds {lost}, which is dropped from answers; set keep_special=True")
         self._tokenizer = tokenizer
+        self._keep_special = keep_special
         self._characters = codecs.getincrementaldecoder("utf-8")(tokenizer.decode_errors)
         self._stop = stop
         self._held = ""  # may still become a stop string
@@ -40,7 +43,7 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         """Add a token; returns the text that is now certain, often ""."""
-        return self._advance(self._tokenizer.token_bytes(token_id), final=False)
+        return self._advance(self._tokenizer.token_bytes(token_id, skip_special=not self._keep_special), final=False)
 
     def finish(self) -> str:
         """End the reply; returns the rest of its text."""
