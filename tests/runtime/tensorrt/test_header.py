@@ -53,7 +53,7 @@ def tailored(bundle: Bundle, dtype: str, decomposed: bool = False) -> tuple[byte
 
 def session(bundle: Bundle, header: bytes, name: str) -> onnxruntime.InferenceSession:
     """External data is found beside the header, so it is written there."""
-    path = bundle.path(name)
+    path = bundle.folder / name
     path.write_bytes(header)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
