@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from internvl_edge.model.preprocess import ImageSource
 from internvl_edge.model.prompt import IMAGE_MARK
 
 from .model import InternVL
 from .options import ChatOptions, checked_options
 from .reply import Reply
-from .request import ImageSource
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from typing import Any, TypedDict
 
 from internvl_edge.base.errors import PromptError
+from internvl_edge.base.text import shown
 
 
 class ChatOptions(TypedDict, total=False):
@@ -85,7 +86,7 @@ def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
 def _unknown(name: str) -> str:
     near = [_MEANT[name]] if name in _MEANT else get_close_matches(name, _CHECKS, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]}?" if near else f"options are {', '.join(_CHECKS)}"
-    return f"there is no option {name!r}; {hint}"
+    return f"there is no option {shown(name)}; {hint}"
 
 
 def whole_number(name: str, value: Any) -> int:
@@ -95,7 +96,7 @@ def whole_number(name: str, value: Any) -> int:
             return operator.index(value)
     except TypeError:
         pass
-    raise PromptError(f"{name} is {value!r}, expected a whole number")
+    raise PromptError(f"{name} is {shown(value)}, expected a whole number")
 
 
 def _number(name: str, value: Any) -> float:
@@ -104,31 +105,31 @@ def _number(name: str, value: Any) -> float:
             return number
     except (TypeError, ValueError, OverflowError):
         pass
-    raise PromptError(f"{name} is {value!r}, expected a finite number")
+    raise PromptError(f"{name} is {shown(value)}, expected a finite number")
 
 
 def _text(name: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise PromptError(f"{name} is {value!r}, expected a text")
+        raise PromptError(f"{name} is {shown(value)}, expected a text")
     return value
 
 
 def _flag(name: str, value: Any) -> bool:
     if type(value).__name__ not in ("bool", "bool_"):
-        raise PromptError(f"{name} is {value!r}, expected True or False")
+        raise PromptError(f"{name} is {shown(value)}, expected True or False")
     return bool(value)
 
 
 def _tiles(name: str, value: Any) -> int | list[int]:
-    if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__iter__"):
-        return whole_number(name, value)
+    if isinstance(value, (str, bytes, Mapping)) or not getattr(value, "shape", (1,)) or not hasattr(value, "__iter__"):
+        return whole_number(name, value)  # numpy's scalars and arrays without an axis are single numbers
     return [whole_number(name, each) for each in value]
 
 
 def _texts(name: str, value: Any) -> tuple[str, ...]:
     values = (value,) if isinstance(value, str) else value
     if isinstance(values, (bytes, Mapping)) or not hasattr(values, "__iter__"):
-        raise PromptError(f"{name} is {value!r}, expected a text or a list of texts")
+        raise PromptError(f"{name} is {shown(value)}, expected a text or a list of texts")
     return tuple(_text(name, each) for each in values)
 
 
@@ -139,7 +140,7 @@ def _history(name: str, value: Any) -> list[tuple[str, str]]:
     for turn in turns:
         if not isinstance(turn, (tuple, list)) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
             raise PromptError(
-                f"{name} has a turn that is no pair of texts (question, answer) but {str(turn)[:80]!r}; "
+                f"{name} has a turn that is no pair of texts (question, answer) but {shown(turn)}; "
                 "write earlier turns as [(question, answer), ...]"
             )
     return [(question, answer) for question, answer in turns]

@@ -38,8 +38,8 @@ class Reply:
 class ReplyStream:
     """Pieces of an answer's text, whole characters only; together they are `reply.text`.
 
-    The answer has the model from its first piece to its end. `close` ends it early; so does a later question of the same
-    thread, after which reading on is a PromptError.
+    The answer has the model from its first piece to its end. `close` ends it early. So does a later question of the
+    same thread, and reading on is then a PromptError.
     """
 
     def __init__(self, pieces: Generator[str | Reply, None, None], turns: Turns) -> None:

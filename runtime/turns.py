@@ -1,7 +1,7 @@
 """One answer at a time: an engine has one KV cache, so answers that were computed together would mix.
 
-Threads wait for each other. In one thread nothing can wait for an answer that is only half read: a new question ends it,
-and reading on in it is an error.
+Threads wait for each other. In one thread nothing can wait for an answer that is only half read: a new question ends
+it, and reading on in it is an error.
 """
 
 from __future__ import annotations

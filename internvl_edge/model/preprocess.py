@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageColor, ImageOps
 
 from internvl_edge.base.errors import ImageError
+from internvl_edge.base.text import one_line, shown
 
 MAX_PIXELS = 100_000_000
 MAX_ASPECT_RATIO = 1000
@@ -77,18 +78,13 @@ def load_image(
         return _decode_bytes(_read(source), *limits)
     if not isinstance(source, (str, os.PathLike)):
         raise ImageError(f"an image is a {type(source).__name__}, expected a path, bytes, a file or a Pillow image")
-    name = shortened(str(source))
+    name = one_line(str(source), _SHOWN)
     try:
         with open(source, "rb") as stream:
             return _decode(_open(stream, name), name, *limits)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ImageError(f"{name} cannot be read ({reason}); check the path") from None
-
-
-def shortened(text: str) -> str:
-    """What a message shows of a text that may be long."""
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]}...{text[-_SHOWN // 2 :]}"
 
 
 def _from_address(text: str) -> str | bytes:
@@ -103,7 +99,9 @@ def _from_address(text: str) -> str | bytes:
         except ValueError as error:
             raise ImageError(f"a data: address of {len(text)} characters is damaged ({error})") from None
     if rest.startswith("//") and scheme.lower() in ("http", "https", "ftp", "s3", "gs"):
-        raise ImageError(f"{shortened(text)} is an address; images are not fetched, download it and give the file")
+        raise ImageError(
+            f"{one_line(text, _SHOWN)} is an address; images are not fetched, download it and give the file"
+        )
     if rest.startswith("//") and scheme.lower() == "file":
         return unquote(urlsplit(text).path)
     return text
@@ -272,7 +270,7 @@ def _on_background(image: Image.Image, colour: str) -> Image.Image:
     try:
         base = Image.new("RGBA", image.size, ImageColor.getrgb(colour))
     except ValueError:
-        raise ImageError(f"background {shortened(colour)!r} is no colour; give one such as white or #f0f0f0") from None
+        raise ImageError(f"background {shown(colour)} is no colour; give one such as white or #f0f0f0") from None
     base.alpha_composite(image.convert("RGBA"))
     return base.convert("RGB")
 
