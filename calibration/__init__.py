@@ -1,6 +1,6 @@
-"""Images and prompts -> what a quantizer needs to know about a model's activations.
+"""Compute the activation statistics of a model from images and prompts, for a quantizer.
 
-`calibrate` makes a calibration set; `internvl_edge.calibration.synthetic` draws the pictures of the built-in one.
+`calibrate` makes a calibration set. `internvl_edge.calibration.synthetic` draws the pictures of the built-in set.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CalibrationSet", "DataOptions", "calibrate", "choose_compute", "read_statistics"]
 
-# Loaded on first use: the synthetic pictures need no torch.
+# These names are loaded on first use, because the synthetic pictures do not need torch.
 _HOMES = {
     "CalibrationSet": "dataset",
     "DataOptions": "dataset",

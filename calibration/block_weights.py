@@ -1,6 +1,6 @@
-"""One block's tensors from a checkpoint, in the type that calibration computes in; nothing else is in memory.
+"""Load one block's tensors from a checkpoint in the compute type. No other tensors are in memory.
 
-Where the stored type is that type, tensors are views of the mapped file.
+Where the stored type is the compute type, tensors are views of the mapped file.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from .compute import Compute, to_torch
 
 
 def load_block(checkpoint: Checkpoint, prefix: str, compute: Compute) -> dict[str, Tensor]:
-    """All tensors below `prefix` ("decoder.layers.3.", "vision.layers.0.", "projector."), by the rest of their name.
+    """Return all tensors below `prefix`, by the rest of their name.
+
+    Prefixes are, for example, "decoder.layers.3.", "vision.layers.0." and "projector.".
 
     Raises:
         CheckpointError: a tensor holds NaN or infinity; it is named.
@@ -25,13 +27,15 @@ def load_block(checkpoint: Checkpoint, prefix: str, compute: Compute) -> dict[st
 
 
 def load_vision_embedding(checkpoint: Checkpoint, compute: Compute) -> dict[str, Tensor]:
-    """What turns pixels into the tower's first hidden state."""
+    """Return the tensors that turn pixels into the vision tower's first hidden state."""
     names = [n for n in checkpoint.shapes if n.startswith("vision.") and not n.startswith("vision.layers.")]
     return {name.removeprefix("vision."): load_tensor(checkpoint, name, compute) for name in names}
 
 
 def load_tensor(checkpoint: Checkpoint, name: str, compute: Compute) -> Tensor:
-    """One tensor by canonical name: weights and biases of linears in the compute type, the rest in float32.
+    """Return one tensor by canonical name.
+
+    Weights and biases of linears are in the compute type, all other tensors in float32.
 
     Raises:
         CheckpointError: as `load_block`.

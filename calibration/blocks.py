@@ -1,8 +1,8 @@
 """One block of the vision tower or of the decoder as a function of its tensors, in torch.
 
-The residual stream is float32; matrix products and attention run in the type of the weights. `observe(name, x)` sees
-the input of every linear layer. Written after the original code (facts: InternViT, Qwen2, InternLM2); knows canonical
-tensor names below the block, nothing about files or statistics.
+The residual stream is float32. Matrix products and attention run in the type of the weights. `observe(name, x)` gets
+the input of every linear layer. The blocks follow the original code (InternViT, Qwen2, InternLM2). This module knows
+the canonical tensor names below the block. It does not know files or statistics.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from internvl_edge.model.config import (
 
 Weights = Mapping[str, Tensor]
 Observe = Callable[[str, Tensor], None]
-# Sees keys before their rotation and values, both [tokens, kv_heads, head_dim].
+# Gets keys before their rotation, and values, both [tokens, kv_heads, head_dim].
 ObserveCache = Callable[[Tensor, Tensor], None]
 
 
 def linear(weights: Weights, name: str, x: Tensor) -> Tensor:
-    """y = x W^T + b in the type of x.
+    """Return y = x W^T + b in the type of x.
 
-    Where `weights` hold an `input_scale` (one number), weights are int8 numbers with a `weight_scale` [out], and x is
-    rounded to such numbers as devices do it.
+    Where `weights` hold an `input_scale` (one number), the weights are int8 values with a `weight_scale` [out], and x
+    is rounded to int8 as devices round it.
     """
     weight, bias, step = (weights.get(f"{name}.{part}") for part in ("weight", "bias", "input_scale"))
     assert weight is not None
@@ -44,30 +44,30 @@ def linear(weights: Weights, name: str, x: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last axis, in float32."""
+    """Apply RMSNorm over the last axis, in float32."""
     x = x.float()
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
 
 
 def layer_norm(x: Tensor, weights: Weights, name: str, eps: float) -> Tensor:
-    """LayerNorm over the last axis, in float32."""
+    """Apply LayerNorm over the last axis, in float32."""
     weight, bias = weights[f"{name}.weight"].float(), weights[f"{name}.bias"].float()
     return F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps)
 
 
 def no_observer(name: str, x: Tensor) -> None:
-    """The observer of a pass that only propagates."""
+    """An observer for passes that collect nothing."""
 
 
 def unseen_cache(key: Tensor, value: Tensor) -> None:
-    """The observer of a pass that does not look at the KV cache."""
+    """A cache observer for passes that do not need the KV cache."""
 
 
 # ---- vision ----
 
 
 def embed_pixels(weights: Weights, tiles: Tensor, vision: VisionConfig) -> Tensor:
-    """uint8 tiles [tiles, S, S, 3] -> float32 [tiles, 1 + patches, hidden], class token first."""
+    """Embed uint8 tiles [tiles, S, S, 3] as float32 [tiles, 1 + patches, hidden], class token first."""
     grid, patch = vision.grid_size, vision.patch_size
     mean, std = (torch.tensor(values, device=tiles.device) for values in (PIXEL_MEAN, PIXEL_STD))
     pixels = (tiles.float() / 255 - mean) / std
@@ -79,7 +79,7 @@ def embed_pixels(weights: Weights, tiles: Tensor, vision: VisionConfig) -> Tenso
 
 
 def vision_block(weights: Weights, x: Tensor, vision: VisionConfig, observe: Observe) -> Tensor:
-    """float32 x [tiles, tokens, hidden] -> the same after one InternViT block."""
+    """Apply one InternViT block to x [tiles, tokens, hidden] float32. The result has the same shape and type."""
     dtype = weights["attn.qkv.weight"].dtype
     h = _vision_norm(x, weights, "norm1", vision).to(dtype)
     observe("attn.qkv", h)
@@ -105,7 +105,10 @@ def _vision_norm(x: Tensor, weights: Weights, name: str, vision: VisionConfig) -
 
 
 def project(weights: Weights, x: Tensor, config: ModelConfig, observe: Observe) -> Tensor:
-    """Output of the last block [tiles, 1 + patches, hidden] -> float32 image tokens [tiles, tokens, decoder hidden]."""
+    """Turn the last block's output [tiles, 1 + patches, hidden] into image tokens.
+
+    The image tokens are [tiles, tokens, decoder hidden] float32.
+    """
     x = layer_norm(pixel_shuffle(x[:, 1:], config), weights, "norm", PROJECTOR_NORM_EPS)
     x = x.to(weights["fc1.weight"].dtype)
     observe("fc1", x)
@@ -115,7 +118,7 @@ def project(weights: Weights, x: Tensor, config: ModelConfig, observe: Observe) 
 
 
 def pixel_shuffle(x: Tensor, config: ModelConfig) -> Tensor:
-    """[tiles, grid * grid, c] -> [tiles, tokens, c * r * r] in the order of the original's views (v1 or v2)."""
+    """Merge [tiles, grid * grid, c] to [tiles, tokens, c * r * r] in the order of the original's views (v1 or v2)."""
     r, grid = config.shuffle, config.vision.grid_size
     x = x.reshape(len(x), grid, grid // r, -1).transpose(1, 2)  # [tiles, column, grid, c * r]
     x = x.reshape(len(x), grid // r, grid // r, -1)  # [tiles, column, row, c * r * r]
@@ -135,17 +138,17 @@ def decoder_block(
     output: bool = True,
     observe_cache: ObserveCache = unseen_cache,
 ) -> Tensor:
-    """One decoder layer over whole sequences laid one behind the other.
+    """Apply one decoder layer to whole sequences that are concatenated.
 
     Args:
         weights: the layer's tensors.
         x: [tokens, hidden] float32.
         lengths: tokens of each sequence; they add up to `tokens`.
         rotary: cos and sin, [tokens, head_dim / 2] float32.
-        decoder: the decoder's numbers.
-        observe: sees the inputs of q_proj (for q, k, v), o_proj, gate_proj (for gate, up) and down_proj.
-        output: False leaves the last product out and returns x; for passes that only observe.
-        observe_cache: sees what goes into the KV cache.
+        decoder: the decoder's configuration.
+        observe: gets the inputs of q_proj (for q, k, v), o_proj, gate_proj (for gate, up) and down_proj.
+        output: False skips the last product and returns x, for passes that only observe.
+        observe_cache: gets the keys and values of the KV cache.
     """
     dtype = weights["self_attn.q_proj.weight"].dtype
     h = rms_norm(x, weights["input_layernorm.weight"], decoder.rms_norm_eps).to(dtype)
@@ -163,7 +166,7 @@ def decoder_block(
 
 
 def _causal_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
-    """q [tokens, heads, d], k and v [tokens, kv_heads, d] -> [tokens, heads * d]; sequences do not see each other."""
+    """Attend within each sequence: q [tokens, heads, d], k and v [tokens, kv_heads, d] -> [tokens, heads * d]."""
     groups = q.shape[1] // k.shape[1]
     attended = []
     for part in zip(*(torch.split(tensor, list(lengths)) for tensor in (q, k, v)), strict=True):
@@ -175,7 +178,7 @@ def _causal_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate-half form: the first half of a head pairs with its second half. x [tokens, heads, d]."""
+    """Rotate x [tokens, heads, d] in the rotate-half form: a head's first half pairs with its second half."""
     first, second = x.float().chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)

@@ -1,4 +1,4 @@
-"""How large keys and values of one layer become, per KV head and channel, while samples stream past."""
+"""Measure how large the keys and values of one layer become, per KV head and channel, while samples pass through it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from internvl_edge.model.config import DecoderConfig
 
 
 class CacheRanges:
-    """Magnitudes of what goes into the KV cache of one layer.
+    """The largest magnitudes in the KV cache of one layer.
 
-    A key's channels j and j + head_dim / 2 are rotated into one another by position, so what counts is the length of
-    the pair, which no rotation changes: it is taken from keys before their rotation and holds at every position.
+    A key's channels j and j + head_dim / 2 are rotated into one another by position. The relevant value is therefore
+    the length of the pair, which no rotation changes. It is computed from keys before their rotation and holds at every
+    position.
     """
 
     def __init__(self, decoder: DecoderConfig, device: torch.device) -> None:
@@ -23,11 +24,11 @@ class CacheRanges:
         self._values = torch.zeros(heads, width, device=device)
 
     def add(self, key: Tensor, value: Tensor) -> None:
-        """Take in keys, not yet rotated, and values, both [tokens, kv_heads, head_dim]."""
+        """Add keys before their rotation, and values, both [tokens, kv_heads, head_dim]."""
         first, second = key.float().chunk(2, dim=-1)
         torch.maximum(self._keys, torch.hypot(first, second).amax(0), out=self._keys)
         torch.maximum(self._values, value.float().abs().amax(0), out=self._values)
 
     def arrays(self) -> dict[str, NDArray[np.float32]]:
-        """ "keys" [kv_heads, head_dim / 2] and "values" [kv_heads, head_dim]."""
+        """Return "keys" [kv_heads, head_dim / 2] and "values" [kv_heads, head_dim]."""
         return {"keys": self._keys.cpu().numpy(), "values": self._values.cpu().numpy()}

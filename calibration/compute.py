@@ -1,6 +1,6 @@
-"""Where and in which type calibration computes: CUDA when present, else the CPU, bfloat16 where the CPU multiplies it.
+"""Choose the device and the type of calibration: CUDA if present, else the CPU; bfloat16 where the CPU supports it.
 
-Matrix products of bfloat16 accumulate in float32. float16 is never used: activations of real models exceed it.
+Matrix products of bfloat16 accumulate in float32. float16 is never used, because activations of real models exceed it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.machine import cpu_features
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-_MULTIPLIES_BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # the last is how Arm spells it
+_MULTIPLIES_BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # the last name is Arm's
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class Compute:
 
 
 def choose_compute(device: str = "auto", dtype: str = "auto") -> Compute:
-    """The best of this machine, or what is asked for.
+    """Return the best device and type of this machine, or the requested ones.
 
     Args:
         device: "auto", "cpu" or a CUDA device such as "cuda" or "cuda:1".
         dtype: "auto", "bfloat16" or "float32".
 
     Raises:
-        EdgeError: no such device here, or another name.
+        EdgeError: the machine has no such device, or a name is unknown.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -59,7 +59,7 @@ def choose_compute(device: str = "auto", dtype: str = "auto") -> Compute:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """For loops of small operations: threads would cost more at their barriers than they save."""
+    """Use one thread for loops of small operations. More threads would cost more at their barriers than they save."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -69,7 +69,10 @@ def one_thread() -> Iterator[None]:
 
 
 def to_torch(array: np.ndarray[Any, Any]) -> Tensor:
-    """A tensor over the same memory; ml_dtypes' bfloat16 becomes torch's. Read-only arrays must not be written to."""
+    """Return a tensor over the same memory.
+
+    ml_dtypes' bfloat16 becomes torch's. Do not write to a read-only array's tensor.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         if array.dtype == ml_dtypes.bfloat16:
@@ -78,7 +81,7 @@ def to_torch(array: np.ndarray[Any, Any]) -> Tensor:
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """The inverse of `to_torch`, from any device."""
+    """Return the array of a tensor on any device: the inverse of `to_torch`."""
     tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype == torch.bfloat16:
         bits: np.ndarray[Any, Any] = tensor.view(torch.int16).numpy()

@@ -1,11 +1,11 @@
-"""A calibration set on disk: token ids of each sample and what the decoder sees of them, image tokens included.
+"""A calibration set on disk: the token ids of each sample, and the decoder's input embeddings.
 
-    calibration.json  the samples, and what they were made from
-    tokens.npy        int32 [tokens] of all samples, one behind the other
+    calibration.json  the samples, and the data they were made from
+    tokens.npy        int32 [tokens] of all samples, concatenated
     embeddings.f32    float32 [tokens, hidden]; rows of image tokens come from the vision tower and the projector
     statistics.npz    per linear input and channel: mean and maximum of |x| (see `statistics`)
 
-Made in two resumable steps: `prepare` (text and tiles), `embed` (the tower, one layer in memory at a time).
+It is made in two resumable steps: `prepare` (text and tiles) and `embed` (the tower, one layer in memory at a time).
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ _ROWS = 8192
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Which samples, and how many.
+    """The choice of samples.
 
     Attributes:
         source: a folder of images, a JSON Lines file, or None for the built-in set.
-        samples: how many, at most.
-        seed: which ones, and in which order.
-        max_tiles: most tiles of an image beside its thumbnail.
-        max_tokens: longer samples are broken items.
+        samples: largest number of samples.
+        seed: decides which samples are used, and in which order.
+        max_tiles: most tiles of an image, without its thumbnail.
+        max_tokens: an item with more tokens is broken.
         max_broken: more broken items than this are an error.
     """
 
@@ -61,7 +61,7 @@ class DataOptions:
     max_broken: int = 8
 
     def describe(self) -> dict[str, Any]:
-        """JSON values that decide which samples come out; a file's size and time stand for its content."""
+        """Return the JSON values that decide which samples result. A file's size and time stand for its content."""
         values = asdict(self) | {"source": "built-in"}
         if self.source is not None and self.source.exists():
             files = sorted(self.source.rglob("*")) if self.source.is_dir() else [self.source]
@@ -71,7 +71,7 @@ class DataOptions:
 
 
 def hash_values(values: Any) -> str:
-    """A short digest of JSON values."""
+    """Return a short digest of JSON values."""
     import hashlib
 
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
@@ -82,9 +82,9 @@ class CalibrationSet:
     """An embedded calibration set.
 
     Attributes:
-        folder: where it lies.
-        checkpoint: identity of the checkpoint it was made with.
-        names: of the samples.
+        folder: the folder of the set.
+        checkpoint: identity of the checkpoint that it was made with.
+        names: names of the samples.
         lengths: tokens of each sample.
         tiles: tiles of each sample.
         broken: one line for each item that was skipped.
@@ -103,10 +103,10 @@ class CalibrationSet:
 
     @staticmethod
     def open(folder: Path) -> CalibrationSet:
-        """Read what `prepare` wrote.
+        """Read a set that `prepare` wrote.
 
         Raises:
-            EdgeError: the folder holds no calibration set, or one that is not complete.
+            EdgeError: the folder holds no calibration set, or an incomplete one.
         """
         path = folder / MANIFEST
         if not path.is_file():
@@ -115,17 +115,17 @@ class CalibrationSet:
             found = CalibrationSet(folder, **json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise EdgeError(f"{path} is damaged ({error}); make the calibration set again") from None
-        _ = found.is_image, found.embeddings()  # found out now, not after hours of quantizing
+        _ = found.is_image, found.embeddings()  # damage is found now and not after hours of quantizing
         return found
 
     @property
     def total(self) -> int:
-        """Tokens of all samples."""
+        """The number of tokens in all samples."""
         return sum(self.lengths)
 
     @property
     def is_image(self) -> NDArray[np.bool_]:
-        """[tokens], where a token comes from an image.
+        """[tokens] True where a token comes from an image.
 
         Raises:
             EdgeError: the tokens' file is missing or damaged.
@@ -140,14 +140,17 @@ class CalibrationSet:
         return np.asarray(tokens == self.image_token)
 
     def embeddings(self, writable: bool = False) -> NDArray[np.float32]:
-        """float32 [tokens, hidden], mapped from its file."""
+        """Return the embeddings [tokens, hidden] float32, mapped from their file."""
         path, shape = self.folder / EMBEDDINGS, (self.total, self.hidden_size)
         if not path.is_file() or path.stat().st_size != 4 * shape[0] * shape[1]:
             raise EdgeError(f"{path} is missing or incomplete; make the calibration set again")
         return np.memmap(path, np.float32, "r+" if writable else "r", shape=shape)
 
     def chunks(self, tokens: int) -> list[range]:
-        """Samples in their order, in runs of at most `tokens` tokens; a longer sample is a run of its own."""
+        """Split the samples, in their order, into ranges of at most `tokens` tokens.
+
+        A longer sample is its own range.
+        """
         runs: list[range] = []
         start, size = 0, 0
         for index, length in enumerate(self.lengths):
@@ -165,16 +168,16 @@ def prepare(
     options: DataOptions,
     report: Callable[[str], None],
 ) -> CalibrationSet:
-    """Tokenise and tile the samples into the work folder; the tokens' rows of the table become embeddings.
+    """Write the samples' tokens and tiles to the work folder, and the tokens' embeddings from the token table.
 
-    Does nothing where it was done before.
+    If the work folder has them already, only open them.
 
     Raises:
         EdgeError: no data, too many broken items.
     """
     if work.read_json(MANIFEST) is not None:
         return CalibrationSet.open(work.path)
-    # The tokenizer of a checkpoint is read by the exporter's code; this is the only thing calibration takes from there.
+    # The same code builds the tokenizer of an exported bundle.
     from internvl_edge.checkpoint.tokenizer_files import build_tokenizer
 
     tokenizer = work.path / _TOKENIZER
@@ -212,9 +215,9 @@ def _embed_tokens(path: Path, checkpoint: Checkpoint, tokens: NDArray[np.int32])
 
 
 def finish(work: Path, statistics: Mapping[str, NDArray[Any]], target: Path) -> None:
-    """The set in a work folder and its statistics become the folder `target` in one step; then the work folder goes.
+    """Move the calibration set of a work folder, with its statistics, to the folder `target` in one step.
 
-    Until that step the work folder keeps all it has, so that a killed run continues.
+    Until that step the work folder keeps everything, so that a killed run continues. Afterwards it is removed.
     """
     folder = work / _OUT
     shutil.rmtree(folder, ignore_errors=True)
@@ -228,7 +231,7 @@ def finish(work: Path, statistics: Mapping[str, NDArray[Any]], target: Path) -> 
 
 
 def _link(source: Path, target: Path) -> None:
-    """The same file under a second name; a copy where the file system has no such names."""
+    """Give the file a second name, or copy it where the file system does not support hard links."""
     try:
         os.link(source, target)
     except OSError:
@@ -236,10 +239,10 @@ def _link(source: Path, target: Path) -> None:
 
 
 def read_statistics(folder: Path) -> dict[str, NDArray[Any]]:
-    """`<linear>.mean_abs` and `<linear>.max_abs`, float32 [in], by canonical name of the linear layer.
+    """Return `<linear>.mean_abs` and `<linear>.max_abs`, float32 [in], by canonical name of the linear layer.
 
     Raises:
-        EdgeError: the folder holds none.
+        EdgeError: the folder holds no statistics.
     """
     if not (folder / STATISTICS).is_file():
         raise EdgeError(f"{folder} holds no {STATISTICS}; make it with internvl-edge calibrate CHECKPOINT -o DIR")

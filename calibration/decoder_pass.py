@@ -1,7 +1,8 @@
-"""The decoder half of a calibration run: layer by layer over all samples, statistics out, quantized weights in.
+"""The decoder half of a calibration run: pass all samples through one layer after another.
 
-One layer's tensors are in memory at a time; hidden states lie in memory-mapped files, so that the page cache decides
-what stays in memory. After each layer the state is saved: a killed run continues with the layer it was in.
+Each layer's statistics go out to a handler, and its quantized weights come back. One layer's tensors are in memory at a
+time. Hidden states are in memory-mapped files, so that the page cache decides what stays in memory. The state is saved
+after each layer. A killed run continues with the layer that it was in.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from .statistics import InputStatistics, Observer, StatisticsRequest
 from .work import WorkFolder
 
 _STATE = "decoder.json"
-# Tokens that go through a layer together: enough for matrix products to be efficient, little memory.
+# The number of tokens that go through a layer together: enough for efficient matrix products in little memory.
 _CHUNK_TOKENS = 2048
 
 Statistics = Mapping[str, InputStatistics]
-# (layer, statistics of its inputs) -> the tensors that replace the layer's own for what follows, or None for none.
-# It stores its own results, and may be called again for a layer whose results it has stored already.
+# Takes a layer and the statistics of its inputs, and returns the tensors that replace the layer's own in the rest of
+# the pass, or None. It stores its own results. It can be called again for a layer whose results it has stored already.
 LayerHandler = Callable[[int, Statistics], Mapping[str, Tensor] | None]
 Progress = Callable[[int], object]
 
@@ -41,7 +42,8 @@ Progress = Callable[[int], object]
 class DecoderPass:
     """A resumable pass of a calibration set through a decoder.
 
-    `label` keeps several in one work folder apart; the samples `held_out` pass through, but no statistics know them.
+    The `label` separates several passes in one work folder. The samples in `held_out` pass through the decoder, but are
+    not part of the statistics.
     """
 
     def __init__(
@@ -68,15 +70,15 @@ class DecoderPass:
 
     @staticmethod
     def steps(calibration: CalibrationSet, layers: int) -> int:
-        """Units of progress in all: tokens x layers x 2 (observe, propagate)."""
+        """Return the total number of progress steps: tokens x layers x 2 (observe, propagate)."""
         return calibration.total * layers * 2
 
     @torch.no_grad()
     def run(self, wanted: StatisticsRequest, handle: LayerHandler) -> None:
-        """Take every layer: gather what is wanted, let `handle` do its work, propagate through what it returns.
+        """Run all layers. For each, collect statistics, call `handle`, and propagate with the tensors that it returns.
 
         Raises:
-            EdgeError: NaN or infinity, named by layer, tensor and sample.
+            EdgeError: NaN or infinity; the message names layer, tensor and sample.
         """
         state = self._label + _STATE
         done = int((self._work.read_json(state) or {"layers": 0})["layers"])
@@ -90,7 +92,7 @@ class DecoderPass:
 
     @torch.no_grad()
     def observe_head(self, wanted: StatisticsRequest) -> InputStatistics:
-        """Statistics of the input of lm_head; after `run`."""
+        """Return the statistics of lm_head's input. Call it after `run`."""
         weight = load_tensor(self._checkpoint, "decoder.norm.weight", self._compute)
         observer = Observer("decoder", self._calibration.total, wanted)
         for chunk in self._chunks:
@@ -100,19 +102,23 @@ class DecoderPass:
         return observer.inputs["lm_head"]
 
     def inputs(self, layer: int, sample: int) -> Tensor:
-        """Input of a layer for one sample, [tokens, hidden] float32; while `handle` has it, or behind the last."""
+        """Return the input of a layer for one sample, [tokens, hidden] float32.
+
+        It exists while `handle` works on that layer. After `run`, the index one past the last layer gives the last
+        output.
+        """
         return self._read(layer, range(sample, sample + 1))
 
     def rotary(self, sample: int) -> tuple[Tensor, Tensor]:
-        """cos and sin of one sample's positions, [tokens, head_dim / 2] float32."""
+        """Return cos and sin of one sample's positions, [tokens, head_dim / 2] float32."""
         return self._rotary([self._calibration.lengths[sample]])
 
     def forget(self) -> None:
-        """Delete the hidden states behind the last layer."""
+        """Delete the output of the last layer."""
         self._hidden_path(self._config.num_hidden_layers).unlink(missing_ok=True)
 
     def kv_scales(self) -> KvScales:
-        """Scales of an int8 KV cache that reach what went into it; after `run`."""
+        """Return int8 KV cache scales that cover all keys and values of the pass. Call it after `run`."""
         layers = (self._work.read_arrays(f"cache-{n}.npz") for n in range(self._config.num_hidden_layers))
         ranges = [(layer["keys"], layer["values"]) for layer in layers if layer]
         keys, values = (np.stack(arrays) for arrays in zip(*ranges, strict=True))
@@ -139,7 +145,7 @@ class DecoderPass:
         weights = load_block(self._checkpoint, f"{name}.", self._compute) | dict(replaced)
         observer = Observer(name, self._calibration.total, StatisticsRequest())
         ranges = CacheRanges(self._config, self._compute.device)
-        # Written, not mapped: a full disk is then an error and not a crash.
+        # The file is written and not mapped, so that a full disk is an error and not a crash.
         with replacing(self._hidden_path(layer + 1), shared=False) as new, new.open("wb") as file:
             for chunk in self._chunks:
                 x = self._read(layer, chunk)
@@ -159,7 +165,7 @@ class DecoderPass:
         return slice(self._starts[chunk.start], self._starts[chunk.stop])
 
     def _read(self, layer: int, chunk: range) -> Tensor:
-        """Input of a layer for a run of samples, [tokens, hidden] float32."""
+        """Return the input of a layer for a range of samples, [tokens, hidden] float32."""
         states: NDArray[np.float32]
         if layer == 0:
             states = self._calibration.embeddings()
@@ -179,7 +185,7 @@ class DecoderPass:
 
 
 def _without(chunk: range, held_out: Collection[int]) -> Iterator[range]:
-    """The runs of samples that are left of a chunk."""
+    """Yield the ranges of samples in a chunk that remain without the held-out ones."""
     start = chunk.start
     for index in [*(index for index in chunk if index in held_out), chunk.stop]:
         if index > start:

@@ -1,8 +1,8 @@
-"""Calibration data as the user has it: images, prompts and answers, not yet tokens.
+"""Read calibration data as images, prompts and answers, before they become tokens.
 
-Three sources: a folder of images, a JSON Lines file of {"images": [...], "prompt": ..., "answer"?: ...}, or the
-built-in set of synthetic documents, charts, signs and scenes in two languages, plus text. Which items are taken, and in
-which order, follows from the seed alone.
+There are three sources: a folder of images, a JSON Lines file of {"images": [...], "prompt": ..., "answer"?: ...}, or
+the built-in set. The built-in set holds synthetic documents, charts, signs and scenes in two languages, and texts. The
+seed alone decides which items are used and in which order.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from internvl_edge.base.errors import EdgeError
 from .texts import IMAGE_PROMPTS, TEXTS
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif", ".jp2"}
-# One built-in item in this many is text alone: decoders meet text without any image too.
+# One built-in item in this many is text without an image, because decoders also answer such prompts.
 _TEXT_EVERY = 4
 
 
 @dataclass(frozen=True)
 class CalibrationItem:
-    """One sample to be: `prompt` may hold `<image>` marks; an answer counts as tokens of the sequence.
+    """The source of one calibration sample. `prompt` can hold `<image>` marks. An answer is part of the token sequence.
 
-    `problem` is set instead where the source's entry cannot be understood.
+    `problem` is set instead where the source's entry is not valid.
     """
 
     name: str
@@ -40,12 +40,12 @@ class CalibrationItem:
 
 
 def read_items(source: Path | None, seed: int = 0) -> Iterator[CalibrationItem]:
-    """Items of a folder, of a JSON Lines file or (None) of the built-in set, which never ends, in the seed's order.
+    """Return the items of a folder, of a JSON Lines file or (None) of the built-in set, in the order of the seed.
 
-    Broken entries come out with their `problem`; images are not opened here.
+    The built-in set is endless. Broken entries have their `problem` set. Images are not opened here.
 
     Raises:
-        EdgeError: no such file or folder, or nothing in it.
+        EdgeError: no such file or folder, or it is empty.
     """
     if source is None:
         return _built_in(seed)

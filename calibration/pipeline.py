@@ -1,4 +1,4 @@
-"""`calibrate`: a checkpoint and data -> a folder with the embedded calibration set and activation statistics."""
+"""`calibrate`: turn a checkpoint and data into a folder with the embedded calibration set and activation statistics."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ def calibrate(
     restart: bool = False,
     progress: bool = False,
 ) -> CalibrationSet:
-    """Embed a calibration set and gather the activation statistics of a checkpoint.
+    """Embed a calibration set and collect the activation statistics of a checkpoint.
 
-    The state of an unfinished run lies in `OUT.partial`; the same call continues it, with the same result.
+    The state of an unfinished run is in `OUT.partial`. The same call continues it, with the same result.
 
     Args:
         checkpoint: local folder.
         out: the folder to make.
-        options: which data; default: the built-in set.
+        options: the data to use; default: the built-in set.
         compute: device and type; default: the best of this machine.
         restart: discard an unfinished run.
-        progress: bars with the time left, on standard error.
+        progress: show bars with the time left, on standard error.
 
     Raises:
         EdgeError: the checkpoint or the data is not usable, `out` exists, or activations are not finite.
@@ -83,9 +83,9 @@ def embedded_set(
     replaced: Replacements = no_replacements,
     gather: bool = False,
 ) -> tuple[CalibrationSet, Figures]:
-    """The data as the decoder sees it and, with `gather`, the statistics of tower and projector.
+    """Return the calibration set with its embeddings and, with `gather`, the statistics of tower and projector.
 
-    Continues where it was killed. `replaced` is that of `tower.embed`.
+    A killed run continues. For `replaced`, see `tower.embed`.
     """
     calibration = prepare(work, checkpoint, identity, options, log_line)
     with progress_bar("vision", tower_steps(calibration, checkpoint.config), progress) as advance:
@@ -93,12 +93,12 @@ def embedded_set(
 
 
 def partial_path(target: Path) -> Path:
-    """Where the state of an unfinished run lies: beside what it makes."""
+    """Return the folder for the state of an unfinished run: beside the output folder."""
     return target.with_name(f"{target.name}.partial")
 
 
 def run_description(identity: str, options: DataOptions | None, compute: Compute | None) -> dict[str, Any]:
-    """What decides the result of a run beside its recipe, as JSON values."""
+    """Return the values, in addition to the recipe, that decide the result of a run, as JSON values."""
     return {
         "version": version("internvl-edge"),
         "checkpoint": identity,
@@ -117,18 +117,18 @@ def require_same_checkpoint(calibration: CalibrationSet, identity: str) -> None:
 
 @contextmanager
 def progress_bar(label: str, total: int, shown: bool) -> Iterator[Callable[[int], object]]:
-    """A bar with the time left; yields the function that moves it."""
+    """Show a bar with the time left. The context manager yields the function that advances it."""
     with tqdm(total=total, desc=label, disable=not shown, leave=False, unit_scale=True, smoothing=0.05) as bar:
         yield bar.update
 
 
 def log_line(line: str) -> None:
-    """One line on standard error."""
+    """Print one line on standard error."""
     print(line, file=sys.stderr)
 
 
 class _Gatherer:
-    """Stores the per-channel figures of each layer, and changes nothing."""
+    """Stores the per-channel statistics of each layer, and replaces no tensors."""
 
     def __init__(self, work: WorkFolder) -> None:
         self._work = work

@@ -1,6 +1,6 @@
-"""Calibration items become what the device would see: token ids and tiles, through the runtime's own code.
+"""Turn calibration items into the device's own inputs (token ids and tiles) with the code that the runtime uses.
 
-Broken items are reported and skipped up to a stated limit; one more is an error.
+Broken items are reported and skipped up to a limit. One more is an error.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ DEFAULT_MAX_TOKENS = 8192
 
 @dataclass(frozen=True)
 class Sample:
-    """One sequence.
+    """One sequence of tokens.
 
     Attributes:
-        name: of the item, for messages.
+        name: name of the item, for messages.
         ids: [tokens] int32 token ids; image tokens are the placeholder.
-        tiles: uint8 [tiles, S, S, 3], those of all images in order.
+        tiles: uint8 [tiles, S, S, 3], the tiles of all images in order.
     """
 
     name: str
@@ -45,8 +45,8 @@ class SampleBuilder:
     Args:
         config: the model.
         tokenizer: a `tokenizer.json`.
-        max_tiles: most tiles of one image, thumbnail not counted.
-        max_tokens: longer samples are broken items.
+        max_tiles: most tiles of one image, without the thumbnail.
+        max_tokens: an item with more tokens is broken.
     """
 
     def __init__(
@@ -60,10 +60,10 @@ class SampleBuilder:
         self.image_token = self._tokenizer.token_id(self._template.image_context)
 
     def build(self, item: CalibrationItem) -> Sample:
-        """The sample of one item.
+        """Return the sample of one item.
 
         Raises:
-            EdgeError: anything that is wrong with the item.
+            EdgeError: the item is broken in any way.
         """
         if item.problem:
             raise EdgeError(item.problem)
@@ -99,7 +99,7 @@ def good_samples(
     max_broken: int,
     report: Callable[[str], None],
 ) -> Iterator[Sample]:
-    """The first `count` good samples; `report` gets one line for each broken item on the way.
+    """Yield the first `count` good samples. `report` gets one line for each broken item before them.
 
     Raises:
         EdgeError: more than `max_broken` broken items, or no good one.

@@ -1,8 +1,8 @@
-"""What the input of a linear layer looks like, gathered while samples stream past.
+"""Statistics of a linear layer's input, collected while samples pass through it.
 
-Per channel the mean and maximum of |x|; on request the Gram matrix X^T X and an evenly spaced subset of the tokens.
-Sums are float64 per channel and float32 in the Gram matrix. A value that is not finite is an error that names the
-layer, the tensor and the sample.
+They are the mean and maximum of |x| per channel and, on request, the Gram matrix X^T X and an evenly spaced subset of
+the tokens. Sums are float64 per channel and float32 in the Gram matrix. A value that is not finite is an error that
+names the layer, the tensor and the sample.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from torch import Tensor
 
 from internvl_edge.base.errors import EdgeError
 
-# Wider Gram matrices are computed in block columns above the diagonal: half the work of the full product.
+# Wider Gram matrices are computed in block columns above the diagonal, which is half the work of the full product.
 _GRAM_BLOCK = 1024
 
 
 @dataclass(frozen=True)
 class StatisticsRequest:
-    """What is gathered beside the per-channel figures.
+    """The statistics to collect in addition to those per channel.
 
     Attributes:
-        gram: the Gram matrix, [in, in] float32: the memory of the widest layer squared.
+        gram: the Gram matrix, [in, in] float32. It needs the square of the widest layer in memory.
         tokens: rows of the token subset, 0 for none.
     """
 
@@ -37,10 +37,10 @@ class StatisticsRequest:
 
 @dataclass
 class InputStatistics:
-    """Of one linear layer's input [tokens, in].
+    """The statistics of one linear layer's input [tokens, in].
 
     Attributes:
-        count: tokens seen.
+        count: number of tokens seen.
         sum_abs: [in] float64.
         max_abs: [in] float32.
         gram: [in, in] float32 sum of outer products, or None.
@@ -59,7 +59,7 @@ class InputStatistics:
         return (self.sum_abs / max(self.count, 1)).float()
 
     def add(self, x: Tensor) -> None:
-        """Take in x [tokens, in]; not its subset, which depends on where the tokens lie."""
+        """Add x [tokens, in] to all statistics but the subset, which depends on the positions of the tokens."""
         magnitude = x.abs()
         self.count += len(x)
         self.sum_abs += magnitude.sum(0, dtype=torch.float32)
@@ -68,12 +68,12 @@ class InputStatistics:
             _add_gram(self.gram, x)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """The per-channel figures: "mean_abs" and "max_abs"."""
+        """Return the statistics per channel: "mean_abs" and "max_abs"."""
         return {"mean_abs": self.mean_abs.cpu().numpy(), "max_abs": self.max_abs.cpu().numpy()}
 
 
 def _add_gram(gram: Tensor, x: Tensor) -> None:
-    """gram += x^T x. A wide one is filled on and above its block diagonal only; `symmetrize` mirrors it."""
+    """Add x^T x to `gram`. A wide one is filled only on and above its block diagonal; `symmetrize` mirrors it."""
     width = x.shape[1]
     block = width if width < 2 * _GRAM_BLOCK else _GRAM_BLOCK
     for start in range(0, width, block):
@@ -81,7 +81,7 @@ def _add_gram(gram: Tensor, x: Tensor) -> None:
 
 
 def symmetrize(gram: Tensor) -> Tensor:
-    """Mirror what lies above the diagonal to below it, in place."""
+    """Mirror the part above the diagonal to the part below it, in place."""
     for start in range(0, len(gram), _GRAM_BLOCK):
         rows = slice(start, start + _GRAM_BLOCK)
         gram[start + _GRAM_BLOCK :, rows] = gram[rows, start + _GRAM_BLOCK :].T
@@ -92,12 +92,12 @@ def symmetrize(gram: Tensor) -> Tensor:
 
 @dataclass
 class Observer:
-    """Gathers the statistics of all linear inputs of one block while chunks of samples pass through it.
+    """Collects the statistics of all linear inputs of one block while chunks of samples pass through it.
 
     Attributes:
         block: canonical name of the block, for messages: "decoder.layers.3".
-        total: tokens that will pass in all.
-        wanted: what to gather.
+        total: number of tokens that will pass in total.
+        wanted: the statistics to collect.
         inputs: the result, by the name of the (first) linear that takes the input.
     """
 
@@ -109,11 +109,11 @@ class Observer:
     _samples: Sequence[tuple[str, int]] = ()
 
     def begin(self, offset: int, samples: Sequence[tuple[str, int]]) -> None:
-        """Announce the next chunk: its first token's place among all, and each sample's (name, tokens)."""
+        """Announce the next chunk: the index of its first token among all tokens, and (name, tokens) of each sample."""
         self._offset, self._samples = offset, samples
 
     def __call__(self, name: str, x: Tensor) -> None:
-        """Take in the input [..., in] of linear `name` for the announced chunk.
+        """Add the input [..., in] of linear `name` for the announced chunk.
 
         Raises:
             EdgeError: x holds NaN or infinity.
@@ -134,7 +134,7 @@ class Observer:
             self.refuse(name, x)
 
     def refuse(self, what: str, x: Tensor) -> None:
-        """Raise the error about x [tokens, width], naming the sample."""
+        """Raise the error about x [tokens, width]. It names the sample."""
         bad = ~torch.isfinite(x).all(-1)
         row = int(bad.nonzero()[0])
         end = 0

@@ -1,4 +1,7 @@
-"""Words of the built-in calibration set: questions for any picture, and short texts in two languages. Data only."""
+"""The texts of the built-in calibration set: questions for any picture, and short dialogues in two languages.
+
+Data only.
+"""
 
 from __future__ import annotations
 

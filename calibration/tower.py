@@ -1,6 +1,7 @@
-"""The vision half of a calibration run: tiles -> image tokens in the embeddings file, one layer in memory at a time.
+"""The vision half of a calibration run: compute the image tokens of all tiles, with one layer in memory at a time.
 
-Tiles go through the tower in waves whose hidden states fit in memory; a killed run continues with the wave it was in.
+Tiles go through the tower in waves whose hidden states fit in memory. A killed run continues with the wave that it was
+in. The image tokens are written to the embeddings file.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ Replacements = Callable[[str], Mapping[str, Tensor]]
 
 
 def no_replacements(block: str) -> Mapping[str, Tensor]:
-    """The tower as the checkpoint holds it."""
+    """Replace no tensors: the tower stays as in the checkpoint."""
     return {}
 
 
 def tower_steps(calibration: CalibrationSet, config: ModelConfig) -> int:
-    """Units of progress that `embed` reports in all: tiles x layers."""
+    """Return the total number of progress steps that `embed` reports: tiles x layers."""
     return sum(calibration.tiles) * config.vision_layers_used
 
 
@@ -53,16 +54,16 @@ def embed(
     """Fill the image tokens' rows of the embeddings file.
 
     Args:
-        work, checkpoint, calibration, compute, progress: of the run.
-        replaced: tensors of a block ("vision.layers.0", "projector") that take the place of its own, by their name in
-            the block: those of a quantized tower.
-        gather: False leaves the statistics out, which cost a seventh of the time.
+        work, checkpoint, calibration, compute, progress: those of the run.
+        replaced: returns the tensors of a quantized tower that replace those of a block ("vision.layers.0",
+            "projector"), by their name in the block.
+        gather: False skips the statistics, which take a seventh of the time.
 
     Returns:
-        Statistics of the inputs of the tower's and the projector's linears, as `dataset.read_statistics` names them.
+        Statistics of the inputs of the tower's and the projector's linears, named as by `dataset.read_statistics`.
 
     Raises:
-        EdgeError: NaN or infinity, named by layer, tensor and sample.
+        EdgeError: NaN or infinity; the message names layer, tensor and sample.
     """
     run = _Tower(work, checkpoint, calibration, compute, progress, replaced, gather)
     return run.all_waves()
@@ -140,7 +141,7 @@ class _Tower:
         return load_block(self._checkpoint, f"{block}.", self._compute) | dict(self._replaced(block))
 
     def _store(self, embeds: Tensor, start: int) -> None:
-        """Image tokens of all samples follow one another in the order of the tiles."""
+        """Write the image tokens to the embeddings file. Over all samples, they are in the order of the tiles."""
         tokens = self._config.tokens_per_tile
         places = np.flatnonzero(self._calibration.is_image)[start * tokens : (start + len(embeds)) * tokens]
         table = self._calibration.embeddings(writable=True)

@@ -1,7 +1,7 @@
-"""A folder in which a long job keeps its state, so that it continues where it was killed.
+"""A folder in which a long job keeps its state, so that a killed job can continue.
 
-Every file appears whole: it is written beside its place and renamed. The folder belongs to one run, described by plain
-values; another run must not continue it.
+Every file appears only when it is complete: it is written beside its place and renamed. The folder belongs to one run,
+which plain values describe. Another run must not continue it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.files import replace_text, replacing
 
 _RUN = "run.json"
-# What to do about a full disk, for `base.files.readable_disk_errors`.
+# The advice about a full disk, for `base.files.readable_disk_errors`.
 CONTINUES = "make room and repeat the command, which continues where it was"
 _SAMPLED_BYTES = 1 << 20
 WEIGHT_SUFFIXES = {".safetensors", ".bin"}
@@ -29,15 +29,15 @@ Arrays = dict[str, NDArray[Any]]
 
 
 class WorkFolder:
-    """One run's folder.
+    """The folder of one run.
 
     Args:
-        path: made if absent.
-        run: what decides the result: checkpoint, data, recipe. JSON values.
-        restart: discard what another or the same run left.
+        path: the folder; it is made if absent.
+        run: the values that decide the result: checkpoint, data, recipe. JSON values.
+        restart: discard the state of an earlier run, whether it is the same run or another.
 
     Raises:
-        EdgeError: the folder holds another run's state, or something else.
+        EdgeError: the folder holds another run's state, or other files.
     """
 
     def __init__(self, path: Path, run: Mapping[str, Any], restart: bool = False) -> None:
@@ -59,16 +59,16 @@ class WorkFolder:
             )
 
     def read_json(self, name: str) -> Any:
-        """What `write_json` wrote, or None."""
+        """Return the values that `write_json` wrote, or None."""
         path = self.path / name
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
     def write_json(self, name: str, values: Any) -> None:
-        """Replace a JSON file as one step."""
+        """Replace a JSON file in one step."""
         replace_text(self.path / name, json.dumps(values, indent=1, ensure_ascii=False), shared=False)
 
     def read_arrays(self, name: str) -> Arrays | None:
-        """What `write_arrays` wrote, or None."""
+        """Return the arrays that `write_arrays` wrote, or None."""
         path = self.path / name
         if not path.is_file():
             return None
@@ -76,19 +76,25 @@ class WorkFolder:
             return {key: file[key] for key in file.files}
 
     def write_arrays(self, name: str, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Replace an `.npz` file as one step."""
+        """Replace an `.npz` file in one step."""
         with replacing(self.path / name, shared=False) as new, new.open("wb") as file:
             np.savez(file, **dict(arrays))  # type: ignore[arg-type]  # numpy's stub takes the names for its own options
 
 
 def discard(path: Path) -> None:
-    """Remove a work folder. Killed meanwhile, what is left is nobody's state: the description goes first."""
+    """Remove a work folder.
+
+    The description is removed first. If the removal is interrupted, no run takes the remaining files for its state.
+    """
     (path / _RUN).unlink()
     shutil.rmtree(path)
 
 
 def checkpoint_identity(folder: Path) -> str:
-    """A digest that tells checkpoints apart: config.json, and names, sizes, first and last megabyte of weight files."""
+    """Return a digest that distinguishes checkpoints.
+
+    It covers config.json and the names, sizes, first and last megabyte of the weight files.
+    """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(folder.iterdir()):
         if path.suffix in WEIGHT_SUFFIXES:

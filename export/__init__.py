@@ -1,4 +1,7 @@
-"""Checkpoint -> bundle: ONNX graphs written directly, weights streamed; no torch, nothing traced."""
+"""Export a checkpoint to a bundle.
+
+ONNX graphs are written directly, without torch or tracing. Weights are streamed.
+"""
 
 from .exporter import DTYPES, export_bundle
 

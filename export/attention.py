@@ -1,13 +1,13 @@
-"""Attention over the KV cache, in the two dialects: all that tells their decoder graphs apart.
+"""Attention over the KV cache in two dialects. Nothing else differs between their decoder graphs.
 
-The cache has a fixed capacity and is written in place. `standard` uses ONNX operators alone, in the form that TensorRT
+The cache has a fixed capacity and is written in place. `standard` uses only ONNX operators, in the form that TensorRT
 takes: TensorScatter into the cache, Slice to the used part, single-output Attention with an explicit mask.
 `onnxruntime` uses GroupQueryAttention over the shared cache.
 
-A cache may hold int8 numbers with one scale per KV head and channel. GroupQueryAttention takes them so. In the standard
-dialect keys and values are divided by their scales and rounded; scores are then made from queries multiplied by the
-keys' scales, and what values add up to is multiplied by theirs: two small products a layer, and a cache whose one
-scale is 1.
+A cache can hold int8 values with one scale per KV head and channel. GroupQueryAttention takes these scales directly. In
+the standard dialect, keys and values are divided by their scales and rounded. Queries are multiplied by the keys'
+scales before the scores are computed, and the weighted sum of values is multiplied by the values' scales. This costs
+two small products per layer, and the cache then needs only the scale 1.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Dialect = str
 
 @dataclass(frozen=True)
 class Inputs:
-    """What every layer's attention needs beside the hidden state."""
+    """The inputs that every layer's attention needs in addition to the hidden state."""
 
     cos: ir.Value
     sin: ir.Value
@@ -80,12 +80,12 @@ def _standard_attention(g: GraphBuilder, decoder: DecoderConfig, inputs: Inputs)
 
 
 def _round(g: GraphBuilder, x: ir.Value, scale: Array) -> ir.Value:
-    """x [batch, kv_heads, seq, head_dim] as int8 numbers that stand for multiples of `scale`."""
+    """Round x [batch, kv_heads, seq, head_dim] to int8 multiples of `scale`."""
     return g.op("QuantizeLinear", g.op("Mul", x, g.floats((1 / scale)[None, :, None])), *g.unit_scale())
 
 
 def _query_heads(g: GraphBuilder, decoder: DecoderConfig, scale: Array) -> ir.Value:
-    """Scales of KV heads as those of the query heads that read them, [1, heads, 1, head_dim]."""
+    """Repeat the scales of KV heads for the query heads that read them, [1, heads, 1, head_dim]."""
     return g.floats(np.repeat(scale, decoder.num_query_groups, axis=0)[None, :, None])
 
 

@@ -1,12 +1,12 @@
-"""The decoder graph in two dialects that differ only in attention and its cache.
+"""The decoder graph in two dialects that differ only in attention and its KV cache.
 
     inputs_embeds [batch, seq, hidden], cos and sin [batch, seq, head_dim / 2], past_length [batch] int64,
     logits_to_keep [1] int64, past_key_values.N.{key,value} [batch, kv_heads, capacity, head_dim]
     -> logits [batch, kept, vocab] float32, present.N.{key,value}
 
-`past_length` counts the tokens already in the cache; rows are not padded. The cache has a fixed capacity and is written
-in place: bind each `present` to its `past`; it holds int8 numbers where the checkpoint brings scales for them. Rotary
-angles come from the host, so the graph has no length limit and dynamic NTK needs no state in it.
+`past_length` is the number of tokens already in the cache. Rows are not padded. The cache has a fixed capacity and is
+written in place: bind each `present` to its `past`. It holds int8 values where the checkpoint has scales for them. The
+host computes the rotary angles, so the graph has no length limit and no state for dynamic NTK.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from .builder import INT64_MAX, GraphBuilder, Types
 from .quantized import PackedWeights
 from .weights import Array, WeightFile
 
-# Below every logit, within float16.
+# A float16 value that is below every logit.
 _NEVER = -3e4
-# Rows of the head looked at together; as floats the whole would be the largest thing in memory.
+# The number of lm_head rows that are examined at a time. All rows as floats would be the largest array in memory.
 _ROWS = 4096
 # The new keys and values of every layer.
 Cache = list[tuple[ir.Value, ir.Value]]
@@ -40,11 +40,11 @@ def build_decoder(
     packed: PackedWeights | None = None,
     vocabulary: int | None = None,
 ) -> ir.Model:
-    """The decoder of a checkpoint in one dialect; weights are placed in `file`, shared between dialects.
+    """Build the decoder of a checkpoint in one dialect. Weights are placed in `file`, which the dialects share.
 
     Args:
-        packed: the checkpoint's quantized linears, if they are to stay quantized.
-        vocabulary: tokens that the tokenizer has; rows of a quantized checkpoint beyond them never win an argmax.
+        packed: the checkpoint's quantized linears, to keep them quantized.
+        vocabulary: the number of tokens in the tokenizer. In a quantized checkpoint, no row beyond it wins an argmax.
     """
     decoder = checkpoint.config.decoder
     matmul = partial(packed.matmul, dialect=dialect) if packed else None
@@ -67,9 +67,10 @@ def build_decoder(
 def layers(
     g: GraphBuilder, checkpoint: Checkpoint, dialect: Dialect, whole: bool = True
 ) -> tuple[ir.Value | None, Cache]:
-    """The graph's inputs and all layers: the hidden state [batch, seq, hidden] behind the last, and the new cache.
+    """Add the graph's inputs and all layers.
 
-    Not `whole`, the last layer ends with its keys and values, and there is no hidden state.
+    Return the last layer's hidden state [batch, seq, hidden] and the new cache. If `whole` is False, the last layer
+    ends with its keys and values, and there is no hidden state.
     """
     decoder, activations = checkpoint.config.decoder, g.types.activations
     x: ir.Value | None = g.input("inputs_embeds", activations, ["batch", "seq", decoder.hidden_size])
@@ -92,7 +93,7 @@ def layers(
 
 
 def output_cache(g: GraphBuilder, checkpoint: Checkpoint, presents: Cache) -> None:
-    """Make the new cache outputs of the graph."""
+    """Make the new cache an output of the graph."""
     stored, shape = _cache_type(g, checkpoint), _cache_shape(checkpoint.config.decoder)
     for n, pair in enumerate(presents):
         for kind, value in zip(("key", "value"), pair, strict=True):
@@ -104,7 +105,10 @@ def _cache_type(g: GraphBuilder, checkpoint: Checkpoint) -> ir.DataType:
 
 
 def _padding(checkpoint: Checkpoint, vocabulary: int | None) -> Array:
-    """[vocab] to add to logits: rows beyond the tokenizer's and rows of zeros, both padding, sink below all others."""
+    """Return a penalty [vocab] to add to the logits: padding gets a value below all other logits, other rows 0.
+
+    Padding is the rows beyond the tokenizer's vocabulary and the rows of zeros.
+    """
     packed = checkpoint.linear("decoder.lm_head")
     head = checkpoint.tensor("decoder.lm_head.weight") if packed is None else packed.values
     penalty = np.zeros(len(head), np.float32)

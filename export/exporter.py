@@ -1,4 +1,7 @@
-"""Checkpoint -> bundle, whole or not at all: written to a temporary sibling, checked, renamed at the end."""
+"""Export a checkpoint to a bundle.
+
+The bundle is written to a temporary sibling folder, which is renamed at the end.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,8 @@ from .vision import build_vision
 from .weights import NUMPY_DTYPES, WeightFile, convert_blocks
 
 DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
-# ONNX Runtime has no bfloat16 kernels on a CPU, and TensorRT's graphs get the type of their device when they are built.
+# bfloat16 is missing because ONNX Runtime has no bfloat16 kernels on a CPU. TensorRT's graphs get the type of their
+# device when they are built.
 ACTIVATIONS = ("float32", "float16")
 _EMBED_TOKENS = "decoder.embed_tokens.weight"
 
@@ -56,14 +60,14 @@ def export_bundle(
     """Export an InternVL 2.5 checkpoint folder to a bundle folder.
 
     Args:
-        checkpoint: local folder (a hub id is resolved by the command line, see `internvl_edge.checkpoint.hub`).
+        checkpoint: local folder (the command line resolves a hub id, see `internvl_edge.checkpoint.hub`).
         out: the bundle to make.
-        dtype: how weights are stored: "float32", "float16" or "bfloat16".
-        activations: what the graphs compute in, "float32" or "float16"; float32 is right for CPUs.
-        dialects: which decoders to write; quantized weights are stored once for each.
+        dtype: stored type of the weights: "float32", "float16" or "bfloat16".
+        activations: type that the graphs compute in, "float32" or "float16"; float32 is right for CPUs.
+        dialects: the decoders to write; quantized weights are stored once for each.
         token_table: "float" (in `dtype`) or "int8" (one scale per token).
-        int8_prompts: add a graph that computes long prompts in int8, for CPUs and decoders with 4-bit weights: faster,
-            at the price of a second copy of the weights in 8 bits (see `prompts`).
+        int8_prompts: add a graph that computes long prompts in int8, for CPUs and decoders with 4-bit weights. It is
+            faster but needs a second copy of the weights in 8 bits (see `prompts`).
         force: replace an existing bundle at `out`.
         progress: show a bar on standard error.
 
@@ -71,7 +75,7 @@ def export_bundle(
         The bundle's folder.
 
     Raises:
-        EdgeError: the checkpoint is not usable, `out` exists, or the disk is full; nothing is left behind then.
+        EdgeError: the checkpoint is not usable, `out` exists, or the disk is full. No files are left behind.
     """
     for name, value, known in (("dtype", dtype, DTYPES), ("activations", activations, ACTIVATIONS)):
         if value not in known:
@@ -94,7 +98,7 @@ def export_bundle(
 
 
 class _Export:
-    """One export in progress; collects the SHA-256 of what it writes."""
+    """One export in progress. It collects the SHA-256 of each file that it writes."""
 
     def __init__(
         self, checkpoint: Checkpoint, folder: Path, types: Types, packed: PackedWeights, table: str, progress: bool
@@ -142,7 +146,7 @@ class _Export:
         manifest.write(self._folder)
 
     def _linears(self) -> dict[str, Scheme]:
-        """The quantized linears of the graphs; the tower's last layers may be in none."""
+        """Return the quantized linears of the graphs. The vision tower's unused last layers are in no graph."""
         schemes = self._checkpoint.schemes
         return {name: schemes[name] for name in linear_names(self._checkpoint.config) if name in schemes}
 
@@ -181,7 +185,7 @@ class _Export:
 
 
 def _require_free(target: Path, force: bool) -> None:
-    """Raise EdgeError where `target` may not be made, or replaced with `force`."""
+    """Raise EdgeError where `target` exists and cannot be replaced (with `force`, only a bundle can)."""
     if not target.exists():
         return
     if not force:

@@ -2,11 +2,14 @@
 
     x -> Q -> DQ -> MatMul -> (+ bias),  weights int8 [in, out] -> DQ (one scale per output)
 
-ONNX Runtime makes one integer product of it, TensorRT too: symmetric, zero points 0, scales positive constants, nothing
-between MatMul and bias. On x86 ONNX Runtime needs unsigned inputs and makes them so itself, but not where several
-linears share an input; a graph for it alone can have them unsigned from the start, the same numbers counted from 128.
-A scale per output that the graph would apply afterwards (layer scale) goes into the weights' scale, its sign into the
-integers, so the integers of the checkpoint are those of the product. Knows nothing of towers.
+ONNX Runtime and TensorRT both turn this into one integer product. They need symmetric integers with zero point 0,
+scales that are positive constants, and no operator between MatMul and bias. On x86 ONNX Runtime needs unsigned inputs.
+It converts them itself, but not where several linears share an input. A graph that only ONNX Runtime reads can
+therefore have unsigned inputs from the start: the same values with zero point 128.
+
+A scale per output that the graph would apply afterwards (layer scale) is folded: its magnitude into the weights' scale,
+its sign into the integers. The integers of the checkpoint are therefore those of the product. This module does not know
+the vision tower.
 """
 
 from __future__ import annotations
@@ -22,9 +25,9 @@ from internvl_edge.model.linear import PackedLinear
 from .builder import GraphBuilder
 from .weights import NUMPY_DTYPES, Array
 
-# Graphs in float32 become float16 ones for some devices.
+# The smallest positive float16 value. float32 graphs are converted to float16 for some devices.
 _SMALLEST_SCALE = 2.0**-24
-# A linear's name -> the factor [out] its output is multiplied by, or None.
+# A linear's name -> the factor [out] that its output is multiplied by, or None.
 OutputScale = Callable[[str], Array | None]
 
 
@@ -32,8 +35,8 @@ class IntegerMatMul:
     """Writes the products of a checkpoint's linears whose weights and inputs are int8.
 
     Args:
-        checkpoint: any; without such linears nothing here does anything.
-        output_scale: factors to fold, by linear; its bias is the caller's to scale.
+        checkpoint: any checkpoint. Without such linears this class has no effect.
+        output_scale: the factors to fold, by linear. The caller must scale the bias.
     """
 
     def __init__(self, checkpoint: Checkpoint, output_scale: OutputScale) -> None:
@@ -42,7 +45,7 @@ class IntegerMatMul:
         self._inputs: dict[tuple[ir.Value, float], ir.Value] = {}
 
     def __call__(self, g: GraphBuilder, x: ir.Value, name: str, unsigned: bool = False) -> ir.Value | None:
-        """x [..., in] times the linear's weights, without its bias; None where they are not of this kind.
+        """Multiply x [..., in] by the linear's weights, without its bias. Return None for other kinds of linears.
 
         `unsigned` is for graphs that only ONNX Runtime will read.
         """
@@ -56,7 +59,10 @@ class IntegerMatMul:
         return g.op("MatMul", self._rounded(g, x, linear, unsigned), g.op("DequantizeLinear", values, scale, axis=1))
 
     def _rounded(self, g: GraphBuilder, x: ir.Value, linear: PackedLinear, unsigned: bool) -> ir.Value:
-        """x as its int8 numbers stand for, once for all linears that take it; the zero point gives them their type."""
+        """Return x after rounding to int8, once for all linears that share it.
+
+        The zero point sets the integers' type.
+        """
         assert linear.input_scale is not None
         key = x, linear.input_scale
         if key not in self._inputs:
@@ -76,10 +82,11 @@ class IntegerMatMul:
 
 
 def scale_outputs(linear: PackedLinear, factor: Array) -> PackedLinear:
-    """Multiply every output by a factor [out]: integers change sign at most, scales stay positive.
+    """Multiply every output by a factor [out]. Integers change at most their sign, and scales stay positive.
 
-    Scales that float16 could not tell from 0 are raised to the smallest that it can, and their integers rounded again:
-    an error of 3e-8 per weight. So is -128 where its sign would change, to 127.
+    There are two exceptions. Scales that float16 could not distinguish from 0 are raised to the smallest float16 value,
+    and their integers are rounded again: an error of 3e-8 per weight. An integer of -128 whose sign changes becomes
+    127.
     """
     scale = linear.scale[:, 0].astype(np.float64) * np.abs(factor)
     stored = np.maximum(scale, _SMALLEST_SCALE)

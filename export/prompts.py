@@ -1,14 +1,14 @@
-"""The graph for prompts: the onnxruntime decoder without a head, its products in int8 on both sides.
+"""The graph for prompts (prefill): the onnxruntime decoder without lm_head, with int8 weights and int8 inputs.
 
-Long prompts are limited by arithmetic, and a product with 4-bit weights spends most of it on unpacking them for every
-chunk anew. Here the same weights are rounded once more, to int8 with one scale per output, and the inputs of each token
-to int8 with one scale per token: one integer product, twice as fast. Tokens differ by orders of magnitude (the first
-one of a text above all), so one scale for all of them would lose the others.
+Long prompts are limited by arithmetic. A product with 4-bit weights spends most of it on unpacking the weights again
+for every chunk. Here the same weights are rounded once more, to int8 with one scale per output, and the inputs to int8
+with one scale per token. The result is one integer product, which is twice as fast. Tokens differ by orders of
+magnitude (the first token of a text most of all), so one scale for all tokens would round most of them to zero.
 
     x -> x / s -> QuantizeLinear -> MatMulIntegerToFloat -> * s (-> + bias),   s [batch, seq, 1] = max |x| / 127
 
-The last layer ends with its keys and values. What comes after the prompt's last token, the decoder itself computes.
-Needs a CPU that multiplies bytes exactly (VNNI on x86).
+The last layer ends with its keys and values. The decoder itself computes the prompt's last token and all later tokens.
+The graph needs a CPU that multiplies bytes exactly (VNNI on x86).
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from .decoder import layers, output_cache
 from .weights import Array, WeightFile
 
 _LARGEST = 127
-# Where a token's inputs are all zeros.
+# The scale where all inputs of a token are zero.
 _SMALLEST_SCALE = 1e-9
 
 
 def build_prompts(checkpoint: Checkpoint, types: Types, file: WeightFile) -> ir.Model:
-    """The graph for prompts of a checkpoint whose decoder has 4-bit weights.
+    """Build the graph for prompts of a checkpoint whose decoder has 4-bit weights.
 
         inputs_embeds, cos, sin, past_length, past_key_values.N.{key,value} as `decoder` -> present.N.{key,value}
 
@@ -58,7 +58,7 @@ class _TokenwiseMatMul:
         self._last: tuple[str, Array, Array] | None = None
 
     def __call__(self, g: GraphBuilder, x: ir.Value, name: str) -> ir.Value | None:
-        """x [batch, seq, in] times the linear's weights, without its bias; None where they are floats."""
+        """Multiply x [batch, seq, in] by the linear's weights, without its bias. Return None for float weights."""
         if name not in self._checkpoint.schemes:
             return None
         out, inputs = self._checkpoint.shapes[f"{name}.weight"]
@@ -73,7 +73,7 @@ class _TokenwiseMatMul:
         return g.op("Mul", y, token_scale)
 
     def _round(self, g: GraphBuilder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """x as bytes counted from 128, and its tokens' scales; once for all linears that take it."""
+        """Return x as bytes with zero point 128, and the scales of its tokens, once for all linears that share x."""
         if x not in self._rounded:
             largest = g.op("ReduceMax", g.op("Abs", x), g.constant([-1]), keepdims=1)
             scale = g.op("Max", g.op("Mul", largest, g.floats(1 / _LARGEST)), g.floats(_SMALLEST_SCALE))
@@ -82,7 +82,10 @@ class _TokenwiseMatMul:
         return self._rounded[x]
 
     def _part(self, name: str, choose: Callable[[Array, Array], Array]) -> Callable[[], Array]:
-        """Values or scales of a linear, read when written; the last one is kept, as its parts follow each other."""
+        """Return a function that reads the integers or scales of a linear when they are written.
+
+        The last linear is kept, because its parts are written one after another.
+        """
 
         def read() -> Array:
             if self._last is None or self._last[0] != name:
@@ -95,7 +98,7 @@ class _TokenwiseMatMul:
 
 
 def round_per_output(linear: PackedLinear) -> tuple[Array, Array]:
-    """The weights as int8 [out, in] and one scale per output [out], float32: the largest of each becomes 127."""
+    """Return the weights as int8 [out, in] and one scale per output [out] float32. The largest |weight| becomes 127."""
     weights = linear.dequantize()
     scale = np.maximum(np.abs(weights).max(axis=1), np.finfo(np.float32).tiny) / _LARGEST
     return np.rint(weights / scale[:, None]).astype(np.int8), scale.astype(np.float32)

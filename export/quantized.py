@@ -1,16 +1,18 @@
-"""Quantized linears in graphs, each dialect in the form its engine takes without rewriting weights at load.
+"""Quantized linears in graphs. Each dialect has the form that its engine takes without rewriting weights at load.
 
-Linears whose inputs are int8 too are written the same way in both, see `int8`. Of the others:
+Linears with int8 inputs are written the same way in both dialects, see `int8`. The other quantized linears are written
+as follows.
 
-onnxruntime: MatMulNBits, integers [out, blocks of the inputs] and zero points as they are.
+onnxruntime: MatMulNBits. Integers [out, blocks of the inputs] and zero points are stored unchanged.
 
-standard: DequantizeLinear before MatMul, integers [in, out] counted from the middle (int4 or int8), the form TensorRT
-reads. It takes no zero points, so with z counted likewise, W = s (q - z) = s q - s z and
+standard: DequantizeLinear before MatMul, the form that TensorRT reads. Integers [in, out] (int4 or int8) are stored as
+their distance from the middle of their range. TensorRT takes no zero points. With z stored in the same way,
+W = s (q - z) = s q - s z and
 
     y = x @ DequantizeLinear(q, s) + R @ C,  R[k] = sum of x over group k,  C[k, n] = -s[k, n] z[k, n]
 
-R is summed in float32. The second term costs in / group_size rows of a matrix product and is exact, where clamping or
-rounding again would change weights.
+R is summed in float32. The second term costs in / group_size rows of a matrix product and is exact. Clamping or
+rounding again would change the weights.
 """
 
 from __future__ import annotations
@@ -34,37 +36,37 @@ from .int8 import IntegerMatMul
 from .weights import NUMPY_DTYPES, Array, WeightFile
 
 BLOCKS = "decoder.onnxruntime.data"
-# MatMulNBits takes blocks of a power of two; larger ones gain nothing measurable.
+# MatMulNBits takes blocks of a power of two. Larger blocks than these gain nothing measurable.
 _LARGEST_BLOCK, _SMALLEST_BLOCK = 128, 16
-# Activations rounded to int8 per block: decodes 1.7 times as fast as float32.
+# Level 4 rounds activations to int8 per block. Decoding is 1.7 times as fast as with float32.
 _ACCURACY_LEVEL = 4
 _INTEGERS = {4: ir.DataType.INT4, 8: ir.DataType.INT8}
-# Outputs of each layer on which the weights' error is measured.
+# The number of outputs per layer on which the error of the weights is measured.
 _SAMPLED_ROWS = 256
 
 
 class PackedWeights:
-    """The quantized linears of a checkpoint as graphs take them.
+    """The quantized linears of a checkpoint in the forms that graphs take.
 
     Args:
-        checkpoint: any; without quantized linears nothing here does anything.
-        types: of the graphs.
+        checkpoint: any checkpoint. Without quantized linears this class has no effect.
+        types: the types of the graphs.
 
     Attributes:
-        blocks: the file with ONNX Runtime's form of the weights; the standard form goes to the builder's own.
+        blocks: the file with ONNX Runtime's form of the weights. The standard form is in the builder's own file.
     """
 
     def __init__(self, checkpoint: Checkpoint, types: Types) -> None:
         self._checkpoint = checkpoint
         self._types = types
         self.blocks = WeightFile(BLOCKS)
-        # A factor of 1 is no change but for scales that float16 cannot tell from 0.
+        # A factor of 1 changes only scales that float16 cannot distinguish from 0.
         self._integers = IntegerMatMul(checkpoint, lambda name: np.ones(checkpoint.shapes[f"{name}.weight"][0]))
         self._last: tuple[str, PackedLinear] | None = None
         self._errors: dict[str, tuple[float, float]] = {}
 
     def matmul(self, g: GraphBuilder, x: ir.Value, name: str, dialect: str) -> ir.Value | None:
-        """x [batch, seq, in] times the linear's weights, without its bias; None where they are floats.
+        """Multiply x [batch, seq, in] by the linear's weights, without its bias. Return None for float weights.
 
         Raises:
             EdgeError: ONNX Runtime has no blocks that fit the group size; the layer is named.
@@ -106,7 +108,7 @@ class PackedWeights:
         )
 
     def _dequantized(self, g: GraphBuilder, x: ir.Value, name: str, scheme: Scheme, out: int, inputs: int) -> ir.Value:
-        # One scale per output is DequantizeLinear's per-axis form, anything else its blocked form.
+        # One scale per output is DequantizeLinear's per-axis form. A scale per group is its blocked form.
         groups = inputs // scheme.group_size if scheme.group_size else 1
         grid = (groups, out) if scheme.group_size else (out,)
         form: dict[str, Any] = {"axis": 0, "block_size": scheme.group_size} if scheme.group_size else {"axis": 1}
@@ -125,7 +127,10 @@ class PackedWeights:
         return g.op("Add", y, g.op("MatMul", g.group_sums(x, groups), correction))
 
     def _part(self, name: str, read: Callable[[PackedLinear], Array]) -> Array:
-        """What `read` makes of a linear; the last one is kept, as parts of one are written one after the other."""
+        """Return the result of `read` for a linear.
+
+        The last linear is kept, because its parts are written one after another.
+        """
         if self._last is None or self._last[0] != name:
             linear = self._checkpoint.linear(name)
             assert linear is not None
@@ -135,7 +140,10 @@ class PackedWeights:
         return read(self._last[1])
 
     def summary(self) -> DecoderQuantization | None:
-        """What the manifest says of a quantized decoder once its weights are written; None for float weights."""
+        """Return the manifest's description of a quantized decoder, or None for float weights.
+
+        Call it after the weights are written.
+        """
         quantization = self._checkpoint.quantization
         schemes = {name: scheme for name, scheme in self._checkpoint.schemes.items() if name.startswith("decoder.")}
         if quantization is None or not schemes:
@@ -160,7 +168,7 @@ class PackedWeights:
 
 
 def _block_size(name: str, scheme: Scheme, inputs: int) -> int:
-    """A power of two that divides the groups; with one scale per output one that wastes little."""
+    """Return a power of two that divides the groups, or, with one scale per output, one that wastes little."""
     block = math.gcd(scheme.group_size or inputs, _LARGEST_BLOCK)
     if scheme.group_size is None:
         return block if block >= _LARGEST_BLOCK // 4 else _LARGEST_BLOCK
@@ -173,7 +181,10 @@ def _block_size(name: str, scheme: Scheme, inputs: int) -> int:
 
 
 def _squared_errors(linear: PackedLinear, activations: ir.DataType) -> tuple[float, float]:
-    """Sums over evenly spaced outputs: what the graph's weights miss of the checkpoint's, and the latter, squared."""
+    """Return two sums over evenly spaced outputs: the squared error of the graph's weights, and their squares.
+
+    The error is measured against the checkpoint's weights, and the squares are those of the checkpoint's weights.
+    """
     rows = np.unique(np.linspace(0, len(linear.values) - 1, _SAMPLED_ROWS).astype(np.intp))
     sampled = linear.rows(rows)
     expected = sampled.dequantize().astype(np.float64)
@@ -182,18 +193,21 @@ def _squared_errors(linear: PackedLinear, activations: ir.DataType) -> tuple[flo
 
 
 def block_values(linear: PackedLinear, block: int) -> Array:
-    """MatMulNBits' B, uint8 [out, blocks, block * bits / 8]: integers counted from the lowest, a last block filled."""
+    """Return MatMulNBits' B, uint8 [out, blocks, block * bits / 8]. Integers count from the lowest value.
+
+    An incomplete last block is filled up.
+    """
     packed = _pack_rows(_unsigned(linear), -linear.values.shape[1] % block, linear)
     return packed.reshape(len(packed), -1, block * linear.bits // 8)
 
 
 def block_scales(linear: PackedLinear, block: int) -> Array:
-    """[out * blocks], groups of several blocks repeated."""
+    """Return the scales [out * blocks]. The scale of a group is repeated for each of its blocks."""
     return _per_block(linear.scale, linear, block).reshape(-1)
 
 
 def block_zero_points(linear: PackedLinear, block: int) -> Array:
-    """[out * bytes of a row], counted from the lowest, packed like the values."""
+    """Return the zero points [out * bytes of a row], counted from the lowest value and packed like the integers."""
     assert linear.zero_point is not None
     zeros = _per_block(linear.zero_point, linear, block)
     return _pack_rows(zeros, -zeros.shape[1] % (8 // linear.bits), linear).reshape(-1)
@@ -210,21 +224,24 @@ def _unsigned(linear: PackedLinear) -> Array:
 
 
 def _pack_rows(integers: Array, missing: int, linear: PackedLinear) -> Array:
-    """[rows, columns] -> bytes [rows, (columns + missing) * bits / 8], lower half first; the middle fills up."""
+    """Pack [rows, columns] to bytes [rows, (columns + missing) * bits / 8], lower half first.
+
+    The middle of the range fills the missing columns.
+    """
     if missing:
         integers = np.pad(integers, ((0, 0), (0, missing)), constant_values=linear.middle)
     return integers if linear.bits == 8 else integers[:, 0::2] | integers[:, 1::2] << 4
 
 
 def correction_of(linear: PackedLinear) -> Array:
-    """C [groups, out], float32, exact in it."""
+    """Return C [groups, out] float32. It is exact in this type."""
     zeros = linear.signed()[1]
     assert zeros is not None
     return np.asarray(-(linear.scale * zeros).T)
 
 
 def stored_weights(linear: PackedLinear, activations: ir.DataType) -> Array:
-    """The weights [out, in] of the standard dialect in float64, with scales and corrections as they are stored."""
+    """Return the weights [out, in] of the standard dialect in float64, with scales and corrections as stored."""
     dtype = NUMPY_DTYPES[activations]
     values, zeros = linear.signed()
     weights = np.repeat(linear.scale.astype(dtype).astype(np.float64), linear.group_size, axis=1) * values

@@ -1,9 +1,10 @@
-"""The vision graph: uint8 tiles -> image tokens. InternViT, pixel shuffle and projector (facts of the original code).
+"""The vision graph: uint8 tiles -> image tokens. It follows the original code: InternViT, pixel shuffle, projector.
 
     pixels [tiles, S, S, 3] uint8 -> image_embeds [tiles, tokens_per_tile, hidden]
 
-Exact algebra done at export: pixel normalisation goes into the patch embedding, its bias into the position embedding,
-layer scale into `proj` and `fc2`. Linears that the checkpoint holds as int8 stay int8; all else computes in floats.
+Some exact algebra is done at export. Pixel normalisation is folded into the patch embedding, its bias into the position
+embedding, and layer scale into `proj` and `fc2`. Linears that are int8 in the checkpoint stay int8. The rest of the
+graph computes in floats.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from .builder import GraphBuilder, Types
 from .int8 import IntegerMatMul
 from .weights import Array, WeightFile
 
-# Pixels enter as pixel / 256: exact in float16 and bfloat16, and the folded weights keep their magnitude.
+# Pixels enter as pixel / 256. This is exact in float16 and bfloat16, and the folded weights keep their magnitude.
 PIXEL_SCALE = 2.0**-8
 
 
 class FoldedVision:
-    """A checkpoint's vision tensors with the algebra applied, in float64 where values change."""
+    """A checkpoint's vision tensors after folding, in float64 where values change."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
@@ -32,7 +33,7 @@ class FoldedVision:
         self._scale_of |= {f"vision.layers.{n}.mlp.fc2": f"vision.layers.{n}.ls2" for n in range(layers)}
 
     def read(self, name: str) -> Array:
-        """One tensor by canonical name; rows of `proj` and `fc2` come multiplied by their layer scale."""
+        """Return one tensor by canonical name. The rows of `proj` and `fc2` are multiplied by their layer scale."""
         array = self._checkpoint.tensor(name)
         factor = self.layer_scale(name.rpartition(".")[0])
         if factor is None:
@@ -41,23 +42,23 @@ class FoldedVision:
         return scaled
 
     def layer_scale(self, name: str) -> Array | None:
-        """What the outputs [out] of a linear are multiplied by, float64; None but for `proj` and `fc2`."""
+        """Return the factor of a linear's outputs, [out] float64, or None for all linears but `proj` and `fc2`."""
         scale = self._scale_of.get(name)
         return None if scale is None else self._checkpoint.tensor(scale).astype(np.float64)
 
     def patch_weight(self) -> Array:
-        """[patch * patch * 3, hidden] for flattened (row, column, channel) patches of pixel * PIXEL_SCALE."""
+        """Return the weight [patch * patch * 3, hidden] for (row, column, channel) patches of pixel * PIXEL_SCALE."""
         weight: Array = self._kernel() / (np.array(PIXEL_STD)[:, None, None] * 255 * PIXEL_SCALE)
         return weight.transpose(2, 3, 1, 0).reshape(-1, weight.shape[0])
 
     def patch_positions(self) -> Array:
-        """[1, patches, hidden]: position embedding + convolution bias - what the subtracted mean contributes."""
+        """Return [1, patches, hidden]: position embedding + convolution bias - contribution of the subtracted mean."""
         offset = np.einsum("ocij,c->o", self._kernel(), np.array(PIXEL_MEAN) / np.array(PIXEL_STD))
         bias: Array = self._double("vision.patch_embedding.bias") - offset
         return np.asarray(self._double("vision.position_embedding")[:, 1:] + bias)
 
     def class_token(self) -> Array:
-        """[1, 1, hidden]: class embedding with its position."""
+        """Return [1, 1, hidden]: the class embedding plus its position embedding."""
         return self._double("vision.class_embedding") + self._double("vision.position_embedding")[:, :1]
 
     def _kernel(self) -> Array:
@@ -68,7 +69,7 @@ class FoldedVision:
 
 
 def build_vision(checkpoint: Checkpoint, types: Types, file: WeightFile) -> ir.Model:
-    """The vision model of a checkpoint; weights are placed in `file`."""
+    """Build the vision model of a checkpoint. Weights are placed in `file`."""
     config = checkpoint.config
     folded = FoldedVision(checkpoint)
     integers = IntegerMatMul(checkpoint, folded.layer_scale)
@@ -84,7 +85,10 @@ def build_vision(checkpoint: Checkpoint, types: Types, file: WeightFile) -> ir.M
 
 
 def _embed(g: GraphBuilder, config: ModelConfig, folded: FoldedVision, pixels: ir.Value) -> ir.Value:
-    """Patches in row-major order, class token first. A convolution whose stride is its kernel is one matrix product."""
+    """Embed the patches in row-major order, with the class token first.
+
+    The convolution's stride equals its kernel, so it is written as one matrix product.
+    """
     vision = config.vision
     grid, patch, hidden = vision.grid_size, vision.patch_size, vision.hidden_size
     patches = g.reshape(pixels, [0, grid, patch, grid, patch, 3])
@@ -108,7 +112,7 @@ def _norm(g: GraphBuilder, config: ModelConfig, x: ir.Value, name: str) -> ir.Va
 def _block(g: GraphBuilder, config: ModelConfig, x: ir.Value, block: str) -> ir.Value:
     vision = config.vision
     q, k, v = g.split(g.linear(_norm(g, config, x, f"{block}.norm1"), f"{block}.attn.qkv"), 3)
-    if vision.qk_normalization:  # over all heads together, before they are split
+    if vision.qk_normalization:  # the norm is over all heads together, before they are split
         q = g.rms_norm(q, f"{block}.attn.q_norm", vision.qk_norm_eps)
         k = g.rms_norm(k, f"{block}.attn.k_norm", vision.qk_norm_eps)
     heads = vision.num_attention_heads
@@ -121,7 +125,7 @@ def _block(g: GraphBuilder, config: ModelConfig, x: ir.Value, block: str) -> ir.
 def _pixel_shuffle(g: GraphBuilder, config: ModelConfig, x: ir.Value) -> ir.Value:
     """Drop the class token and merge r x r neighbours: channels [x(ri, rj), x(ri, rj+1), ..., x(ri+r-1, rj+r-1)].
 
-    Version 1 of the original lacks its last transposition: tokens come column by column.
+    Version 1 of the original lacks the last transposition, so its tokens are in column order.
     """
     r, grid, hidden = config.shuffle, config.vision.grid_size, config.vision.hidden_size
     x = g.slice(x, g.constant([1]), g.constant([grid * grid + 1]), axis=1)

@@ -1,7 +1,7 @@
 """One external-data file for the weights of several graphs, written one tensor at a time.
 
-A tensor's place in the file follows from its shape and type alone, so graphs are built before any weight is read, and
-two graphs that ask for the same name share the bytes. Memory: one tensor's block, never a whole model.
+A tensor's place in the file follows only from its shape and type, so graphs are built before any weight is read. Two
+graphs that use the same name share the bytes. At most one tensor's block is in memory.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ NUMPY_DTYPES: dict[ir.DataType, np.dtype[Any]] = {
     ir.DataType.FLOAT16: np.dtype(np.float16),
     ir.DataType.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
 }
-# Integers come in one byte each; int4 is stored two to a byte, the first in the lower half.
+# Integers are read as one byte each. int4 is stored two to a byte, the first in the lower half.
 _INTEGER_BITS = {ir.DataType.INT4: 4, ir.DataType.INT8: 8, ir.DataType.UINT8: 8}
-# Page-aligned, so that ONNX Runtime can map each tensor from the file instead of copying it.
+# Tensors are page-aligned, so that ONNX Runtime can map them from the file instead of copying them.
 _ALIGNMENT = 4096
 _BLOCK_BYTES = 32 << 20
 _TRANSPOSE_BLOCK = 256
@@ -39,7 +39,7 @@ class _Entry:
     shape: tuple[int, ...]
 
     def blocks(self, name: str) -> Iterator[Any]:
-        """The bytes to write, in pieces."""
+        """Return the bytes to write, in pieces."""
         bits = _INTEGER_BITS.get(self.tensor.dtype)
         if bits is None:
             return convert_blocks(name, self.read(), NUMPY_DTYPES[self.tensor.dtype], self.shape)
@@ -47,7 +47,7 @@ class _Entry:
 
 
 class WeightFile:
-    """Collects tensors, then writes them all: `write(folder)` makes `folder / name`."""
+    """Collects tensors, then writes all of them: `write(folder)` makes `folder / name`."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -57,10 +57,9 @@ class WeightFile:
     def add(
         self, name: str, dtype: ir.DataType, shape: tuple[int, ...], read: Callable[[], Array]
     ) -> ir.ExternalTensor:
-        """Reserve a place for a tensor; `read` is called when it is written and may return any float dtype,
-        or one byte per integer.
+        """Reserve a place for a tensor. The same name always returns the same place.
 
-        Asking again for the same name returns the same place.
+        `read` is called when the tensor is written. It can return any float dtype, or one byte per integer.
         """
         if name not in self._entries:
             bits = _INTEGER_BITS.get(dtype) or 8 * NUMPY_DTYPES[dtype].itemsize
@@ -72,7 +71,7 @@ class WeightFile:
         return self._entries[name].tensor
 
     def write(self, folder: Path, progress: Callable[[int], None]) -> str:
-        """Write every tensor; `progress` is told bytes as they are written. Returns the file's SHA-256.
+        """Write every tensor and return the file's SHA-256. `progress` is called with the number of bytes written.
 
         Raises:
             CheckpointError: a weight is NaN or infinite, or does not fit the target type; the tensor is named.
@@ -94,9 +93,9 @@ class WeightFile:
 
 
 def convert_blocks(name: str, array: Array, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Iterator[Any]:
-    """Yield `array` as contiguous blocks of rows in `dtype`; checks that every value survives.
+    """Yield `array` as contiguous blocks of rows in `dtype`. Check that `dtype` can represent every value.
 
-    `array` may be a transposed view of a mapped file.
+    `array` can be a transposed view of a mapped file.
     """
     array = array.reshape(shape)
     rows = array.reshape(1, -1) if array.ndim < 2 else array
@@ -115,7 +114,7 @@ def convert_blocks(name: str, array: Array, dtype: np.dtype[Any], shape: tuple[i
 
 
 def pack_blocks(array: Array, bits: int) -> Iterator[Array]:
-    """Yield an `array` of 4- or 8-bit integers, a byte each, as the bytes that ONNX stores, in blocks of rows."""
+    """Yield an `array` of 4- or 8-bit integers, one byte each, as the bytes that ONNX stores, in blocks of rows."""
     rows = array.reshape(-1, 1) if array.ndim < 2 else array.reshape(len(array), -1) if array.ndim > 2 else array
     step = 2 * max(_TRANSPOSE_BLOCK, _BLOCK_BYTES // max(1, 2 * rows[0].size))  # even: no byte is shared by two blocks
     for start in range(0, len(rows), step):
@@ -129,7 +128,7 @@ def pack_blocks(array: Array, bits: int) -> Iterator[Array]:
 def _contiguous(rows: Array) -> Array:
     if rows.ndim != 2 or rows.flags.c_contiguous:
         return np.ascontiguousarray(rows)
-    out = np.empty(rows.shape, rows.dtype)  # blockwise: more than twice as fast as numpy's own transposing copy
+    out = np.empty(rows.shape, rows.dtype)  # blockwise copying is more than twice as fast as numpy's own
     for column in range(0, rows.shape[1], _TRANSPOSE_BLOCK):
         out[:, column : column + _TRANSPOSE_BLOCK] = rows[:, column : column + _TRANSPOSE_BLOCK]
     return out

@@ -1,4 +1,4 @@
-"""Calibration and weights -> a quantized checkpoint, again a Hugging Face folder."""
+"""Quantize a checkpoint: float weights and calibration data become a new, smaller Hugging Face folder."""
 
 from __future__ import annotations
 

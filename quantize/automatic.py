@@ -1,4 +1,4 @@
-"""The automatic choice: sensitivities of the decoder's linears -> what each gets, with the reason in words."""
+"""Choose a precision for each linear of the decoder from its measured sensitivity, and give the reason in words."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def measure_divergences(
     recipe: Recipe,
     bars: Bars,
 ) -> Divergences:
-    """What each precision that a recipe lets choose from would cost each unit; continues where it was killed.
+    """Measure the divergence that each candidate precision of a recipe causes in each unit. A killed run continues.
 
     Raises:
         EdgeError: activations are not finite.
@@ -50,12 +50,12 @@ def measure_divergences(
 
 
 def plan_by_divergence(checkpoint: Checkpoint, recipe: Recipe, divergences: Divergences) -> Plan:
-    """The plan that measured divergences lead to.
+    """Return the plan that follows from the measured divergences.
 
-    Units of which a pattern of the recipe decides any linear are left to the recipe; their bits count.
+    A unit stays as the recipe says if a pattern of the recipe decides any of its linears. Its bits still count.
 
     Raises:
-        EdgeError: the limit cannot be met with the precisions to choose from.
+        EdgeError: the limit cannot be met with the candidate precisions.
     """
     assert recipe.choice is not None
     plan = plan_decoder(checkpoint, recipe)
@@ -86,13 +86,13 @@ def plan_by_divergence(checkpoint: Checkpoint, recipe: Recipe, divergences: Dive
 
 
 def average_bits(checkpoint: Checkpoint, plan: Plan) -> float:
-    """Bits per weight of the decoder's layers, zero points and 16-bit scales included."""
+    """Return the bits per weight of the decoder's layers, including zero points and 16-bit scales."""
     bits = sum(_bits(checkpoint, [name], choice.precision) for name, choice in plan.items())
     return bits / sum(_weights(checkpoint, name) for name in plan)
 
 
 def predicted_divergence(plan: Plan) -> float | None:
-    """Sum of what was predicted of the linears; None where nothing was."""
+    """Return the sum of the divergences that were predicted for the linears, or None where none was predicted."""
     parts = [choice.part for choice in plan.values() if choice.part is not None]
     return sum(parts) if parts else None
 
@@ -117,7 +117,7 @@ def _pick(options: dict[str, list[Option]], how: Automatic, fixed: float, weight
 
 
 def _reason(options: list[Option], chosen: Option, base: str, how: Automatic) -> str:
-    """One line: what it adds, and what the recipe's own scheme or the next better option would have done."""
+    """Return one line: what the chosen option adds, and what the recipe's own scheme or the next better one would."""
     adds = f"adds {chosen.divergence:.1e} nats"
     if chosen.precision != base:
         plain = next((option for option in options if option.precision == base), None)
@@ -131,7 +131,7 @@ def _reason(options: list[Option], chosen: Option, base: str, how: Automatic) ->
 
 
 def _bits(checkpoint: Checkpoint, names: list[str], precision: Precision) -> float:
-    """Of the weights of some linears as devices hold them: floats and scales in 16 bits."""
+    """Return the bits of the weights of some linears as devices hold them, with floats and scales in 16 bits."""
     total = 0.0
     for name in names:
         out, inputs = checkpoint.shapes[f"{name}.weight"]
@@ -140,7 +140,10 @@ def _bits(checkpoint: Checkpoint, names: list[str], precision: Precision) -> flo
 
 
 def _bits_with_inputs(checkpoint: Checkpoint, names: list[str], precision: Precision) -> float:
-    """`_bits` and those of the inputs that meet each weight: what tells w8a8 from w8a16."""
+    """Return `_bits` plus the bits of the inputs that each weight is multiplied by.
+
+    The inputs' bits are what distinguishes w8a8 from w8a16.
+    """
     inputs = 8 if precision.scheme is not None and precision.scheme.static_inputs else 16
     return _bits(checkpoint, names, precision) + inputs * sum(_weights(checkpoint, name) for name in names)
 

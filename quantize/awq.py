@@ -1,8 +1,8 @@
-"""Activation-aware scales and clipping: which input channels deserve finer steps, and how much of a range to give up.
+"""AWQ scales and clipping: choose which input channels get finer steps, and how far to clip each group's range.
 
-Method: AWQ (Lin et al., 2023, arXiv:2306.00978): s = mean|x|^alpha, optionally / mean|w|^(1 - alpha), with alpha from
-a grid, then shrunken ranges per group, both chosen by the squared error of the layers' outputs on calibration tokens.
-Every token counts, those of images like those of text.
+Method: AWQ (Lin et al., 2023, arXiv:2306.00978). The scale is s = mean|x|^alpha, optionally / mean|w|^(1 - alpha), with
+alpha from a grid. Then the range of each group is shrunk. Both are chosen by the squared error of the layers' outputs
+on calibration tokens. Image tokens and text tokens have the same weight.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from internvl_edge.model.linear import Scheme
 
 from .grid import Grid, extent, minmax_grid, spanning
 
-# Alphas as the paper's authors try them, then the neighbours of the best one.
+# The alphas that the paper's authors try, then the neighbours of the best one.
 _ALPHA_STEPS = (tuple(step / 20 for step in range(21)), (-0.025, 0.025))
 _CLIP_RATIOS = tuple(1 - 0.05 * step for step in range(1, 11))
-# Symmetric 4-bit scales beside max/7: max/7.5 and max/8, which use the lowest integer; then clipping.
+# Ratios for symmetric 4-bit scales. max/7 is always tried. max/7.5 and max/8 use the lowest integer. The others clip.
 _SYMMETRIC_RATIOS = (7 / 7.5, 7 / 8, *(7 / 8 * ratio for ratio in _CLIP_RATIOS))
-# Outputs of each layer that the choice of a scale looks at, evenly spaced: alpha is one number for all of them.
+# The number of outputs per layer, evenly spaced, on which a scale is chosen. Alpha is one number for all outputs, so a
+# sample is enough.
 _SEARCH_ROWS = 256
-# Weights whose clipping is tried together: few enough to stay in the processor's cache.
+# The number of weights whose clipping is searched together. They must fit into the processor's cache.
 _CLIP_WEIGHTS = 1 << 19
 
 Reduce = Callable[[Tensor], Tensor]
@@ -38,14 +39,14 @@ def search_scale(
     spread: Reduce = lambda values: values,
     reduce: Reduce = lambda values: values,
 ) -> Tensor:
-    """The input scale [in] that leaves the least error at the outputs of the consumers together.
+    """Return the input scale [in] with the least total error at the outputs of all consumers.
 
     Args:
         weights: [out, in] float32 of each consumer.
         inputs: statistics with a subset of the inputs.
-        schemes: how weights will be rounded (without clipping here), all of them or each.
+        schemes: how the weights will be rounded (without clipping here): one scheme for all, or one per consumer.
         stored: type of the stored scales.
-        spread, reduce: between input channels and the producer's channels, where these differ.
+        spread, reduce: map the producer's channels to input channels and back, where the two differ.
     """
     each = [schemes] * len(weights) if isinstance(schemes, Scheme) else schemes
     rows = [weight[:: max(1, len(weight) // _SEARCH_ROWS)] for weight in weights]
@@ -84,15 +85,15 @@ def search_scale(
 
 
 def _relative_size(weight: Tensor, scheme: Scheme) -> Tensor:
-    """|w| as a share of its group's largest, [out, in]."""
+    """Return |w| as a share of the largest |w| of its group, [out, in]."""
     grouped = weight.abs().reshape(len(weight), -1, scheme.group_size or weight.shape[1])
     return (grouped / grouped.amax(-1, keepdim=True).clamp(min=1e-12)).flatten(1)
 
 
 def _output_error(inputs: InputStatistics, width: int) -> Callable[[Tensor], float]:
-    """Squared error at the outputs that a weight error [rows, in] causes.
+    """Return a function: weight error [rows, in] -> squared error at the outputs.
 
-    Exact with a Gram matrix no wider than the subset is long, else on the subset.
+    It is exact with a Gram matrix that is no wider than the subset is long. Otherwise it is computed on the subset.
     """
     if inputs.gram is not None and (inputs.subset is None or width <= len(inputs.subset)):
         gram = inputs.gram
@@ -103,7 +104,7 @@ def _output_error(inputs: InputStatistics, width: int) -> Callable[[Tensor], flo
 
 
 def block_gram(inputs: InputStatistics, scale: Tensor, group_size: int) -> Tensor:
-    """[groups, size, size] Gram matrices of each group of inputs after division by `scale` [in]."""
+    """Return the Gram matrices [groups, size, size] of each group of inputs after division by `scale` [in]."""
     groups = len(scale) // group_size
     if inputs.gram is not None:
         starts = range(0, len(scale), group_size)
@@ -117,11 +118,13 @@ def block_gram(inputs: InputStatistics, scale: Tensor, group_size: int) -> Tenso
 
 
 def search_clipping(weight: Tensor, blocks: Tensor, scheme: Scheme, stored: torch.dtype) -> Grid:
-    """The grid of `weight` [out, in] whose range per output and group leaves the least error on that group's inputs.
+    """Return the grid of `weight` [out, in] with the clipping range of least error for each output and group.
+
+    The error is that of the group's part of the output, for this group's inputs.
 
     Args:
         weight: float32, already multiplied by its input scale.
-        blocks: Gram matrices of each group, see `block_gram`.
+        blocks: Gram matrix of each group, see `block_gram`.
         scheme: how weights are rounded.
         stored: type of the stored scales.
     """
@@ -145,7 +148,7 @@ def _clip_rows(weight: Tensor, blocks: Tensor, scheme: Scheme, stored: torch.dty
 
 
 def _group_error(weight: Tensor, grid: Grid, blocks: Tensor) -> Tensor:
-    """[out, groups] squared error of each group's share of the output; weight [groups, out, size]."""
+    """Return the squared error [out, groups] of each group's part of the output. `weight` is [groups, out, size]."""
     scale, zero = grid.scale.T[..., None], grid.zero.T[..., None]
     error = torch.div(weight, scale).round_().add_(zero).clamp_(*grid.limits)
     error.sub_(zero).mul_(scale).sub_(weight)

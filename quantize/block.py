@@ -1,4 +1,4 @@
-"""What becomes of one block of the decoder (or lm_head): packed linears, changed floats, a report on each linear."""
+"""The quantized form of one decoder block (or lm_head): packed linears, changed float tensors, a report per linear."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ from internvl_edge.model.linear import PackedLinear
 
 @dataclass
 class QuantizedBlock:
-    """What becomes of one block's tensors, by canonical name.
+    """The quantized tensors of one block, by canonical name.
 
     Attributes:
         linears: the packed linears, by module ("decoder.layers.0.mlp.up_proj").
-        tensors: float tensors that change (norms, biases, float weights beside scaled inputs), in their stored type.
-        reports: on each linear, packed or not, by module.
-        scales: by producer ("decoder.layers.0.mlp.up_proj"), what its outputs were divided by, [out] float32.
+        tensors: the float tensors that change (norms, biases, float weights beside scaled inputs), in their stored
+            type.
+        reports: one report per linear, packed or not, by module.
+        scales: [out] float32 that the outputs of a producer were divided by, by producer
+            ("decoder.layers.0.mlp.up_proj").
     """
 
     linears: dict[str, PackedLinear] = field(default_factory=dict)
@@ -32,7 +34,7 @@ class QuantizedBlock:
     scales: dict[str, Tensor] = field(default_factory=dict)
 
     def replacements(self, prefix: str, compute: Compute) -> dict[str, Tensor]:
-        """The block's changed tensors as calibration computes with them, by their name below `prefix`."""
+        """Return the changed tensors in the form that calibration computes with, by their name below `prefix`."""
         replaced: dict[str, Tensor] = {}
         for name, array in self.tensors.items():
             tensor = to_torch(array).float()
@@ -44,7 +46,7 @@ class QuantizedBlock:
 
 
 def computed(packed: PackedLinear, dtype: torch.dtype) -> Mapping[str, Tensor]:
-    """A packed linear as `calibration.blocks.linear` takes it: weights, or integers with their scales."""
+    """Return a packed linear as `calibration.blocks.linear` takes it: weights, or integers with their scales."""
     if packed.input_scale is None:
         return {"weight": to_torch(packed.dequantize()).to(dtype)}
     return {

@@ -1,8 +1,8 @@
-"""Precision for every unit of linears: least predicted divergence for a given cost, or least cost for a divergence.
+"""Choose a precision for every unit of linears: least predicted divergence for a cost, or least cost for a divergence.
 
-A unit's options lie on a line from cheap ones that diverge much to dear ones that diverge little. Of these only the
-lower convex hull is of use; taking the steps of all hulls in the order of divergence removed per cost is the best
-choice for every cost that the steps add up to (the Lagrangian solution). Knows numbers only.
+The options of a unit range from cheap ones with much divergence to expensive ones with little. Only those on the lower
+convex hull are useful. The steps along all hulls are taken in order of divergence removed per cost. This is the best
+choice for every cost that the steps add up to (the Lagrangian solution). This module knows only numbers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from itertools import pairwise
 
 @dataclass(frozen=True)
 class Option:
-    """One precision of a unit.
+    """One precision that a unit can have.
 
     Attributes:
         precision: as recipes write it.
@@ -35,17 +35,20 @@ class _Step:
 
     @property
     def gain(self) -> float:
-        """Divergence removed per cost."""
+        """The divergence removed per cost."""
         return (self.start.divergence - self.end.divergence) / (self.end.cost - self.start.cost)
 
 
 def cheapest(options: Mapping[str, Sequence[Option]]) -> dict[str, Option]:
-    """The cheapest option of each unit."""
+    """Return the cheapest option of each unit."""
     return {unit: min(each, key=lambda option: (option.cost, option.divergence)) for unit, each in options.items()}
 
 
 def choose_for_cost(options: Mapping[str, Sequence[Option]], limit: float) -> dict[str, Option]:
-    """The options with the least divergence in all whose costs add up to at most `limit`; the cheapest must do so."""
+    """Return the options with the least total divergence whose costs add up to at most `limit`.
+
+    The cheapest options must fit within `limit`.
+    """
     chosen = cheapest(options)
     left = limit - sum(option.cost for option in chosen.values())
     for step in _steps(options):
@@ -56,7 +59,10 @@ def choose_for_cost(options: Mapping[str, Sequence[Option]], limit: float) -> di
 
 
 def choose_for_divergence(options: Mapping[str, Sequence[Option]], limit: float) -> dict[str, Option]:
-    """The options with little cost whose divergences add up to at most `limit`; the best must do so."""
+    """Return options with a low total cost whose divergences add up to at most `limit`.
+
+    The options with the least divergence must fit within `limit`.
+    """
     chosen = cheapest(options)
     total = sum(option.divergence for option in chosen.values())
     taken: list[_Step] = []
@@ -75,7 +81,7 @@ def choose_for_divergence(options: Mapping[str, Sequence[Option]], limit: float)
 
 
 def _steps(options: Mapping[str, Sequence[Option]]) -> list[_Step]:
-    """The steps of all units' hulls, most divergence removed per cost first; those of one unit stay in order."""
+    """Return the steps of all units' hulls, sorted by divergence removed per cost. Steps of one unit stay in order."""
     steps = [
         _Step(unit, start, end)
         for unit, each in options.items()
@@ -86,7 +92,7 @@ def _steps(options: Mapping[str, Sequence[Option]]) -> list[_Step]:
 
 
 def lower_hull(options: Sequence[Option]) -> list[Option]:
-    """Options, cheapest first, of which each removes less divergence per cost than the one before it."""
+    """Return the useful options, cheapest first. Each removes less divergence per cost than the one before it."""
     hull: list[Option] = []
     for option in sorted(options, key=lambda option: (option.cost, option.divergence)):
         if hull and option.divergence >= hull[-1].divergence:

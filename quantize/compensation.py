@@ -1,7 +1,8 @@
-"""Rounding with error compensation: each column's rounding error is spread over the columns not yet rounded.
+"""Rounding with error compensation: spread each column's rounding error over the columns that are not yet rounded.
 
-Method: GPTQ (Frantar et al., 2022, arXiv:2210.17323) with fixed grids, columns in order of falling activation energy,
-so that a grid found by clipping keeps its place while the order is free.
+Method: GPTQ (Frantar et al., 2022, arXiv:2210.17323). Columns are rounded in order of falling activation energy. The
+grids are fixed before rounding starts: each column keeps the grid of its own group, so grids that were found by
+clipping remain valid in any column order.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ _DAMPING = (0.01, 0.03, 0.1, 0.3, 1.0)
 
 
 def inverse_factor(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Order of the columns [in] and the upper Cholesky factor [in, in] of the inverse Gram matrix in that order.
+    """Return the column order [in] and the upper Cholesky factor [in, in] of the inverse Gram matrix in that order.
 
-    Damped by 1 % of the mean diagonal, more only where float32 cannot factorise that. With the columns in reverse the
-    matrix is M M^T, and the factor of the inverse is M^-1 turned round: the inverse itself is never needed.
+    The matrix is damped by 1 % of its mean diagonal, and by more only where float32 cannot factorise it. With the
+    columns in reverse order the matrix is M M^T, and the factor of the inverse is M^-1 with rows and columns reversed.
+    The inverse itself is never computed.
 
     Raises:
         EdgeError: the matrix cannot be factorised (activations that are not finite).
@@ -43,7 +45,7 @@ def inverse_factor(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _invert_lower(matrix: Tensor) -> None:
-    """Invert a lower triangular matrix in place, by halves: nearly all of the work is matrix products."""
+    """Invert a lower triangular matrix in place, by halves, so that nearly all of the work is matrix products."""
     size = len(matrix)
     if size <= _BLOCK:
         identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
@@ -57,11 +59,11 @@ def _invert_lower(matrix: Tensor) -> None:
 
 
 def compensated_rounding(weight: Tensor, grid: Grid, order: Tensor, upper: Tensor) -> Tensor:
-    """[out, in] whole numbers on the grid whose error at the outputs is small, not each weight's own error.
+    """Return integers [out, in] on the grid that make the error of the outputs small, not each weight's own error.
 
     Args:
         weight: [out, in] float32.
-        grid: what the integers stand for.
+        grid: the values that the integers stand for.
         order, upper: from `inverse_factor` for the same inputs.
     """
     low, high = grid.limits

@@ -1,8 +1,8 @@
-"""Where input scales may go: a table of (producer, consumers) per architecture, and the exact algebra of moving them.
+"""Where input scales can be folded: a table of (producer, consumers) per architecture, and the exact algebra for it.
 
-Consumers' weights are multiplied by s per input channel, and what produces those inputs is divided by s, so the model
-computes the same. The table speaks of canonical tensors, whose value rows are rows of v_proj alone however a layout
-interleaves them (InternLM2's fused wqkv); what cannot be folded exactly is not in it.
+The consumers' weights are multiplied by s per input channel, and the producer of those inputs is divided by s. The
+model therefore computes the same. The table uses canonical tensor names: value rows are always rows of v_proj, even
+where a layout interleaves them (InternLM2's fused wqkv). A pair that cannot be folded exactly is not in the table.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from internvl_edge.model.config import DecoderConfig
 
 @dataclass(frozen=True)
 class ScaleGroup:
-    """Linears that share one input, and what the input's scale folds into.
+    """Linears that share one input, and the tensor that the input's scale folds into.
 
     Attributes:
         producer: a norm, or a linear whose output channel i is the consumers' input channel i.
-        consumers: linears by their name in the layer; the first one names the input's statistics.
-        through_heads: the producer is v_proj: with grouped queries, one value channel feeds several input channels.
+        consumers: linears by their name in the layer. The statistics of the input are stored under the first one.
+        through_heads: True where the producer is v_proj. With grouped queries, one value channel then feeds several
+            input channels.
     """
 
     producer: str
@@ -36,13 +37,16 @@ _LLAMA = (
     ScaleGroup("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
     ScaleGroup("mlp.up_proj", ("mlp.down_proj",)),
 )
-# Canonical names are the same for all; an architecture with another block gets a line of its own.
+# All three architectures have the same canonical names. An architecture with another block needs its own line.
 SCALE_GROUPS: dict[str, tuple[ScaleGroup, ...]] = {"qwen2": _LLAMA, "internlm2": _LLAMA, "llama": _LLAMA}
 HEAD_GROUP = ScaleGroup("norm", ("lm_head",))
 
 
 def reduce_channels(values: Tensor, group: ScaleGroup, decoder: DecoderConfig, largest: bool = False) -> Tensor:
-    """Figures per input channel [in] -> per producer channel: mean or largest over the channels that it feeds."""
+    """Reduce values per input channel [in] to values per producer channel.
+
+    The result is the mean (or the largest) over the input channels that a producer channel feeds.
+    """
     if not group.through_heads:
         return values
     shape = (decoder.num_key_value_heads, decoder.num_query_groups, decoder.head_dim)
@@ -51,7 +55,10 @@ def reduce_channels(values: Tensor, group: ScaleGroup, decoder: DecoderConfig, l
 
 
 def spread_channels(values: Tensor, group: ScaleGroup, decoder: DecoderConfig) -> Tensor:
-    """Figures per producer channel -> per input channel [in]; query heads of a group share their value head's."""
+    """Expand values per producer channel to values per input channel [in].
+
+    All query heads of a group get the values of the value head that they share.
+    """
     if not group.through_heads:
         return values
     heads = values.reshape(decoder.num_key_value_heads, 1, decoder.head_dim)
@@ -59,15 +66,15 @@ def spread_channels(values: Tensor, group: ScaleGroup, decoder: DecoderConfig) -
 
 
 def storable_scale(scale: Tensor, vector: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The scale nearest to `scale` that divides a stored vector exactly, and the vector after division.
+    """Return the scale nearest to `scale` that divides a stored vector exactly, and the divided vector.
 
-    Norm weights and biases are stored in 16 bits: the quotient is rounded first, and the scale becomes vector /
-    rounded quotient, so that the product of the two is the vector up to float32. Where the vector is 0 (or would
-    become 0) the scale is what it was (or 1).
+    Norm weights and biases are stored in 16 bits. The quotient is rounded first, and the scale becomes vector / rounded
+    quotient, so that the product of the two is the vector up to float32. Where the vector is 0, the scale does not
+    change. Where the quotient would become 0 or infinite, the vector does not change and the scale is 1.
 
     Args:
         scale: [channels] float32, positive.
-        vector: [channels] in its stored type, or None where nothing rounds.
+        vector: [channels] in its stored type, or None where nothing is rounded.
     """
     if vector is None:
         return scale, None

@@ -1,7 +1,7 @@
-"""Integer grids: which values a weight may take, and rounding to them.
+"""Integer grids: the values that a weight can take, and rounding to them.
 
-A grid has one scale (and zero point) per output and group of inputs. Scales are rounded to the type they will be stored
-in before any weight is rounded, so the integers fit the scales that a reader will see. Knows nothing of activations.
+A grid has one scale (and zero point) per output and group of inputs. Scales are rounded to their stored type before any
+weight is rounded, so the integers fit the scales that a reader will see. This module does not know activations.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ class Grid:
 
     @property
     def limits(self) -> tuple[int, int]:
-        """Lowest and highest integer."""
+        """The lowest and the highest integer."""
         return limits(self.scheme)
 
     def round(self, weight: Tensor) -> Tensor:
-        """[out, in] float32 weight -> [out, in] float32 whole numbers, nearest on the grid."""
+        """Round a weight [out, in] float32 to the nearest integers on the grid, [out, in] float32."""
         grouped = _groups(weight, self.scale.shape[1])
         q = torch.round(grouped / self.scale[..., None]) + self.zero[..., None]
         return q.clamp_(*self.limits).flatten(1)
 
     def dequantize(self, q: Tensor) -> Tensor:
-        """The weights [out, in] that integers stand for."""
+        """Return the weights [out, in] that the integers stand for."""
         grouped = _groups(q, self.scale.shape[1])
         return ((grouped - self.zero[..., None]) * self.scale[..., None]).flatten(1)
 
     def pack(self, q: Tensor, bias: NDArray[Any] | None = None) -> PackedLinear:
-        """The layer as integers and scales."""
+        """Return the layer as integers and scales."""
         symmetric = self.scheme.symmetric
         return PackedLinear(
             values=q.to(torch.int8 if symmetric else torch.uint8).cpu().numpy(),
@@ -59,29 +59,29 @@ class Grid:
 
 
 def limits(scheme: Scheme) -> tuple[int, int]:
-    """Lowest and highest integer of a scheme."""
+    """Return the lowest and the highest integer of a scheme."""
     return (
         (-(1 << (scheme.bits - 1)), (1 << (scheme.bits - 1)) - 1) if scheme.symmetric else (0, (1 << scheme.bits) - 1)
     )
 
 
 def minmax_grid(weight: Tensor, scheme: Scheme, stored: torch.dtype) -> Grid:
-    """The grid that spans the weights [out, in] of each group."""
+    """Return the grid that spans all weights [out, in] of each group."""
     return spanning(extent(weight, scheme), scheme, stored)
 
 
 def extent(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """Smallest and largest weight of each group, [out, groups]; 0 lies between them."""
+    """Return the smallest and the largest weight of each group, [out, groups]. The interval always includes 0."""
     grouped = _groups(weight, 1 if scheme.group_size is None else weight.shape[1] // scheme.group_size)
     smallest, largest = torch.aminmax(grouped, dim=-1)
     return smallest.clamp_(max=0), largest.clamp_(min=0)
 
 
 def spanning(spanned: tuple[Tensor, Tensor], scheme: Scheme, stored: torch.dtype, ratio: float = 1.0) -> Grid:
-    """The grid for groups between two values, as `extent` finds them, shrunk by `ratio`.
+    """Return the grid for groups that span the interval `spanned` (from `extent`), after shrinking it by `ratio`.
 
-    Asymmetric grids always hold 0. Symmetric ones span [-max, max] with the highest integer at ratio 1, so that a ratio
-    of 7/8 puts the lowest integer of 4 bits at -max.
+    Asymmetric grids always hold 0. At ratio 1, a symmetric grid spans [-max, max] and its highest integer stands for
+    max. A ratio of 7/8 therefore makes the lowest 4-bit integer stand for -max.
     """
     low, high = limits(scheme)
     smallest, largest = (values * ratio for values in spanned)
@@ -93,11 +93,11 @@ def spanning(spanned: tuple[Tensor, Tensor], scheme: Scheme, stored: torch.dtype
 
 
 def round_scale(scale: Tensor, stored: torch.dtype) -> Tensor:
-    """Scales as the stored type holds them, in float32; where nothing is left (groups of zeros) they are 1."""
+    """Return scales as the stored type holds them, in float32. A scale that becomes 0 (group of zeros) is set to 1."""
     rounded = scale.clamp(max=torch.finfo(stored).max).to(stored).float()
     return torch.where(rounded == 0, torch.ones_like(rounded), rounded)
 
 
 def _groups(weight: Tensor, groups: int) -> Tensor:
-    """[out, in] -> [out, groups, in / groups]."""
+    """Reshape [out, in] to [out, groups, in / groups]."""
     return weight.reshape(len(weight), groups, -1)

@@ -1,6 +1,7 @@
-"""One float linear and what its input looks like -> int8 weights, int8 input: strength of smoothing and range chosen.
+"""Quantize one float linear to int8 weights and int8 inputs: choose the smoothing strength and the clipping range.
 
-Choices are judged by the error of the layer's output on a sample of its inputs. Does not know where the layer stands.
+Each choice is judged by the error of the layer's output on a sample of its inputs. This module does not know where in
+the model the layer stands.
 """
 
 from __future__ import annotations
@@ -20,20 +21,20 @@ from internvl_edge.model.linear import PackedLinear
 from .calibrators import CALIBRATORS, HIGHEST, find_range, histogram
 from .smoothing import STRENGTHS, smoothing_scale
 
-# Strengths of smoothing are compared with the range that this finds.
+# Smoothing strengths are compared with the range that this calibrator finds.
 _FOR_STRENGTH = "mse"
 _ARRAYS = ("values", "scale", "input_scale", "smoothing")
 
 
 @dataclass(frozen=True)
 class IntegerLinear:
-    """A quantized layer, and how it came about.
+    """A quantized layer and the choices that led to it.
 
     Attributes:
         packed: int8 weights with their scales, and the input's scale.
-        smoothing: [in] float32, by what the norm before it must be divided; None for nothing.
+        smoothing: [in] float32 that the norm before the layer must be divided by; None without smoothing.
         calibrator: the method that found the range.
-        strength: of smoothing, 0 for none.
+        strength: the smoothing strength, 0 for none.
         error: relative output error on the sample of inputs: sqrt(|Y' - Y|^2 / |Y|^2).
     """
 
@@ -50,18 +51,18 @@ class IntegerLinear:
         return self.packed.input_scale * HIGHEST
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """For storing, with `facts`."""
+        """Return the arrays to store, together with `facts`."""
         packed = self.packed
         smoothing = np.empty(0, np.float32) if self.smoothing is None else self.smoothing
         return dict(zip(_ARRAYS, (packed.values, packed.scale, np.array(packed.input_scale), smoothing), strict=True))
 
     def facts(self) -> dict[str, Any]:
-        """JSON values."""
+        """Return the JSON values to store, together with `arrays`."""
         return {"calibrator": self.calibrator, "strength": self.strength, "range": self.range, "error": self.error}
 
     @staticmethod
     def stored(arrays: Mapping[str, NDArray[Any]], facts: Mapping[str, Any]) -> IntegerLinear:
-        """What `arrays` and `facts` were made from."""
+        """Return the layer that `arrays` and `facts` were made from."""
         values, scale, step, smoothing = (arrays[name] for name in _ARRAYS)
         packed = PackedLinear(values, scale, None, bits=8, input_scale=float(step))
         kept = smoothing if len(smoothing) else None
@@ -75,15 +76,15 @@ def quantize_linear(
     norm: Sequence[Tensor] | None,
     per_token: bool = False,
 ) -> IntegerLinear:
-    """Quantize weight [out, in] float32 for these inputs, of which a token subset must have been kept.
+    """Quantize a weight [out, in] float32 for these inputs. The statistics must hold a token subset.
 
     Args:
-        weight: the linear.
+        weight: the weight of the linear.
         inputs: statistics of its input, before smoothing.
-        calibrator: one of `CALIBRATORS`, or "best": whichever gives the smallest output error.
-        norm: vectors in their stored type into which smoothing folds; None where it may not be applied.
-        per_token: choices are judged by the error of each token relative to its own output. In decoders a few tokens
-            have outputs hundreds of times larger than the others, and every token is normalised by itself afterwards.
+        calibrator: one of `CALIBRATORS`, or "best" for the one with the smallest output error.
+        norm: vectors in their stored type that smoothing folds into; None where smoothing is not possible.
+        per_token: judge choices by the error of each token relative to its own output. In decoders a few tokens have
+            outputs hundreds of times larger than the others, but every token is normalised by itself afterwards.
     """
     scales: dict[float, Tensor] = {}
     if norm is not None:
@@ -98,7 +99,7 @@ def quantize_linear(
 def best_strength(
     weight: Tensor, inputs: InputStatistics, scales: Mapping[float, Tensor], per_token: bool = False
 ) -> float:
-    """Of scales [in] by strength the one that leaves the smallest output error; 0 where none is better without any."""
+    """Return the strength whose scale [in] has the smallest output error, or 0 where no scale is better than none."""
     if not scales:
         return 0.0
     layer = _Layer(weight, inputs, per_token)
@@ -108,7 +109,7 @@ def best_strength(
 
 
 class _Layer:
-    """A float linear on the sample of its inputs."""
+    """A float linear with the sample of its inputs."""
 
     def __init__(self, weight: Tensor, inputs: InputStatistics, per_token: bool) -> None:
         assert inputs.subset is not None
@@ -118,7 +119,10 @@ class _Layer:
         self._weights = 1 / energies / len(energies) if per_token else torch.ones_like(energies) / energies.sum()
 
     def error(self, y: Tensor) -> float:
-        """Of outputs y [tokens, out], which are used up: sqrt(|Y' - Y|^2 / |Y|^2), or the same token by token."""
+        """Return the relative error of outputs y [tokens, out]: sqrt(|Y' - Y|^2 / |Y|^2), overall or token by token.
+
+        The tensor y is overwritten.
+        """
         missed = y.sub_(self._expected).square_().sum(1, dtype=torch.float64)
         return float((missed * self._weights).sum().sqrt())
 
@@ -130,7 +134,7 @@ class _Layer:
 
 
 class _Rounded:
-    """Weights in int8 for smoothed inputs x, whose range is to be found."""
+    """Int8 weights for smoothed inputs x. The clipping range of x is still to be found."""
 
     def __init__(
         self, layer: _Layer, strength: float, smoothing: Tensor | None, x: Tensor, weight: Tensor, largest: float
@@ -143,7 +147,7 @@ class _Rounded:
         self._values = torch.round(weight / self._scale)
 
     def with_range(self, calibrator: str) -> IntegerLinear:
-        """The layer with the range that one method finds, and the error of its output."""
+        """Return the layer with the clipping range of one calibrator, and the error of its output."""
         step = float(np.float32(find_range(calibrator, self._counts, self._largest) / HIGHEST))
         y = (round_inputs(self._x, step) @ self._values.T).mul_(self._scale[:, 0] * step)
         values = self._values.to(torch.int8).cpu().numpy()
@@ -157,5 +161,5 @@ class _Rounded:
 
 
 def round_inputs(x: Tensor, step: float) -> Tensor:
-    """The int8 numbers of an input, as floats."""
+    """Return the int8 values of an input, as floats."""
     return (x / step).round_().clamp_(-HIGHEST - 1, HIGHEST)

@@ -1,6 +1,7 @@
-"""One decoder layer (or lm_head) -> its packed linears, each with the precision that the plan gives it.
+"""Quantize one decoder layer (or lm_head): each linear gets the precision that the plan gives it.
 
-Knows the order of steps: choose all input scales, fold them into their producers, clip, round. Does not know files.
+This module knows the order of steps: choose all input scales, fold them into their producers, clip, round. It does not
+know files.
 """
 
 from __future__ import annotations
@@ -34,23 +35,23 @@ from .smoothing import STRENGTHS, power_of_two, smoothing_scale
 
 _SUBSET_TOKENS = 1024
 _REPORT_ROWS = 256
-# Outputs on which strengths of smoothing are compared.
+# The number of outputs on which smoothing strengths are compared.
 _SMOOTHING_ROWS = 1024
-# lm_head has as many outputs as there are tokens; they are rounded this many at a time.
+# lm_head has one output per token of the vocabulary, so its rows are rounded this many at a time.
 _ROWS = 16384
 _COMPENSATED = ("w4a16-awq", "w8a16")
 
 
 @dataclass(frozen=True)
 class _Shared:
-    """What the consumers of one input have in common.
+    """The values that the consumers of one input share.
 
     Attributes:
         inputs: statistics, before scaling.
         scale: [in] that weights are multiplied by, or None.
         blocks: Gram matrices of scaled inputs by group size, for clipping.
         factor: for error compensation, or None.
-        integers: packed w8a8 consumers by name, rounded together.
+        integers: packed w8a8 consumers by name. They are rounded together.
     """
 
     inputs: InputStatistics
@@ -61,14 +62,14 @@ class _Shared:
 
 
 class BlockQuantizer:
-    """Quantizes blocks of one checkpoint; `scale_dtype` is how scales will be stored.
+    """Quantizes the blocks of one checkpoint.
 
     Args:
         checkpoint: with float weights.
         recipe: how to round.
         compute: device.
-        scale_dtype: of scales of packed weights.
-        plan: what each linear gets; default: the recipe's, without an automatic choice.
+        scale_dtype: stored type of the scales of packed weights.
+        plan: the choice for each linear; default: the recipe's plan, without an automatic choice.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class BlockQuantizer:
 
     @property
     def wanted(self) -> StatisticsRequest:
-        """The statistics that `layer` and `head` need."""
+        """The statistics that `layer` needs."""
         return StatisticsRequest(
             gram=self._recipe.error_compensation and self._compensates(self._plan), tokens=_SUBSET_TOKENS
         )
@@ -101,19 +102,20 @@ class BlockQuantizer:
         return StatisticsRequest(gram=gram, tokens=_SUBSET_TOKENS)
 
     def layer(self, number: int, statistics: Mapping[str, InputStatistics] | None) -> QuantizedBlock:
-        """One decoder layer; without statistics of its inputs by rounding alone."""
+        """Quantize one decoder layer. Without statistics of its inputs, only round it to the nearest values."""
         groups = SCALE_GROUPS[self._decoder.architecture]
         return self._block(f"decoder.layers.{number}.", groups, statistics)
 
     def head(self, inputs: InputStatistics | None) -> QuantizedBlock:
-        """lm_head, likewise."""
+        """Quantize lm_head. Without statistics of its inputs, only round it to the nearest values."""
         return self._block("decoder.", [HEAD_GROUP], None if inputs is None else {"lm_head": inputs})
 
     def only_unit(self, prefix: str, group: ScaleGroup, block: QuantizedBlock) -> dict[str, Tensor]:
-        """Of a block that `layer` made, what rounds the consumers of one input and nothing else.
+        """Return the tensors that round the consumers of one input and nothing else, from a block that `layer` made.
 
-        Float32 tensors by their name below `prefix`: the consumers as they are computed, with rows that were divided
-        for other inputs as they were, and what produces their input divided, exact in float32.
+        They are float32, by their name below `prefix`. The consumers are in the form that calibration computes with.
+        Where the scale of another input divided their rows, that division is undone. The producer of the unit's own
+        input is divided, exactly in float32.
         """
         tensors: dict[str, Tensor] = {}
         for name in group.consumers:
@@ -162,9 +164,9 @@ class BlockQuantizer:
     # -- scales -----------------------------------------------------------------------------------------------------
 
     def _search(self, prefix: str, group: ScaleGroup, inputs: InputStatistics) -> Tensor | None:
-        """The scale per producer channel; None where no consumer asks for one.
+        """Return the scale per producer channel, or None where no consumer needs one.
 
-        Floats stay exact: where they are multiplied or divided, scales are powers of two.
+        Where a float weight is multiplied or divided, scales are powers of two, so that it stays exact.
         """
         precisions = {prefix + name: self._precision(prefix + name) for name in group.consumers}
         methods = {precision.method for precision in precisions.values()}
@@ -190,7 +192,7 @@ class BlockQuantizer:
     def _smoothing(
         self, prefix: str, group: ScaleGroup, names: Sequence[str], inputs: InputStatistics
     ) -> Tensor | None:
-        """SmoothQuant's scale per producer channel for the consumers whose inputs are rounded; None for none."""
+        """Return SmoothQuant's scale per producer channel for consumers with int8 inputs, or None where none helps."""
         weight = torch.cat([self._float(f"{name}.weight") for name in names])
         largest = reduce_channels(inputs.max_abs, group, self._decoder, largest=True)
         weights = reduce_channels(weight.abs().amax(0), group, self._decoder, largest=True)
@@ -202,21 +204,24 @@ class BlockQuantizer:
         return tried.get(best_strength(some, inputs, spread, per_token=True))
 
     def _fold(self, prefix: str, group: ScaleGroup, scale: Tensor, block: QuantizedBlock) -> Tensor:
-        """Divide what is stored of the producer beside rows of weights; returns the scale that this made exact."""
+        """Divide the producer's stored vector (norm weight or bias) by the scale.
+
+        Return the scale that makes this exact.
+        """
         fitted, divided = storable_scale(scale, self._vector(prefix, group))
         if divided is not None:
             block.tensors[_vector_name(prefix, group)] = to_numpy(divided)
         return fitted
 
     def _vector(self, prefix: str, group: ScaleGroup) -> Tensor | None:
-        """The norm's weight or the linear's bias that the scale of an input divides, as it is stored."""
+        """Return the stored norm weight or linear bias that an input's scale divides, or None where there is none."""
         name = _vector_name(prefix, group)
         return to_torch(self._checkpoint.tensor(name)).to(self._device) if self._checkpoint.has(name) else None
 
     # -- rounding ---------------------------------------------------------------------------------------------------
 
     def _round_alone(self, name: str, block: QuantizedBlock) -> None:
-        """Nearest values, without data."""
+        """Round a linear to the nearest values, without calibration data."""
         precision = self._precision(name)
         if precision.scheme is not None:
             weight = self._float(f"{name}.weight")
@@ -225,7 +230,7 @@ class BlockQuantizer:
         block.reports[name] = self._report(name)
 
     def _round_group(self, prefix: str, group: ScaleGroup, inputs: InputStatistics, block: QuantizedBlock) -> None:
-        """Clip and round the consumers of one input."""
+        """Clip and round all consumers of one input."""
         produced = block.scales.get(prefix + group.producer)
         scale = None if produced is None else spread_channels(produced, group, self._decoder)
         names = [prefix + name for name in group.consumers]
@@ -269,7 +274,7 @@ class BlockQuantizer:
     def _packed(
         self, precision: Precision, weight: Tensor, shared: _Shared, comparison: OutputComparison
     ) -> PackedLinear:
-        """A linear with integer weights and float inputs; `weight` is scaled already."""
+        """Return a linear with integer weights and float inputs. `weight` is scaled already."""
         packed = []
         tokens = _tokens(shared).T
         for rows in torch.split(weight, _ROWS):
@@ -326,7 +331,7 @@ class BlockQuantizer:
     # -- weights ----------------------------------------------------------------------------------------------------
 
     def _scaled(self, name: str, scale: Tensor | None, block: QuantizedBlock) -> Tensor:
-        """A weight [out, in] float32, multiplied by the scale of its input, divided by that of its outputs."""
+        """Return a weight [out, in] float32, multiplied by its input's scale and divided by its outputs' scale."""
         weight = self._float(f"{name}.weight")
         if scale is not None:
             weight *= scale
@@ -341,7 +346,7 @@ class BlockQuantizer:
 
 
 def divided(inputs: InputStatistics, scale: Tensor | None) -> InputStatistics:
-    """Statistics of inputs after division by `scale` [in], without their Gram matrix."""
+    """Return the statistics of inputs after division by `scale` [in], without their Gram matrix."""
     if scale is None:
         return replace(inputs, gram=None)
     return InputStatistics(
@@ -357,7 +362,7 @@ def _vector_name(prefix: str, group: ScaleGroup) -> str:
 
 
 def _tokens(shared: _Shared) -> Tensor:
-    """The token subset after scaling, [tokens, in] float32."""
+    """Return the token subset after scaling, [tokens, in] float32."""
     assert shared.inputs.subset is not None
     tokens = shared.inputs.subset.float()
     return tokens if shared.scale is None else tokens / shared.scale

@@ -1,6 +1,6 @@
-"""Figures about one linear and its input, measured while both are in memory: for the report.
+"""Measure one linear and its input for the report, while both are in memory.
 
-Outputs are compared on a subset of calibration tokens and, of wide layers, on some of the outputs.
+Outputs are compared on a subset of the calibration tokens. For wide layers only some of the outputs are compared.
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ _CHANNELS = 8
 
 
 class OutputComparison:
-    """Sums over outputs, piece by piece: how far rounded outputs are from the float ones."""
+    """Accumulates, piece by piece, the sums that tell how far quantized outputs are from the float ones."""
 
     def __init__(self) -> None:
         self._sums = torch.zeros(4, dtype=torch.float64)
 
     def add(self, expected: Tensor, found: Tensor) -> None:
-        """Take in some outputs, float32 of one shape."""
+        """Add some outputs, float32. Both tensors have the same shape."""
         pairs = ((found - expected).square(), expected.square(), found.square(), found * expected)
         self._sums += torch.stack([part.sum(dtype=torch.float64) for part in pairs]).cpu()
 
     @property
     def error(self) -> float:
-        """sqrt(|Y' - Y|^2 / |Y|^2)."""
+        """The relative error sqrt(|Y' - Y|^2 / |Y|^2)."""
         missed, whole, _, _ = self._sums.tolist()
         return math.sqrt(missed / max(whole, 1e-30))
 
     @property
     def sqnr_db(self) -> float:
-        """The same in decibels, larger for smaller errors."""
+        """The same error as a signal-to-noise ratio in decibels. It is larger for smaller errors."""
         return -20 * math.log10(max(self.error, 1e-15))
 
     @property
     def cosine(self) -> float:
-        """Between Y' and Y, all tokens as one vector."""
+        """The cosine between Y' and Y, with all tokens taken as one vector."""
         _, whole, found, product = self._sums.tolist()
         return float(product / max(math.sqrt(whole * found), 1e-30))
 
 
 def activation_range(inputs: InputStatistics, clipped_at: float | None = None) -> ActivationRange:
-    """What a linear's input looks like; the percentile is of the token subset, where one was kept."""
+    """Describe a linear's input. The percentile is computed on the token subset, and is None without a subset."""
     channels = inputs.max_abs
     largest = float(channels.max())
     worst = torch.topk(channels, min(_CHANNELS, len(channels)))

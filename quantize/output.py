@@ -1,7 +1,7 @@
-"""The quantized checkpoint as a Hugging Face folder in the layout of the one it came from.
+"""Write the quantized checkpoint as a Hugging Face folder in the layout of the original one.
 
-Packed linears take the place of their weights under the stored names (InternLM2's q, k and v as rows of the fused
-`wqkv`), everything else is carried over, config.json says how weights are packed.
+Packed linears take the place of their weights under the stored names. InternLM2's q, k and v become rows of the fused
+`wqkv`. All other tensors are copied. config.json says how the weights are packed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from internvl_edge.recipe.recipe import Recipe
 from .block import QuantizedBlock
 from .plan import Plan, plan_decoder
 
-# What a stored vision or projector linear is called, as configurations write it.
+# The names of stored vision and projector linears, as patterns of the configuration.
 _VISION_TARGETS = {
     "remote": (r"re:.*vision_model\..*\.(qkv|proj|fc1|fc2)", r"re:.*mlp1\.\d+"),
     "native": (
@@ -38,19 +38,19 @@ _VISION_TARGETS = {
     ),
 }
 _SECTION = {"remote": "llm_config", "native": "text_config"}
-# Modules that keep floats, as substrings of their names.
+# Modules that stay float, as substrings of their names.
 _FLOAT_MODULES = {"remote": ("vision_model", "mlp1"), "native": ("vision_tower", "multi_modal_projector")}
-# Compiled code, pickles, and what belongs to the weights that are written anew.
+# Suffixes of files that are not copied: compiled code, pickles, and weights, which are written anew.
 _LEFT_OUT = {".pyc", ".bin", ".pt", ".pth", ".pkl", ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx"}
 _TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _PARTS = ("query", "key", "value")
 _PART = re.compile(r"\.[qkv]_proj\.")
-# A linear of the decoder's layers as it is stored.
+# The stored name of a linear in the decoder's layers.
 _MODULE = re.compile(r".*\.layers\.(?P<layer>\d+)\.(?P<kind>.+)")
 
 
 class OutputLayout:
-    """Names and forms of one checkpoint's quantized tensors; `plan` is by default the recipe's."""
+    """The names and forms of one checkpoint's quantized tensors. The default for `plan` is the recipe's plan."""
 
     def __init__(self, checkpoint: Checkpoint, recipe: Recipe, plan: Plan | None = None) -> None:
         self._checkpoint = checkpoint
@@ -63,23 +63,28 @@ class OutputLayout:
         self.float_dtype = DTYPES[weight.dtype]
 
     def tensors(self, block: QuantizedBlock) -> list[OutTensor]:
-        """The tensors of one quantized block as they will be stored."""
+        """Return the tensors of one quantized block as they will be stored."""
         out = [OutTensor.of(name, array) for name, array in self._floats(block.tensors)]
         for module, packed in self._modules(block.linears):
             out += [OutTensor.of(f"{module}.{part}", array) for part, array in self._pack(packed).items()]
         return out
 
     def unchanged(self, replaced: Iterable[str]) -> list[OutTensor]:
-        """Every stored tensor that is neither replaced by name nor the weight of a module packed under another."""
+        """Return all stored tensors that no tensor in `replaced` replaces.
+
+        A tensor is replaced by one of the same name, or, for a weight, by the packed tensors of its module.
+        """
         names = set(replaced)
         modules = {name.rpartition(".")[0] for name in names if name.endswith((".qweight", ".weight_packed"))}
         gone = names | {f"{module}.weight" for module in modules}
         return [OutTensor.stored(name, tensor) for name, tensor in self._stored.items() if name not in gone]
 
     def config(self, replaced: Iterable[str]) -> dict[str, Any]:
-        """config.json with the quantization, at the top and, where the text model has a part, in its section.
+        """Return config.json with the quantization.
 
-        `replaced` are the names of all tensors that quantization has made.
+        It is at the top and, where the text model is quantized, in its section too.
+
+        `replaced` holds the names of all tensors that quantization has made.
         """
         values = read_json(self._checkpoint.folder / "config.json")
         described = self._description(set(replaced))
@@ -91,7 +96,10 @@ class OutputLayout:
         return values | {"quantization_config": described}
 
     def copy_side_files(self, folder: Path) -> None:
-        """Tokenizer, generation, processor and code files, unread: other programs ask for them. Never pickles."""
+        """Copy tokenizer, generation, processor and code files unread.
+
+        Other programs need them. Pickles are not copied.
+        """
         for path in sorted(self._checkpoint.folder.iterdir()):
             skipped = path.suffix in _LEFT_OUT or path.name.endswith(".index.json") or path.name == "config.json"
             if path.is_file() and not skipped and not path.name.startswith("."):
@@ -116,9 +124,10 @@ class OutputLayout:
         return compressed_tensors.configuration(targets, ignore)
 
     def _layer_targets(self) -> dict[Scheme | None, list[str]]:
-        """The decoder's stored modules by scheme, None for floats: one pattern for all, or per kind of module.
+        """Return patterns of the decoder's stored modules by scheme (None for floats).
 
-        No two patterns match the same module, so their order means nothing to any reader.
+        There is one pattern for all modules, or one per kind of module. No two patterns match the same module, so their
+        order does not matter to any reader.
         """
         layers: dict[tuple[Scheme | None, str], set[int]] = {}
         for name, choice in self._plan.items():
@@ -137,7 +146,7 @@ class OutputLayout:
         return targets
 
     def _float_linears(self, replaced: set[str]) -> list[str]:
-        """Stored modules of tower and projector that keep floats though their kind is int8."""
+        """Return the stored linears of tower and projector that stay float in an int8 tower."""
         names = [name for name, shape in self._checkpoint.shapes.items() if len(shape) == 2]
         stored = [
             self._disk[source].removesuffix(".weight")
@@ -153,12 +162,12 @@ class OutputLayout:
         return compressed_tensors.pack(linear, self.float_dtype)
 
     def _modules(self, linears: Mapping[str, PackedLinear]) -> Iterable[tuple[str, PackedLinear]]:
-        """(stored module, packed layer), parts of a fused one joined."""
+        """Yield (stored module, packed layer). Parts of a fused module are joined."""
         fused: dict[str, dict[str, PackedLinear]] = {}
         for name, linear in linears.items():
             source = self._source(f"{name}.weight")
             stored = self._disk[source.names[0]].removesuffix(".weight")
-            if len(source.names) > 1:  # query, key and value of the native tower
+            if len(source.names) > 1:  # the query, key and value of the native tower
                 rows = np.split(np.arange(len(linear.values)), len(source.names))
                 for name_of_part, index in zip(source.names, rows, strict=True):
                     yield self._disk[name_of_part].removesuffix(".weight"), linear.rows(index)
@@ -170,7 +179,7 @@ class OutputLayout:
             yield stored, fuse_linears([parts[part] for part in _PARTS], self._config.decoder)
 
     def _floats(self, tensors: Mapping[str, NDArray[Any]]) -> Iterable[tuple[str, NDArray[Any]]]:
-        """(stored name, array); a changed part of a fused tensor comes with the other parts as they are now, once."""
+        """Yield (stored name, array). A changed part of a fused tensor is yielded once, joined with its other parts."""
         fused = set()
         for name, array in tensors.items():
             source = self._source(name)
@@ -186,7 +195,10 @@ class OutputLayout:
         return layouts.tensor_source(self._config, name)
 
     def _table_name(self, disk: str) -> str:
-        """The name that the layout's table knows, for one of the in-memory prefixes that transformers writes."""
+        """Return the name in the layout's table.
+
+        The stored name may have one of the in-memory prefixes of transformers.
+        """
         if self._config.layout == "native":
             for written, table in layouts.NATIVE_PREFIXES:
                 if disk.startswith(written):
@@ -195,19 +207,19 @@ class OutputLayout:
 
 
 def scale_dtype(recipe: Recipe, float_dtype: np.dtype[Any]) -> torch.dtype:
-    """How scales of packed weights are stored: AutoAWQ's in float16, others in the type of the checkpoint's floats."""
+    """Return the stored type of packed weights' scales: float16 for AutoAWQ, else the checkpoint's float type."""
     return torch.float16 if recipe.is_autoawq else _TORCH[float_dtype.name]
 
 
 def fuse_rows(parts: list[NDArray[Any]], decoder: DecoderConfig) -> NDArray[Any]:
-    """Rows of q, k and v -> rows of a fused wqkv: for each KV head its query heads, then the key, then the value."""
+    """Join rows of q, k and v to rows of a fused wqkv: per KV head its query heads, then the key, then the value."""
     heads = [part.reshape(decoder.num_key_value_heads, -1, decoder.head_dim, *part.shape[1:]) for part in parts]
     fused = np.concatenate(heads, axis=1)
     return np.ascontiguousarray(fused.reshape(-1, *parts[0].shape[1:]))
 
 
 def fuse_linears(parts: list[PackedLinear], decoder: DecoderConfig) -> PackedLinear:
-    """`fuse_rows` for packed layers."""
+    """Join packed q, k and v layers to one, as `fuse_rows` does for arrays."""
     joined = concatenate(parts)
     starts = np.cumsum([0, *(len(part.values) for part in parts)])
     rows = [np.arange(start, end) for start, end in pairwise(starts)]

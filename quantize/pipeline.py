@@ -1,4 +1,7 @@
-"""`quantize`: checkpoint -> quantized checkpoint, one layer at a time, resumable, whole or not at all."""
+"""`quantize`: turn a checkpoint into a quantized one, one layer at a time.
+
+A killed run continues where it stopped. The output folder appears complete or not at all.
+"""
 
 from __future__ import annotations
 
@@ -49,16 +52,16 @@ _REPORTS = "linears.json"
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """What `quantize_checkpoint` did.
+    """The result of `quantize_checkpoint`.
 
     Attributes:
         folder: the new checkpoint.
-        recipe: what was asked for.
-        bytes: size of its weight files.
-        record: what `quantization.json` in it says: every linear, the data, the errors.
-        divergences: all that a choice of precision was made from: nats by precision, by the first of linears that share
-            an input; None where nothing was chosen.
-        vision: what became of the tower; None where it keeps its floats.
+        recipe: the recipe that was used.
+        bytes: size of the weight files.
+        record: the contents of `quantization.json`: every linear, the data, the errors.
+        divergences: the measurements that an automatic choice was made from: nats by precision, by the first of the
+            linears that share an input; None without an automatic choice.
+        vision: the result for the vision tower; None where it stays float.
     """
 
     folder: Path
@@ -70,7 +73,7 @@ class QuantizationReport:
 
     @property
     def errors(self) -> dict[str, float]:
-        """Relative output error on calibration data of each linear of decoder and tower for which it is known."""
+        """The relative output error on calibration data of each linear of decoder and tower for which it is known."""
         tower = self.vision.layers if self.vision else {}
         found = {name: float(facts["error"]) for name, facts in tower.items() if facts["stored"] == "int8"}
         return found | {
@@ -91,19 +94,20 @@ def quantize_checkpoint(
     restart: bool = False,
     progress: bool = False,
 ) -> QuantizationReport:
-    """Quantize a checkpoint folder into another one.
+    """Quantize a checkpoint folder into another folder.
 
-    The state of an unfinished run lies in `OUT.partial`; the same call continues it, with the same result.
+    The state of an unfinished run is in `OUT.partial`. The same call continues it, with the same result.
 
     Args:
         checkpoint: local folder with float weights.
         out: the folder to make.
-        recipe: how; default w4a16-awq in groups of 128.
+        recipe: how to quantize; default w4a16-awq in groups of 128.
         data: calibration data for recipes that need it; default: the built-in set.
-        stats: instead of data, what `calibrate` made with this checkpoint; not for int8 vision, which needs images.
+        stats: the output of `calibrate` for this checkpoint, instead of data. It cannot be used for int8 vision, which
+            needs images.
         compute: device and type of the calibration; default: the best of this machine.
         restart: discard an unfinished run.
-        progress: bars with the time left, on standard error.
+        progress: show bars with the time left, on standard error.
 
     Raises:
         EdgeError: checkpoint, data or recipe do not fit, `out` exists, or values are not finite; one line each.
@@ -145,7 +149,7 @@ class _Run:
         self._quantizer = BlockQuantizer(self._checkpoint, self._recipe, self._compute, dtype, plan)
 
     def quantize(self, data: DataOptions | None, stats: Path | None, restart: bool) -> CalibrationSet | None:
-        """All blocks into the work folder; returns the calibration set where one was used."""
+        """Write all quantized blocks to the work folder, and return the calibration set where one was used."""
         identity = checkpoint_identity(self._checkpoint.folder)
         needed = self._recipe.needs_data or self._recipe.vision == "int8"
         options = (data or DataOptions()) if needed and stats is None else None
@@ -162,7 +166,7 @@ class _Run:
             assert options is not None
             calibration = prepare(self._work, self._checkpoint, identity, options, log_line)
             replaced = self._quantize_vision(calibration) if self._recipe.vision == "int8" else no_replacements
-            if self._recipe.needs_data:  # image tokens as the device will compute them
+            if self._recipe.needs_data:  # so that image embeddings are those that the device will compute
                 embedded_set(self._work, self._checkpoint, identity, options, self._compute, self._progress, replaced)
         if self._recipe.choice:
             parts = self._work, self._checkpoint, calibration, self._compute, self._recipe
@@ -175,7 +179,7 @@ class _Run:
         return calibration
 
     def finish(self, calibration: CalibrationSet | None) -> QuantizationReport:
-        """Put the new checkpoint together and into place."""
+        """Assemble the new checkpoint and move it into place."""
         blocks = sorted(self._work.path.glob("block-*"))
         quantized = [
             OutTensor.stored(name, tensor) for block in blocks for name, tensor in open_tensor_files(block).items()

@@ -1,6 +1,6 @@
-"""Recipe + checkpoint -> the precision of every linear of the decoder's layers, each with its reason.
+"""Turn a recipe and a checkpoint into the precision of every linear of the decoder's layers, each with its reason.
 
-Everything that can be refused by names and shapes alone is refused here. Knows no weights.
+All checks that need only names and shapes are made here. This module does not know weights.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ _TOWER = ("vision.layers.", "projector.")
 
 @dataclass(frozen=True)
 class Choice:
-    """What one linear gets.
+    """The precision of one linear.
 
     Attributes:
-        precision: how it is stored.
-        reason: why, where that was a choice; "" for the recipe's own scheme.
-        part: its share of the divergence that is predicted for the whole decoder; None where nothing was measured.
-        fixed: a pattern of the recipe decided.
+        precision: how the linear is stored.
+        reason: why the precision was chosen; "" for the recipe's own scheme.
+        part: the linear's share of the divergence that is predicted for the whole decoder; None where nothing was
+            measured.
+        fixed: True where a pattern of the recipe decided.
     """
 
     precision: Precision
@@ -39,21 +40,22 @@ class Choice:
     fixed: bool = False
 
 
-# Canonical linear name (without `.weight`) -> what it gets; all linears of all layers.
+# Canonical linear name (without `.weight`) -> its choice, for all linears of all layers.
 Plan = dict[str, Choice]
 
 
 def plan_decoder(checkpoint: Checkpoint, recipe: Recipe, chosen: Mapping[str, Choice] | None = None) -> Plan:
-    """What every linear of the decoder's layers gets: patterns first, then `chosen`, then the recipe's scheme.
+    """Return the plan for all linears of the decoder's layers: patterns first, then `chosen`, then the recipe's scheme.
 
     Args:
         checkpoint: with float weights.
-        recipe: what is wanted.
-        chosen: what the automatic choice found, by linear.
+        recipe: the recipe to apply.
+        chosen: the result of the automatic choice, by linear.
 
     Raises:
-        EdgeError: a pattern that matches nothing (with near names) or that asks too much of the tower, parts of one
-            stored tensor with different precisions, or a group size that does not divide a layer's inputs.
+        EdgeError: a pattern matches nothing (the message gives similar names) or quantizes a linear of the vision
+            tower, parts of one stored tensor have different precisions, or a group size does not divide a layer's
+            inputs.
     """
     names = decoder_linears(checkpoint)
     plan: Plan = {name: (chosen or {}).get(name, Choice(recipe.base)) for name in names}
@@ -67,30 +69,34 @@ def plan_decoder(checkpoint: Checkpoint, recipe: Recipe, chosen: Mapping[str, Ch
 
 
 def kept_vision(checkpoint: Checkpoint, recipe: Recipe) -> tuple[str, ...]:
-    """Patterns of the recipe's exceptions that keep floats in tower or projector."""
+    """Return those patterns of the recipe that keep linears of the vision tower or projector float."""
     tower = _tower_linears(checkpoint)
     return tuple(pattern for pattern, _ in recipe.layers if any(fnmatchcase(name, pattern) for name in tower))
 
 
 def decoder_linears(checkpoint: Checkpoint) -> list[str]:
-    """Canonical names of the linears of the decoder's layers, in order."""
+    """Return the canonical names of the linears of the decoder's layers, in order."""
     shapes = checkpoint.shapes.items()
     return [n.removesuffix(".weight") for n, shape in shapes if n.startswith(_LAYERS) and len(shape) == 2]
 
 
 def units(checkpoint: Checkpoint) -> list[list[str]]:
-    """Linears that get one precision together: those of one input, which programs fuse (q, k and v; gate and up)."""
+    """Return the linears that get one precision together: those that share an input.
+
+    Programs fuse these linears (q, k and v; gate and up).
+    """
     groups = SCALE_GROUPS[checkpoint.config.decoder.architecture]
     layers = range(checkpoint.config.decoder.num_hidden_layers)
     return [[f"{_LAYERS}{n}.{name}" for name in group.consumers] for n in layers for group in groups]
 
 
 def check_recipe(checkpoint: Checkpoint, recipe: Recipe) -> None:
-    """Refuse what cannot be quantized as asked.
+    """Check that the checkpoint can be quantized with the recipe.
 
     Raises:
-        EdgeError: quantized already, a group size that does not divide a layer's inputs (named, with the sizes that
-            fit), outputs that AutoAWQ cannot pack, a head that is also the token table, or what `plan_decoder` refuses.
+        EdgeError: the checkpoint is quantized already, a group size does not divide a layer's inputs (the message names
+            the layer and the sizes that fit), AutoAWQ cannot pack the outputs, lm_head is also the token table, or
+            `plan_decoder` raises.
     """
     if checkpoint.quantization is not None:
         raise EdgeError(f"{checkpoint.folder} is quantized already; give the original checkpoint")
@@ -123,7 +129,7 @@ def _tower_linears(checkpoint: Checkpoint) -> list[str]:
 
 
 def _matching(checkpoint: Checkpoint, pattern: str, precision: Precision) -> list[str]:
-    """Canonical names that a pattern means."""
+    """Return the canonical names that a pattern matches."""
     short = {name.removeprefix("decoder."): name for name in decoder_linears(checkpoint)}
     found = [name for brief, name in short.items() if fnmatchcase(brief, pattern) or fnmatchcase(name, pattern)]
     tower = [name for name in _tower_linears(checkpoint) if fnmatchcase(name, pattern)]
@@ -138,7 +144,10 @@ def _matching(checkpoint: Checkpoint, pattern: str, precision: Precision) -> lis
 
 
 def _nothing(pattern: str, names: list[str]) -> str:
-    """The message for a pattern without a match; near names are written as loosely as the pattern is."""
+    """Return the error message for a pattern without a match.
+
+    The similar names in it are written as loosely as the pattern is.
+    """
     if "lm_head" in pattern:
         return f"{pattern!r} matches no linear of the layers; the head has a field of its own, lm_head"
     kinds = {name.rpartition(".")[2] for name in names}
@@ -149,7 +158,7 @@ def _nothing(pattern: str, names: list[str]) -> str:
 
 
 def _require_whole_tensors(checkpoint: Checkpoint, plan: Plan) -> None:
-    """Query, key and value that are stored as one tensor have one precision."""
+    """Check that query, key and value have one precision where they are stored as one tensor."""
     seen: dict[str, tuple[str, Precision]] = {}
     for name, choice in plan.items():
         source = layouts.tensor_source(checkpoint.config, f"{name}.weight")

@@ -1,4 +1,4 @@
-"""The record of a quantization, for `quantization.json`: what is known while the new checkpoint is put together."""
+"""Build the record of a quantization (`quantization.json`) while the new checkpoint is put together."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ def quantization_record(
     predicted_kl: float | None,
     seconds: float,
 ) -> QuantizationRecord:
-    """How a checkpoint was quantized.
+    """Return the record of how a checkpoint was quantized.
 
     Args:
         made: the new checkpoint.
-        source: the folder it was made from.
-        recipe: what was asked for.
-        calibration: the data, None without any.
-        decoder: every linear of the decoder that was quantized or was to be.
-        vision: what became of the tower; None where it keeps its floats.
+        source: the folder of the original checkpoint.
+        recipe: the recipe that was used.
+        calibration: the calibration data, or None where none was used.
+        decoder: one report per decoder linear that was quantized or was considered and left float.
+        vision: the report on the vision tower, or None where the tower stays float.
         average_bits: bits per weight of the decoder's layers.
-        predicted_kl: in nats, where precision was chosen by sensitivity.
-        seconds: that the quantization took.
+        predicted_kl: predicted KL divergence in nats, or None where precision was not chosen by sensitivity.
+        seconds: the duration of the quantization.
     """
     return QuantizationRecord(
         checkpoint=source.resolve().name,

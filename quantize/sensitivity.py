@@ -1,12 +1,13 @@
-"""How much of the image embeddings' error each linear of the tower causes: one pass from the projector back.
+"""Measure how much of the image embeddings' error each linear of the vision tower causes, in one backward pass.
 
-Rounding linear L alone changes the output of its block by d, computed exactly; what becomes of d on the way through the
-other blocks is followed to first order. With random signs v over the embeddings and g the gradient of v . embeddings,
+Rounding only linear L changes the output of its block by d, which is computed exactly. The effect of d on the
+embeddings is followed to first order through the other blocks (Jacobian J). With random signs v over the embeddings and
+g the gradient of v . embeddings,
 
     E[(g . d)^2] = |J d|^2
 
-(Hutchinson's estimator), so a few gradients through one block at a time do for all linears what running the rest of the
-tower once per linear would do. Errors of different linears are taken as uncorrelated: their squares add up.
+(Hutchinson's estimator). A few gradients through one block at a time therefore replace one run of the remaining tower
+per linear. Errors of different linears are taken as uncorrelated, so their squares add up.
 """
 
 from __future__ import annotations
@@ -26,15 +27,16 @@ from internvl_edge.checkpoint.reader import Checkpoint
 
 from .vision_pass import PROJECTOR, Progress, VisionPass, blocks_of, run_block
 
-# Gradients per probe tile: with four tiles, an error is known to about a quarter.
+# The number of gradients per probe tile. With four tiles, an error is known to about a quarter.
 DIRECTIONS = 8
 _STATE = "vision-sensitivity.json"
-# (block) -> tensors that replace the block's own where only one of its linears is rounded, by the linear's name.
+# Takes a block and returns, by the name of each linear, the tensors that replace the block's own when only that linear
+# is rounded.
 OneByOne = Callable[[str], Mapping[str, Mapping[str, Tensor]]]
 
 
 class SensitivityPass:
-    """Walks the blocks backwards over the probes that a finished float `VisionPass` has kept; resumable."""
+    """A resumable backward pass over the blocks, for the probe tiles that a finished float `VisionPass` has kept."""
 
     def __init__(
         self, work: WorkFolder, checkpoint: Checkpoint, forward: VisionPass, compute: Compute, progress: Progress
@@ -43,13 +45,13 @@ class SensitivityPass:
         self._checkpoint = checkpoint
         self._config = checkpoint.config
         self._forward = forward
-        # Differences of nearly equal outputs: bfloat16 would drown them.
+        # The differences of nearly equal outputs would be lost in the rounding of bfloat16.
         self._compute = replace(compute, dtype=torch.float32)
         self._progress = progress
         self._blocks = blocks_of(self._config)
 
     def run(self, one_by_one: OneByOne) -> dict[str, float]:
-        """Canonical linear name -> its part of the embeddings' relative squared error, mean over the probes."""
+        """Return each canonical linear's share of the embeddings' relative squared error (mean over probe tiles)."""
         state = self._work.read_json(_STATE) or {"left": len(self._blocks), "parts": {}}
         parts: dict[str, float] = state["parts"]
         self._progress(len(self._blocks) - state["left"])
@@ -67,7 +69,7 @@ class SensitivityPass:
         return parts
 
     def _block(self, index: int, one_by_one: OneByOne) -> dict[str, float]:
-        """Squared errors of one block's linears, and the gradient files of the block before it."""
+        """Return the squared errors of one block's linears, and write the gradient file for the block before it."""
         block = self._blocks[index]
         weights = load_block(self._checkpoint, f"{block}.", self._compute)
         rounded = one_by_one(block)
@@ -87,7 +89,7 @@ class SensitivityPass:
         return {name: total / len(inputs) for name, total in totals.items()}
 
     def _pull(self, block: str, weights: Weights, x: Tensor, behind: Tensor) -> tuple[Tensor, Tensor]:
-        """The block's output, and the gradients [directions, tokens, width] one block further to the front."""
+        """Return the block's output and the gradients [directions, tokens, width] at its input."""
         with torch.enable_grad():
             x = x.clone().requires_grad_()
             y = run_block(self._config, block, weights, x, no_observer)
@@ -95,12 +97,15 @@ class SensitivityPass:
         return y.detach()[0], torch.stack(pulled)
 
     def _squared(self, block: str, change: Tensor, behind: Tensor) -> float:
-        if block == PROJECTOR:  # nothing follows: no estimate needed
+        if block == PROJECTOR:  # no block follows, so the error is exact
             return float(change.double().square().sum())
         return float((behind.double() * change.double()).sum((1, 2)).square().mean())
 
     def _gradients(self, index: int) -> Tensor:
-        """[probes, directions, tokens, width] behind block `index` - 1; random signs behind the last."""
+        """Return the gradients [probes, directions, tokens, width] at the output of block `index` - 1.
+
+        At the output of the last block these are random signs.
+        """
         if index < len(self._blocks):
             arrays = self._work.read_arrays(self._gradient_name(index))
             assert arrays is not None
@@ -114,9 +119,10 @@ class SensitivityPass:
 
 
 def choose_floats(parts: Mapping[str, float], costs: Mapping[str, float], limit: float) -> list[str]:
-    """Linears to leave in floats so that the others' parts add up to at most `limit`, in the order they were taken.
+    """Choose the linears that stay float, so that the errors of all others add up to at most `limit`.
 
-    Taken by error removed per cost; one that turns out not to be needed in the end goes back, the dearest first.
+    Linears are chosen by error removed per cost, and returned in that order. A linear that proves unnecessary in the
+    end is dropped again, the most expensive first.
     """
     left = sum(parts.values())
     taken: list[str] = []

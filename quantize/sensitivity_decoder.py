@@ -1,16 +1,18 @@
-"""How much each linear of the decoder, at each precision, would change what the model says: KL divergence in nats.
+"""Measure the KL divergence (in nats) that rounding causes in the predictions, per decoder linear and precision.
 
-Rounding some linears changes the output of their block by d, computed exactly; what becomes of d behind the block is
-followed to second order. The divergence of the next token is 1/2 (J d)^T F (J d), J the rest of the decoder and F the
-Fisher information of its logits. With tokens y drawn from the model's own predictions and g the gradient of
-sum log p(y),
+Rounding some linears changes the output of their block by d, which is computed exactly. The effect of d behind the
+block is followed to second order. The divergence of the next token is 1/2 (J d)^T F (J d), where J is the Jacobian of
+the rest of the decoder and F the Fisher information of its logits. With tokens y drawn from the model's own predictions
+and g the gradient of sum log p(y),
 
     E[(g . d)^2] = (J d)^T F (J d)
 
-so a few draws, carried back through one block at a time, do for all linears and precisions what running the rest of the
-decoder once for each would do. Divergences of different linears are taken to add up. Two resumable stages: the float
-decoder forward, where candidates are made and d is stored for a few samples, and the way back. Those samples are kept
-from the candidates, which would look better than they are on what error compensation has fitted.
+A few draws, carried back through one block at a time, therefore replace one run of the rest of the decoder per linear
+and precision. Divergences of different linears are taken to add up.
+
+The work has two resumable stages. The forward stage runs the float decoder, makes the candidates, and stores d for a
+few samples. The backward stage carries the gradients back. Those samples are not used to make the candidates: on data
+that error compensation was fitted to, candidates would look better than they are.
 """
 
 from __future__ import annotations
@@ -36,25 +38,25 @@ from .folding import SCALE_GROUPS
 from .layer import BlockQuantizer
 from .vision import Bars
 
-# Tokens of the samples that are followed back, and draws for each of them.
+# The number of tokens in the samples of the backward stage, and the number of draws for each sample.
 _PROBE_TOKENS = 2048
 _DRAWS = 16
 _LABEL = "float-"
 _STATE = "decoder-sensitivity.json"
-# Rows of lm_head, and tokens, that are multiplied at a time.
+# The numbers of lm_head rows and of tokens that are multiplied at a time.
 _HEAD_ROWS = 16384
 _HEAD_TOKENS = 512
 
-# (name of a unit's first linear) -> {precision as recipes write it: divergence in nats}.
+# Name of a unit's first linear -> {precision as recipes write it: divergence in nats}.
 Divergences = dict[str, dict[str, float]]
 
 
 class DecoderSensitivity:
-    """Measures one checkpoint's decoder; all state lies in the work folder.
+    """Measures the sensitivity of one checkpoint's decoder. All state is in the work folder.
 
     Args:
-        work, checkpoint, calibration, compute: of the run.
-        quantizers: one for each candidate that rounds something, all linears alike.
+        work, checkpoint, calibration, compute: those of the run.
+        quantizers: one per candidate precision that rounds something. Each quantizes all linears alike.
     """
 
     _pass: DecoderPass
@@ -72,17 +74,17 @@ class DecoderSensitivity:
         self._decoder = checkpoint.config.decoder
         self._calibration = calibration
         self._compute = compute
-        # Differences of nearly equal outputs: bfloat16 would drown them.
+        # The differences of nearly equal outputs would be lost in the rounding of bfloat16.
         self._exact = replace(compute, dtype=torch.float32)
         self._quantizers = quantizers
         self._groups = SCALE_GROUPS[self._decoder.architecture]
         self._samples = probe_samples(calibration.lengths)
 
     def run(self, bars: Bars) -> Divergences:
-        """Both stages; continues where it was killed.
+        """Run both stages. A killed run continues.
 
         Raises:
-            EdgeError: NaN or infinity, named by layer, tensor and sample.
+            EdgeError: NaN or infinity; the message names layer, tensor and sample.
         """
         layers = self._decoder.num_hidden_layers
         with bars("candidates", DecoderPass.steps(self._calibration, layers)) as advance:
@@ -105,7 +107,7 @@ class DecoderSensitivity:
         return found
 
     def _held_out(self) -> Sequence[int]:
-        """The samples followed back, while enough others are left."""
+        """Return the samples of the backward stage, or none where they are more than half of all samples."""
         return self._samples if len(self._samples) <= len(self._calibration.lengths) // 2 else ()
 
     # -- forward ----------------------------------------------------------------------------------------------------
@@ -115,7 +117,7 @@ class DecoderSensitivity:
         return StatisticsRequest(gram=any(wanted.gram for wanted in each), tokens=max(wanted.tokens for wanted in each))
 
     def _candidates(self, layer: int, statistics: Statistics) -> None:
-        """Round one layer by every candidate, and store what that changes behind it, one unit at a time."""
+        """Round one layer with every candidate, and store the change of its output, for one unit at a time."""
         prefix = f"decoder.layers.{layer}."
         replaced: list[dict[str, Tensor]] = []
         for quantizer in self._quantizers.values():
@@ -136,7 +138,7 @@ class DecoderSensitivity:
     # -- back -------------------------------------------------------------------------------------------------------
 
     def _back(self, layer: int) -> Divergences:
-        """Divergences of one layer's candidates, and the gradients before it."""
+        """Return the divergences of one layer's candidates, and write the gradients at its input."""
         prefix = f"decoder.layers.{layer}."
         weights = load_block(self._checkpoint, prefix, self._exact)
         arrays = self._work.read_arrays(_changes(layer))
@@ -164,11 +166,12 @@ class DecoderSensitivity:
         }
 
     def _pooled(self, totals: Tensor, powers: Tensor) -> Tensor:
-        """Each candidate's share, by its squared error, of what was found for the unit; [candidates, units].
+        """Return the divergence totals [candidates, units], pooled over candidates by their squared errors.
 
-        The squared error is known exactly, what it costs only to some tenths. Rounding a unit's weights more or less
-        finely changes the size of the error and hardly its direction, so all grids share one estimate of the cost;
-        rounded inputs err in other places and have their own.
+        The squared error of a candidate is exact, but the divergence that it causes is estimated only to some tenths.
+        Finer or coarser rounding of a unit's weights changes the size of the error and hardly its direction. All
+        weight-only candidates therefore share one estimate of divergence per squared error. Candidates with rounded
+        inputs cause errors in other directions and have their own estimate.
         """
         pooled = torch.empty_like(totals)
         inputs = torch.tensor([bool(p.scheme and p.scheme.static_inputs) for p in self._quantizers])
@@ -177,7 +180,7 @@ class DecoderSensitivity:
         return pooled
 
     def _pull(self, weights: Mapping[str, Tensor], x: Tensor, gradients: Tensor, sample: int) -> Tensor:
-        """The gradients [draws, tokens, width] one block further to the front."""
+        """Return the gradients [draws, tokens, width] at the input of the block."""
         with torch.enable_grad():
             x = x.clone().requires_grad_()
             y = decoder_block(weights, x, [len(x)], self._pass.rotary(sample), self._decoder, no_observer)
@@ -185,7 +188,10 @@ class DecoderSensitivity:
         return torch.stack(pulled)
 
     def _gradients(self, layer: int) -> dict[int, Tensor]:
-        """By sample [draws, tokens, width] at the input of `layer`; behind the last from the predictions themselves."""
+        """Return, by sample, the gradients [draws, tokens, width] at the input of `layer`.
+
+        Behind the last layer they come from the predictions themselves.
+        """
         if layer < self._decoder.num_hidden_layers:
             arrays = self._work.read_arrays(_gradient(layer))
             assert arrays is not None
@@ -194,7 +200,10 @@ class DecoderSensitivity:
 
     @torch.no_grad()
     def _scores(self, sample: int) -> Tensor:
-        """Gradients of sum log p(y) by the decoder's output, y drawn at every position that is no image's."""
+        """Return gradients of sum log p(y) at the decoder's output.
+
+        y is drawn at every position that is not an image token.
+        """
         x = self._pass.inputs(self._decoder.num_hidden_layers, sample)
         weight = load_tensor(self._checkpoint, "decoder.norm.weight", self._exact)
         hidden = rms_norm(x, weight, self._decoder.rms_norm_eps)
@@ -210,7 +219,7 @@ class DecoderSensitivity:
         return torch.stack(pulled)
 
     def _draw(self, table: Tensor, hidden: Tensor, generator: torch.Generator) -> Tensor:
-        """W[y] - E W for y drawn from softmax(W h), [draws, tokens, width]."""
+        """Return W[y] - E W for y drawn from softmax(W h), [draws, tokens, width]."""
         parts = torch.split(table, _HEAD_ROWS)
         logits = [hidden @ part.to(hidden.device).float().T for part in parts]
         probabilities = torch.cat(logits, dim=1).softmax(-1)
@@ -229,13 +238,13 @@ class DecoderSensitivity:
 
 
 def probe_samples(lengths: Sequence[int], tokens: int = _PROBE_TOKENS) -> list[int]:
-    """Evenly spaced samples with about so many tokens together; at least one."""
+    """Return evenly spaced samples with about this many tokens in total, and at least one sample."""
     count = max(1, min(len(lengths), tokens * len(lengths) // max(1, sum(lengths))))
     return [int(index) for index in np.unique(np.linspace(0, len(lengths) - 1, count).round())]
 
 
 def _copy(inputs: InputStatistics) -> InputStatistics:
-    """Statistics that a quantizer may use up."""
+    """Copy statistics whose Gram matrix a quantizer may overwrite."""
     return replace(inputs, gram=None if inputs.gram is None else inputs.gram.clone())
 
 

@@ -1,8 +1,11 @@
-"""The tower and the projector in int8: observe, round, measure what each linear costs, leave in floats what costs most.
+"""Quantize the vision tower and the projector to int8, and keep the linears with the largest error in floats.
 
-Four resumable stages over some of the calibration set's tiles, one block in memory at a time: the float tower forward
-(every linear is rounded on the way), the way back (`sensitivity`), the choice, and the chosen tower forward, whose
-embeddings are compared with the float ones.
+The work has four resumable stages over some of the calibration set's tiles, with one block in memory at a time:
+
+1. Run the float tower, and round every linear on the way.
+2. Measure the error that each linear causes (`sensitivity`).
+3. Choose the linears that stay float.
+4. Run the quantized tower, and compare its embeddings with the float ones.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ from .sensitivity import SensitivityPass, choose_floats
 from .smoothing import divide
 from .vision_pass import PROJECTOR, TileSample, VisionPass, blocks_of
 
-# Linears of a block and the norm that smoothing folds into, where one comes directly before.
+# The linears of a block, and the norm directly before each one, which smoothing folds into (None where there is none).
 _TOWER = {"attn.qkv": "norm1", "attn.proj": None, "mlp.fc1": "norm2", "mlp.fc2": None}
 _PROJECTOR = {"fc1": "norm", "fc2": None}
 _SUBSET_TOKENS = 1024
@@ -44,22 +47,22 @@ _MOST_TILES = 64
 _PROBES = 4
 _CHOICE = "vision-choice.json"
 
-# (label, steps) -> a bar; entering it gives the function that moves it.
+# Takes a label and the number of steps, and returns a progress bar. Entering it gives the function that advances it.
 Bars = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
 
 
 @dataclass(frozen=True)
 class VisionReport:
-    """What became of tower and projector.
+    """The result of quantizing tower and projector.
 
     Attributes:
-        tiles: of the calibration set that were used.
-        cosine: mean over tiles, of the embeddings with those of the float tower, as calibration computes them.
-        lowest_cosine: of the worst tile.
-        predicted_cosine: what the measured parts of all int8 linears add up to.
+        tiles: the number of tiles of the calibration set that were used.
+        cosine: cosine of the embeddings with those of the float tower, as calibration computes them; mean over tiles.
+        lowest_cosine: the cosine of the worst tile.
+        predicted_cosine: the cosine that follows from the sum of the measured errors of all int8 linears.
         layers: by canonical linear name: "stored" (int8 or float), "part" of the embeddings' relative squared error as
-            int8, "calibrator", "strength" of smoothing, "range" that its input is rounded in, relative output "error",
-            "inputs" (an `ActivationRange`), "reason" why it keeps floats.
+            int8, "calibrator", "strength" of smoothing, "range" (its input's largest unclipped |x|), relative output
+            "error", "inputs" (an `ActivationRange`), "reason" why it stays float.
     """
 
     tiles: int
@@ -70,12 +73,12 @@ class VisionReport:
 
     @property
     def floats(self) -> list[str]:
-        """Linears that kept their floats."""
+        """The linears that stay float."""
         return [name for name, facts in self.layers.items() if facts["stored"] == "float"]
 
 
 class VisionQuantizer:
-    """Quantizes the tower of one checkpoint; all state lies in the work folder."""
+    """Quantizes the vision tower of one checkpoint. All state is in the work folder."""
 
     def __init__(
         self, work: WorkFolder, checkpoint: Checkpoint, calibration: CalibrationSet, compute: Compute, how: VisionInt8
@@ -91,10 +94,10 @@ class VisionQuantizer:
             raise EdgeError("int8 vision needs images, the calibration data holds none; give --data with images")
 
     def run(self, bars: Bars) -> VisionReport:
-        """All stages; continues where it was killed.
+        """Run all stages. A killed run continues.
 
         Raises:
-            EdgeError: NaN or infinity, named by block, tensor and sample.
+            EdgeError: NaN or infinity; the message names block, tensor and sample.
         """
         steps = len(self._blocks) * len(self._tiles.pixels)
         with bars("vision, float", steps) as advance:
@@ -114,13 +117,13 @@ class VisionQuantizer:
         return self._report(parts, cosines(forward.embeddings(), rounded.embeddings()))
 
     def replacements(self, block: str) -> dict[str, Tensor]:
-        """What replaces a block's tensors where calibration is to compute what devices will; after the choice."""
+        """Return the tensors that replace a block's own so that calibration computes as devices do. Requires `run`."""
         floats = self._floats()
         kept = {n: linear for n, linear in self._load(block).items() if f"{block}.{n}" not in floats}
         return self._tensors(block, kept, self._compute.dtype)
 
     def block(self, block: str) -> QuantizedBlock:
-        """What is stored of a block; after `run`."""
+        """Return the tensors of a block that are stored. Requires `run`."""
         made = QuantizedBlock()
         for name, linear in self._load(block).items():
             if f"{block}.{name}" in self._floats():
@@ -132,7 +135,7 @@ class VisionQuantizer:
 
     @property
     def blocks(self) -> list[str]:
-        """The blocks that may hold int8 linears."""
+        """The blocks that can hold int8 linears."""
         return self._blocks
 
     # -- stages -----------------------------------------------------------------------------------------------------
@@ -160,7 +163,7 @@ class VisionQuantizer:
         return {name: self._tensors(block, {name: one}, torch.float32) for name, one in self._load(block).items()}
 
     def _choose(self, parts: Mapping[str, float]) -> dict[str, str]:
-        """Linears that keep floats, with the reason."""
+        """Return the linears that stay float, each with its reason."""
         reasons = {
             name: f"matches {pattern}" for name in parts for pattern in self._how.keep if fnmatchcase(name, pattern)
         }
@@ -208,7 +211,7 @@ class VisionQuantizer:
         }
 
     def _tensors(self, block: str, linears: Mapping[str, IntegerLinear], dtype: torch.dtype) -> dict[str, Tensor]:
-        """As `calibration.blocks.linear` and the norms take them."""
+        """Return the tensors in the form that `calibration.blocks.linear` and the norms take."""
         tensors: dict[str, Tensor] = {}
         for name, linear in linears.items():
             packed = linear.packed
@@ -220,7 +223,7 @@ class VisionQuantizer:
         return {name: tensor.to(self._compute.device) for name, tensor in tensors.items()}
 
     def _divided_norm(self, block: str, name: str, linear: IntegerLinear) -> dict[str, Tensor]:
-        """The norm before a linear after smoothing, in its stored type, by names in the block."""
+        """Return the norm before a linear after smoothing, in its stored type, by names within the block."""
         if linear.smoothing is None:
             return {}
         scale = torch.from_numpy(linear.smoothing)
@@ -230,7 +233,7 @@ class VisionQuantizer:
         }
 
     def _norm_vectors(self, block: str, norm: str | None) -> list[str]:
-        """Canonical names of a norm's weight and, where it has one, bias."""
+        """Return the canonical names of a norm's weight and of its bias where it has one."""
         names = [f"{block}.{norm}.{part}" for part in ("weight", "bias")] if norm else []
         return [name for name in names if self._checkpoint.has(name)]
 
@@ -240,6 +243,6 @@ def _linears(block: str) -> dict[str, str | None]:
 
 
 def cosines(expected: np.ndarray[Any, Any], found: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Cosine of each tile's embeddings [tiles, tokens, hidden], all its tokens as one vector."""
+    """Return the cosine of each tile's embeddings [tiles, tokens, hidden], with all tokens of a tile as one vector."""
     pairs = ((a.astype(np.float64).ravel(), b.astype(np.float64).ravel()) for a, b in zip(expected, found, strict=True))
     return np.array([a @ b / max(float(np.linalg.norm(a) * np.linalg.norm(b)), 1e-30) for a, b in pairs])

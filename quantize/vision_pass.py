@@ -1,7 +1,8 @@
-"""A resumable pass of tiles through tower and projector, block by block, one block in memory at a time.
+"""A resumable pass of tiles through the vision tower and projector, with one block in memory at a time.
 
-Hidden states lie in memory-mapped files. After each block the state is saved: a killed run continues with the block it
-was in. Those of a few tiles are kept for all blocks, for the way back (`sensitivity`). Knows nothing of rounding.
+Hidden states are memory-mapped files. The state is saved after each block, so a killed run continues with the block
+that it was in. The hidden states of a few probe tiles are kept for all blocks, for the backward pass (`sensitivity`).
+This module does not know rounding.
 """
 
 from __future__ import annotations
@@ -29,17 +30,21 @@ PROJECTOR = "projector"
 _BATCH = 4
 
 Progress = Callable[[int], object]
-# (block, statistics of its inputs): stores its own results, and may be called again for a block it has stored already.
+# Takes a block and the statistics of its inputs, and stores its own results. It can be called again for a block that it
+# has stored already.
 BlockHandler = Callable[[str, Mapping[str, InputStatistics]], None]
 
 
 def blocks_of(config: ModelConfig) -> list[str]:
-    """Canonical names of the tower's blocks that run, in order, and the projector."""
+    """Return the canonical names of the tower's blocks that are used, in order, and the projector."""
     return [*(f"vision.layers.{n}" for n in range(config.vision_layers_used)), PROJECTOR]
 
 
 def run_block(config: ModelConfig, block: str, weights: Weights, x: Tensor, observe: Observe) -> Tensor:
-    """float32 x [tiles, 1 + patches, hidden] through one block; the projector gives [tiles, tokens, decoder hidden]."""
+    """Run x [tiles, 1 + patches, hidden] float32 through one block.
+
+    The projector's output is [tiles, tokens, decoder hidden].
+    """
     if block == PROJECTOR:
         return project(weights, x, config, observe)
     return vision_block(weights, x, config.vision, observe)
@@ -47,12 +52,12 @@ def run_block(config: ModelConfig, block: str, weights: Weights, x: Tensor, obse
 
 @dataclass(frozen=True)
 class TileSample:
-    """Some of a calibration set's tiles.
+    """A sample of the tiles of a calibration set.
 
     Attributes:
         pixels: uint8 [tiles, S, S, 3].
-        owners: the sample each tile comes from.
-        probes: places among them of the few whose hidden states are kept for all blocks.
+        owners: the calibration sample that each tile comes from.
+        probes: indices of the few tiles whose hidden states are kept for all blocks.
     """
 
     pixels: NDArray[np.uint8]
@@ -61,7 +66,10 @@ class TileSample:
 
     @staticmethod
     def of(calibration: CalibrationSet, config: ModelConfig, most: int, probes: int) -> TileSample:
-        """At most `most` tiles of a set whose tiles still lie in its folder, evenly spaced; `probes` of these."""
+        """Choose at most `most` evenly spaced tiles, and `probes` of these.
+
+        The tiles must still be in the set's folder.
+        """
         owners = [name for name, count in zip(calibration.names, calibration.tiles, strict=True) for _ in range(count)]
         size = config.vision.image_size
         chosen = _evenly(len(owners), most)
@@ -80,7 +88,7 @@ def _evenly(count: int, most: int) -> NDArray[np.intp]:
 
 
 class VisionPass:
-    """One pass; `label` keeps the files of several passes in one work folder apart."""
+    """One pass. The `label` separates the files of several passes in one work folder."""
 
     def __init__(
         self,
@@ -104,10 +112,10 @@ class VisionPass:
 
     @torch.no_grad()
     def run(self, wanted: StatisticsRequest | None, handle: BlockHandler) -> None:
-        """Take every block: gather what is wanted (None for no statistics), let `handle` do its work.
+        """Run all blocks. For each, collect the statistics in `wanted` (None for no statistics) and call `handle`.
 
         Raises:
-            EdgeError: NaN or infinity, named by block, tensor and sample.
+            EdgeError: NaN or infinity; the message names block, tensor and sample.
         """
         state = f"vision-{self._label}.json"
         done = int((self._work.read_json(state) or {"blocks": 0})["blocks"])
@@ -120,15 +128,18 @@ class VisionPass:
             self._path(index).unlink(missing_ok=True)
 
     def embeddings(self) -> NDArray[np.float32]:
-        """What came out, [tiles, tokens, decoder hidden]; after `run`."""
+        """Return the projector's output [tiles, tokens, decoder hidden]. Call it after `run`."""
         return self._open(len(self._blocks), "r")
 
     def probes(self, index: int) -> NDArray[np.float32]:
-        """Input of block `index` for the probes, [probes, tokens, width]; behind the last, what came out."""
+        """Return the input of block `index` for the probe tiles, [probes, tokens, width].
+
+        An index one past the last block gives the projector's output.
+        """
         return np.asarray(np.load(self._work.path / self._probe_name(index)), np.float32)
 
     def remove_probes(self) -> None:
-        """Delete what was kept for the way back."""
+        """Delete the hidden states of the probe tiles."""
         for index in range(len(self._blocks) + 1):
             (self._work.path / self._probe_name(index)).unlink(missing_ok=True)
 
@@ -171,7 +182,7 @@ class VisionPass:
         return opened
 
     def _finish(self, index: int, out: NDArray[np.float32]) -> None:
-        """Probes first: where the file of all tiles is whole, theirs is."""
+        """Write the probes' file before the file of all tiles, so that it is complete whenever the other one exists."""
         np.save(self._work.path / self._probe_name(index), out[self._tiles.probes])
         out.flush()  # type: ignore[attr-defined]  # a memmap
         self._path(index).with_suffix(".new").replace(self._path(index))

@@ -1,8 +1,8 @@
-"""Synthetic pictures with questions and exact answers: what the demo model is trained and judged on.
+"""Synthetic pictures with questions and exact answers. The demo model is trained and evaluated on them.
 
-Three things share it: the training of the demo model, the built-in calibration set, and `evaluate --suite reader`.
-A sample is a function of (split, index, seed) alone. The splits differ by seed, by fonts and by words. Needs the extra
-`synthetic` (font packages), never torch.
+They have three uses: the training of the demo model, the built-in calibration set, and `evaluate --suite reader`. A
+sample depends only on (split, index, seed). The splits have different seeds, fonts and words. This package needs the
+extra `synthetic` (font packages), but not torch.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ _DRAW: dict[str, tuple[Callable[[random.Random, str, float], Picture], float]] =
     "receipt-zh": (documents.receipt_zh, 0.4),
     "scene-zh": (pictures.scene_zh, 0.4),
 }
-"""Each task's painter and its share of the stream."""
+"""The drawing function of each task, and its share of the stream."""
 
 TASKS: tuple[str, ...] = tuple(_DRAW)
 
 _UPSIDE = 1.4
-"""Largest scale: above it the tiling rule cuts a square page into four tiles instead of one."""
+"""The largest scale. Above it the tiling rule cuts a square page into four tiles instead of one."""
 
 
 @dataclass(frozen=True)
 class SyntheticSample:
-    """One picture, one question about it, the exact answer, and the task it belongs to (one of `TASKS`)."""
+    """One picture, one question about it, the exact answer, and its task (one of `TASKS`)."""
 
     image: Image.Image
     question: str
@@ -52,7 +52,10 @@ class SyntheticSample:
 
 
 def draw_picture(rng: random.Random, split: str, tasks: Sequence[str] | None = None) -> tuple[Picture, str]:
-    """A damaged picture with all its questions, and its task, drawn from `tasks` (default: all) by their shares."""
+    """Draw a damaged picture with all its questions. Return it with its task.
+
+    The task is drawn from `tasks` (default: all) by the tasks' shares.
+    """
     chosen = TASKS if tasks is None else tuple(tasks)
     unknown = [task for task in chosen if task not in _DRAW]
     if split not in SPLITS or unknown or not chosen:
@@ -66,10 +69,10 @@ def draw_picture(rng: random.Random, split: str, tasks: Sequence[str] | None = N
 
 
 def sample(split: str, index: int, seed: int = 0, tasks: Sequence[str] | None = None) -> SyntheticSample:
-    """SyntheticSample `index` of a split's endless stream; the same arguments give the same sample on every machine.
+    """Return SyntheticSample `index` of a split's endless stream.
 
-    `split` is train, validation or test; `tasks` restricts the stream (default: all). Raises EdgeError for an unknown
-    split or task and for a font package that is not installed.
+    Equal arguments give the same sample on every machine. `split` is train, validation or test. `tasks` restricts the
+    stream (default: all). Raises EdgeError for an unknown split or task and for a font package that is not installed.
     """
     rng = random.Random(f"{split}/{seed}/{index}")
     picture, task = draw_picture(rng, split, tasks)

@@ -1,7 +1,7 @@
 """Pages of text: signs, lines, labels, receipts and meter displays, with questions that only reading can answer.
 
 Each function draws one page at `scale` pixels per unit (a tile is 112 units wide) in fonts and words of `split` and
-returns a `Picture`. Undamaged: the caller rotates, blurs and compresses.
+returns a `Picture`. The page is undamaged: the caller rotates, blurs and compresses it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _MARGIN = 6.0
 _SIGN_COLOURS: tuple[Colour, ...] = ((20, 70, 150), (10, 110, 60), (170, 25, 30), (30, 30, 30), (90, 40, 110))
 
 
-# Fewer words of the lists in training, which would be known by heart before they could be read.
+# Training uses fewer words of the lists, because the model would memorize them before it could read them.
 _REAL = {"train": 0.4, "validation": 1.0, "test": 1.0}
 
 
 def word(rng: random.Random, split: str, name: str, max_length: int, real: float = 0.6) -> str:
-    """A word of the list `name`, or an invented one, of at most `max_length` letters."""
+    """Return a word of the list `name`, or an invented one, of at most `max_length` letters."""
     if rng.random() < real * _REAL[split]:
         candidates = [w for w in pool(name, split) if len(w) <= max_length]
         if candidates:
@@ -31,7 +31,7 @@ def word(rng: random.Random, split: str, name: str, max_length: int, real: float
 
 
 def chinese_word(rng: random.Random, split: str, name: str, max_length: int) -> str:
-    """A Chinese word of the list `name`, or a row of known characters."""
+    """Return a Chinese word of the list `name`, or a row of known characters."""
     candidates = [w for w in pool(name, split) if len(w) <= max_length]
     if candidates and rng.random() < 0.5 * _REAL[split]:
         return rng.choice(candidates)
@@ -39,12 +39,12 @@ def chinese_word(rng: random.Random, split: str, name: str, max_length: int) -> 
 
 
 def _shape(rng: random.Random, square: float) -> tuple[int, int]:
-    """Width and height in tiles: a square page with probability `square`, otherwise two tiles side by side."""
+    """Return width and height in tiles: a square page with probability `square`, otherwise two tiles side by side."""
     return (1, 1) if rng.random() < square else (2, 1)
 
 
 def _rows(rng: random.Random, page: Page, lines: list[str], face: Face, align: str, size: float, ink: Colour) -> None:
-    """Set `lines` over the page's height, each no larger than fits, with a little play in their positions."""
+    """Draw `lines` over the page's height, at a size that fits and with small random offsets."""
     pitch = (page.height - _MARGIN) / len(lines)
     size = min(size, pitch * 0.8)
     size = min(page.fit(line, face, size, page.width - 2 * _MARGIN) for line in lines)
@@ -59,7 +59,7 @@ def _rows(rng: random.Random, page: Page, lines: list[str], face: Face, align: s
 
 
 def sign(rng: random.Random, split: str, scale: float) -> Picture:
-    """One to three short lines on a coloured or plain plate. Answer: the words, joined by spaces."""
+    """Draw one to three short lines on a coloured or plain plate. The answer is the words, joined by spaces."""
     columns, rows = _shape(rng, 0.75)
     paper, ink = paper_and_ink(rng)
     if rng.random() < 0.5:
@@ -79,7 +79,7 @@ def sign(rng: random.Random, split: str, scale: float) -> Picture:
 
 
 def sign_zh(rng: random.Random, split: str, scale: float) -> Picture:
-    """The same with one or two lines of two to five Chinese characters."""
+    """Draw a sign with one or two lines of Chinese characters."""
     paper, ink = paper_and_ink(rng)
     if rng.random() < 0.5:
         paper, ink = rng.choice(_SIGN_COLOURS), (255, 255, 255)
@@ -102,7 +102,10 @@ def _page_line(rng: random.Random, split: str, length: int) -> str:
 
 
 def page(rng: random.Random, split: str, scale: float) -> Picture:
-    """Two to four unrelated lines: words, dates, prices, serial numbers. Asked: one of them, by its number."""
+    """Draw two to four unrelated lines: words, dates, prices, serial numbers.
+
+    A question asks for one, by its number.
+    """
     columns, rows = _shape(rng, 0.85)
     paper, ink = paper_and_ink(rng)
     sheet = Page(TILE * columns, TILE * rows, paper, scale)
@@ -131,7 +134,7 @@ def _field_value(rng: random.Random, split: str, field: str) -> str:
 
 
 def label(rng: random.Random, split: str, scale: float) -> Picture:
-    """Two to four `Field: value` lines. Asked: the value of one field."""
+    """Draw two to four `Field: value` lines. A question asks for the value of one field."""
     columns, rows = _shape(rng, 0.85)
     paper, ink = paper_and_ink(rng, 0.1)
     sheet = Page(TILE * columns, TILE * rows, paper, scale)
@@ -155,7 +158,7 @@ def _money(cents: int) -> str:
 
 
 def _receipt_layout(rng: random.Random) -> tuple[int, int, int, int]:
-    """Columns, rows of tiles, number of items, longest item name."""
+    """Return columns and rows of tiles, number of items, and the longest item name."""
     kind = rng.random()
     if kind < 0.55:
         return 1, 1, rng.randint(2, 3), 5
@@ -165,7 +168,7 @@ def _receipt_layout(rng: random.Random) -> tuple[int, int, int, int]:
 
 
 def _draw_receipt(rng: random.Random, page: Page, rows: list[tuple[str, str]], face: Face, ink: Colour) -> None:
-    """Names flush left, prices flush right, a rule above the total (the last row)."""
+    """Draw names flush left and prices flush right, with a rule above the total (the last row)."""
     pitch = (page.height - _MARGIN) / len(rows)
     gap = rng.uniform(6, 10) if page.width < 150 else rng.uniform(10, 60)
     room = page.width - 2 * _MARGIN
@@ -178,7 +181,7 @@ def _draw_receipt(rng: random.Random, page: Page, rows: list[tuple[str, str]], f
     for i, (left, right) in enumerate(rows):
         y = _MARGIN / 2 + pitch * (i + 0.5)
         page.text(_MARGIN, y, left, face, size, ink)
-        if page.width <= TILE:  # further away they are in different tiles, which do not see each other
+        if page.width <= TILE:  # on wider pages the two are in different tiles, which do not see each other
             page.bonds.append((_MARGIN + page.text_width(left, face, size) / 2, y, right))
         page.text(right_edge, y, right, face, size, ink, "rm")
     if rng.random() < 0.6:
@@ -221,17 +224,20 @@ def _receipt(rng: random.Random, split: str, scale: float, chinese: bool) -> Pic
     lines = [f"{left} {right}" for left, right in rows]
     drill = [(f"Read line {i}.", line) for i, line in enumerate(lines, 1)]
     drill += [(f"Which line is {name}?", str(i)) for i, name in enumerate(names, 1)]
-    drill += [(f"What is the value of {name}?", price) for name, price in rows[:-1]]  # as charts ask
+    drill += [(f"What is the value of {name}?", price) for name, price in rows[:-1]]  # the wording of charts
     return sheet.picture(questions, "\n".join(lines), drill)
 
 
 def receipt(rng: random.Random, split: str, scale: float) -> Picture:
-    """Items with prices and a total that is their sum. Asked: the total, one price, the dearest item."""
+    """Draw items with prices and their total.
+
+    The questions ask for the total, one price, and the most expensive item.
+    """
     return _receipt(rng, split, scale, chinese=False)
 
 
 def receipt_zh(rng: random.Random, split: str, scale: float) -> Picture:
-    """The same in Chinese."""
+    """Draw the same as `receipt`, in Chinese."""
     return _receipt(rng, split, scale, chinese=True)
 
 
@@ -242,7 +248,7 @@ _SEGMENTS = {
 
 
 def _seven_segments(page: Page, x: float, y: float, width: float, height: float, digit: str, ink: Colour) -> None:
-    """One digit of an LCD: a top, b and c right, d bottom, e and f left, g middle."""
+    """Draw one digit of an LCD: a top, b and c right, d bottom, e and f left, g middle."""
     gap, middle, bottom, right = height * 0.07, y + height / 2, y + height, x + width
     strokes = {
         "a": (x + gap, y, right - gap, y), "g": (x + gap, middle, right - gap, middle),
@@ -255,7 +261,10 @@ def _seven_segments(page: Page, x: float, y: float, width: float, height: float,
 
 
 def meter(rng: random.Random, split: str, scale: float) -> Picture:
-    """A display of two to four digits, in seven segments or in type, with its unit. Asked: the number shown."""
+    """Draw a display of two to four digits, in seven segments or in type, with its unit.
+
+    The question asks for the number.
+    """
     paper, ink = paper_and_ink(rng, 0.4)
     page_ = Page(TILE, TILE, paper, scale)
     digits = "".join(rng.choice("0123456789") for _ in range(rng.randint(2, 4)))

@@ -1,7 +1,7 @@
 """The typefaces of the synthetic pictures, one disjoint set per split.
 
-Every face ships in a Python package (extra ``synthetic``), so pictures are the same on every machine that has the same
-package versions. Knows nothing of words, layouts or tasks.
+Every face is in a Python package (extra ``synthetic``), so pictures are the same on every machine with the same package
+versions. This module does not know words, layouts or tasks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from internvl_edge.base.extras import install
 
 @dataclass(frozen=True)
 class Face:
-    """One font file: the distribution that ships it, the module it installs and the path inside that module."""
+    """One font file: the distribution that contains it, the module that it installs, and the path inside the module."""
 
     distribution: str
     module: str
@@ -73,7 +73,7 @@ CHINESE: dict[str, tuple[Face, ...]] = {
 
 @cache
 def font_path(face: Face) -> Path:
-    """Where the face's file is. Raises EdgeError, naming the package to install, when it is not there."""
+    """Return the path of the face's file. Raises EdgeError, naming the package to install, when the file is missing."""
     spec = find_spec(face.module)
     if spec is not None and spec.origin is not None:
         path = Path(spec.origin).parent / face.path
@@ -87,8 +87,11 @@ def font_path(face: Face) -> Path:
 
 @lru_cache(maxsize=4096)
 def load_font(face: Face, size: int) -> ImageFont.FreeTypeFont:
-    """The face at `size` pixels per em, with PIL's basic layout (no shaping library, so the same on every machine)."""
+    """Return the face at `size` pixels per em.
+
+    It uses PIL's basic layout without a shaping library, so that the result is the same on every machine.
+    """
     font = ImageFont.truetype(str(font_path(face)), size, layout_engine=ImageFont.Layout.BASIC)
-    if "wght]" in face.path:  # a variable font opens at its default, which for some families is the thinnest
+    if "wght]" in face.path:  # a variable font starts at its default, which for some families is the thinnest weight
         font.set_variation_by_name("Regular")
     return font

@@ -1,6 +1,6 @@
 """Bar charts and simple scenes: pictures whose questions need counting, comparing and colours as well as reading.
 
-The same contract as documents.py: one function draws one undamaged page and returns a `Picture`.
+Each function draws one undamaged page and returns a `Picture`, as in documents.py.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SHAPES_ZH = {"circle": "圆形", "square": "方形", "triangle": "三角形", "
 
 
 def _bars(rng: random.Random, split: str, count: int, longest: int) -> list[tuple[str, int]]:
-    """(name, value) of each bar; values differ enough to be told apart by height."""
+    """Return (name, value) of each bar. Values differ enough for their heights to be told apart."""
     names: list[str] = []
     while len(names) < count:
         name = word(rng, split, "names", longest, 0.7)
@@ -44,8 +44,10 @@ def _bars(rng: random.Random, split: str, count: int, longest: int) -> list[tupl
 
 
 def _draw_bars(rng: random.Random, split: str, page: Page, bars: list[tuple[str, int]], ink: Colour) -> None:
-    """Names below, values above; in half of the training charts values stand anywhere along their bars, most of them at
-    the foot: a partner is found next to a name long before it is found far away.
+    """Draw the bars with names below and values above.
+
+    In half of the training charts, values are at any height along their bars, most of them near the foot. The model
+    learns to find a value close to its name long before it finds one far away.
     """
     face = pick_face(rng, split, "a")
     pitch = (page.width - 6) / len(bars)
@@ -66,12 +68,15 @@ def _draw_bars(rng: random.Random, split: str, page: Page, bars: list[tuple[str,
             page.box(x - half, y - 8, x + half, y + 8, page.paper, None)
         page.text(x, y, str(value), face, value_size, ink, "mm")
         page.text(x, floor + 11, name, face, name_size, ink, "mm")
-        page.bonds += [(x + side, floor + 11, str(value)) for side in (-4, 4)]  # in both tokens that a name may be in
+        page.bonds += [(x + side, floor + 11, str(value)) for side in (-4, 4)]  # a name may be in either of two tokens
     page.line(3, floor, page.width - 3, floor, ink)
 
 
 def chart(rng: random.Random, split: str, scale: float) -> Picture:
-    """Three to five bars, each with a name below and its value above. Asked: a value, the tallest, the shortest."""
+    """Draw three to five bars, each with a name below and its value above.
+
+    The questions ask for a value, the tallest bar and the shortest bar.
+    """
     wide = rng.random() < 0.25
     paper, ink = paper_and_ink(rng, 0.08)
     page = Page(TILE * (2 if wide else 1), TILE, paper, scale)
@@ -103,14 +108,14 @@ def _draw_shape(page: Page, shape: str, x: float, y: float, radius: float, fill:
 
 
 def _scene_objects(rng: random.Random) -> list[tuple[str, str]]:
-    """One to six (colour, shape) pairs; few kinds, so that repeated ones have to be counted."""
+    """Return one to six (colour, shape) pairs. There are few kinds, so that repeated ones must be counted."""
     colours = rng.sample(list(COLOURS), rng.randint(1, 3))
     shapes = rng.sample(SHAPES, rng.randint(1, 3))
     return [(rng.choice(colours), rng.choice(shapes)) for _ in range(rng.randint(1, 6))]
 
 
 def _draw_scene(rng: random.Random, scale: float, objects: list[tuple[str, str]]) -> tuple[Page, list[int]]:
-    """The page, and each object's cell of the 3x3 grid, numbered in reading order."""
+    """Return the page, and each object's cell in the 3x3 grid, numbered in reading order."""
     light = rng.randint(215, 255)
     page = Page(TILE, TILE, (light, light, min(255, light + rng.randint(-8, 8))), scale)
     cells = rng.sample(range(9), len(objects))
@@ -127,7 +132,7 @@ def _plural(shape: str) -> str:
 
 
 def _asked_pair(rng: random.Random, objects: list[tuple[str, str]]) -> tuple[str, str]:
-    """A (colour, shape) to ask about: half the time one that is there, otherwise a near miss that is not."""
+    """Return a (colour, shape) to ask about: half the time one that is present, otherwise a similar one that is not."""
     if rng.random() < 0.5:
         return rng.choice(objects)
     present = {colour for colour, _ in objects} | {rng.choice(list(COLOURS))}
@@ -136,7 +141,10 @@ def _asked_pair(rng: random.Random, objects: list[tuple[str, str]]) -> tuple[str
 
 
 def _with_as_many_others(colours: list[str]) -> list[str]:
-    """These colours and as many more: those that follow the first, so that each is as often absent as there."""
+    """Return these colours and the same number of others, so that each colour is as often absent as present.
+
+    The others are those that follow the first of these colours.
+    """
     names = list(COLOURS)
     start = names.index(colours[0])
     others = [name for name in names[start:] + names[:start] if name not in colours]
@@ -144,7 +152,10 @@ def _with_as_many_others(colours: list[str]) -> list[str]:
 
 
 def scene(rng: random.Random, split: str, scale: float) -> Picture:
-    """Coloured shapes. Asked: how many of a shape or colour, the colour of a shape, whether a thing is there."""
+    """Draw coloured shapes.
+
+    The questions ask for the number of a shape or colour, the colour of a shape, and whether an object is present.
+    """
     objects = _scene_objects(rng)
     page, cells = _draw_scene(rng, scale, objects)
     counts = {shape: sum(s == shape for _, s in objects) for shape in SHAPES}
@@ -170,7 +181,7 @@ def scene(rng: random.Random, split: str, scale: float) -> Picture:
 
 
 def scene_zh(rng: random.Random, split: str, scale: float) -> Picture:
-    """The same in Chinese."""
+    """Draw the same as `scene`, with questions in Chinese."""
     objects = _scene_objects(rng)
     page, cells = _draw_scene(rng, scale, objects)
     shape = rng.choice(objects)[1]

@@ -1,7 +1,7 @@
-"""The words of the synthetic pictures, and which split each of them belongs to.
+"""The words of the synthetic pictures, and the split that each of them belongs to.
 
-A word's split is a function of its spelling alone (CRC-32), so a word read in the test stream was never drawn or asked
-for in training, whether it comes from a list or is made up. Knows nothing of fonts or layouts.
+A word's split depends only on its spelling (CRC-32). A word of the test stream is therefore never drawn or asked for in
+training, whether it comes from a list or is invented. This module does not know fonts or layouts.
 """
 
 from __future__ import annotations
@@ -88,13 +88,13 @@ _ENDINGS = ("", "", "", *_listed("n r s l t m nd rk st"))
 
 
 def split_of(word: str) -> str:
-    """The split that owns a word, by its spelling in lower case: 1/10 validation, 2/10 test, the rest training."""
+    """Return the split of a word, by its spelling in lower case: 1/10 validation, 2/10 test, the rest training."""
     bucket = crc32(word.lower().encode()) % 10
     return "validation" if bucket == 0 else "test" if bucket in (1, 2) else "train"
 
 
 def belonging(words: Sequence[str], split: str) -> tuple[str, ...]:
-    """Those of `words` that belong to `split`, in their order."""
+    """Return those of `words` that belong to `split`, in their order."""
     return tuple(word for word in words if split_of(word) == split)
 
 
@@ -112,15 +112,15 @@ _POOLS = {
 
 
 def pool(name: str, split: str) -> tuple[str, ...]:
-    """A list of real words of one split: items, places, names, items-zh or places-zh."""
+    """Return a list of real words of one split: items, places, names, items-zh or places-zh."""
     return _POOLS[name, split]
 
 
 def invented_word(rng: random.Random, split: str, max_length: int) -> str:
-    """A word that no dictionary holds, of 3 to `max_length` letters, owned by `split`: syllables.
+    """Return an invented word of 3 to `max_length` letters that belongs to `split`. It is made of syllables.
 
-    In training some are letters in any order, and some are begun as one real word and ended as another: real words
-    have letters side by side (tt, tch, mp) that syllables do not.
+    In training, some words are random letters, and some combine the beginning of one real word with the end of another,
+    because real words have letter pairs (tt, tch, mp) that syllables do not have.
     """
     while True:
         kind = rng.random() if split == "train" else 1.0
@@ -139,7 +139,7 @@ def invented_word(rng: random.Random, split: str, max_length: int) -> str:
 
 
 def invented_chinese(rng: random.Random, split: str, max_length: int) -> str:
-    """A row of 2 to `max_length` characters from the known characters, owned by `split`; it need not mean anything."""
+    """Return 2 to `max_length` of the known characters that belong to `split` as a word. It need not have a meaning."""
     while True:
         word = "".join(rng.choice(CHINESE_CHARACTERS) for _ in range(rng.randint(2, max_length)))
         if split_of(word) == split:
@@ -147,7 +147,7 @@ def invented_chinese(rng: random.Random, split: str, max_length: int) -> str:
 
 
 def code(rng: random.Random, split: str, length: int) -> str:
-    """A serial number such as `K7P-42X`, without characters that many fonts draw alike (0/O, 1/I)."""
+    """Return a serial number such as `K7P-42X`, without characters that look alike in many fonts (0/O, 1/I)."""
     while True:
         text = "".join(rng.choice(CODE_CHARACTERS) for _ in range(length))
         if length >= 5 and rng.random() < 0.5:

@@ -1,1 +1,1 @@
-"""A checkpoint folder in either published layout, read strictly: configuration, tensors, tokenizer files."""
+"""Read a checkpoint folder of either published layout strictly: configuration, tensors, tokenizer files."""

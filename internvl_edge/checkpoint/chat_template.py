@@ -1,7 +1,7 @@
-"""A native checkpoint's chat template, compared with the one this project writes, without ever running it.
+"""Check a native checkpoint's chat template against the one that this project writes, without running it.
 
-A Jinja template is code that comes with a checkpoint. What must hold is visible in its text: turns open with
-`<|im_start|>` and their role, an image is one `<IMG_CONTEXT>`, and no system turn is written on its own account.
+A Jinja template is code that comes with a checkpoint. The required properties are visible in its text: turns open with
+`<|im_start|>` and their role, an image is one `<IMG_CONTEXT>`, and the template does not add a system turn by itself.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _OWN_SYSTEM_TURN = "<|im_start|>system"
 
 
 def check_chat_template(folder: Path) -> None:
-    """Refuse a native checkpoint whose template would write other prompts than `internvl_native`.
+    """Check that a native checkpoint's template does not write other prompts than `internvl_native`.
 
-    A folder without a template passes: there is nothing that contradicts.
+    A folder without a template passes, because nothing contradicts.
 
     Raises:
-        CheckpointError: the template lacks a marker, adds a system turn of its own, or lies in a damaged file.
+        CheckpointError: the template lacks a marker, adds a system turn by itself, or is in a damaged file.
     """
     template = _read_template(folder)
     if template is None:

@@ -1,8 +1,8 @@
-"""Reads `config.json` of either published layout into a `ModelConfig`.
+"""Read `config.json` of either published layout into a `ModelConfig`.
 
-The only file that knows how configurations are spelled. Nothing is taken from class defaults (the published files and
-the class defaults of the original code disagree), and a value this project does not implement is an error that names
-the field.
+This is the only file that knows how configurations are spelled. No value is taken from class defaults, because the
+published files and the class defaults of the original code disagree. A value that this project does not implement is an
+error that names the field.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from .json_files import read_json
 
 TEMPLATES = ("internvl2_5",)
 NATIVE_TEMPLATE = "internvl_native"
-# transformers' InternVL projector and tile limits are constants of its classes, not fields of its configuration.
+# In transformers, InternVL's projector and tile limits are constants of its classes, not fields of its configuration.
 NATIVE_TILES = (1, 12)
 NATIVE_QK_NORM_EPS = 1e-6
 
 
 class Fields:
-    """One JSON object with a path for messages: `llm_config.hidden_size` is missing, rather than KeyError."""
+    """One JSON object with its path for messages: "`llm_config.hidden_size` is missing" instead of a KeyError."""
 
     def __init__(self, values: dict[str, Any], path: str = "") -> None:
         self.values = values
@@ -34,14 +34,14 @@ class Fields:
         return self.values.get(name) is not None
 
     def section(self, name: str) -> Fields:
-        """A nested object, which must be there."""
+        """Return a nested object, which must exist."""
         value = self.values.get(name)
         if not isinstance(value, dict):
             raise CheckpointError(f"config.json: {self.path}{name} is missing; is this an InternVL 2.5 checkpoint?")
         return Fields(value, f"{self.path}{name}.")
 
     def number(self, *names: str, default: float | None = None, positive: bool = True) -> Any:
-        """The first present field as int or float; `names` are spellings of the same thing."""
+        """Return the first present field as int or float. `names` are spellings of the same field."""
         value = next((self.values[n] for n in names if self.values.get(n) is not None), default)
         if value is None:
             raise CheckpointError(f"config.json: {self.path}{names[0]} is missing")
@@ -52,14 +52,14 @@ class Fields:
         return value
 
     def flag(self, name: str, default: bool | None = None) -> bool:
-        """A field that must be true or false."""
+        """Return a field that must be true or false."""
         value = self.values.get(name, default)
         if not isinstance(value, bool):
             raise CheckpointError(f"config.json: {self.path}{name} is {value!r}, expected true or false")
         return value
 
     def choice(self, name: str, allowed: Iterable[str], default: str | None = None) -> str:
-        """A field that must be one of the supported values."""
+        """Return a field that must be one of the supported values."""
         value = self.values.get(name, default)
         if value not in (options := tuple(allowed)):
             raise CheckpointError(f"config.json: {self.path}{name} is {value!r}, supported: {', '.join(options)}")
@@ -67,7 +67,7 @@ class Fields:
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """The model a checkpoint folder describes.
+    """Return the configuration of the model in a checkpoint folder.
 
     Raises:
         CheckpointError: no or broken `config.json`, or a field that is missing, contradictory or not supported.
@@ -173,7 +173,7 @@ def _decoder(fields: Fields, tie: bool) -> DecoderConfig:
     if fields.flag("use_sliding_window", default=False):
         raise CheckpointError(f"config.json: {fields.path}use_sliding_window is true, which is not supported")
     heads = fields.number("num_attention_heads")
-    # Qwen2 always has biases on q, k, v and never on o; the others say it in one flag for all four.
+    # Qwen2 always has biases on q, k, v and never on o. The other models have one flag for all four.
     bias = fields.flag({"internlm2": "bias"}.get(architecture, "attention_bias"), default=False)
     return DecoderConfig(
         architecture=architecture,
@@ -194,7 +194,10 @@ def _decoder(fields: Fields, tie: bool) -> DecoderConfig:
 
 
 def _rope(fields: Fields) -> RopeConfig:
-    """v4 files write `rope_theta` and `rope_scaling`, v5 files one object `rope_parameters`."""
+    """Read the rotary embedding.
+
+    v4 files have `rope_theta` and `rope_scaling`, v5 files one object `rope_parameters`.
+    """
     scaling = fields.values.get("rope_parameters") or fields.values.get("rope_scaling") or {}
     name = "rope_parameters" if "rope_parameters" in fields else "rope_scaling"
     rope = Fields(scaling, f"{fields.path}{name}.")
@@ -208,7 +211,7 @@ def _rope(fields: Fields) -> RopeConfig:
 
 
 def _check(config: ModelConfig) -> None:
-    """Contradictions between fields, found before any tensor is read."""
+    """Check for contradictions between fields, before any tensor is read."""
     vision, decoder = config.vision, config.decoder
     if abs(config.shuffle * config.downsample_ratio - 1) > 1e-9:
         raise CheckpointError(f"config.json: downsample_ratio {config.downsample_ratio} is not 1/n for a whole n")

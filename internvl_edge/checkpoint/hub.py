@@ -1,4 +1,4 @@
-"""CHECKPOINT is a folder or a hub id; this resolves it to a folder. A local folder never touches the network."""
+"""Resolve a CHECKPOINT argument (a folder or a hub id) to a folder. A local folder never causes network access."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from internvl_edge.base.extras import requires
 
 from .kv_scales import KV_CACHE_SCALES
 
-# Weights, configuration, tokenizer, and never pickles other than weight shards. The code files are a few kilobytes of
-# text that vLLM and transformers ask for in what `quantize` makes; nothing here runs them.
+# Weights, configuration, tokenizer, and no pickles other than weight shards. The code files are a few kilobytes of text
+# that vLLM and transformers need in the output of `quantize`. This project does not run them.
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.py", "merges.txt", "tokenizer.model", KV_CACHE_SCALES]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def resolve_checkpoint(text: str) -> Path:
-    """The folder of a checkpoint; a hub id such as `OpenGVLab/InternVL2_5-1B` is downloaded, with progress, resumable.
+    """Return the folder of a checkpoint. A hub id such as `OpenGVLab/InternVL2_5-1B` is downloaded.
+
+    The download shows its progress and is resumable.
 
     Raises:
         CheckpointError: neither a folder nor a hub id, the download failed, or the extra `hub` is not installed.
@@ -31,11 +33,11 @@ def resolve_checkpoint(text: str) -> Path:
 
 
 def resolve_configuration(text: str) -> Path:
-    """A folder with what says how a model is made, without its weights.
+    """Return a folder with a model's configuration. It may lack the weights.
 
     Args:
-        text: a checkpoint folder, its config.json, or a hub id, of which only that file and the cache's scales are
-            downloaded.
+        text: a checkpoint folder, its config.json, or a hub id. For a hub id, only config.json and the KV cache's
+            scales are downloaded.
 
     Raises:
         CheckpointError: as `resolve_checkpoint`.
@@ -47,7 +49,7 @@ def resolve_configuration(text: str) -> Path:
 
 
 def _local(text: str) -> Path | None:
-    """The folder that is meant, or None for a hub id."""
+    """Return the local folder, or None for a hub id."""
     folder = Path(text)
     if folder.exists():
         if not folder.is_dir():

@@ -10,10 +10,10 @@ from internvl_edge.base.errors import CheckpointError
 
 
 def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The object in one of a checkpoint's JSON files; `default`, where one is given, stands for a file that is absent.
+    """Return the object in one of a checkpoint's JSON files, or `default` (where one is given) if the file is absent.
 
     Raises:
-        CheckpointError: the file cannot be read, or holds something else.
+        CheckpointError: the file cannot be read, or does not hold an object.
     """
     if default is not None and not path.is_file():
         return default

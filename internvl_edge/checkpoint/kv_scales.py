@@ -1,9 +1,9 @@
-"""The scales of an int8 KV cache, calibrated once and carried beside a checkpoint's weights.
+"""The scales of an int8 KV cache. They are calibrated once and stored beside a checkpoint's weights.
 
-One scale per layer, KV head and channel. Keys enter the cache rotated, and a rotation mixes channel j with channel
-j + head_dim / 2 by an angle that depends on the position; both share one scale, taken from the largest length that the
-pair ever has, so that no position leaves the range. The file is not part of any other program's format, which all
-read the checkpoint as if it were not there.
+There is one scale per layer, KV head and channel. Keys enter the cache rotated. A rotation mixes channel j with channel
+j + head_dim / 2 by an angle that depends on the position. Both channels therefore share one scale, which comes from the
+largest length that the pair ever has, so that no position leaves the range. The file is not part of any other program's
+format. Other programs read the checkpoint as if the file did not exist.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from internvl_edge.model.config import DecoderConfig
 
 KV_CACHE_SCALES = "kv_cache_scales.npz"
 _LEVELS = 127
-# A channel that was always zero gets the scale of this range; what is divided by it stays finite in float16.
+# The range that a channel of zeros gets. It is large enough that division by its scale stays finite in float16.
 _SMALLEST_RANGE = 1e-3
 
 
 @dataclass(frozen=True)
 class KvScales:
-    """What the int8 numbers of a cache are multiplied with.
+    """The factors that turn the int8 values of a KV cache into numbers.
 
     Attributes:
-        key, value: [layers, kv_heads, head_dim] float32, positive; key scales are equal in both halves of a head.
+        key, value: [layers, kv_heads, head_dim] float32, positive. Key scales are equal in both halves of a head.
     """
 
     key: NDArray[np.float32]
@@ -37,7 +37,7 @@ class KvScales:
 
     @staticmethod
     def from_ranges(keys: NDArray[np.float32], values: NDArray[np.float32]) -> KvScales:
-        """Scales that reach the given magnitudes.
+        """Return scales with which int8 reaches the given magnitudes.
 
         Args:
             keys: [layers, kv_heads, head_dim / 2], the largest length of each rotated pair.
@@ -48,15 +48,15 @@ class KvScales:
         return KvScales(key, value)
 
     def write(self, folder: Path) -> None:
-        """Put the file into a checkpoint folder."""
+        """Write the file into a checkpoint folder."""
         np.savez(folder / KV_CACHE_SCALES, key=self.key, value=self.value)
 
     @staticmethod
     def read(folder: Path, decoder: DecoderConfig) -> KvScales | None:
-        """The scales of a checkpoint folder, None where it has none.
+        """Return the scales of a checkpoint folder, or None where it has none.
 
         Raises:
-            CheckpointError: a file that is damaged or belongs to another model.
+            CheckpointError: the file is damaged or belongs to another model.
         """
         path = folder / KV_CACHE_SCALES
         if not path.is_file():

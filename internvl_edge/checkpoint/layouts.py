@@ -1,8 +1,9 @@
-"""Which tensors a model has, and what each checkpoint layout calls them. Data, and the lookup over it.
+"""The tensors that a model has, and their names in each checkpoint layout: tables, and the lookup in them.
 
 Canonical names are those of the original vision tower below `vision.`, and of transformers' Qwen2 below `decoder.`:
 `vision.layers.0.attn.qkv.weight`, `projector.fc1.bias`, `decoder.layers.0.self_attn.q_proj.weight`,
-`decoder.lm_head.weight`. In the tables `#` stands for the layer's number; `.weight` and `.bias` are carried over.
+`decoder.lm_head.weight`. In the tables, `#` stands for the layer's number. `.weight` and `.bias` are appended
+unchanged.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from internvl_edge.model.config import DecoderConfig, ModelConfig, VisionConfig
 
 @dataclass(frozen=True)
 class Source:
-    """Where one canonical tensor lies: one stored tensor, several joined along the rows, or one part of a fused one.
+    """Where one canonical tensor is stored: as one tensor, as several joined along the rows, or as part of a fused one.
 
     `part` is "query", "key" or "value" of a fused `wqkv`, whose rows are [G query heads | 1 key | 1 value] per KV head.
     """
@@ -101,7 +102,8 @@ _DECODERS = {
     ("native", "llama"): _LLAMA,
 }
 
-# transformers writes the native layout with or without its inner `model.`; (written, as in the tables above).
+# transformers writes the native layout with or without its inner `model.`. Each entry is (written prefix, prefix in the
+# tables above).
 NATIVE_PREFIXES = (
     ("model.vision_tower.", "vision_tower."),
     ("model.multi_modal_projector.", "multi_modal_projector."),
@@ -109,17 +111,17 @@ NATIVE_PREFIXES = (
     ("lm_head.", "language_model.lm_head."),
 )
 
-# Buffers that old files carry and no computation needs.
+# Buffers that old files hold and that no computation needs.
 LEFTOVERS = re.compile(r"(\.rotary_emb\.inv_freq|\.rotary_emb\.(cos|sin)_cached|\.embeddings\.position_ids)$")
 
 
 def supported(config: ModelConfig) -> bool:
-    """Whether this text model exists in this layout (InternLM2 does not exist natively)."""
+    """Return whether this text model exists in this layout (InternLM2 does not exist natively)."""
     return (config.layout, config.decoder.architecture) in _DECODERS
 
 
 def tensor_source(config: ModelConfig, name: str) -> Source:
-    """Where the canonical tensor `name` is stored in checkpoints of this configuration's layout."""
+    """Return where the canonical tensor `name` is stored in checkpoints of this configuration's layout."""
     module, dot, parameter = name.rpartition(".")
     if parameter not in ("weight", "bias"):
         module, dot, parameter = name, "", ""
@@ -131,16 +133,16 @@ def tensor_source(config: ModelConfig, name: str) -> Source:
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the model by canonical name, with its shape; linears are [out, in]."""
+    """Return the shape of every tensor of the model by canonical name. Linears are [out, in]."""
     return _vision_shapes(config.vision) | _projector_shapes(config) | _decoder_shapes(config.decoder)
 
 
 def linear_names(config: ModelConfig, *parts: str) -> list[str]:
-    """The linears that compute, by canonical name: of decoder, tower and projector, without blocks that are not used.
+    """Return the canonical names of the linears of decoder, tower and projector, without blocks that are not used.
 
     Args:
         config: the model.
-        parts: beginnings of names ("decoder.layers.", "vision."); none for all.
+        parts: prefixes of names ("decoder.layers.", "vision."); none for all.
     """
     unused = range(config.vision_layers_used, config.vision.num_hidden_layers)
     left_out = ("decoder.embed_tokens.", *(f"vision.layers.{layer}." for layer in unused))

@@ -1,7 +1,7 @@
-"""Which stored tensors stand for one quantized linear in each format, what shapes they must have, and their numbers.
+"""Find, check and read the stored tensors of one quantized linear, in each format.
 
-The stored tensors decide which layers are quantized: `ignore` and `modules_to_not_convert` are absent in many published
-configurations. Knows nothing about models.
+The stored tensors decide which layers are quantized, because `ignore` and `modules_to_not_convert` are absent in many
+published configurations. This module does not know models.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _FIRST = {autoawq.METHOD: "qweight", compressed_tensors.METHOD: "weight_packed"}
 
 @dataclass(frozen=True)
 class _Need:
-    """One tensor that must be there: last name, shape, possible dtypes."""
+    """One required tensor: the last part of its name, its shape, its possible dtypes."""
 
     name: str
     shape: tuple[int, ...]
@@ -33,12 +33,12 @@ class _Need:
 
 
 def is_packed(stored: Mapping[str, StoredTensor], module: str) -> bool:
-    """Whether a module's weight is stored packed, in any of the formats."""
+    """Return whether a module's weight is stored packed, in any of the formats."""
     return _is_integer(stored, module) or any(f"{module}.{first}" in stored for first in _FIRST.values())
 
 
 def _is_integer(stored: Mapping[str, StoredTensor], module: str) -> bool:
-    """Whether a module's weight is stored as int8 numbers, one to a byte."""
+    """Return whether a module's weight is stored as int8, one value per byte."""
     weight = stored.get(f"{module}.weight")
     return weight is not None and weight.dtype == "I8"
 
@@ -46,11 +46,11 @@ def _is_integer(stored: Mapping[str, StoredTensor], module: str) -> bool:
 def check_packed(
     quantization: Quantization, stored: Mapping[str, StoredTensor], module: str, shape: tuple[int, int]
 ) -> tuple[Scheme, list[str]]:
-    """The scheme of a module whose weight is [out, in] = `shape`, and its stored names.
+    """Return the scheme of a module whose weight is [out, in] = `shape`, and its stored names.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape or dtype than its scheme needs (named), or the group
-        size does not divide the inputs.
+            size does not divide the inputs.
     """
     scheme = _scheme_of(quantization, stored, module, shape)
     check_group_size(module, shape[1], scheme)
@@ -71,7 +71,11 @@ def check_packed(
 
 
 def check_group_size(module: str, inputs: int, scheme: Scheme) -> None:
-    """Raise CheckpointError, naming the layer and the sizes that fit, where groups do not divide the inputs."""
+    """Check that groups divide the inputs.
+
+    Raises:
+        CheckpointError: they do not; the message names the layer and the sizes that fit.
+    """
     if scheme.group_size is not None and inputs % scheme.group_size:
         fitting = [str(size) for size in GROUP_SIZES if inputs % size == 0]
         raise CheckpointError(
@@ -83,10 +87,10 @@ def check_group_size(module: str, inputs: int, scheme: Scheme) -> None:
 def read_packed(
     quantization: Quantization, stored: Mapping[str, StoredTensor], module: str, scheme: Scheme
 ) -> PackedLinear:
-    """The numbers of a module that `check_packed` has accepted.
+    """Read a module that `check_packed` has accepted.
 
     Raises:
-        CheckpointError: a scale is NaN or infinite, or `weight_shape` says something else than the other tensors.
+        CheckpointError: a scale is NaN or infinite, or `weight_shape` contradicts the other tensors.
     """
 
     def read(name: str) -> np.ndarray[Any, Any]:
@@ -101,7 +105,7 @@ def read_packed(
         shape = read("weight_shape")
         words = -(-int(shape[1]) * scheme.bits // 32)
         if (int(shape[0]), words) != stored[f"{module}.weight_packed"].shape:
-            raise CheckpointError(f"tensor {module}.weight_shape holds {shape.tolist()}, which its weight is not")
+            raise CheckpointError(f"tensor {module}.weight_shape holds {shape.tolist()}, unlike its weight's shape")
         zeros = None if scheme.symmetric else read("weight_zero_point")
         linear = compressed_tensors.unpack(read("weight_packed"), read("weight_scale"), shape, scheme.bits, zeros)
     if not np.isfinite(linear.scale).all():
@@ -120,7 +124,7 @@ def _check_input_scale(module: str, linear: PackedLinear) -> None:
 def _scheme_of(
     quantization: Quantization, stored: Mapping[str, StoredTensor], module: str, shape: tuple[int, int]
 ) -> Scheme:
-    """The first scheme that fits the packed weight's width, its scales and whether there are zero points."""
+    """Return the first scheme that fits the packed weight's width, its scales, and the presence of zero points."""
     if W8A8 in quantization.schemes and _is_integer(stored, module):
         return W8A8
     first = stored.get(f"{module}.{_FIRST[quantization.method]}")

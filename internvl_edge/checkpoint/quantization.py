@@ -1,6 +1,6 @@
-"""What a checkpoint says of its own quantization, and which quantizations are refused, with the reason.
+"""Read how a checkpoint is quantized, and refuse unsupported quantizations with the reason.
 
-Knows `quantization_config` in the places where published checkpoints have it; the packing itself is in `codecs`.
+This module knows the places of `quantization_config` in published checkpoints. The packing itself is in `codecs`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from internvl_edge.model.linear import Scheme
 
 from .codecs import autoawq, compressed_tensors
 
-# Towers from this size on (InternViT-6B: 3200 wide, 45 deep; InternViT-300M: 1024 wide, 24 deep).
+# From this size on a vision tower counts as large (InternViT-6B: 3200 wide, 45 deep; InternViT-300M: 1024 wide, 24
+# deep).
 LARGE_TOWER_WIDTH = 3200
 LARGE_TOWER_DEPTH = 45
 
 _CODECS = {autoawq.METHOD: autoawq, compressed_tensors.METHOD: compressed_tensors}
-# Where configurations of models stand inside config.json; "" is the top level.
+# The sections of config.json that can hold a model's configuration; "" is the top level.
 _SECTIONS = ("", "llm_config", "text_config", "vision_config")
-# What stands before a regular expression where modules are named.
+# The prefix of a regular expression in a list of module names.
 _REGULAR = "re:"
 _BNB_METHOD = re.compile(r"bitsandbytes|bnb")
 _BNB_FLAG = re.compile(r"_?load_in_[48]bit|bnb_.*|llm_int8_.*")
@@ -37,10 +38,9 @@ class Quantization:
 
     Attributes:
         method: "awq" or "compressed-tensors".
-        schemes: all that occur.
-        targets: for each scheme the modules that config.json names: stored names, `re:` and a regular expression, or
-            "Linear".
-        ignore: modules that keep floats, written the same way.
+        schemes: all schemes that occur.
+        targets: for each scheme its modules in config.json: stored names, `re:` and a regular expression, or "Linear".
+        ignore: modules that stay float, in the same notation.
     """
 
     method: str
@@ -49,10 +49,12 @@ class Quantization:
     ignore: tuple[str, ...] = field(default=(), compare=False)
 
     def named_scheme(self, names: Iterable[str]) -> Scheme | None:
-        """What config.json says of a module; None for floats. Stored tensors, where there are any, know better.
+        """Return the scheme that config.json names for a module, or None for floats.
+
+        Stored tensors, where there are any, are more reliable.
 
         Args:
-            names: what the module may be called, the most specific first.
+            names: the names that the module can have, the most specific first.
         """
         names = list(names)
         if any(_matches(pattern, name) for pattern in self.ignore for name in names):
@@ -62,7 +64,7 @@ class Quantization:
 
 
 def read_quantization(config: Mapping[str, Any], vision: VisionConfig) -> Quantization | None:
-    """The quantization that the content of a `config.json` describes; None for float weights.
+    """Return the quantization that the content of a `config.json` describes, or None for float weights.
 
     Raises:
         CheckpointError: bitsandbytes, another method or packing that is not supported, or two contradictory ones.
@@ -90,12 +92,12 @@ def refuse_bitsandbytes_tensors(names: Iterable[str], vision: VisionConfig) -> N
 
 
 def is_large_tower(vision: VisionConfig) -> bool:
-    """Whether a vision tower is of the 6B kind, by its sizes."""
+    """Return whether a vision tower has the size of the 6B kind."""
     return vision.hidden_size >= LARGE_TOWER_WIDTH or vision.num_hidden_layers >= LARGE_TOWER_DEPTH
 
 
 def bitsandbytes_refusal(found: str, vision: VisionConfig) -> str:
-    """The message for bitsandbytes weights or flags: why not, and what to use instead."""
+    """Return the error message for bitsandbytes weights or flags: the reason, and what to use instead."""
     if is_large_tower(vision):
         return (
             f"{found} is bitsandbytes, with which a vision tower of this size ({vision.hidden_size} wide, "

@@ -1,7 +1,7 @@
-"""A checkpoint folder as canonical tensors: strict about what is there, lazy about reading it.
+"""Open a checkpoint folder as canonical tensors. All tensors are checked at once and read only when needed.
 
-Every stored tensor is either used or named in an error, and so is every tensor that is missing or has another shape.
-Nothing here executes code that comes with a checkpoint.
+Every stored tensor is either used or named in an error. A tensor that is missing or has another shape is named in an
+error too. Code that comes with a checkpoint is never run.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class Checkpoint:
     """An InternVL 2.5 checkpoint in either layout, with float weights or quantized ones.
 
     Attributes:
-        folder: where it lies.
-        config: what its `config.json` says.
-        shapes: canonical tensor name -> shape, all tensors of the model.
-        quantization: how linears are packed, None for float weights.
+        folder: the folder of the checkpoint.
+        config: the contents of `config.json`.
+        shapes: canonical tensor name -> shape, for all tensors of the model.
+        quantization: how linears are packed; None for float weights.
         schemes: canonical name of each quantized linear (without `.weight`) -> how it is rounded.
-        kv_scales: of an int8 KV cache, None for one of floats.
+        kv_scales: the scales of an int8 KV cache; None for a float cache.
 
     Raises:
         CheckpointError: from the constructor, when files, configuration and tensors do not fit together.
@@ -61,10 +61,10 @@ class Checkpoint:
         self._check()
 
     def tensor(self, name: str) -> np.ndarray[Any, Any]:
-        """One tensor by canonical name in its stored dtype (float32, float16 or bfloat16), shape as in `shapes`.
+        """Return one tensor by canonical name in its stored dtype (float32, float16 or bfloat16), shape as in `shapes`.
 
-        A view of the mapped file where the layout allows it; joined or cut out of a fused tensor otherwise. A quantized
-        weight comes as the float32 numbers that its integers stand for.
+        It is a view of the mapped file where the layout allows it. Otherwise it is joined from several tensors or cut
+        out of a fused one. A quantized weight is returned as the float32 values that its integers stand for.
         """
         packed = self.linear(name.removesuffix(".weight")) if name.endswith(".weight") else None
         if packed is not None:
@@ -77,9 +77,10 @@ class Checkpoint:
         return array.reshape(self.shapes[name])
 
     def linear(self, name: str) -> PackedLinear | None:
-        """A quantized linear by canonical module name, its bias included; None where the weight is stored as floats.
+        """Return a quantized linear by canonical module name, with its bias. Return None where the weight is float.
 
-        Query, key and value of a fused `wqkv` are rows of what was quantized together, and keep its numbers.
+        Query, key and value of a fused `wqkv` were quantized together. They are returned as rows of it, with the same
+        integers and scales.
         """
         if name not in self.schemes:
             return None
@@ -91,31 +92,34 @@ class Checkpoint:
         return replace(linear, bias=self.tensor(bias)) if self.has(bias) else linear
 
     def has(self, name: str) -> bool:
-        """Whether the model has this tensor (biases and norms differ between variants)."""
+        """Return whether the model has this tensor (biases and norms differ between variants)."""
         return name in self.shapes
 
     @property
     def parameters(self) -> int:
-        """Number of weights in the model."""
+        """The number of weights in the model."""
         return sum(int(np.prod(shape)) for shape in self.shapes.values())
 
     def stored_dtypes(self) -> dict[str, int]:
-        """How many stored tensors have each dtype, most frequent first."""
+        """Return how many stored tensors have each dtype, most frequent first."""
         kinds = [tensor.dtype for tensor in self._stored.values()]
         return {kind: kinds.count(kind) for kind in sorted(set(kinds), key=kinds.count, reverse=True)}
 
     def float_type(self) -> tuple[str, int]:
-        """The most frequent type of float tensors ("bfloat16") and its bits."""
+        """Return the most frequent type of float tensors ("bfloat16") and its bits."""
         return next(_FLOAT_TYPES[name] for name in self.stored_dtypes() if name in _FLOAT_TYPES)
 
     def components(self) -> tuple[Component, ...]:
-        """Sizes of the model's parts as they lie on disk."""
+        """Return the sizes of the model's parts on disk."""
         dtype, bits = self.float_type()
         tied = self.config.decoder.tie_word_embeddings
         return components(self.shapes, self.schemes, dtype, bits, bits, tied=tied)
 
     def _read_packed(self, weights: tuple[str, ...], scheme: Scheme) -> PackedLinear:
-        """What the stored weights hold together; the last one read is kept, as its parts are asked for in a row."""
+        """Return the packed linear in the stored weights.
+
+        The last one is kept, because callers read the parts of a fused linear one after another.
+        """
         assert self.quantization is not None
         if self._last_packed is None or self._last_packed[0] != weights:
             modules = [name.removesuffix(".weight") for name in weights]
@@ -134,7 +138,7 @@ class Checkpoint:
         return name in self._stored or is_packed(self._stored, name.removesuffix(".weight"))
 
     def _part_of_fused(self, array: np.ndarray[Any, Any], part: str) -> np.ndarray[Any, Any]:
-        """Rows of one part of a fused wqkv: [kv heads, G queries + key + value, head_dim, ...]."""
+        """Return the rows of one part of a fused wqkv: [kv heads, G queries + key + value, head_dim, ...]."""
         decoder = self.config.decoder
         groups = decoder.num_query_groups
         heads = array.reshape(decoder.num_key_value_heads, groups + 2, decoder.head_dim, *array.shape[1:])
@@ -142,7 +146,7 @@ class Checkpoint:
         return heads[:, rows]
 
     def _stored_shape(self, name: str) -> tuple[tuple[str, ...], list[tuple[int, ...]]]:
-        """The stored names behind a canonical tensor and the shape each must have."""
+        """Return the stored names of a canonical tensor and the shape that each must have."""
         source, shape = self._sources[name], self.shapes[name]
         if source.part is not None:
             decoder = self.config.decoder
@@ -188,7 +192,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder}: {error}") from None
         refuse_vision_bits(name, scheme)
         if self.schemes.setdefault(name, scheme) != scheme:
-            raise CheckpointError(f"{self.folder}: {module} is quantized unlike the layers it is one with")
+            raise CheckpointError(f"{self.folder}: {module} is quantized unlike the layers that are fused with it")
         return used
 
     def _check_one(self, stored: str, shape: tuple[int, ...]) -> None:

@@ -1,6 +1,6 @@
-"""How a checkpoint was quantized, in `quantization.json`: written by `quantize`, carried by bundles, shown by reports.
+"""The record of how a checkpoint was quantized (`quantization.json`).
 
-What is not known is None, and what would show it is left out.
+`quantize` writes it, bundles carry it, and reports show it. An unknown value is None, and reports then omit it.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ RECORD = "quantization.json"
 
 @dataclass(frozen=True)
 class ActivationRange:
-    """What the input of a linear looks like over calibration tokens, before smoothing.
+    """The range of a linear's input over calibration tokens, before smoothing.
 
     Attributes:
         largest: the largest |x|.
         p9999: the 99.99th percentile of |x|.
-        typical: the median over channels of each channel's largest |x|; outliers stand out against it.
-        clipped_at: the largest |x| that static int8 inputs represent, after smoothing; None where inputs stay floats.
+        typical: the median over channels of each channel's largest |x|. Outliers are large compared with it.
+        clipped_at: the largest |x| that static int8 inputs represent, after smoothing; None where inputs stay float.
         channels: (channel, its largest |x|) of the few channels with the largest values, largest first.
     """
 
@@ -39,19 +39,19 @@ class ActivationRange:
 
 @dataclass(frozen=True)
 class LinearReport:
-    """One linear layer of a quantized checkpoint, or one that was to be quantized and kept its floats.
+    """One linear layer of a quantized checkpoint. It is quantized, or it was considered and stays float.
 
     Attributes:
         name: canonical, without `.weight`: "decoder.layers.3.mlp.down_proj".
-        dtype: of floats, or of the scales: "bfloat16".
+        dtype: type of the float weights or of the scales: "bfloat16".
         scheme: how its weights are rounded; None for floats.
-        bits_per_weight: scales and zero points included.
+        bits_per_weight: including scales and zero points.
         error: relative output error on calibration tokens, sqrt(|Y' - Y|^2 / |Y|^2).
-        sqnr_db: the same in decibels, -20 log10(error).
-        cosine: between the outputs Y' and Y, all tokens as one vector.
+        sqnr_db: the same error in decibels, -20 log10(error).
+        cosine: cosine between the outputs Y' and Y, with all tokens as one vector.
         part: its share of the error that is predicted for the whole model (of the image embeddings, or of the KL).
-        reason: why it got what it got, where that was a choice.
-        inputs: of its activations.
+        reason: why its precision was chosen, where there was a choice.
+        inputs: the range of its input.
     """
 
     name: str
@@ -67,13 +67,13 @@ class LinearReport:
 
     @property
     def stored(self) -> str:
-        """How it is stored, for people: "int4 in groups of 128, symmetric", "bfloat16"."""
+        """A readable description of how it is stored: "int4 in groups of 128, symmetric", "bfloat16"."""
         return str(self.scheme or self.dtype)
 
 
 @dataclass(frozen=True)
 class TowerReport:
-    """An int8 vision tower against the float one, on calibration tiles: cosines of a tile's embeddings."""
+    """A comparison of an int8 vision tower with the float one, on calibration tiles: cosines of a tile's embeddings."""
 
     tiles: int
     cosine: float
@@ -83,20 +83,20 @@ class TowerReport:
 
 @dataclass(frozen=True)
 class QuantizationRecord:
-    """How a checkpoint was quantized.
+    """The record of how a checkpoint was quantized.
 
     Attributes:
-        checkpoint: name of the folder it was made from.
-        recipe: as values.
-        samples, tokens, image_tokens: of the calibration set; 0 without data.
+        checkpoint: name of the original folder.
+        recipe: the recipe as JSON values.
+        samples, tokens, image_tokens: sizes of the calibration set; 0 without data.
         broken: items of the data that were skipped.
-        weights: file name -> bytes of the checkpoint that was made; ties this to it.
+        weights: file name -> bytes of the new checkpoint's weight files. They tie the record to the checkpoint.
         components: sizes of its parts.
-        linears: what was quantized or was to be.
-        tower: where it is int8.
-        bits_per_weight: of the decoder's layers on average, as devices hold them.
+        linears: the linears that were quantized, or were considered and stay float.
+        tower: the comparison of the vision tower, where it is int8.
+        bits_per_weight: average over the decoder's layers, as devices hold them.
         predicted_kl: in nats, where precision was chosen by sensitivity.
-        run: of the quantizer.
+        run: when, where and how long the quantizer ran.
     """
 
     checkpoint: str
@@ -115,12 +115,15 @@ class QuantizationRecord:
 
 
 def weight_files(checkpoint: Path) -> dict[str, int]:
-    """Name and bytes of a checkpoint's weight files."""
+    """Return the names and sizes in bytes of a checkpoint's weight files."""
     return {path.name: path.stat().st_size for path in sorted(checkpoint.glob("*.safetensors"))}
 
 
 def read_record(checkpoint: Path) -> QuantizationRecord | None:
-    """How a checkpoint was quantized; None without a record, or with one of other weights or of another version."""
+    """Return the record of a checkpoint.
+
+    Return None without a record, or with one of other weights or another version.
+    """
     try:
         record = decode(QuantizationRecord, json.loads((checkpoint / RECORD).read_text(encoding="utf-8")))
     except (OSError, ValueError):

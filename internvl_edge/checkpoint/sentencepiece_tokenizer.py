@@ -1,7 +1,8 @@
-"""InternLM2's sentencepiece model becomes a `tokenizer.json`, proven against sentencepiece before anyone uses it.
+"""Convert InternLM2's sentencepiece model to a `tokenizer.json`, and verify the result against sentencepiece.
 
-Knows byte-pair sentencepiece models with byte fallback. Method: sentencepiece merges whichever neighbours form the
-piece of the best score, so the merges are all splits of every piece into two pieces, ranked by the score of the whole.
+This module knows byte-pair sentencepiece models with byte fallback. Method: sentencepiece merges those neighbours that
+form the piece with the best score. The merges are therefore all splits of every piece into two pieces, ranked by the
+score of the whole piece.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ _EXPECTED = {
     "escape_whitespaces": ("normalizer_spec", True),
     "precompiled_charsmap": ("normalizer_spec", b""),
 }
-# sentencepiece never uses a piece that is a NUL and writes the byte instead. It keeps its id under a name that no text
-# reaches (no merge forms it) and that the runtime still reads as a byte.
+# sentencepiece never uses a piece that is a NUL and writes the byte instead. The piece keeps its id here, under a name
+# that no text reaches (no merge forms it) and that the runtime still reads as a byte.
 _NUL, _NUL_NAME = "\0", "<0x0>"
 
 
 def convert_sentencepiece(path: Path, added: list[dict[str, Any]], bos: bool) -> dict[str, Any]:
-    """The `tokenizer.json` values of a `tokenizer.model`, `added` tokens included; `bos` puts `<s>` in front.
+    """Return the `tokenizer.json` values of a `tokenizer.model`, including the `added` tokens.
+
+    `bos` puts `<s>` in front.
 
     Raises:
         CheckpointError: damaged file, or an unsupported kind of model.
@@ -41,7 +44,7 @@ def convert_sentencepiece(path: Path, added: list[dict[str, Any]], bos: bool) ->
     pieces = [piece.piece for piece in model.pieces]
     for token in added:
         if token["id"] < len(pieces):
-            pieces[token["id"]] = token["content"]  # placeholders of the vocabulary that became special tokens
+            pieces[token["id"]] = token["content"]  # placeholders in the vocabulary that became special tokens
     bos_id = model.trainer_spec.bos_id
     vocab = {piece: index for index, piece in enumerate(pieces)}
     if len(vocab) != len(pieces):
@@ -93,7 +96,7 @@ def _read_model(path: Path) -> Any:
 
 
 def _begin_with(token: str, token_id: int) -> dict[str, Any]:
-    """The post-processor that puts one token in front of a text."""
+    """Return the post-processor that puts one token in front of a text."""
     first = {"SpecialToken": {"id": token, "type_id": 0}}
     return {
         "type": "TemplateProcessing",
@@ -104,7 +107,7 @@ def _begin_with(token: str, token_id: int) -> dict[str, Any]:
 
 
 def _merges(model: Any, taken: set[int]) -> list[tuple[str, str]]:
-    """Every split of a piece into two pieces, best score of the whole first; `taken` ids are special tokens now."""
+    """Return every split of a piece into two pieces, best score of the whole first. `taken` ids are special tokens."""
     scores = {
         piece.piece: piece.score
         for index, piece in enumerate(model.pieces)
@@ -120,9 +123,10 @@ def _merges(model: Any, taken: set[int]) -> list[tuple[str, str]]:
 
 
 def verify_conversion(path: Path, definition: dict[str, Any], text: str) -> None:
-    """Compare ids and decoded text with sentencepiece itself, on the samples and on every piece as a text of its own.
+    """Compare ids and decoded text with sentencepiece itself, on the samples and on every piece as its own text.
 
-    The reference is the checkpoint's slow tokenizer: special tokens are cut out first, sentencepiece encodes the rest.
+    The reference is the checkpoint's slow tokenizer: it cuts out special tokens first, and sentencepiece encodes the
+    rest.
 
     Raises:
         CheckpointError: the first text that differs.

@@ -1,7 +1,7 @@
-"""The weight files of a checkpoint folder: safetensors read and written, `.bin` read without unpickling.
+"""Read and write the weight files of a checkpoint folder: safetensors, and `.bin` without unpickling (read only).
 
-Knows files and bytes only, nothing about models. Arrays that are read are views of the mapped files; nothing is read
-until it is used. What is written is written one tensor at a time: the header is known before any tensor is read.
+This module knows only files and bytes. It does not know models. Arrays are views of the mapped files, and nothing is
+read until it is used. Tensors are written one at a time, because the header is known before any tensor is read.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Progress = Callable[[int], object]
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor in a file; `read` returns it as a read-only view in its stored dtype."""
+    """One tensor in a file. `read` returns it as a read-only view in its stored dtype."""
 
     file: str
     dtype: str
@@ -50,11 +50,11 @@ class StoredTensor:
 
 
 def open_tensor_files(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor in the folder's weight files, safetensors preferred over `.bin`, one file or sharded.
+    """Return every tensor in the folder's weight files, one file or sharded. safetensors is preferred to `.bin`.
 
     Raises:
-        CheckpointError: no weight file, a shard that is missing, truncated or not what its header says, a name stored
-        twice.
+        CheckpointError: no weight file; a shard that is missing, truncated or contradicts its header; a name that is
+            stored twice.
     """
     for stem, reader in (("model.safetensors", _read_safetensors), ("pytorch_model.bin", _read_bin)):
         index = folder / f"{stem}.index.json"
@@ -93,7 +93,10 @@ def _read_shards(index: Path, reader: Callable[[Path], dict[str, StoredTensor]])
 
 
 def _read_safetensors(path: Path) -> dict[str, StoredTensor]:
-    """Format: 8 bytes little-endian header length, JSON header, data; offsets count from the end of the header."""
+    """Read one safetensors file: 8 bytes little-endian header length, JSON header, data.
+
+    Offsets count from the end of the header.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
@@ -140,7 +143,7 @@ def _mapped_tensor(
 
 
 def _read_bin(path: Path) -> dict[str, StoredTensor]:
-    """A torch archive through `weights_only=True`: tensors only, no code in it is ever run."""
+    """Read a torch archive with `weights_only=True`: only tensors are read, and no code in it is run."""
     with requires("bin", f"reading {path.name}", CheckpointError):
         import torch
     try:
@@ -164,7 +167,7 @@ def _read_bin(path: Path) -> dict[str, StoredTensor]:
 
 @dataclass(frozen=True)
 class OutTensor:
-    """A tensor to be written: its name, type, shape, and how to read it."""
+    """A tensor to write: its name, type, shape, and how to read it."""
 
     name: str
     dtype: str
@@ -173,22 +176,22 @@ class OutTensor:
 
     @staticmethod
     def of(name: str, array: NDArray[Any]) -> OutTensor:
-        """A tensor that is in memory."""
+        """Return an OutTensor for an array in memory."""
         return OutTensor(name, _NAMES[array.dtype], array.shape, lambda: array)
 
     @staticmethod
     def stored(name: str, tensor: StoredTensor) -> OutTensor:
-        """A tensor of another file, under a name."""
+        """Return an OutTensor for a tensor of another file, under the name `name`."""
         return OutTensor(name, tensor.dtype, tensor.shape, tensor.read)
 
     @property
     def nbytes(self) -> int:
-        """Size in the file."""
+        """Size in the file, in bytes."""
         return DTYPES[self.dtype].itemsize * int(np.prod(self.shape, dtype=np.int64))
 
 
 def write_file(path: Path, tensors: Sequence[OutTensor], progress: Progress = lambda size: None) -> None:
-    """One safetensors file; it appears when it is whole."""
+    """Write one safetensors file. It appears only when it is complete."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:
@@ -207,7 +210,10 @@ def write_file(path: Path, tensors: Sequence[OutTensor], progress: Progress = la
 
 
 def write_shards(folder: Path, tensors: Sequence[OutTensor], progress: Progress = lambda size: None) -> None:
-    """Write `model.safetensors`, or shards of at most `SHARD_BYTES` (a larger tensor has its own) and their index."""
+    """Write `model.safetensors`, or shards of at most `SHARD_BYTES` and their index.
+
+    A larger tensor has its own shard.
+    """
     shards: list[list[OutTensor]] = [[]]
     size = 0
     for tensor in tensors:

@@ -1,7 +1,8 @@
-"""A checkpoint's tokenizer, whatever its files, becomes one `tokenizer.json`.
+"""Convert a checkpoint's tokenizer files of any kind to one `tokenizer.json`.
 
-Knows the published file formats: `tokenizer.json`, Qwen2's `vocab.json` + `merges.txt`, and InternLM2's sentencepiece
-`tokenizer.model`, whose conversion is proven on texts before it is used. Does not know prompts or the runtime.
+This module knows the published file formats: `tokenizer.json`, Qwen2's `vocab.json` + `merges.txt`, and InternLM2's
+sentencepiece `tokenizer.model`. The conversion of the latter is verified on texts before it is used. This module does
+not know prompts or the runtime.
 """
 
 from __future__ import annotations
@@ -23,17 +24,18 @@ REQUIRED_TOKENS = ("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEX
 _SOURCES = ("tokenizer.model", "vocab.json", "tokenizer.json")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
-# How Qwen2 cuts text into words before merging: contractions, letters, single digits, punctuation, line ends, spaces.
+# The pattern by which Qwen2 splits text into words before merging: contractions, letters, single digits, punctuation,
+# line ends, spaces.
 _QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
 def build_tokenizer(checkpoint_dir: Path, config: ModelConfig) -> bytes:
-    """The content of `tokenizer.json` for a checkpoint folder.
+    """Return the content of `tokenizer.json` for a checkpoint folder.
 
-    The original code reads the slow tokenizers' files, so in its layout those come first; the native layout's own file
-    is `tokenizer.json`.
+    The original code reads the slow tokenizers' files, so the remote layout uses those first. The native layout's own
+    file is `tokenizer.json`.
 
     Raises:
         CheckpointError: no tokenizer files, damaged or unsupported ones; special tokens that are missing, contradictory
@@ -67,7 +69,10 @@ def token_ids(tokenizer: bytes) -> tuple[int, tuple[int, ...]]:
 
 
 def _added_tokens(folder: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The tokens beside the vocabulary, by id: those of `tokenizer_config.json`, completed from `added_tokens.json`."""
+    """Return the tokens outside the vocabulary, sorted by id.
+
+    They come from `tokenizer_config.json`. Those that it lacks come from `added_tokens.json`.
+    """
     tokens = {
         int(token_id): {"id": int(token_id), "content": str(token["content"])}
         | {flag: bool(token.get(flag, False)) for flag in _FLAGS}
@@ -88,7 +93,7 @@ def _added_tokens(folder: Path, settings: Mapping[str, Any]) -> list[dict[str, A
 
 
 def _qwen2_definition(folder: Path, added: list[dict[str, Any]]) -> dict[str, Any]:
-    """Qwen2's byte-level BPE: NFC, its word pattern, and the merges in order of rank."""
+    """Return Qwen2's byte-level BPE: NFC, its word pattern, and the merges in order of rank."""
     try:
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError) as error:
@@ -112,7 +117,7 @@ def _qwen2_definition(folder: Path, added: list[dict[str, Any]]) -> dict[str, An
 
 
 def _check_special_tokens(path: Path, definition: dict[str, Any], text: str, config: ModelConfig) -> None:
-    """The file loads, and every special token has the id that the model was trained with."""
+    """Check that the file loads and that every special token has the id that the model was trained with."""
     try:
         tokenizer = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises bare Exception

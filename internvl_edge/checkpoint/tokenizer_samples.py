@@ -1,4 +1,4 @@
-"""Texts over which a converted tokenizer must agree with the checkpoint's own: one line of data per kind of trouble."""
+"""Sample texts on which a converted tokenizer must agree with the checkpoint's own: one text per kind of difficulty."""
 
 from __future__ import annotations
 

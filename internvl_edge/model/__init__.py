@@ -1,1 +1,1 @@
-"""What an InternVL model is, apart from any file: configuration, quantized linears, prompts, tokens and tiles."""
+"""The properties of an InternVL model without any file: configuration, quantized linears, prompts, tokens and tiles."""

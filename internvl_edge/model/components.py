@@ -1,7 +1,7 @@
-"""How large each part of a model is: the numbers it holds and the bits they take.
+"""The size of each part of a model: the number of its weights and the bits that they take.
 
-Counted from shapes and schemes, in checkpoints and bundles alike: integers, scales and zero points, and floats of the
-given width. What a file adds (padding, a second dialect's copy of quantized weights) is not part of a model's size.
+It is computed from shapes and schemes, for checkpoints and bundles alike: integers, scales and zero points, and floats
+of the given width. Padding in a file, or a second dialect's copy of quantized weights, is not part of a model's size.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from math import prod
 
 from .linear import Scheme
 
-# Component -> the canonical names that belong to it, by how they begin.
+# Component -> prefixes of its tensors' canonical names.
 _PREFIXES = {
     "vision": ("vision.",),
     "projector": ("projector.",),
@@ -28,7 +28,7 @@ DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
 @dataclass(frozen=True)
 class Stored:
-    """So many linears stored in one way: rounded by a scheme, or (None) as floats of `dtype`."""
+    """A number of linears that are stored in the same way: rounded by a scheme, or (None) as floats of `dtype`."""
 
     linears: int
     dtype: str
@@ -44,9 +44,9 @@ class Component:
 
     Attributes:
         name: one of `COMPONENTS`.
-        parameters: numbers in the unquantized model.
-        bytes: what they take.
-        bits_per_weight: of these, scales and zero points included.
+        parameters: number of weights in the unquantized model.
+        bytes: their size.
+        bits_per_weight: average over them, including scales and zero points.
         stored: how the linears are stored, most frequent first.
     """
 
@@ -58,12 +58,12 @@ class Component:
 
 
 def component_of(name: str) -> str:
-    """The component that a tensor or linear belongs to, by canonical name."""
+    """Return the component that a tensor or linear belongs to, by canonical name."""
     return next(part for part, prefixes in _PREFIXES.items() if f"{name}.".startswith(prefixes))
 
 
 def bits_per_weight(scheme: Scheme, inputs: int, scale_bits: int) -> float:
-    """Bits of one weight of a quantized linear, with its share of scales and zero points."""
+    """Return the bits of one weight of a quantized linear, with its share of scales and zero points."""
     grid = scale_bits + (0 if scheme.symmetric else scheme.bits)
     return scheme.bits + grid / (scheme.group_size or inputs)
 
@@ -77,14 +77,14 @@ def components(
     *,
     tied: bool = False,
 ) -> tuple[Component, ...]:
-    """The size of each part.
+    """Return the size of each part.
 
     Args:
-        shapes: every tensor by canonical name.
+        shapes: shape of every tensor, by canonical name.
         schemes: how quantized linears are stored, by name without `.weight`.
-        float_name, float_bits: how everything else is stored: "float16", 16.
-        scale_bits: of the scales of quantized linears.
-        tied: the head is the token table and takes no room of its own.
+        float_name, float_bits: stored type of all other tensors: "float16", 16.
+        scale_bits: bits of the scales of quantized linears.
+        tied: the head is the token table and takes no space of its own.
     """
     found = []
     for part in COMPONENTS:

@@ -1,14 +1,14 @@
-"""What one InternVL 2.5 model is, as numbers: the frozen nouns that every other part reads.
+"""The configuration of one InternVL 2.5 model: frozen numbers that all other parts read.
 
-Knows nothing about files: `config_reader` builds these from a checkpoint's `config.json`, `bundle` stores them in a
-manifest.
+This module does not know files. `config_reader` builds these objects from a checkpoint's `config.json`, and `bundle`
+stores them in a manifest.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# torch.nn.LayerNorm's default, which the original `mlp1` uses; the towers carry their own eps in the configuration.
+# The default of torch.nn.LayerNorm, which the original `mlp1` uses. The towers' eps is in their configuration.
 PROJECTOR_NORM_EPS = 1e-5
 # ImageNet statistics of the original transform, in units of pixel / 255.
 PIXEL_MEAN = (0.485, 0.456, 0.406)
@@ -33,12 +33,12 @@ class VisionConfig:
 
     @property
     def head_dim(self) -> int:
-        """Width of one attention head."""
+        """The width of one attention head."""
         return self.hidden_size // self.num_attention_heads
 
     @property
     def grid_size(self) -> int:
-        """Patches along one side of a tile."""
+        """The number of patches along one side of a tile."""
         return self.image_size // self.patch_size
 
 
@@ -53,7 +53,7 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """A Qwen2, InternLM2 or Llama-style text model. `architecture` is only ever used to look up tensor names."""
+    """A Qwen2, InternLM2 or Llama-style text model. `architecture` is used only to look up tensor names."""
 
     architecture: str
     hidden_size: int
@@ -72,7 +72,7 @@ class DecoderConfig:
 
     @property
     def num_query_groups(self) -> int:
-        """Query heads that share one key/value head."""
+        """The number of query heads that share one key/value head."""
         return self.num_attention_heads // self.num_key_value_heads
 
 
@@ -98,21 +98,21 @@ class ModelConfig:
 
     @property
     def shuffle(self) -> int:
-        """Patches merged along each side by the pixel shuffle."""
+        """The number of patches that the pixel shuffle merges along each side."""
         return round(1 / self.downsample_ratio)
 
     @property
     def tokens_per_tile(self) -> int:
-        """Image tokens that one tile becomes."""
+        """The number of image tokens for one tile."""
         return (self.vision.grid_size // self.shuffle) ** 2
 
     @property
     def vision_layers_used(self) -> int:
-        """Blocks that run: all of them for `select_layer` -1, fewer when an earlier hidden state is selected."""
+        """The number of blocks that run: all for `select_layer` -1, fewer when an earlier hidden state is selected."""
         layers = self.vision.num_hidden_layers
         return layers + 1 + self.select_layer if self.select_layer < 0 else self.select_layer
 
     @property
     def projector_input_size(self) -> int:
-        """Channels of one token after the pixel shuffle."""
+        """The number of channels of one token after the pixel shuffle."""
         return self.vision.hidden_size * self.shuffle**2

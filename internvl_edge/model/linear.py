@@ -1,4 +1,4 @@
-"""One quantized linear layer as numbers, whatever file it came from and whatever graph it goes to."""
+"""One quantized linear layer as numbers, independent of the file it came from and the graph it goes to."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Scheme:
     Attributes:
         bits: 4 or 8.
         group_size: inputs that share one scale; None for one scale per output.
-        symmetric: no zero points.
+        symmetric: True without zero points.
         static_inputs: inputs are rounded to symmetric int8 as well, with one scale that calibration found.
     """
 
@@ -28,22 +28,22 @@ class Scheme:
     static_inputs: bool = False
 
     def __str__(self) -> str:
-        """For messages: int4 in groups of 128, with zero points."""
+        """Return a text for messages: int4 in groups of 128, with zero points."""
         groups = "per output" if self.group_size is None else f"in groups of {self.group_size}"
         inputs = ", int8 inputs" if self.static_inputs else ""
         return f"int{self.bits} {groups}, {'symmetric' if self.symmetric else 'with zero points'}{inputs}"
 
 
 def count_schemes(schemes: Iterable[Scheme]) -> str:
-    """How many linears have which scheme, for people: "168 x int4 in groups of 128, symmetric; 1 x int8 ..."."""
+    """Return a readable count of linears by scheme: "168 x int4 in groups of 128, symmetric; 1 x int8 ..."."""
     return "; ".join(f"{count} x {scheme}" for scheme, count in Counter(schemes).most_common())
 
 
-# Sizes of groups that every kernel takes.
+# Group sizes that every kernel supports.
 GROUP_SIZES = (32, 64, 128)
 # One scale per output, no zero points.
 INT8 = Scheme(8, None, symmetric=True)
-# The same, and inputs in int8 with one scale for the whole input.
+# The same weights, with int8 inputs of one scale for the whole input.
 W8A8 = Scheme(8, None, symmetric=True, static_inputs=True)
 
 
@@ -58,7 +58,7 @@ class PackedLinear:
         zero_point: [out, groups] uint8, or None for symmetric weights.
         bits: 4 or 8.
         bias: [out] float, or None.
-        input_scale: what one step of the int8 input stands for, or None where inputs stay floats.
+        input_scale: the step of the int8 input, or None where inputs stay float.
     """
 
     values: NDArray[np.uint8] | NDArray[np.int8]
@@ -70,23 +70,26 @@ class PackedLinear:
 
     @property
     def group_size(self) -> int:
-        """Inputs that share one scale; all of them for per-channel weights."""
+        """The number of inputs that share one scale. For per-channel weights this is all inputs."""
         return int(self.values.shape[1] // self.scale.shape[1])
 
     @property
     def middle(self) -> int:
-        """What the lowest value is counted from: 8 for 4 bits, 128 for 8."""
+        """The offset between signed and unsigned integers: 8 for 4 bits, 128 for 8."""
         return 1 << (self.bits - 1)
 
     def signed(self) -> tuple[NDArray[np.int8], NDArray[np.int8] | None]:
-        """Values and zero points counted from the middle: int8, with the same differences; symmetric ones unchanged."""
+        """Return values and zero points as int8, with the middle subtracted. Symmetric values do not change.
+
+        The differences between values and zero points stay the same.
+        """
         if self.zero_point is None:
             return self.values.view(np.int8), None
         flip = np.uint8(256 - self.middle)  # adding modulo 256 subtracts the middle
         return (self.values.view(np.uint8) + flip).view(np.int8), (self.zero_point + flip).view(np.int8)
 
     def rows(self, index: NDArray[np.intp]) -> PackedLinear:
-        """Some of the outputs, in this order."""
+        """Return a layer with some of the outputs, in the order of `index`."""
         return replace(
             self,
             values=self.values[index],
@@ -96,7 +99,7 @@ class PackedLinear:
         )
 
     def dequantize(self) -> NDArray[np.float32]:
-        """The weights [out, in] that the integers stand for: scale * (values - zero_point)."""
+        """Return the weights [out, in] that the integers stand for: scale * (values - zero_point)."""
         out, groups = self.scale.shape
         grouped = self.values.reshape(out, groups, -1).astype(np.float32)
         if self.zero_point is not None:
@@ -106,9 +109,10 @@ class PackedLinear:
 
 
 def concatenate(linears: Sequence[PackedLinear]) -> PackedLinear:
-    """Layers over the same inputs as one, outputs one after the other; all of one scheme, without biases.
+    """Join layers with the same inputs and scheme and without biases, outputs one after the other.
 
-    Where their inputs are rounded, the largest of their input scales holds for all: none of them is clipped more.
+    Where their inputs are rounded, the joined layer gets the largest of their input scales, so that none is clipped
+    more.
     """
     first = linears[0]
     if len(linears) == 1:

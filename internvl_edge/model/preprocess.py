@@ -1,7 +1,7 @@
-"""An image becomes tiles: decoding within bounds, choosing a grid, resizing and cutting, as the original does.
+"""Turn an image into tiles as the original does: decode it within limits, choose a grid, resize and cut.
 
-Knows Pillow and arithmetic. Does not know the model: pixels leave as uint8, the vision graph normalises them.
-Method: `load_image` and `dynamic_preprocess` as published on the InternVL 2.5 model cards.
+This module knows Pillow and arithmetic. It does not know the model: the pixels stay uint8, and the vision graph
+normalises them. Method: `load_image` and `dynamic_preprocess` as published on the InternVL 2.5 model cards.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ MAX_PIXELS = 100_000_000
 MAX_ASPECT_RATIO = 1000
 MAX_TILES = 128
 
-# Formats that say their size in the header and are decoded in this process: Pillow hands EPS or WMF to other programs,
-# and an ICO holds images of another size than its own.
+# Formats that have their size in the header and are decoded in this process. EPS and WMF are missing because Pillow
+# passes them to other programs, and ICO because it holds images of another size than its own.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000")
 
 
@@ -51,7 +51,7 @@ def load_image(
     max_pixels: int = MAX_PIXELS,
     max_aspect_ratio: float = MAX_ASPECT_RATIO,
 ) -> Image.Image:
-    """Decode an image to RGB, dropping alpha and taking the first frame of an animation, like the original.
+    """Decode an image to RGB. Like the original, drop alpha and take the first frame of an animation.
 
     One difference is announced: greyscale with 16 bits is scaled to 8, where the original clips it to white.
 
@@ -59,7 +59,7 @@ def load_image(
         source: see `ImageSource`. A Pillow image is not changed; addresses on the network are not fetched.
         exif: apply the EXIF orientation; the original never does.
         background: a colour to put behind transparent pixels; None drops transparency as the original does.
-        max_pixels: most pixels (width x height) that are decoded; read from the header before anything is allocated.
+        max_pixels: most pixels (width x height) of an image; read from the header before any memory is allocated.
         max_aspect_ratio: greatest longer side / shorter side.
 
     Raises:
@@ -133,7 +133,7 @@ def _decode_bytes(data: bytes, *limits: Any) -> Image.Image:
 def tile_grid(
     width: int, height: int, *, image_size: int = 448, max_tiles: int = 12, min_tiles: int = 1
 ) -> tuple[int, int]:
-    """The grid (columns, rows) whose shape is nearest to width / height, in IEEE double like the original.
+    """Return the grid (columns, rows) with the shape nearest to width / height, in IEEE double like the original.
 
     On an exact tie the later (larger) grid wins if the image has more than half of that grid's pixels.
 
@@ -178,7 +178,7 @@ def tile_image(
 
 @lru_cache
 def _grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
-    """Every grid within the limits by increasing area; equal areas keep the order of the original's Python set.
+    """Return every grid within the limits by increasing area. Equal areas keep the order of the original's Python set.
 
     That order can decide a tie when few areas are allowed (minimum = maximum = 6 at 13:12), so the set is filled in the
     same sequence. Hashes of integers do not vary between runs.
@@ -201,8 +201,8 @@ def _resize(image: Image.Image, width: int, height: int) -> NDArray[np.uint8]:
 def _open(stream: BinaryIO, name: str) -> Image.Image:
     """Find the plugin of a stream and read the header.
 
-    `Image.open` would do, but it compares with a process-wide pixel limit and warns; ours is an argument, checked by
-    the caller, and two threads may use different ones.
+    `Image.open` is not used, because it compares with a process-wide pixel limit and warns. Here the limit is an
+    argument that the caller checks, and two threads can use different limits.
     """
     Image.init()
     prefix = stream.read(16)
@@ -211,7 +211,7 @@ def _open(stream: BinaryIO, name: str) -> Image.Image:
             continue
         factory, accepts = Image.OPEN[label]
         if accepts is None or isinstance(accepted := accepts(prefix), str) or not accepted:
-            continue  # a string says that the decoder is not built in
+            continue  # a string means that the decoder is not built in
         stream.seek(0)
         try:
             return factory(stream, "")
@@ -242,7 +242,7 @@ def _decode(
             return _on_background(image, background)
         if isinstance(image.info.get("transparency"), bytes):
             image = image.copy()
-            del image.info["transparency"]  # makes no difference to RGB, but Pillow would warn
+            del image.info["transparency"]  # it does not affect RGB, but Pillow would warn
         return image.convert("RGB")
 
 
@@ -277,7 +277,7 @@ def _on_background(image: Image.Image, colour: str) -> Image.Image:
 
 @contextmanager
 def _decoding(name: str) -> Iterator[None]:
-    """Anything that Pillow raises on damaged pixels becomes one line."""
+    """Turn any error of Pillow about damaged pixels into one line."""
     try:
         yield
     except ImageError:

@@ -1,7 +1,7 @@
-"""A conversation becomes the prompt text, with one run of image tokens per `<image>` mark.
+"""Turn a conversation into the prompt text, with one run of image tokens per `<image>` mark.
 
-Knows how a template writes turns and images. Does not know pixels (only how many tiles each image became) nor ids.
-Source: `chat()` of the original code.
+This module knows how a template writes turns and images. It does not know token ids or pixels, only the number of tiles
+of each image. Source: `chat()` of the original code.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ def build_prompt(
     history: Sequence[tuple[str, str]] = (),
     system: str | None = None,
 ) -> str:
-    """The whole prompt, ending where the assistant's answer begins.
+    """Return the whole prompt. It ends where the assistant's answer begins.
 
     Args:
         template: how turns and images are written.
-        question: what the user says now; may hold `<image>` marks.
+        question: the user's current question; it can hold `<image>` marks.
         tile_counts: tiles of each image (or group of images under one mark), in the order of the marks.
-        tokens_per_tile: image tokens that stand for one tile (256 at 448 pixels).
-        history: (question, answer) of the turns before, oldest first; marks in their questions come first. An empty
-            text is written as its role only, like the original does.
-        system: system text of this prompt; None takes the template's, "" leaves the system turn out.
+        tokens_per_tile: number of image tokens for one tile (256 at 448 pixels).
+        history: (question, answer) of the previous turns, oldest first. Marks in their questions come first. An empty
+            text is written as only its role, as in the original.
+        system: system text of this prompt; None takes the template's, "" omits the system turn.
 
-    Marks in the user's turns and `tile_counts` must match one to one; without history and without any mark, images go
-    in front of the question. Other special tokens in texts (`<img>`, `<|im_end|>`) are read as such, like the original.
+    The marks in the user's turns and `tile_counts` must match one to one. Without history and without any mark, images
+    are placed before the question. Other special tokens in texts (`<img>`, `<|im_end|>`) keep their special meaning, as
+    in the original.
 
     Raises:
         PromptError: no question; marks and images that do not match; a literal image token in a text, which would be
@@ -63,7 +64,7 @@ def build_prompt(
 
 
 def video_question(question: str, frames: int) -> str:
-    """The question behind one marked line per frame: `Frame1: <image>`, `Frame2: <image>`, ... (model cards)."""
+    """Return the question after one marked line per frame: `Frame1: <image>`, `Frame2: <image>`, ... (model cards)."""
     return "".join(f"Frame{index}: {IMAGE_MARK}\n" for index in range(1, frames + 1)) + question
 
 
@@ -83,7 +84,7 @@ def _refuse_image_tokens(template: PromptTemplate, texts: Sequence[str]) -> None
 def _expand(
     template: PromptTemplate, questions: Sequence[str], tile_counts: Sequence[int], tokens_per_tile: int
 ) -> list[str]:
-    """Replace the marks of all questions, in order, by the image tokens of `tile_counts`."""
+    """Replace the marks of all questions, in order, with the image tokens of `tile_counts`."""
     marks = sum(text.count(IMAGE_MARK) for text in questions)
     if marks != len(tile_counts):
         raise PromptError(

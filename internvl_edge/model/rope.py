@@ -1,8 +1,8 @@
-"""Rotary angles from the host, in float64, for plain, linear and dynamic NTK rotary embedding.
+"""Compute rotary angles on the host, in float64, for plain, linear and dynamic NTK rotary embedding.
 
-Dynamic NTK (InternLM2) depends on how long the sequence is at the moment of the call: beyond `max_position_embeddings`
-the base grows with the length, for all positions of that call; keys already cached keep their rotation. Feeding the
-angles makes the graph stateless and free of length limits.
+Dynamic NTK (InternLM2) depends on the length of the sequence at the time of the call. Beyond `max_position_embeddings`
+the base grows with the length, for all positions of that call. Keys already in the cache keep their rotation. The
+angles are inputs of the graph, so the graph is stateless and has no length limit.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .config import DecoderConfig
 
 
 class RotaryAngles:
-    """cos and sin tables of one decoder; remembers nothing between calls."""
+    """The cos and sin tables of one decoder. It keeps no state between calls."""
 
     def __init__(self, decoder: DecoderConfig) -> None:
         self._rope = decoder.rope
@@ -22,9 +22,9 @@ class RotaryAngles:
         self._limit = decoder.max_position_embeddings
 
     def at(self, start: int, count: int, total: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """cos and sin [count, head_dim / 2] of positions start .. start + count - 1 in a sequence of `total` tokens.
+        """Return cos and sin [count, head_dim / 2] of `count` positions from `start` on, for a sequence length `total`.
 
-        A prompt computed in chunks passes the length of the whole prompt with every chunk.
+        For a prompt that is computed in chunks, pass the length of the whole prompt with every chunk.
         """
         positions = np.arange(start, start + count, dtype=np.float64)
         if self._rope.scaling == "linear":
@@ -34,7 +34,7 @@ class RotaryAngles:
         return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
     def base(self, total: int) -> float:
-        """The rotary base for a sequence of `total` tokens."""
+        """Return the rotary base for a sequence of `total` tokens."""
         if not self.scales_at(total):
             return self._rope.theta
         factor, dim = self._rope.factor, self._head_dim
@@ -42,5 +42,5 @@ class RotaryAngles:
         return self._rope.theta * stretch
 
     def scales_at(self, total: int) -> bool:
-        """Whether keys of a sequence this long are rotated by another base than those of shorter ones."""
+        """Return whether keys of a sequence of this length are rotated with another base than those of shorter ones."""
         return self._rope.scaling == "dynamic" and total > self._limit

@@ -1,4 +1,4 @@
-"""How each family of checkpoints writes a conversation, as data. `model.prompt` writes prompts with it.
+"""The conversation format of each family of checkpoints, as data. `model.prompt` writes prompts with it.
 
 Sources: the `internvl2_5` conversation of the original code; the chat template of native checkpoints.
 """
@@ -12,10 +12,11 @@ from internvl_edge.base.errors import CheckpointError
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """How one family of checkpoints writes a conversation; plain strings, stored in the bundle's manifest.
+    """The conversation format of one family of checkpoints: plain strings, stored in the bundle's manifest.
 
-    `system` is the default system text; None means no system turn. `merges_unmarked_images` says what several images do
-    when the question has no `<image>` mark: share one run of image tokens (the original), or get one run each.
+    `system` is the default system text; None means no system turn. `merges_unmarked_images` tells what happens to
+    several images when the question has no `<image>` mark: True makes them share one run of image tokens (the
+    original), False gives each its own run.
     """
 
     name: str
@@ -49,7 +50,7 @@ TEMPLATES = {template.name: template for template in (_INTERNVL2_5, _NATIVE)}
 
 
 def template_for(name: str, system_message: str | None = None) -> PromptTemplate:
-    """The template called `name`, with a checkpoint's own `system_message` in place of the default where it has one.
+    """Return the template called `name`, with the checkpoint's own `system_message` where it has one.
 
     Raises:
         CheckpointError: no such template.

@@ -1,11 +1,12 @@
-"""Text to token ids and back, from one `tokenizer.json`.
+"""Convert text to token ids and back, from one `tokenizer.json`.
 
-Encoding is the `tokenizers` library's. Decoding is by bytes: every token is a byte string and text is their UTF-8, so a
-stream can stop between any two tokens. Does not know prompts or checkpoints; `export.tokenizer` writes the file.
+The `tokenizers` library encodes. Decoding is by bytes: every token is a byte string and text is their UTF-8, so a
+stream can stop between any two tokens. This module does not know prompts or checkpoints. `checkpoint.tokenizer_files`
+writes the file.
 
 Bytes that are not UTF-8 decode as in the checkpoint's own tokenizer: byte-level vocabularies (Qwen2) give one U+FFFD
 per broken sequence, byte-fallback vocabularies (InternLM2, as sentencepiece) one per byte. The original InternLM2 class
-also deletes spaces before English punctuation ("cd ./x" becomes "cd./x"); that harms code and is not done here.
+also deletes spaces before English punctuation ("cd ./x" becomes "cd./x"). This project does not, because it harms code.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Tokenizer:
         self._special = {token["id"] for token in added if token["special"]}
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text; special tokens are recognised, and InternLM2's `<s>` is put in front.
+        """Return the token ids of a text. Special tokens are recognised, and InternLM2's `<s>` is put in front.
 
         Raises:
             PromptError: half of a surrogate pair, which is not text.
@@ -72,12 +73,12 @@ class Tokenizer:
             ) from None
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """The text of token ids; ids outside the vocabulary are nothing."""
+        """Return the text of token ids. Ids outside the vocabulary give no text."""
         data = b"".join(self.token_bytes(token_id, skip_special) for token_id in ids)
         return data.decode("utf-8", self.decode_errors)
 
     def token_bytes(self, token_id: int, skip_special: bool = True) -> bytes:
-        """The bytes one token stands for, not always whole characters; special tokens are empty if `skip_special`."""
+        """Return the bytes of one token, not always whole characters. Special tokens give none if `skip_special`."""
         if token_id in self._added:
             return b"" if skip_special and token_id in self._special else self._added[token_id]
         piece = self._tokenizer.id_to_token(token_id)
@@ -89,7 +90,7 @@ class Tokenizer:
         return bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode()
 
     def token_id(self, token: str) -> int:
-        """The id of a token such as `<|im_end|>`.
+        """Return the id of a token such as `<|im_end|>`.
 
         Raises:
             BundleError: the vocabulary has no such token.
@@ -106,17 +107,17 @@ class Tokenizer:
 
     @property
     def decode_errors(self) -> str:
-        """How broken UTF-8 is shown, as an error handler's name for `codecs`."""
+        """The name of the `codecs` error handler that decodes broken UTF-8."""
         return "replace" if self._byte_level else _PER_BYTE
 
     @property
     def vocab_size(self) -> int:
-        """Tokens including the added ones."""
+        """The number of tokens, including the added ones."""
         return int(self._tokenizer.get_vocab_size())
 
 
 def _is_byte_level(path: Path, decoder: Any) -> bool:
-    """Which of the two kinds of tokens a decoder section describes."""
+    """Return True for byte-level tokens, False for sentencepiece's with byte fallback, from a decoder section."""
     sections = [decoder] if isinstance(decoder, dict) else []
     if sections and sections[0].get("type") == "Sequence":
         sections = sections[0]["decoders"]
@@ -129,7 +130,7 @@ def _is_byte_level(path: Path, decoder: Any) -> bool:
 
 
 def _byte_level_alphabet() -> dict[str, bytes]:
-    """GPT-2's character of each byte: itself where Latin-1 prints it, otherwise the next one from U+0100 on."""
+    """Return GPT-2's character of each byte: itself where Latin-1 prints it, otherwise the next one from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     characters = [*printable, *range(0x100, 0x100 + len(others))]

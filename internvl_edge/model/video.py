@@ -1,7 +1,7 @@
-"""A video becomes a few still images, taken at even distances like `load_video` on the InternVL 2.5 model cards.
+"""Turn a video into a few still images at even distances, like `load_video` on the InternVL 2.5 model cards.
 
-Knows PyAV (the `video` extra) and which frames to take. What the frames become is `preprocess` (with one tile each) and
-`prompt.video_question`.
+This module knows PyAV (the `video` extra) and which frames to take. `preprocess` (with one tile each) and
+`prompt.video_question` use the frames.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ MAX_FRAMES = 512
 
 
 def frame_indices(total: int, count: int) -> list[int]:
-    """Numbers of the frames that stand for a video: the middle of each of `count` equal parts.
+    """Return the indices of the frames that represent a video: the middle of each of `count` equal parts.
 
-    Rounds like the original (to even, then down), so a video shorter than `count` gives frames twice.
+    Rounding follows the original (to even, then down), so a video shorter than `count` gives some frames twice.
 
     Args:
         total: frames in the video.
@@ -42,7 +42,7 @@ def frame_indices(total: int, count: int) -> list[int]:
 
 
 def load_video(path: str | Path, count: int = 8, *, max_pixels: int = MAX_PIXELS) -> list[Image.Image]:
-    """Decode `count` frames of a video as RGB images, in order; ask about them with `prompt.video_question`.
+    """Decode `count` frames of a video as RGB images, in order. Use `prompt.video_question` to ask about them.
 
     Args:
         path: the file.
@@ -59,7 +59,7 @@ def load_video(path: str | Path, count: int = 8, *, max_pixels: int = MAX_PIXELS
         with av.open(str(path)) as container:
             stream = _video_stream(container, path, max_pixels)
             total = stream.frames
-        if not total:  # not every format says so
+        if not total:  # not every format gives the number of frames
             with av.open(str(path)) as container:
                 total = sum(packet.size > 0 for packet in container.demux(container.streams.video[0]))
         wanted = frame_indices(total, count)
@@ -86,13 +86,13 @@ def _check_size(frame: Any, path: str | Path, max_pixels: int) -> None:
 
 
 def _take(frames: Iterator[Any], wanted: list[int], path: str | Path, max_pixels: int) -> list[Image.Image]:
-    """The wanted frames out of all, holding no others; `wanted` does not decrease."""
+    """Return the wanted frames, and keep no others in memory. `wanted` does not decrease."""
     images: list[Image.Image] = []
     read = 0
     for index, frame in enumerate(frames):
         read = index + 1
         if index == wanted[len(images)]:
-            _check_size(frame, path, max_pixels)  # a stream may change its size on the way
+            _check_size(frame, path, max_pixels)  # a stream can change its size
             image = Image.fromarray(frame.to_ndarray(format="rgb24"))
             images += [image] * wanted.count(index)
             if len(images) == len(wanted):
@@ -102,7 +102,7 @@ def _take(frames: Iterator[Any], wanted: list[int], path: str | Path, max_pixels
 
 @contextmanager
 def _reading(path: str | Path) -> Iterator[None]:
-    """Errors of FFmpeg, which PyAV gives many types, become one line."""
+    """Turn errors of FFmpeg, for which PyAV has many types, into one line."""
     try:
         yield
     except EdgeError:

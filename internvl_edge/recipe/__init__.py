@@ -1,1 +1,1 @@
-"""How a model is to be quantized: the choices as frozen data, and the TOML files that state them."""
+"""How a model is quantized: the choices as frozen data, and the TOML files that hold them."""

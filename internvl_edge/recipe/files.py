@@ -1,4 +1,4 @@
-"""Recipes in TOML: the presets that are shipped (`recipes.toml`) and files of the user, read by the same code.
+"""Recipes in TOML: the shipped presets (`recipes.toml`) and files of the user, read by the same code.
 
 Values stay plain until all sources are combined, so that a single option can replace one field of a preset.
 """
@@ -34,21 +34,21 @@ _FIELD_KINDS = {
 
 
 def presets() -> dict[str, dict[str, Any]]:
-    """The shipped recipes by name, as plain fields."""
+    """Return the shipped recipes by name, as plain fields."""
     where = "recipes.toml"
     text = files(__package__).joinpath("recipes.toml").read_text("utf-8")
     return {name: _checked(values, f"{where}: {name}") for name, values in toml.parse(text, where).items()}
 
 
 def read_recipe(name: str) -> dict[str, Any]:
-    """The fields of a preset or of a recipe file, checked for name and kind, `base` resolved.
+    """Return the fields of a preset or of a recipe file, with names and kinds checked and `base` resolved.
 
     Args:
         name: a preset, or a path (anything with a suffix or a separator).
 
     Raises:
-        EdgeError: no such preset or file, invalid TOML, or a field that is not known or of another kind; file and
-            field are named.
+        EdgeError: no such preset or file, invalid TOML, or a field that is unknown or of another kind; file and field
+            are named.
     """
     shipped = presets()
     if name in shipped:
@@ -69,19 +69,22 @@ def read_recipe(name: str) -> dict[str, Any]:
 
 
 def combine(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of `more` in place of those of `base`; tables field by field, exceptions of layers one after the other."""
+    """Replace fields of `base` with those of `more`. Tables are combined field by field.
+
+    In the table of layer exceptions, fields of `more` follow those of `base`.
+    """
     combined = dict(base)
     for name, value in more.items():
         table = combined.get(name)
         if isinstance(table, dict) and isinstance(value, dict):
-            # What is given again moves to the end: of the exceptions that match a layer, the last holds.
+            # A key that is given again moves to the end, because the last exception that matches a layer applies.
             value = {key: old for key, old in table.items() if key not in value} | value
         combined[name] = value
     return combined
 
 
 def make_recipe(values: Mapping[str, Any]) -> Recipe:
-    """The recipe that plain fields describe; its own checks apply.
+    """Return the recipe that plain fields describe. `Recipe` makes its own checks.
 
     Raises:
         EdgeError: from `Recipe` and its parts.

@@ -1,7 +1,7 @@
-"""What a quantized model should be: the frozen choices that `quantize` carries out.
+"""The recipe: the frozen choices that `quantize` carries out.
 
-Knows nothing about weights; every refusal that depends on the choices alone is made here. How recipes are written in
-files is the business of `recipe_files`.
+This module does not know weights. All errors that depend only on the choices are raised here. `recipe.files` knows how
+recipes are written in files.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class Precision:
     scheme: Scheme | None
 
     def __str__(self) -> str:
-        """As recipes write it, group size included: w4a16-awq-g64."""
+        """Return the notation of recipes, with the group size: w4a16-awq-g64."""
         grouped = self.scheme is not None and self.scheme.group_size is not None
         return f"{self.method}-g{self.scheme.group_size}" if grouped and self.scheme else self.method
 
     @property
     def needs_data(self) -> bool:
-        """Whether it follows from the inputs of a layer, not from its weights alone."""
+        """Whether the method needs calibration data: it uses a layer's inputs, and not only its weights."""
         return self.method in ("w4a16-awq", "w8a8")
 
 
@@ -52,15 +52,15 @@ def _require_calibrator(name: str) -> None:
 
 @dataclass(frozen=True)
 class VisionInt8:
-    """How a tower and its projector become int8, weights and inputs.
+    """How a vision tower and its projector are quantized to int8, weights and inputs.
 
     Attributes:
         calibrator: finds the range of inputs: one of `CALIBRATORS`; "best" takes for each linear the one with the
             smallest output error.
         smoothing: SmoothQuant, folded into the norms before qkv, fc1 and the projector.
-        cosine: linears keep their floats, the most harmful first, until this cosine between the image embeddings and
-            those of the float tower is to be expected; 0 for none.
-        keep: patterns (`*`, `?`) of canonical linear names that keep their floats: "projector.*".
+        cosine: linears stay float, the most harmful first, until the predicted cosine between the image embeddings and
+            those of the float tower reaches this value; 0 for none.
+        keep: patterns (`*`, `?`) of canonical names of linears that stay float: "projector.*".
 
     Raises:
         EdgeError: from the constructor, for anything else.
@@ -79,14 +79,14 @@ class VisionInt8:
 
 @dataclass(frozen=True)
 class DecoderInt8:
-    """How linears of the decoder become "w8a8".
+    """How linears of the decoder are quantized to "w8a8".
 
     Attributes:
         calibrator: as for the tower.
-        smoothing: SmoothQuant, folded into what comes before each input: norms, value rows, up rows.
-        max_kl: linears keep float inputs or floats, by `Automatic`, until no more divergence is predicted; 0 for none.
-            Language models have tokens whose values are a thousand times larger than all others in a layer or two,
-            which no static range holds.
+        smoothing: SmoothQuant, folded into the producer of each input: norms, value rows, up rows.
+        max_kl: linears keep float inputs or stay float, chosen by `Automatic`, until the predicted divergence is at
+            most this; 0 for none. In one or two layers, language models have tokens whose values are a thousand times
+            larger than all others. No static range fits both.
 
     Raises:
         EdgeError: from the constructor, for anything else.
@@ -104,18 +104,18 @@ class DecoderInt8:
 
 @dataclass(frozen=True)
 class Automatic:
-    """Precision of each linear of the decoder by measured sensitivity; one of the two limits is given.
+    """Choose the precision of each linear of the decoder by its measured sensitivity, within one of two limits.
 
     Attributes:
-        target_bits: bits per weight of the decoder's layers on average, scales and zero points included; the smallest
-            divergence that can be had for them.
-        max_kl: Kullback-Leibler divergence of the next token from the float model's, mean in nats, that is predicted
-            for the decoder's layers; the fewest bits that stay below it.
+        target_bits: limit of the average bits per weight of the decoder's layers, including scales and zero points. The
+            choice has the smallest divergence within it.
+        max_kl: limit of the Kullback-Leibler divergence of the next token from the float model's, mean in nats, that is
+            predicted for the decoder's layers. The choice has the fewest bits within it.
         among: precisions to choose from ("w4a16-awq-g32", "w8a16"); empty for the recipe's own decoder scheme, the same
-            in half the group size, w8a16 and fp.
+            with half the group size, w8a16 and fp.
 
     Raises:
-        EdgeError: from the constructor: both limits or none, or one that cannot be.
+        EdgeError: from the constructor: both limits or none, or an impossible one.
     """
 
     target_bits: float | None = None
@@ -133,25 +133,27 @@ class Automatic:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is quantized. The token table keeps its floats.
+    """How a model is quantized. The token table stays float.
 
     Attributes:
-        decoder: "w4a16-awq" (4 bits, scales and clipping from activations), "w4a16-rtn" (4 bits, rounding alone),
-            "w8a16" (8 bits, one scale per output), "w8a8" (the same, and inputs in int8 with one static scale each) or
-            "fp" (as it is).
+        decoder: "w4a16-awq" (4 bits, scales and clipping from activations), "w4a16-rtn" (4 bits, rounding to nearest),
+            "w8a16" (8 bits, one scale per output), "w8a8" (the same, and int8 inputs with one static scale each) or
+            "fp" (unchanged).
         group_size: inputs that share one scale of 4-bit weights: 32, 64 or 128.
-        symmetric: no zero points, as TensorRT needs; otherwise AutoAWQ's asymmetric form. 8-bit weights always are.
-        lm_head: "fp" (as it is), "int8" (one scale per output) or "int4" (as the decoder's 4-bit weights).
-        error_compensation: spread each column's rounding error over the columns not yet rounded (GPTQ); w4a16-awq and
-            w8a16. Without it, and where nothing but an exception is w8a16, that is rounding alone, without data.
+        symmetric: no zero points, as TensorRT needs; otherwise AutoAWQ's asymmetric form. 8-bit weights are always
+            symmetric.
+        lm_head: "fp" (unchanged), "int8" (one scale per output) or "int4" (as the decoder's 4-bit weights).
+        error_compensation: spread each column's rounding error over the columns not yet rounded (GPTQ); for w4a16-awq
+            and w8a16. Without it, w8a16 is rounding to nearest, without data. The same holds where only exceptions are
+            w8a16 and nothing else needs data.
         vision: "fp" or "int8" (weights and inputs of tower and projector); fewer bits are refused.
-        vision_int8: how, where it is.
-        decoder_int8: how linears become "w8a8".
+        vision_int8: options of int8 vision.
+        decoder_int8: options of "w8a8".
         kv_cache: "fp" or "int8".
-        layers: (pattern, precision) exceptions; the last that matches a linear holds. Patterns (`*`, `?`) are of
-            canonical names, "decoder." left out or not: ("layers.0.*", "w8a16"), ("*.down_proj", "w4a16-awq-g32").
+        layers: (pattern, precision) exceptions; the last one that matches a linear applies. Patterns (`*`, `?`) match
+            canonical names, with or without "decoder.": ("layers.0.*", "w8a16"), ("*.down_proj", "w4a16-awq-g32").
             Those of tower and projector can only be "fp".
-        automatic: chooses the precision of the linears that no pattern matches; with "w8a8" also without it, see
+        automatic: chooses the precision of the linears that no pattern matches. "w8a8" also chooses without it, see
             `DecoderInt8.max_kl`.
 
     Raises:
@@ -194,7 +196,7 @@ class Recipe:
             raise EdgeError("decoder, lm_head and vision all keep their floats; quantize at least one of them")
 
     def precision(self, text: str) -> Precision:
-        """What a text like "w8a16" or "w4a16-awq-g32" means in this recipe.
+        """Return the precision that a text like "w8a16" or "w4a16-awq-g32" means in this recipe.
 
         Raises:
             EdgeError: no such scheme or group size, or a group size where there are no groups.
@@ -214,24 +216,24 @@ class Recipe:
 
     @property
     def base(self) -> Precision:
-        """What linears of the decoder's layers have unless something else is said of them."""
+        """The precision of linears in the decoder's layers that no pattern or choice changes."""
         return self.precision(self.decoder)
 
     @property
     def head(self) -> Precision:
-        """Of lm_head; "int4" is as the decoder's 4-bit weights, where it has any."""
+        """The precision of lm_head. "int4" means the decoder's 4-bit scheme, where it has one."""
         four_bits = self.decoder if self.decoder in _FOUR_BITS else _FOUR_BITS[not self.needs_data]
         return self.precision({"fp": "fp", "int8": "w8a16", "int4": four_bits}[self.lm_head])
 
     @property
     def choice(self) -> Automatic | None:
-        """By what precision is chosen; None where nothing is."""
+        """The limits of the automatic choice; None where nothing is chosen."""
         limited = self.decoder == "w8a8" and self.decoder_int8.max_kl > 0
         return self.automatic or (Automatic(max_kl=self.decoder_int8.max_kl) if limited else None)
 
     @property
     def candidates(self) -> list[Precision]:
-        """What the automatic choice chooses from, without doubles; empty where nothing is chosen."""
+        """The precisions that the automatic choice can use, without duplicates; empty where nothing is chosen."""
         if self.choice is None:
             return []
         halved = self.group_size // 2
@@ -241,7 +243,7 @@ class Recipe:
 
     @property
     def needs_data(self) -> bool:
-        """Whether the decoder's activations are needed: by a linear, by a choice, or for the range of the cache."""
+        """Whether the decoder's activations are needed: by a linear, by a choice, or for the range of the KV cache."""
         exceptions = [self.precision(text) for _, text in self.layers]
         chosen = self.choice is not None or self.kv_cache == "int8"
         compensated = self.decoder == "w8a16" and self.error_compensation
@@ -249,7 +251,7 @@ class Recipe:
 
     @property
     def is_autoawq(self) -> bool:
-        """Whether AutoAWQ's format can say all of it."""
+        """Whether AutoAWQ's format can represent the whole recipe."""
         uniform = not self.layers and self.choice is None
         others = (self.lm_head, self.vision, self.kv_cache) == ("fp", "fp", "fp")
         return self.decoder in _FOUR_BITS and not self.symmetric and uniform and others

@@ -1,1 +1,1 @@
-"""What several test files share: tiny checkpoints, the independent reference, fakes, commands and data."""
+"""Helpers that several test files share: tiny checkpoints, the independent reference, fakes, commands and data."""

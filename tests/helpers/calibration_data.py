@@ -1,4 +1,4 @@
-"""Calibration data for tiny checkpoints, and the arithmetic that tests calibrate with."""
+"""Calibration data for tiny checkpoints, and the compute type that tests calibrate with."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FLOAT32 = choose_compute("cpu", "float32")
 
 
 def write_data(folder: Path, count: int = 6, size: int = 56) -> Path:
-    """A JSON Lines file: images of one and of several tiles, one text without image, answers in half of them."""
+    """Write a JSON Lines file: images of one and of several tiles, one text without image, answers in half of them."""
     folder.mkdir(exist_ok=True)
     random = np.random.default_rng(3)
     lines = []

@@ -1,4 +1,4 @@
-"""The program as a user starts it, and the one line in which it refuses."""
+"""Run the command line as a user does, and check the one line of its error messages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def internvl_edge(*arguments: object, stdin: str = "") -> subprocess.CompletedPr
 
 
 def assert_one_line(result: subprocess.CompletedProcess[str], *fragments: str) -> None:
-    """Exit status 2, nothing on standard output, one line on standard error that holds the fragments."""
+    """Check for exit status 2, no standard output, and one line on standard error that holds the fragments."""
     assert (result.returncode, result.stdout) == (2, ""), result.stderr
     assert result.stderr.count("\n") == 1, result.stderr
     assert result.stderr.startswith("internvl-edge: error: ")

@@ -1,4 +1,4 @@
-"""Damage to the weights of a checkpoint."""
+"""Damage the weights of a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ONNX Runtime engines of a bundle: how tests open them, what they ask, and how they let them answer."""
+"""Open ONNX Runtime engines of a bundle for tests, and run prompts on them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def random_tiles(count: int, size: int) -> np.ndarray:
 def greedy(
     engine: OnnxRuntimeEngine, embeds: np.ndarray, table: np.ndarray, count: int
 ) -> tuple[list[int], np.ndarray]:
-    """Tokens and the logits [count, vocab] they were chosen from."""
+    """Return tokens and the logits [count, vocab] that they were chosen from."""
     engine.reset()
     logits = [engine.prefill(embeds).copy()]
     tokens = [int(logits[0].argmax())]
@@ -39,7 +39,7 @@ def engine_for(bundle: Path, dialect: str, capacity: int = 1024) -> OnnxRuntimeE
 
 
 def run(bundle: Path, dialect: str, reference: Reference, count: int) -> np.ndarray:
-    """Logits [count, vocab] of prompt and greedy continuation."""
+    """Return logits [count, vocab] of a prompt and its greedy continuation."""
     engine = OnnxRuntimeEngine(Bundle.open(bundle), dialect=dialect, capacity=64, threads=1)
     logits = [engine.prefill(reference.embed(TEXT).numpy()).copy()]
     while len(logits) < count:
@@ -54,7 +54,7 @@ def require_wide_sums_where_needed(
     compute: Callable[[engine_module.OnnxRuntimeEngine], np.ndarray],
     tolerance: float,
 ) -> None:
-    """A CPU that saturates gets sums in 32 bits, another the fast way, and both the same numbers."""
+    """Check that only a CPU that saturates gets sums in 32 bits, and that both ways give the same numbers."""
     key, found = "session.x64quantprecision", []
     for exact in (True, False):
         monkeypatch.setattr(engine_module, "multiplies_int8_exactly", lambda exact=exact: exact)

@@ -1,8 +1,8 @@
-"""A GPU that is none: CUDA's and TensorRT's calls over host memory, with every mistake of the caller an error.
+"""A fake GPU: CUDA's and TensorRT's calls over host memory. Every mistake of the caller is an error.
 
-Work is queued on streams and done when they are waited for, so that reading results or reusing inputs too early shows.
-Addresses, sizes, lifetimes and captures are checked at every call. "Engines" are tailored headers run by ONNX Runtime,
-so that positions and buffers have consequences. Says nothing about what TensorRT computes.
+Work is queued on streams and done only when the caller waits for them, so that reading results or reusing inputs too
+early has visible effects. Addresses, sizes, lifetimes and captures are checked at every call. "Engines" are special
+headers that ONNX Runtime runs, so that positions and buffers matter. The fake does not tell what TensorRT computes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ class cudaError_t:  # noqa: N801
 
 
 class FakeCuda:
-    """`cuda.bindings.runtime`. `fail` names a call that fails: (function, how many of it succeed before)."""
+    """A fake `cuda.bindings.runtime`.
+
+    `fail` names a call that fails: (function, number of calls that succeed before).
+    """
 
     cudaError_t = cudaError_t  # noqa: N815
     cudaHostAllocDefault, cudaStreamNonBlocking = 0, 1  # noqa: N815
@@ -203,7 +206,7 @@ class FakeCuda:
 
 
 class FakeTensorRT:
-    """Either flavour's module. Engine files are headers; their data lie in `folder`."""
+    """A fake of either flavour's module. Engine files are headers; their data are in `folder`."""
 
     TensorIOMode = SimpleNamespace(INPUT="input", OUTPUT="output")
     ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user managed")
@@ -267,7 +270,10 @@ class FakeEngine:
 
 
 class FakeContext:
-    """Refuses to run until memory, addresses and shapes are all there; writes outputs when the stream gets to it."""
+    """A fake execution context. It does not run until memory, addresses and shapes are all set.
+
+    It writes outputs when the stream gets to it.
+    """
 
     def __init__(self, engine: FakeEngine, strategy: Any) -> None:
         self.engine, self.strategy = engine, strategy

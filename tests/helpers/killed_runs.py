@@ -1,4 +1,4 @@
-"""Runs that kill themselves half-way, and what they and the runs after them leave in a folder."""
+"""Runs that kill themselves halfway, and the files that they and the runs after them leave in a folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ def run_and_be_killed(script: str, *arguments: object) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder by its name; of a record of a quantization, what does not depend on when it ran."""
+    """Return every file of a folder by name.
+
+    For a record of a quantization, omit the fields that depend on the time.
+    """
     files = {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     if RECORD in files:
         files[RECORD] = json.dumps({**json.loads(files[RECORD]), "run": None}).encode()

@@ -1,4 +1,4 @@
-"""Scales of an int8 KV cache for a checkpoint that was never calibrated."""
+"""Write scales of an int8 KV cache for a checkpoint that was never calibrated."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from internvl_edge.checkpoint.reader import Checkpoint
 
 
 def write_scales(checkpoint: Path, seed: int = 0) -> KvScales:
-    """Scales like those of a calibration: some channels far larger than others."""
+    """Write scales like those of a calibration: some channels are far larger than others."""
     decoder = Checkpoint(checkpoint).config.decoder
     shape = decoder.num_hidden_layers, decoder.num_key_value_heads
     rng = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""One linear layer by itself: what it sees, its weights rounded to nearest, and how far its output is off."""
+"""One linear layer on its own: its inputs, its weights rounded to nearest, and the error of its output."""
 
 from __future__ import annotations
 

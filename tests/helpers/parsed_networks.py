@@ -1,4 +1,4 @@
-"""What stands in a network that TensorRT parsed: inputs and outputs, and layers to count."""
+"""Read a network that TensorRT parsed: its inputs and outputs, and its layers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def tensors(network: Any) -> dict[str, tuple[str, str, tuple[int, ...]]]:
-    """Inputs and outputs: name -> ("input" or "output", type, shape with -1 where it varies)."""
+    """Return inputs and outputs: name -> ("input" or "output", type, shape with -1 where it varies)."""
     found = {}
     for kind, count, get in (
         ("input", network.num_inputs, network.get_input),
@@ -19,21 +19,21 @@ def tensors(network: Any) -> dict[str, tuple[str, str, tuple[int, ...]]]:
 
 
 def layers(network: Any) -> list[Any]:
-    """All layers."""
+    """Return all layers."""
     return [network.get_layer(index) for index in range(network.num_layers)]
 
 
 def layer_types(network: Any) -> Counter[str]:
-    """How many layers of each type."""
+    """Return the number of layers of each type."""
     return Counter(layer.type.name for layer in layers(network))
 
 
 def shape_inputs(network: Any) -> list[str]:
-    """Inputs whose values decide shapes; such a value must be on the host, and forbids a CUDA graph."""
+    """Return inputs whose values decide shapes. Such a value must be on the host, and prevents a CUDA graph."""
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     return [tensor.name for tensor in inputs if tensor.is_shape_tensor]
 
 
 def outputs_of_type(network: Any, layer_type: str) -> Counter[str]:
-    """Element types of what the layers of one type put out."""
+    """Return the element types of the outputs of all layers of one type."""
     return Counter(layer.get_output(0).dtype.name for layer in layers(network) if layer.type.name == layer_type)

@@ -1,4 +1,4 @@
-"""A tiny checkpoint quantized by a recipe, with calibration data that are written beside it."""
+"""Quantize a tiny checkpoint by a recipe, with calibration data that are written beside it."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""An independent InternVL 2.5 in plain torch, the ruler that every graph and engine is measured with.
+"""An independent InternVL 2.5 in plain torch. Every graph and engine is compared with it.
 
-Reads a checkpoint folder with its own few lines (remote-code and native layout, either key prefix, safetensors or
-`.bin`, one file or shards) and computes what the original code computes: tiles, image features, logits, greedy tokens
-with a key/value cache. Imports nothing from internvl_edge, so that a mistake there cannot hide here. Knows nothing of
-prompts, tokenizers or quantized weights; a tensor that it would not use is an error.
-`test_reference.py` holds it to the oracle's goldens.
+It reads a checkpoint folder with its own code (remote-code and native layout, either key prefix, safetensors or `.bin`,
+one file or shards) and computes what the original code computes: tiles, image features, logits, greedy tokens with a
+key/value cache. It imports nothing from internvl_edge, so that a mistake there cannot be hidden here. It does not know
+prompts, tokenizers or quantized weights. A tensor that it would not use is an error. `test_reference.py` compares it
+with the goldens of the original code.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
 PROJECTOR_EPS = 1e-5
 
-# On tensors this small, threads cost more at their barriers than they save: one is about five times as fast.
+# On tensors this small, threads cost more at their barriers than they save. One thread is about five times as fast.
 torch.set_num_threads(1)
 
 # Every layout is renamed to: remote-code names for the vision tower and mlp1, Llama names for the text model.
@@ -57,7 +57,7 @@ RENAMES = [
     (r"^(language_model.*)\.attention_norm\.", r"\1.input_layernorm."),
     (r"^(language_model.*)\.ffn_norm\.", r"\1.post_attention_layernorm."),
 ]
-# Nothing else may remain after renaming and splitting: a bias under a name that is never asked for would pass unseen.
+# Nothing else may remain after renaming and splitting. Otherwise a bias under an unknown name would pass unnoticed.
 USED = re.compile(
     r"vision_model\.embeddings\.(class_embedding|position_embedding|patch_embedding\.(weight|bias))"
     r"|vision_model\.encoder\.layers\.\d+\.(ls1|ls2|(norm1|norm2|attn\.(qkv|proj|q_norm|k_norm)|mlp\.fc[12])\.(weight|bias))"
@@ -69,7 +69,7 @@ USED = re.compile(
 
 
 class Generation(NamedTuple):
-    """What `Reference.generate` returns; `step_logits[i]` chose `ids[i]`, and row 0 is `prefill_logits`."""
+    """The result of `Reference.generate`. `step_logits[i]` chose `ids[i]`, and row 0 is `prefill_logits`."""
 
     ids: list[int]
     prefill_logits: Tensor
@@ -78,7 +78,7 @@ class Generation(NamedTuple):
 
 @dataclass
 class Numbers:
-    """The figures of config.json that the arithmetic needs."""
+    """The numbers of config.json that the arithmetic needs."""
 
     vision_layers: int
     vision_heads: int
@@ -103,7 +103,7 @@ class Numbers:
 
     @classmethod
     def read(cls, folder: Path) -> Numbers:
-        """From the config.json of either layout."""
+        """Read the numbers from the config.json of either layout."""
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         native = config["model_type"] == "internvl"
         vision = config["vision_config"]
@@ -137,9 +137,9 @@ class Numbers:
 
 @dataclass
 class Cache:
-    """Keys and values of each layer, [kv_heads, length, head_dim], rotated when they were written and never again.
+    """Keys and values of each layer, [kv_heads, length, head_dim]. Keys are rotated once, when they are written.
 
-    With `scales`, of keys and of values [layers, kv_heads, head_dim], they are rounded to multiples of these.
+    With `scales` of keys and of values [layers, kv_heads, head_dim], both are rounded to multiples of these.
     """
 
     scales: tuple[Tensor, Tensor] | None = None
@@ -148,7 +148,7 @@ class Cache:
 
     @property
     def length(self) -> int:
-        """Positions held so far."""
+        """The number of positions in the cache."""
         return self.keys[0].shape[1] if self.keys else 0
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,7 +168,7 @@ class Cache:
 
 
 class Reference:
-    """One checkpoint, computed in `dtype` (float32 or float64) on the CPU. Keeps no state between calls."""
+    """One checkpoint, computed in `dtype` (float32 or float64) on the CPU. It keeps no state between calls."""
 
     def __init__(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
         self.folder, self.dtype = Path(folder), dtype
@@ -183,7 +183,7 @@ class Reference:
             self.weights["language_model.lm_head.weight"] = self.weights["language_model.model.embed_tokens.weight"]
 
     def _split_wqkv(self) -> None:
-        """InternLM2 rows: for each key/value head its query heads, then the key, then the value."""
+        """Split InternLM2's fused rows: for each key/value head its query heads, then the key, then the value."""
         n = self.numbers
         groups = n.heads // n.kv_heads
         for name in [name for name in self.weights if ".wqkv." in name]:
@@ -194,7 +194,7 @@ class Reference:
             self.weights[name.replace(".wqkv.", ".v_proj.")] = rows[:, groups + 1].flatten(0, 1)
 
     def _join_vision_qkv(self) -> None:
-        """The native layout stores the tower's q, k and v apart."""
+        """Join the tower's q, k and v, which the native layout stores separately."""
         for name in [name for name in self.weights if name.startswith("vision_model") and ".q_proj." in name]:
             parts = [self.weights.pop(name.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"]
             self.weights[name.replace(".q_proj.", ".qkv.")] = torch.cat(parts)
@@ -216,7 +216,7 @@ class Reference:
         return self._layer_norm(x, name, self.numbers.vision_eps)
 
     def _vision_attention(self, x: Tensor, name: str) -> Tensor:
-        """Multi-head self-attention over x [tiles, tokens, hidden]; any q/k norm spans all heads."""
+        """Apply multi-head self-attention to x [tiles, tokens, hidden]. A q/k norm spans all heads."""
         heads = self.numbers.vision_heads
         q, k, v = self._linear(x, f"{name}.qkv").chunk(3, dim=-1)
         if f"{name}.q_norm.weight" in self.weights:
@@ -227,7 +227,7 @@ class Reference:
         return self._linear((scores.softmax(-1) @ v).transpose(1, 2).flatten(2), f"{name}.proj")
 
     def _position_embedding(self, grid: int) -> Tensor:
-        """The stored table, its grid resized bicubically where the tile has another number of patches."""
+        """Return the stored table. Its grid is resized bicubically where the tile has another number of patches."""
         table = self.weights["vision_model.embeddings.position_embedding"]
         stored = round((table.shape[1] - 1) ** 0.5)
         if stored == grid:
@@ -237,7 +237,7 @@ class Reference:
         return torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
 
     def vision_hidden_states(self, tiles: np.ndarray) -> list[Tensor]:
-        """Embeddings and the output of each block, [tiles, 1 + patches, hidden], for uint8 [tiles, size, size, 3]."""
+        """Return embeddings and each block's output, [tiles, 1 + patches, hidden], of uint8 [tiles, size, size, 3]."""
         assert tiles.dtype == np.uint8
         assert tiles.shape[1:] == (self.numbers.image_size, self.numbers.image_size, 3)
         mean, std = (torch.tensor(values, dtype=self.dtype) for values in (IMAGE_MEAN, IMAGE_STD))
@@ -258,7 +258,10 @@ class Reference:
         return states
 
     def pixel_shuffle(self, x: Tensor) -> Tensor:
-        """[tiles, grid * grid, c] -> [tiles, tokens, c * r * r], as the original's views; v1 omits the last permute."""
+        """Merge [tiles, grid * grid, c] to [tiles, tokens, c * r * r] as the original's views.
+
+        v1 omits the last permute.
+        """
         r, grid = self.numbers.shuffle, round(x.shape[1] ** 0.5)
         n, _, c = x.shape
         x = x.reshape(n, grid, grid // r, c * r).permute(0, 2, 1, 3)
@@ -269,7 +272,7 @@ class Reference:
 
     @torch.no_grad()
     def extract_feature(self, tiles: np.ndarray) -> Tensor:
-        """uint8 tiles [tiles, size, size, 3] -> image embeddings [tiles, tokens, text hidden]."""
+        """Compute image embeddings [tiles, tokens, text hidden] of uint8 tiles [tiles, size, size, 3]."""
         x = self.pixel_shuffle(self.vision_hidden_states(tiles)[self.numbers.select_layer][:, 1:])
         x = self._layer_norm(x, "mlp1.0", PROJECTOR_EPS)
         return self._linear(F.gelu(self._linear(x, "mlp1.1")), "mlp1.3")
@@ -277,7 +280,7 @@ class Reference:
     # ---- text ----
 
     def _rotary(self, start: int, length: int) -> tuple[Tensor, Tensor]:
-        """cos and sin [length - start, head_dim] for one call that ends with `length` positions in the cache."""
+        """Return cos and sin [length - start, head_dim] for one call that ends with `length` positions in the cache."""
         n = self.numbers
         theta, positions = n.rope_theta, torch.arange(start, length, dtype=torch.float64)
         if n.rope_type == "linear":
@@ -292,7 +295,7 @@ class Reference:
         return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
 
     def _attention(self, x: Tensor, layer: int, cache: Cache, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """Causal grouped-query attention of x [new, hidden] over the cache and itself."""
+        """Apply causal grouped-query attention of x [new, hidden] over the cache and itself."""
         n, name = self.numbers, f"language_model.model.layers.{layer}.self_attn"
         q, k, v = (self._linear(x, f"{name}.{part}_proj") for part in "qkv")
         q, k, v = (part.reshape(len(x), -1, n.head_dim).transpose(0, 1) for part in (q, k, v))
@@ -305,7 +308,7 @@ class Reference:
         return self._linear((weights @ values.unsqueeze(1)).flatten(0, 1).transpose(0, 1).flatten(1), f"{name}.o_proj")
 
     def _decoder(self, x: Tensor, cache: Cache) -> Tensor:
-        """Hidden states after the final norm, [new, hidden], of new embeddings; the cache grows."""
+        """Return hidden states after the final norm, [new, hidden], of new embeddings. They are added to the cache."""
         rotary = self._rotary(cache.length, cache.length + len(x))
         for index in range(self.numbers.layers):
             block = f"language_model.model.layers.{index}"
@@ -318,7 +321,10 @@ class Reference:
 
     @torch.no_grad()
     def embed(self, ids: Sequence[int], tiles: np.ndarray | None = None) -> Tensor:
-        """Input embeddings [len(ids), hidden]: image tokens are overwritten in order by the features of `tiles`."""
+        """Return input embeddings [len(ids), hidden].
+
+        Image tokens are overwritten in order by the features of `tiles`.
+        """
         tokens = torch.tensor(list(ids))
         x = self.weights["language_model.model.embed_tokens.weight"][tokens]
         if tiles is None or not len(tiles):
@@ -330,14 +336,17 @@ class Reference:
         return x
 
     def image_token_id(self) -> int:
-        """The native config's, or `<IMG_CONTEXT>` in added_tokens.json."""
+        """Return the native config's id, or that of `<IMG_CONTEXT>` in added_tokens.json."""
         if self.numbers.image_token_id is not None:
             return self.numbers.image_token_id
         return int(json.loads((self.folder / "added_tokens.json").read_text(encoding="utf-8"))["<IMG_CONTEXT>"])
 
     @torch.no_grad()
     def logits(self, ids: Sequence[int], tiles: np.ndarray | None = None) -> Tensor:
-        """Logits [len(ids), vocab] of one uncached forward (with dynamic NTK this differs from cached decoding)."""
+        """Return logits [len(ids), vocab] of one uncached forward.
+
+        With dynamic NTK this differs from cached decoding.
+        """
         return self._linear(self._decoder(self.embed(ids, tiles), Cache(self.kv_scales)), "language_model.lm_head")
 
     @torch.no_grad()
@@ -349,10 +358,10 @@ class Reference:
         stop_ids: Sequence[int] = (),
         forced: Sequence[int] | None = None,
     ) -> Generation:
-        """Greedy decoding with a cache, as the original's `generate`: a stop id ends it and is the last id returned.
+        """Decode greedily with a cache, as the original's `generate`: a stop id ends it and is the last id returned.
 
         `forced` feeds these tokens instead of the argmax, so that another implementation's logits can be compared
-        step by step after a near-tie; the ids returned are the forced ones.
+        step by step after a near-tie. The ids returned are then the forced ones.
         """
         cache, x = Cache(self.kv_scales), self.embed(ids, tiles)
         new: list[int] = []
@@ -366,13 +375,13 @@ class Reference:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate-half form of the rotary embedding: the first half of a head pairs with its second half."""
+    """Rotate in the rotate-half form: the first half of a head pairs with its second half."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder under the names of `RENAMES`; recomputable rotary buffers are left out."""
+    """Return all tensors of a folder under the names of `RENAMES`, without recomputable rotary buffers."""
     shards = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     weights: dict[str, Tensor] = {}
     for shard in shards:
@@ -387,7 +396,10 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def tile_image(image: Image.Image, max_num: int = 12, min_num: int = 1, size: int = 448) -> np.ndarray:
-    """The original `load_image` up to its float transform: uint8 tiles [tiles, size, size, 3], thumbnail last."""
+    """Compute the original `load_image` up to its float transform.
+
+    The result is uint8 tiles [tiles, size, size, 3], thumbnail last.
+    """
     image = image.convert("RGB")
     width, height = image.size
     sides = range(1, max_num + 1)

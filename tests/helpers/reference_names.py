@@ -1,4 +1,4 @@
-"""The names under which the torch reference holds the tensors that the product names its own way."""
+"""The torch reference's names of tensors for which the product has its own names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def reference_name(name: str) -> str:
 
 
 def text_name(name: str) -> str:
-    """The reference's name of a canonical decoder tensor."""
+    """Return the reference's name of a canonical decoder tensor."""
     if name.startswith("decoder.layers."):
         return reference_name(name)
     return "language_model." + ("" if "lm_head" in name else "model.") + name.removeprefix("decoder.")

@@ -1,4 +1,4 @@
-"""Where the repository lies, for tests that read or run files of it."""
+"""The path of the repository, for tests that read or run its files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TensorRT engines that are none: a folder as a build leaves it, and the engine's host side over the fake GPU."""
+"""Fake TensorRT engines: a folder as a build leaves it, and the engine's host side over the fake GPU."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OLD = "10.3.0"
 
 
 def write_engines(bundle: Bundle, flavour: str, profiles: int = 1, **changes: Any) -> EngineRecord:
-    """A folder as `build` would leave it, with headers in place of engines."""
+    """Write a folder as `build` would leave it, with headers in place of engines."""
     options = BuildOptions("float16", capacity=CAPACITY, chunk=16, kept=3, tiles=2, profiles=profiles)
     folder = engine_folder(bundle, "fake")
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The independent reference against the original code's goldens: nothing else is measured with it before this holds."""
+"""Compare the independent reference with the original code's goldens. All other comparisons depend on this."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def largest(a: np.ndarray | torch.Tensor, b: np.ndarray) -> float:
 
 
 def native_tiles(path: Path, max_patches: int) -> np.ndarray:
-    """Tiles as transformers makes them: the same grid, alpha on white, and torch's own antialiased uint8 resize."""
+    """Make tiles as transformers does: the same grid, alpha on white, and torch's own antialiased uint8 resize."""
     image: Image.Image = Image.open(path)
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

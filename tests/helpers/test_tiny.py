@@ -1,4 +1,4 @@
-"""The tiny checkpoints say what they mean: one model in every layout, with visible parts and working tokenizers."""
+"""Check the tiny checkpoints: all layouts hold the same model, all parts affect its logits, and the tokenizers work."""
 
 from __future__ import annotations
 

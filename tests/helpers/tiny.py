@@ -1,9 +1,9 @@
-"""Tiny random checkpoints in every layout that the reader must know, for tests that cannot wait for a real model.
+"""Write tiny random checkpoints in every layout that the reader must know, for tests that cannot wait for a real model.
 
 One table of canonical weights, drawn per tensor from (seed, name), is written under the names and in the packing of
-each layout: the same seed gives the same model as remote-code InternLM2 and as native Llama, or as native with either
-key prefix. Sizes are parameters; the scales give logits a standard deviation of one to two and keep every part (layer
-scale, biases, q/k norms, rotary) visible in them. Knows nothing about internvl_edge.
+each layout. The same seed therefore gives the same model as remote-code InternLM2 and as native Llama, or as native
+with either key prefix. Sizes are parameters. The scales give logits a standard deviation of one to two, and every part
+(layer scale, biases, q/k norms, rotary) has a visible effect on them. This module does not know internvl_edge.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from helpers.tiny_config import Tiny, native_config, remote_config, side_files
 
 Weights = dict[str, Tensor]
 
-# The token tables are cut from this many rows, so that a layout with another vocabulary holds the same vectors.
+# The token tables are cut from this many rows, so that layouts with different vocabularies hold the same vectors.
 TABLE_ROWS = 1024
 
 
@@ -49,7 +49,10 @@ def write_checkpoint(folder: str | Path, **choices: Any) -> Path:
 
 
 def _canonical_weights(tiny: Tiny, vocab_size: int) -> Weights:
-    """Remote-code names for the tower and mlp1, Llama names for the text model, q, k and v of both kept apart."""
+    """Return the weights under remote-code names for tower and mlp1, Llama names for the text model.
+
+    q, k, v are separate.
+    """
     weights: Weights = {}
 
     def draw(name: str, *shape: int, std: float, mean: float = 0.0) -> None:
@@ -103,7 +106,7 @@ def _draw_vision(tiny: Tiny, draw: Any, linear: Any, norm: Any) -> None:
 def _draw_text(tiny: Tiny, draw: Any, linear: Any, norm: Any) -> None:
     width, inner = tiny.hidden_size, tiny.intermediate_size
     qkv_bias, output_bias = tiny.text == "qwen2" or tiny.bias, tiny.text != "qwen2" and tiny.bias
-    # A tied table is also the head, so it takes the head's scale.
+    # A tied table is also the head, so it gets the head's scale.
     draw("language_model.model.embed_tokens.weight", TABLE_ROWS, width, std=1.6 * width**-0.5 if tiny.tie else 0.6)
     for index in range(tiny.num_hidden_layers):
         layer = f"language_model.model.layers.{index}"
@@ -162,7 +165,10 @@ def _replaced(name: str, table: dict[str, str]) -> str:
 
 
 def _remote_names(tiny: Tiny, weights: Weights) -> Weights:
-    """One `qkv` per vision block; for InternLM2 also one `wqkv` per layer, rows [kv head: G queries, key, value]."""
+    """Rename the weights: one `qkv` per vision block; for InternLM2 also one `wqkv` per layer.
+
+    Rows of `wqkv` are [kv head: G queries, key, value].
+    """
     named: Weights = {}
     for name, tensor in weights.items():
         if ".attn.q." in name:
@@ -182,7 +188,7 @@ def _remote_names(tiny: Tiny, weights: Weights) -> Weights:
 
 
 def _native_names(tiny: Tiny, weights: Weights) -> Weights:
-    """Names as saved, or with the in-memory prefix."""
+    """Rename the weights to native names, as saved or with the in-memory prefix."""
     named: Weights = {}
     for name, tensor in weights.items():
         new = name if name.startswith("language_model") else _replaced(name, NATIVE_NAMES)
@@ -194,7 +200,7 @@ def _native_names(tiny: Tiny, weights: Weights) -> Weights:
 
 
 def _save(folder: Path, tiny: Tiny, weights: Weights) -> None:
-    """One file, or `tiny.shards` files of neighbouring tensors and their index."""
+    """Write one file, or `tiny.shards` files of neighbouring tensors and their index."""
     dtype = getattr(torch, tiny.dtype)
     names = list(weights)
     stem, suffix = ("model", ".safetensors") if tiny.file_format == "safetensors" else ("pytorch_model", ".bin")

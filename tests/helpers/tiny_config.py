@@ -1,7 +1,7 @@
-"""The choices of one tiny checkpoint, and the JSON files that say them in each layout's words.
+"""The choices of one tiny checkpoint, and the JSON files that express them in each layout's format.
 
-The keys are those of the published remote-code files, and of what transformers 4 and 5 save for the native layout.
-Knows nothing about weights.
+The keys are those of the published remote-code files, and of what transformers 4 and 5 save for the native layout. This
+module does not know weights.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Json = dict[str, Any]
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
-# What transformers wrote into every published `llm_config`; a strict reader must not stumble over it.
+# Keys that transformers wrote into every published `llm_config`. A strict reader must accept them.
 PRETRAINED_DEFAULTS: dict[str, Any] = {
     **dict.fromkeys(
         ["bad_words_ids", "begin_suppress_tokens", "cross_attention_hidden_size", "decoder_start_token_id"], None
@@ -103,12 +103,12 @@ class Tiny:
 
     @property
     def tokens_per_tile(self) -> int:
-        """Image tokens of one tile at downsample_ratio 0.5."""
+        """The number of image tokens of one tile at downsample_ratio 0.5."""
         return (self.image_size // self.patch_size // 2) ** 2
 
 
 def remote_config(tiny: Tiny, vocabulary: Vocabulary) -> Json:
-    """config.json of a published `internvl_chat` folder."""
+    """Return the config.json of a published `internvl_chat` folder."""
     return {
         "_commit_hash": None,
         "architectures": ["InternVLChatModel"],
@@ -195,7 +195,7 @@ def _remote_text(tiny: Tiny, vocabulary: Vocabulary) -> Json:
 
 
 def native_config(tiny: Tiny, vocabulary: Vocabulary) -> Json:
-    """config.json of an `internvl` folder as transformers 5 or 4 saves it."""
+    """Return the config.json of an `internvl` folder as transformers 5 or 4 saves it."""
     dtype = "dtype" if tiny.transformers == 5 else "torch_dtype"
     return {
         "architectures": ["InternVLForConditionalGeneration"],

@@ -1,7 +1,8 @@
-"""Quantized tiny checkpoints, each with its twin: the same folder with the float32 weights its integers stand for.
+"""Quantized tiny checkpoints, each with a twin: the same folder with the float32 weights that its integers stand for.
 
-The twin's weights come from the plain formula here, not from the code under test, so a reference that runs on it is a
-ruler for readers and graphs of quantized checkpoints. Rounds to nearest; quality is nobody's concern here.
+The twin's weights come from the plain formula here, not from the code under test. A reference that runs on the twin can
+therefore check readers and graphs of quantized checkpoints. Weights are rounded to nearest; quality does not matter
+here.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ INT4 = Scheme(4, 32, symmetric=False)
 
 @dataclass(frozen=True)
 class Choices:
-    """`body` and `head` None keep floats; `place` is where the configuration goes: "text", "top" or "both"."""
+    """The choices of one quantized checkpoint.
+
+    `body` and `head` None keep floats. `place` is the place of the configuration: "text", "top" or "both".
+    """
 
     method: str = "awq"
     body: Scheme | None = INT4
@@ -39,7 +43,7 @@ class Choices:
 
 
 def write_quantized(source: Path, folder: Path, **choices: Any) -> tuple[Path, Path]:
-    """Quantize the one-file safetensors checkpoint `source`; returns the quantized folder and its float32 twin."""
+    """Quantize the one-file safetensors checkpoint `source`. Return the quantized folder and its float32 twin."""
     made = Choices(**choices)
     quantized, twin = {}, {}
     for name, tensor in load_file(source / "model.safetensors").items():
@@ -62,7 +66,7 @@ def write_quantized(source: Path, folder: Path, **choices: Any) -> tuple[Path, P
 
 
 def round_to_nearest(weight: np.ndarray, scheme: Scheme, skewed: bool = False) -> PackedLinear:
-    """Min-max rounding with scales exact in float16; `skewed` first moves every weight to one side of zero."""
+    """Round with min-max scales that are exact in float16. `skewed` first moves every weight to one side of zero."""
     out, inputs = weight.shape
     if skewed:
         weight = np.abs(weight) * np.sign(weight[:, :1] + 1e-9)
@@ -81,7 +85,7 @@ def round_to_nearest(weight: np.ndarray, scheme: Scheme, skewed: bool = False) -
 
 
 def plain_weights(linear: PackedLinear) -> np.ndarray:
-    """(value - zero point) * scale, one element at a time in float64."""
+    """Compute (value - zero point) * scale, one element at a time in float64."""
     repeat = linear.values.shape[1] // linear.scale.shape[1]
     zeros = 0 if linear.zero_point is None else np.repeat(linear.zero_point, repeat, axis=1).astype(np.float64)
     weights = (linear.values.astype(np.float64) - zeros) * np.repeat(linear.scale, repeat, axis=1).astype(np.float64)
@@ -89,7 +93,7 @@ def plain_weights(linear: PackedLinear) -> np.ndarray:
 
 
 def with_quantization(config: dict[str, Any], made: Choices) -> dict[str, Any]:
-    """config.json with `quantization_config` where `made` wants it."""
+    """Return config.json with `quantization_config` at the place that `made` asks for."""
     if made.method == "awq":
         assert made.body is not None
         described = autoawq.configuration(made.body.group_size or -1, ["vision_model", "mlp1", "lm_head"])

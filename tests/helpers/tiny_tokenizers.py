@@ -1,8 +1,8 @@
-"""Tokenizer files of a few hundred tokens in each of the published forms, with the quirks of the real ones.
+"""Tokenizer files of a few hundred tokens in each of the published forms, with the peculiarities of the real ones.
 
-Both vocabularies grow from the same words: every prefix of a word is a token, so the merges are the words read from the
-left. Deterministic, nothing is trained. Returns the vocabulary size and the ids of the special tokens; knows nothing
-about weights.
+Both vocabularies are made from the same words: every prefix of a word is a token, so the merges are the words read from
+the left. The result is deterministic, and nothing is trained. The functions return the vocabulary size and the ids of
+the special tokens. This module does not know weights.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ QWEN2_PATTERN = (
 
 
 class Vocabulary(NamedTuple):
-    """How many ids there are, and the ids of the added tokens by their text."""
+    """The number of ids, and the ids of the added tokens by their text."""
 
     size: int
     ids: dict[str, int]
 
 
 def write_qwen2(folder: Path) -> Vocabulary:
-    """vocab.json, merges.txt and the added tokens: the files of a remote-code Qwen2 checkpoint."""
+    """Write vocab.json, merges.txt and the added tokens: the files of a remote-code Qwen2 checkpoint."""
     vocab, merges = _byte_level_bpe()
     _write_json(folder / "vocab.json", vocab)
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
@@ -75,7 +75,10 @@ def write_qwen2(folder: Path) -> Vocabulary:
 
 
 def write_native(folder: Path) -> Vocabulary:
-    """One tokenizer.json with the byte-level BPE of `write_qwen2`: the native layout, whatever its text model."""
+    """Write one tokenizer.json with the byte-level BPE of `write_qwen2`.
+
+    The native layout has this for every text model.
+    """
     vocab, merges = _byte_level_bpe()
     added = _numbered([*QWEN2_SPECIAL, *QWEN2_PLAIN, *IMAGE_TOKENS, "<video>"], len(vocab))
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -122,10 +125,11 @@ def write_native(folder: Path) -> Vocabulary:
 
 
 def write_internlm2(folder: Path) -> Vocabulary:
-    """tokenizer.model (sentencepiece BPE, byte fallback) and the added tokens of a remote-code InternLM2 checkpoint.
+    """Write tokenizer.model (sentencepiece BPE, byte fallback) and the added tokens of a remote InternLM2 checkpoint.
 
-    As in the real file: no dummy prefix, a NUL piece, `▁▁` and `——` with score 0, and `[UNUSED_TOKEN_n]` pieces
-    whose ids tokenizer_config.json gives to `<|im_start|>` and its like; added_tokens.json only holds the image tokens.
+    The file has the peculiarities of the real one: no dummy prefix, a NUL piece, `▁▁` and `——` with score 0, and
+    `[UNUSED_TOKEN_n]` pieces whose ids tokenizer_config.json gives to `<|im_start|>` and similar tokens.
+    added_tokens.json holds only the image tokens.
     """
     model = protobuf.ModelProto()
     model.trainer_spec.model_type = model.trainer_spec.BPE
@@ -165,7 +169,7 @@ def write_internlm2(folder: Path) -> Vocabulary:
 
 
 def _byte_level_bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """256 byte characters, every prefix of every word with and without a leading space, and the merges to them."""
+    """Return 256 byte characters, every prefix of every word with and without a leading space, and their merges."""
     letters = _byte_letters()
     tokens = {letters[byte]: None for byte in sorted(letters, key=lambda byte: letters[byte])}
     merges: dict[tuple[str, str], None] = {}
@@ -180,14 +184,14 @@ def _byte_level_bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def _byte_letters() -> dict[int, str]:
-    """The printable character that byte-level BPE writes for each byte."""
+    """Return the printable character that byte-level BPE writes for each byte."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + index) for index, byte in enumerate(others)}
 
 
 def _sentencepieces() -> list[str]:
-    """Single characters, a NUL piece, and every prefix of every word with and without a leading space mark."""
+    """Return single characters, a NUL piece, and every prefix of every word with and without a leading space mark."""
     words = [text for word in WORDS for text in (word, f"▁{word}")]
     letters = dict.fromkeys(["▁", "\n", "\0", "—", *"".join(words)])
     prefixes = dict.fromkeys(word[:end] for word in words for end in range(2, len(word) + 1))
@@ -199,7 +203,7 @@ def _numbered(tokens: list[str], first: int) -> dict[str, int]:
 
 
 def _decoder(added: dict[str, int]) -> dict[str, dict[str, Any]]:
-    """The `added_tokens_decoder` of tokenizer_config.json."""
+    """Return the `added_tokens_decoder` of tokenizer_config.json."""
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     return {str(i): {"content": token, **flags, "special": token not in QWEN2_PLAIN} for token, i in added.items()}
 

@@ -1,4 +1,5 @@
-"""Packed integer weights as files store them, from and to `PackedLinear`. Knows bytes, nothing about models or graphs.
+"""Convert packed integer weights between their stored bytes and `PackedLinear`.
 
-Each codec is a module with `pack` and `unpack` and the configuration JSON of its format.
+Each codec is a module with `pack`, `unpack` and the configuration JSON of its format. Codecs know bytes. They do not
+know models or graphs.
 """

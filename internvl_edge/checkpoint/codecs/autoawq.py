@@ -3,8 +3,8 @@
     qweight int32 [in, out / 8], qzeros int32 [in / group, out / 8], scales float16 [in / group, out]
     weight[n, k] = (q[n, k] - zero[n, k / group]) * scale[n, k / group]
 
-Nibble i of a word, counted from the lowest, holds column ORDER[i] of its eight. (GPTQ's format differs: consecutive
-columns, and zero points stored minus one.)
+Nibble i of a word, counted from the lowest, holds column ORDER[i] of its eight columns. (GPTQ's format differs: its
+columns are consecutive, and its zero points are stored minus one.)
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ Words = NDArray[np.int32]
 
 
 def pack(linear: PackedLinear) -> dict[str, NDArray[Any]]:
-    """`qweight`, `qzeros` and `scales` of one layer; symmetric weights get the zero point 8. A bias is not included.
+    """Return `qweight`, `qzeros` and `scales` of one layer, without its bias. Symmetric weights get the zero point 8.
 
-    Scales are rounded to float16, so choose the integers with rounded ones.
+    Scales are rounded to float16. Round them before you choose the integers.
 
     Raises:
         CheckpointError: not 4 bits, outputs not a multiple of 8, or a scale that float16 cannot hold.
@@ -50,7 +50,7 @@ def pack(linear: PackedLinear) -> dict[str, NDArray[Any]]:
 
 
 def unpack(qweight: Words, qzeros: Words, scales: NDArray[np.float16]) -> PackedLinear:
-    """The layer behind the three stored tensors, bit for bit: `pack(unpack(...))` gives them back."""
+    """Return the layer in the three stored tensors. `pack(unpack(...))` returns the same bits."""
     return PackedLinear(
         values=np.ascontiguousarray(_from_words(qweight).T),
         scale=np.ascontiguousarray(scales.T, np.float32),
@@ -60,7 +60,10 @@ def unpack(qweight: Words, qzeros: Words, scales: NDArray[np.float16]) -> Packed
 
 
 def _to_words(values: NDArray[np.uint8]) -> Words:
-    """[rows, columns] of 0..15 -> [rows, columns / 8]. One strided pass per byte: numpy's fancy indexing is slower."""
+    """Pack [rows, columns] of 0..15 to [rows, columns / 8].
+
+    It makes one strided pass per byte, because numpy's fancy indexing is slower.
+    """
     rows, columns = values.shape
     eights = values.reshape(rows, columns // 8, 8)
     packed = np.empty((rows, columns // 8, 4), np.uint8)
@@ -79,7 +82,7 @@ def _from_words(words: Words) -> NDArray[np.uint8]:
 
 
 def configuration(group_size: int, modules_to_not_convert: Iterable[str]) -> dict[str, Any]:
-    """`quantization_config` of a checkpoint; modules whose name contains one of these keep float weights."""
+    """Return the `quantization_config` of a checkpoint. Modules whose name contains one of these strings stay float."""
     return {
         "quant_method": METHOD,
         "version": "gemm",
@@ -91,7 +94,7 @@ def configuration(group_size: int, modules_to_not_convert: Iterable[str]) -> dic
 
 
 def read_configuration(config: Mapping[str, Any]) -> tuple[Scheme, ...]:
-    """The one scheme of a `quantization_config`; which layers have it follows from the stored tensors.
+    """Return the only scheme of a `quantization_config`. The stored tensors tell which layers have it.
 
     Raises:
         CheckpointError: another packing than GEMM, other bits than 4, no zero points, or no group size.
@@ -110,6 +113,6 @@ def read_configuration(config: Mapping[str, Any]) -> tuple[Scheme, ...]:
 
 
 def read_targets(config: Mapping[str, Any]) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
-    """Which modules the scheme is for, and which keep floats, in the form of compressed-tensors."""
+    """Return the modules of the scheme and those that stay float, in the form of compressed-tensors."""
     floats = config.get("modules_to_not_convert") or ()
     return (("Linear",),), tuple(f"re:.*{re.escape(str(name))}" for name in floats)

@@ -1,16 +1,18 @@
-"""Two formats of compressed-tensors. `pack-quantized`: 4- or 8-bit weights in int32 words, grouped or a scale per row.
+"""Two formats of compressed-tensors: `pack-quantized` and `int-quantized`.
+
+`pack-quantized` holds 4- or 8-bit weights in int32 words, with a scale per group or per row:
 
     weight_packed int32 [out, ceil(in * bits / 32)], weight_scale float [out, groups], weight_shape int64 [2] = out, in
     weight_zero_point int32 [ceil(out * bits / 32), groups], only with zero points
 
-Integers are stored counted from the lowest value (signed value + 2**(bits-1)), in order, lowest bits first; weights are
-packed along the inputs, zero points along the outputs.
+Integers are stored as their distance from the lowest value (signed value + 2**(bits-1)), in order, lowest bits first.
+Weights are packed along the inputs, zero points along the outputs.
 
-`int-quantized`: int8 weights as they are, with int8 inputs of one static scale.
+`int-quantized` holds int8 weights unpacked, with int8 inputs of one static scale:
 
     weight int8 [out, in], weight_scale float [out, 1], input_scale float [1]
 
-A checkpoint with both is `mixed-precision`. Field names as compressed-tensors 0.20 writes them and vLLM reads them.
+A checkpoint with both is `mixed-precision`. Field names are those that compressed-tensors 0.20 writes and vLLM reads.
 """
 
 from __future__ import annotations
@@ -36,11 +38,11 @@ Words = NDArray[np.int32]
 
 
 def pack(linear: PackedLinear, scale_dtype: Any = np.float32) -> dict[str, NDArray[Any]]:
-    """The stored tensors of one layer by their last name. A bias is not included.
+    """Return the stored tensors of one layer by the last part of their name, without its bias.
 
     Args:
         linear: any layer of 4 or 8 bits.
-        scale_dtype: how scales are stored; a 16-bit type rounds them. Those of `int-quantized` are always float32.
+        scale_dtype: stored type of the scales; a 16-bit type rounds them. Those of `int-quantized` are always float32.
     """
     if linear.input_scale is not None:
         scales = {"weight_scale": linear.scale, "input_scale": np.array([linear.input_scale], np.float32)}
@@ -64,7 +66,7 @@ def unpack(
     bits: int,
     weight_zero_point: Words | None = None,
 ) -> PackedLinear:
-    """The layer behind the stored tensors, bit for bit: `pack(unpack(...))` gives the integers back."""
+    """Return the layer in the stored tensors. `pack(unpack(...))` returns the same integers."""
     out, inputs = (int(size) for size in weight_shape)
     values = _from_words(weight_packed, bits, inputs)
     scale = np.ascontiguousarray(weight_scale, np.float32)
@@ -75,13 +77,13 @@ def unpack(
 
 
 def unpack_integers(weight: NDArray[np.int8], weight_scale: NDArray[Any], input_scale: NDArray[Any]) -> PackedLinear:
-    """The layer behind the stored tensors of `int-quantized`."""
+    """Return the layer in the stored tensors of `int-quantized`."""
     scale = np.ascontiguousarray(weight_scale, np.float32)
     return PackedLinear(weight, scale, None, 8, input_scale=float(input_scale.astype(np.float32).reshape(())))
 
 
 def _to_words(values: NDArray[np.uint8], bits: int) -> Words:
-    """[rows, columns] -> [rows, ceil(columns * bits / 32)]; what is left of the last word is zero."""
+    """Pack [rows, columns] to [rows, ceil(columns * bits / 32)]. The unused rest of the last word is zero."""
     rows, columns = values.shape
     words = -(-columns * bits // 32)
     padded = np.zeros((rows, words * 32 // bits), np.uint8)
@@ -100,11 +102,11 @@ def _from_words(words: Words, bits: int, columns: int) -> NDArray[np.uint8]:
 
 
 def configuration(targets: Mapping[Scheme, Iterable[str]], ignore: Iterable[str]) -> dict[str, Any]:
-    """`quantization_config` of a checkpoint.
+    """Return the `quantization_config` of a checkpoint.
 
     Args:
-        targets: for each scheme the modules that have it: stored names, `re:` and a regular expression, or "Linear".
-        ignore: modules that keep float weights, written the same way.
+        targets: for each scheme its modules: stored names, `re:` and a regular expression, or "Linear".
+        ignore: modules that stay float, in the same notation.
     """
     groups = {
         f"group_{index}": {
@@ -138,7 +140,7 @@ def configuration(targets: Mapping[Scheme, Iterable[str]], ignore: Iterable[str]
 
 
 def read_configuration(config: Mapping[str, Any]) -> tuple[Scheme, ...]:
-    """The schemes of a `quantization_config`; which layer has which follows from its stored tensors.
+    """Return the schemes of a `quantization_config`. The stored tensors tell which layer has which scheme.
 
     Raises:
         CheckpointError: another format, activations quantized while the model runs, a quantized cache, or weights other
@@ -156,7 +158,7 @@ def read_configuration(config: Mapping[str, Any]) -> tuple[Scheme, ...]:
 
 
 def read_targets(config: Mapping[str, Any]) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
-    """Which modules each scheme of `read_configuration` is for, and which keep floats, as in `configuration`."""
+    """Return the modules of each scheme of `read_configuration` and those that stay float, as in `configuration`."""
     targets = tuple(tuple(map(str, group.get("targets") or ())) for group in config["config_groups"].values())
     return targets, tuple(map(str, config.get("ignore") or ()))
 
@@ -187,5 +189,8 @@ def _scheme(name: str, group: Any) -> Scheme:
 
 
 def _is_int8_inputs(described: Any) -> bool:
-    """Whether `input_activations` are symmetric int8 with one static scale; absent fields have their defaults."""
+    """Return whether `input_activations` are symmetric int8 with one static scale.
+
+    Absent fields have their defaults.
+    """
     return isinstance(described, dict) and _INT8_INPUTS.items() <= (_INT8_DEFAULTS | described).items()
