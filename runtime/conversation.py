@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from internvl_edge.model.preprocess import ImageSource
 from internvl_edge.model.prompt import IMAGE_MARK
 
 from .model import InternVL
+from .options import ChatOptions, checked_options
 from .reply import Reply
-from .request import ChatOptions, ImageSource
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -27,7 +28,7 @@ class Conversation:
         self.images: list[ImageSource] = []
         self.reply: Reply | None = None
         self._model = model
-        self._options = options
+        self._options = checked_options(options)
 
     def ask(self, question: str, *images: ImageSource) -> Reply:
         """Ask the next question, with new images if there are any (see `stream`), and return the answer."""

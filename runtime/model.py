@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,12 +28,14 @@ from .engines.onnxruntime import OnnxRuntimeEngine
 from .generate import generate
 from .image_cache import ImageCache, pixel_key
 from .lookup import PromptLookup
+from .options import ChatOptions, checked_options
 from .reply import Reply, ReplyStream
-from .request import ChatOptions, Images, Request, RequestBuilder
+from .request import Images, Request, RequestBuilder
 from .sampling import Chooser, Sampler, Sampling
 from .session import Session, image_keys
 from .text_stream import TextStream
 from .trace import Recorder, Trace
+from .turns import Turns
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -44,7 +46,11 @@ DEFAULT_CONTEXT = 32768
 
 
 class InternVL:
-    """A model on a device. It handles one request at a time. For several threads, load one model per thread."""
+    """A model on a device.
+
+    It computes one answer at a time, and threads wait for each other. For answers side by side, load one model per
+    thread.
+    """
 
     def __init__(self, opened: Bundle, engine: Engine) -> None:
         manifest = opened.manifest
@@ -57,6 +63,8 @@ class InternVL:
         self._table = opened.embeddings()
         self._images = ImageCache(engine.encode)
         self._session = Session(engine, self.config.decoder)
+        self._turns = Turns()
+        self._source = manifest.source
 
     @classmethod
     def load(
@@ -127,11 +135,13 @@ class InternVL:
         Its `reply` is the finished answer. The request is checked at once; vision and prefill run when the first piece
         is requested.
         """
-        request = self._requests.build(question, images, options)
-        sampling = {name: options[name] for name in Sampling.__dataclass_fields__ if name in options}  # type: ignore[literal-required]
-        text = TextStream(self._tokenizer, options.get("stop", ()))
-        lookup = self._lookup(request) if options.get("speculate") else None
-        return ReplyStream(self._answer(request, Sampler(Sampling(**sampling)), text, lookup))
+        checked = checked_options(options)
+        request = self._requests.build(question, images, checked)
+        sampling = Sampling(**{name: checked[name] for name in Sampling.__dataclass_fields__ if name in checked})
+        counted = request.prompt_ids.tolist() if self.config.layout == "native" else ()
+        text = TextStream(self._tokenizer, self._stop_texts(checked), checked.get("keep_special", False))
+        lookup = self._lookup(request) if checked.get("speculate") else None
+        return ReplyStream(self._answer(request, Sampler(sampling, counted), text, lookup), self._turns)
 
     @property
     def engine(self) -> Engine:
@@ -152,9 +162,10 @@ class InternVL:
         """
         if answer is not None:
             options["max_new_tokens"] = len(answer)
-        request = self._requests.build(question, images, options)
+        request = self._requests.build(question, images, checked_options(options))
         recorder = Recorder(answer)
-        reply = ReplyStream(self._answer(request, recorder, TextStream(self._tokenizer, ()), None)).reply
+        pieces = self._answer(request, recorder, TextStream(self._tokenizer), None)
+        reply = ReplyStream(pieces, self._turns).reply
         return Trace(reply, recorder.logits)
 
     def answer_ids(self, text: str) -> list[int]:
@@ -163,10 +174,15 @@ class InternVL:
         return [*self._tokenizer.encode(text)[start:], self._stop_ids[0]]
 
     def close(self) -> None:
-        """Release the engine. The object cannot be used afterwards. A second call does nothing."""
+        """Release the engine. A later question raises EngineError. A second call does nothing."""
+        self._turns.close()
         if hasattr(self, "_session"):
             self.engine.close()
             del self._session, self._images
+
+    def __repr__(self) -> str:
+        engine = type(self._session.engine).__name__ if hasattr(self, "_session") else "closed"
+        return f"<InternVL {self._source}, {engine}>"
 
     def __enter__(self) -> InternVL:
         return self
@@ -178,7 +194,7 @@ class InternVL:
 
     def _answer(
         self, request: Request, sampler: Chooser, text: TextStream, lookup: PromptLookup | None
-    ) -> Iterator[str | Reply]:
+    ) -> Generator[str | Reply, None, None]:
         clock = _Clock()
         image_embeds = [self._images.encode(tiles).reshape(-1, self._table.shape[1]) for tiles in request.tiles]
         clock.lap("vision_s")
@@ -192,7 +208,7 @@ class InternVL:
         try:
             for token in tokens:
                 output_ids.append(token)
-                if piece := text.push(token):
+                if token not in self._stop_ids and (piece := text.push(token)):
                     yield piece
                 if text.stopped:
                     break
@@ -211,6 +227,11 @@ class InternVL:
             finish_reason="stop" if stopped else "length",
             timings=clock.timings(request.seconds, computed, len(output_ids)),
         )
+
+    def _stop_texts(self, options: Mapping[str, Any]) -> list[str]:
+        """The stop strings, without the names of tokens that end an answer anyway."""
+        ends = {self._tokenizer.decode([token], skip_special=False) for token in self._stop_ids}
+        return [text for text in options.get("stop", ()) if text not in ends]
 
     def _lookup(self, request: Request) -> PromptLookup | None:
         """Return a lookup for the request, or None where guessing would change the answer.

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+
+from internvl_edge.base.errors import PromptError
+
+from .turns import Turns
 
 
 @dataclass(frozen=True)
@@ -32,26 +36,62 @@ class Reply:
 
 
 class ReplyStream:
-    """An iterator over pieces of an answer's text. Each piece has whole characters; all joined are `reply.text`."""
+    """An iterator over pieces of an answer's text. Each piece has whole characters; all joined are `reply.text`.
 
-    def __init__(self, pieces: Iterator[str | Reply]) -> None:
+    The answer has the model from its first piece to its end. `close` ends it early. So does a later question of the
+    same thread, and reading on is then a PromptError.
+    """
+
+    def __init__(self, pieces: Generator[str | Reply, None, None], turns: Turns) -> None:
         self._pieces = pieces
+        self._turns = turns
         self._reply: Reply | None = None
+        self._began = self._interrupted = False
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        piece = next(self._pieces)
+        if self._interrupted:
+            raise PromptError("a later question to this model ended this answer; read one answer to its end first")
+        if not self._began:
+            self._turns.enter(self)
+            self._began = True
+        try:
+            piece = next(self._pieces)
+        except BaseException:
+            self.close()
+            raise
         if isinstance(piece, Reply):
             self._reply = piece
+            self.close()
             raise StopIteration
         return piece
 
+    def __del__(self) -> None:
+        if hasattr(self, "_began"):
+            self.close()
+
     @property
     def reply(self) -> Reply:
-        """The finished answer. Reading this generates the rest of the answer first."""
+        """The finished answer. Reading this generates the rest of the answer first.
+
+        Raises:
+            PromptError: the answer was ended before it was finished.
+        """
         for _ in self:
             pass
-        assert self._reply is not None
+        if self._reply is None:
+            raise PromptError("this answer was closed before it was finished; ask again")
         return self._reply
+
+    def close(self) -> None:
+        """End the answer; what it has computed so far is kept for the next question."""
+        self._pieces.close()
+        if self._began:
+            self._turns.leave(self)
+
+    def interrupt(self) -> None:
+        """End the answer because another one begins."""
+        self._interrupted = True
+        self.close()

@@ -6,53 +6,22 @@ This module finds every error in a request, before any work starts.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TypedDict
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from internvl_edge.base.errors import PromptError
 from internvl_edge.model.config import ModelConfig
-from internvl_edge.model.preprocess import load_image, tile_image
+from internvl_edge.model.preprocess import ImageSource, is_image_source, load_image, tile_image
 from internvl_edge.model.prompt import build_prompt
 from internvl_edge.model.template import PromptTemplate
 from internvl_edge.model.tokenizer import Tokenizer
 
-ImageSource = str | Path | bytes | Image.Image
-# One entry per `<image>` mark; a list of images shares one mark.
-Images = Sequence[ImageSource | Sequence[ImageSource]]
-
-
-class ChatOptions(TypedDict, total=False):
-    """The options of a request, beside question and images.
-
-    Attributes:
-        max_tiles: the most tiles of an image, one number or one per image; the default is the checkpoint's own limit.
-        history: earlier turns as (question, answer). Their `<image>` marks take the first images.
-        system: system text instead of the checkpoint's; "" leaves the system turn out.
-        max_new_tokens: the most tokens of the answer; the default is 1024.
-        temperature, top_k, top_p, repetition_penalty, seed: see `Sampling`; the default is greedy.
-        stop: strings that end the answer and are not part of it.
-        speculate: guess tokens from the prompt and verify several in one step (see `lookup`). The answer is the same.
-        exif: rotate images as their EXIF orientation says. By default they are not rotated, as in the original code.
-    """
-
-    max_tiles: int | Sequence[int] | None
-    history: Sequence[tuple[str, str]]
-    system: str | None
-    max_new_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    repetition_penalty: float
-    seed: int | None
-    stop: Sequence[str]
-    speculate: bool
-    exif: bool
+# One image, or one entry per `<image>` mark; a list of images shares one mark.
+Images = ImageSource | Sequence[ImageSource | Sequence[ImageSource]] | None
 
 
 @dataclass(frozen=True)
@@ -86,7 +55,7 @@ class RequestBuilder:
         self._image_token = image_token
         self._capacity = capacity
 
-    def build(self, question: str, images: Images, options: ChatOptions) -> Request:
+    def build(self, question: str, images: Images, options: Mapping[str, Any]) -> Request:
         """Check and prepare one request.
 
         Raises:
@@ -94,7 +63,9 @@ class RequestBuilder:
             ImageError: an image cannot be read or exceeds a limit.
         """
         started = time.perf_counter()
-        groups = [[entry] if isinstance(entry, ImageSource) else list(entry) for entry in _as_entries(images)]
+        if not isinstance(question, str):
+            raise PromptError(f"the question is a {type(question).__name__}, expected a text")
+        groups = _groups(images)
         tiles = self._tile([source for group in groups for source in group], options)
         per_image = iter(len(image) for image in tiles)
         prompt = build_prompt(
@@ -110,7 +81,7 @@ class RequestBuilder:
         self._check(ids, max_new_tokens, sum(map(len, tiles)))
         return Request(ids, ids == self._image_token, tiles, max_new_tokens, time.perf_counter() - started)
 
-    def _tile(self, sources: list[ImageSource], options: ChatOptions) -> list[NDArray[np.uint8]]:
+    def _tile(self, sources: list[ImageSource], options: Mapping[str, Any]) -> list[NDArray[np.uint8]]:
         limits = options.get("max_tiles")
         if limits is None:
             limits = self._config.max_tiles
@@ -120,10 +91,10 @@ class RequestBuilder:
             raise PromptError(
                 f"max_tiles has {len(limits)} numbers for {len(sources)} images; give one, or one per image"
             )
-        config, exif = self._config, options.get("exif", False)
+        config, exif, background = self._config, options.get("exif", False), options.get("background")
         return [
             tile_image(
-                load_image(source, exif=exif),
+                load_image(source, exif=exif, background=background),
                 image_size=config.vision.image_size,
                 max_tiles=limit,
                 min_tiles=min(config.min_tiles, limit),
@@ -146,7 +117,21 @@ class RequestBuilder:
             )
 
 
-def _as_entries(images: Images) -> Images:
-    if isinstance(images, str | Path | bytes | Image.Image):
-        raise PromptError("images is a single image, expected a list: images=[...]")
-    return images
+def _groups(images: Images) -> list[list[ImageSource]]:
+    """The images of each mark.
+
+    Raises:
+        PromptError: something that cannot be images.
+    """
+    if images is None:
+        return []
+    entries = [images] if is_image_source(images) else images
+    if isinstance(entries, Mapping) or not hasattr(entries, "__iter__"):
+        raise PromptError(f"images is a {type(images).__name__}, expected a list of paths, bytes or Pillow images")
+    return [_group(entry) for entry in entries]
+
+
+def _group(entry: Any) -> list[ImageSource]:
+    if is_image_source(entry) or isinstance(entry, Mapping) or not hasattr(entry, "__iter__"):
+        return [entry]  # whatever is no image is named when it is read
+    return list(entry)

@@ -6,6 +6,7 @@ code calls.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,7 +25,8 @@ class Sampling:
         top_k: sample among the k most probable tokens; 0 keeps all.
         top_p: sample among the most probable tokens whose probabilities sum to at least this.
         repetition_penalty: divides the positive logits, and multiplies the negative logits, of tokens that the answer
-            already has. Tokens of the prompt do not count, as in the original code, which generates from embeddings.
+            already has. Tokens of the prompt count in the native layout, as in transformers. They do not in the
+            published layout, whose original code generates from embeddings.
         seed: seed of the random generator; None takes a new one each time.
     """
 
@@ -64,12 +66,15 @@ class Chooser(Protocol):
 
 
 class Sampler:
-    """Chooses the tokens of one answer."""
+    """Chooses the tokens of one answer.
 
-    def __init__(self, sampling: Sampling) -> None:
+    `counted` are tokens that the repetition penalty counts from the start.
+    """
+
+    def __init__(self, sampling: Sampling, counted: Iterable[int] = ()) -> None:
         self._sampling = sampling
         self._random = np.random.default_rng(sampling.seed)
-        self._answered: set[int] = set()
+        self._answered: set[int] = set(counted)
 
     @property
     def takes_the_best(self) -> bool:

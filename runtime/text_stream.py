@@ -19,19 +19,22 @@ class TextStream:
     `stopped` is True after a stop string was found; later ids are ignored. `text` is the text returned so far.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str] = (), keep_special: bool = False) -> None:
         """Start a reply. `stop` is a text that ends it, or several such texts.
 
         The stop string that is complete first ends the reply. Of two that end at the same place, the longer one is cut
         off.
 
         Raises:
-            PromptError: a stop string is empty.
+            PromptError: a stop string is empty, or can never occur because special tokens are dropped.
         """
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if not all(stop):
             raise PromptError("a stop string is empty; leave it out")
+        if not keep_special and (lost := tokenizer.special_token_in(stop)):
+            raise PromptError(f"a stop string holds {lost}, which is dropped from answers; set keep_special=True")
         self._tokenizer = tokenizer
+        self._keep_special = keep_special
         self._characters = codecs.getincrementaldecoder("utf-8")(tokenizer.decode_errors)
         self._stop = stop
         self._held = ""  # this text may still become a stop string
@@ -41,7 +44,7 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         """Add a token, and return the text that is now certain, often ""."""
-        return self._advance(self._tokenizer.token_bytes(token_id), final=False)
+        return self._advance(self._tokenizer.token_bytes(token_id, skip_special=not self._keep_special), final=False)
 
     def finish(self) -> str:
         """End the reply, and return the rest of its text."""

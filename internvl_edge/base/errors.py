@@ -3,9 +3,19 @@
 Every message is one line: what was found, what was expected, and what to do.
 """
 
+from __future__ import annotations
+
+from .text import one_line
+
 
 class EdgeError(Exception):
-    """An error in the user's input, and not a bug. The command line prints it and exits with status 2."""
+    """An error in the user's input, and not a bug. The command line prints it and exits with status 2.
+
+    Its message is one line of at most `text.MESSAGE_LENGTH` characters, whatever input it quotes.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(one_line(str(message)))
 
 
 class CheckpointError(EdgeError):

@@ -14,7 +14,7 @@ import click
 from internvl_edge.bundle.names import DECODERS
 from internvl_edge.runtime.engines.choice import ENGINES
 from internvl_edge.runtime.model import DEFAULT_CONTEXT, DEVICES, InternVL
-from internvl_edge.runtime.request import ChatOptions
+from internvl_edge.runtime.options import ChatOptions
 
 Command = Callable[..., Any]
 

@@ -17,7 +17,7 @@ from PIL import Image
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.calibration.items import read_items
 from internvl_edge.calibration.texts import TEXTS
-from internvl_edge.runtime.request import ChatOptions
+from internvl_edge.runtime.options import ChatOptions
 
 # One built-in case in this many is text alone.
 _TEXT_EVERY = 4

@@ -22,7 +22,7 @@ from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.run_record import RunRecord, run_record
 from internvl_edge.model.preprocess import load_image
 from internvl_edge.runtime.model import InternVL
-from internvl_edge.runtime.request import ChatOptions
+from internvl_edge.runtime.options import ChatOptions
 from internvl_edge.runtime.trace import Trace
 
 from .cases import Case, QuestionSettings

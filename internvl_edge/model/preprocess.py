@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import io
 import os
+from base64 import b64decode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageColor, ImageOps
 
 from internvl_edge.base.errors import ImageError
+from internvl_edge.base.text import one_line, shown
 
 MAX_PIXELS = 100_000_000
 MAX_ASPECT_RATIO = 1000
@@ -29,37 +32,102 @@ MAX_TILES = 128
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000")
 
 
+# A path, `file://` or `data:` address, the bytes of a file, an open file, a Pillow image, or pixels uint8 [h, w, 3].
+ImageSource = str | Path | bytes | bytearray | memoryview | BinaryIO | Image.Image | NDArray[np.uint8]
+_SHOWN = 80
+
+
+def is_image_source(value: Any) -> bool:
+    """Whether a value is one image in any of the forms that `load_image` takes."""
+    forms = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, np.ndarray)
+    return isinstance(value, forms) or hasattr(value, "read")
+
+
 def load_image(
-    source: str | Path | bytes | Image.Image,
+    source: ImageSource,
     *,
     exif: bool = False,
+    background: str | None = None,
     max_pixels: int = MAX_PIXELS,
     max_aspect_ratio: float = MAX_ASPECT_RATIO,
 ) -> Image.Image:
     """Decode an image to RGB. Like the original, drop alpha and take the first frame of an animation.
 
+    One difference is announced: greyscale with 16 bits is scaled to 8, where the original clips it to white.
+
     Args:
-        source: a file, the bytes of a file, or a Pillow image (which is not changed).
+        source: see `ImageSource`. A Pillow image is not changed; addresses on the network are not fetched.
         exif: apply the EXIF orientation; the original never does.
+        background: a colour to put behind transparent pixels; None drops transparency as the original does.
         max_pixels: most pixels (width x height) of an image; read from the header before any memory is allocated.
         max_aspect_ratio: greatest longer side / shorter side.
 
     Raises:
         ImageError: missing, damaged or unsupported file, no pixels, or beyond a limit.
     """
+    limits = (exif, background, max_pixels, max_aspect_ratio)
     if isinstance(source, Image.Image):
-        return _decode(source, "image", exif, max_pixels, max_aspect_ratio)
-    if isinstance(source, bytes):
-        name = f"image of {len(source)} bytes"
-        return _decode(_open(io.BytesIO(source), name), name, exif, max_pixels, max_aspect_ratio)
-    if not isinstance(source, str | Path):
-        raise ImageError(f"an image is a {type(source).__name__}, expected a path, bytes or a Pillow image")
+        return _decode(source, "image", *limits)
+    if isinstance(source, np.ndarray):
+        return _decode(_from_pixels(source), "image", *limits)
+    if isinstance(source, str):
+        source = _from_address(source)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _decode_bytes(bytes(source), *limits)
+    if hasattr(source, "read"):
+        return _decode_bytes(_read(source), *limits)
+    if not isinstance(source, (str, os.PathLike)):
+        raise ImageError(f"an image is a {type(source).__name__}, expected a path, bytes, a file or a Pillow image")
+    name = one_line(str(source), _SHOWN)
     try:
         with open(source, "rb") as stream:
-            return _decode(_open(stream, str(source)), str(source), exif, max_pixels, max_aspect_ratio)
+            return _decode(_open(stream, name), name, *limits)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ImageError(f"{source} cannot be read ({reason}); check the path") from None
+        raise ImageError(f"{name} cannot be read ({reason}); check the path") from None
+
+
+def _from_address(text: str) -> str | bytes:
+    """The bytes of a `data:` address, the path of a `file://` one, or the text as it is."""
+    scheme, _, rest = text.partition(":")
+    if scheme.lower() == "data":
+        header, comma, data = rest.partition(",")
+        try:
+            if not comma:
+                raise ValueError("it has no comma")
+            return b64decode(unquote_to_bytes(data), validate=True) if ";base64" in header else unquote_to_bytes(data)
+        except ValueError as error:
+            raise ImageError(f"a data: address of {len(text)} characters is damaged ({error})") from None
+    if rest.startswith("//") and scheme.lower() in ("http", "https", "ftp", "s3", "gs"):
+        raise ImageError(
+            f"{one_line(text, _SHOWN)} is an address; images are not fetched, download it and give the file"
+        )
+    if rest.startswith("//") and scheme.lower() == "file":
+        return unquote(urlsplit(text).path)
+    return text
+
+
+def _from_pixels(pixels: NDArray[Any]) -> Image.Image:
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
+        raise ImageError(
+            f"an array is {pixels.dtype} {list(pixels.shape)}, expected pixels as uint8 [height, width, 3]"
+        )
+    return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+def _read(stream: Any) -> bytes:
+    try:
+        data = stream.read()
+    except (OSError, ValueError) as error:
+        raise ImageError(f"an image file cannot be read ({error})") from None
+    if not isinstance(data, bytes):
+        raise ImageError(f"an image file gives {type(data).__name__}, expected bytes; open it in binary mode")
+    return data
+
+
+def _decode_bytes(data: bytes, *limits: Any) -> Image.Image:
+    name = f"image of {len(data)} bytes"
+    return _decode(_open(io.BytesIO(data), name), name, *limits)
 
 
 def tile_grid(
@@ -154,7 +222,9 @@ def _open(stream: BinaryIO, name: str) -> Image.Image:
     raise ImageError(f"{name} {found}; give one of {', '.join(FORMATS)}")
 
 
-def _decode(image: Image.Image, name: str, exif: bool, max_pixels: int, max_aspect_ratio: float) -> Image.Image:
+def _decode(
+    image: Image.Image, name: str, exif: bool, background: str | None, max_pixels: int, max_aspect_ratio: float
+) -> Image.Image:
     width, height = image.size
     if width < 1 or height < 1:
         raise ImageError(f"{name} has {width}x{height} pixels; give one with at least 1x1")
@@ -167,10 +237,42 @@ def _decode(image: Image.Image, name: str, exif: bool, max_pixels: int, max_aspe
     with _decoding(name):
         if exif:
             image = ImageOps.exif_transpose(image)
+        image = _eight_bits(image, name)
+        if background is not None:
+            return _on_background(image, background)
         if isinstance(image.info.get("transparency"), bytes):
             image = image.copy()
             del image.info["transparency"]  # it does not affect RGB, but Pillow would warn
         return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image, name: str) -> Image.Image:
+    """Scale 16-bit greyscale to 8 bits; Pillow's conversion would clip nearly all of it to white.
+
+    Integers and floats of 32 bits have no range of their own: those that fit 8 bits are taken as they are.
+    """
+    if image.mode.startswith("I;16"):
+        wide = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        values = np.asarray(image)
+        least, most = float(values.min()), float(values.max())
+        if not (least >= 0 and most <= 255) or (image.mode == "F" and 0 < most <= 1):
+            raise ImageError(
+                f"{name} has 32-bit greyscale from {least:g} to {most:g}, of which nobody knows what is white; "
+                "convert it to 8 or 16 bits"
+            )
+    return image
+
+
+def _on_background(image: Image.Image, colour: str) -> Image.Image:
+    """The image over a colour, where it has transparent pixels."""
+    try:
+        base = Image.new("RGBA", image.size, ImageColor.getrgb(colour))
+    except ValueError:
+        raise ImageError(f"background {shown(colour)} is no colour; give one such as white or #f0f0f0") from None
+    base.alpha_composite(image.convert("RGBA"))
+    return base.convert("RGB")
 
 
 @contextmanager
@@ -178,6 +280,8 @@ def _decoding(name: str) -> Iterator[None]:
     """Turn any error of Pillow about damaged pixels into one line."""
     try:
         yield
+    except ImageError:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ImageError(f"{name} cannot be decoded ({reason}); the file is damaged or incomplete") from None

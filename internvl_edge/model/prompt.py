@@ -45,7 +45,7 @@ def build_prompt(
     """
     if not question.strip():
         raise PromptError("the question is empty; ask something")
-    if any(len(turn) != 2 for turn in history):
+    if not all(isinstance(turn, (tuple, list)) and len(turn) == 2 for turn in history):
         raise PromptError("history is not a list of (question, answer) pairs; give both texts of every turn")
     if tile_counts and min(tile_counts) < 1:
         raise PromptError(f"an image has {min(tile_counts)} tiles, expected at least 1")

@@ -20,7 +20,7 @@ from typing import Any
 
 import tokenizers
 
-from internvl_edge.base.errors import BundleError
+from internvl_edge.base.errors import BundleError, PromptError
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{1,2})>")
 _PER_BYTE = "internvl_edge.replace_each_byte"
@@ -59,8 +59,18 @@ class Tokenizer:
         self._special = {token["id"] for token in added if token["special"]}
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text. Special tokens are recognised, and InternLM2's `<s>` is put in front."""
-        return list(self._tokenizer.encode(text).ids)
+        """Return the token ids of a text. Special tokens are recognised, and InternLM2's `<s>` is put in front.
+
+        Raises:
+            PromptError: half of a surrogate pair, which is not text.
+        """
+        try:
+            return list(self._tokenizer.encode(text).ids)
+        except TypeError:
+            broken = next(character for character in text if 0xD800 <= ord(character) <= 0xDFFF)
+            raise PromptError(
+                f"the text holds {broken!r}, which is no character (a byte that was not UTF-8?); remove it"
+            ) from None
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Return the text of token ids. Ids outside the vocabulary give no text."""
@@ -89,6 +99,11 @@ class Tokenizer:
         if token_id is None:
             raise BundleError(f"the tokenizer has no {token} token; is this an InternVL 2.5 checkpoint?")
         return int(token_id)
+
+    def special_token_in(self, texts: Iterable[str]) -> str | None:
+        """The first special token that one of the texts holds; None where none does."""
+        special = [self._added[token_id].decode() for token_id in self._special]
+        return next((token for text in texts for token in special if token in text), None)
 
     @property
     def decode_errors(self) -> str:

@@ -1,0 +1,41 @@
+"""Text of unknown origin, made fit for a message: on one line, without control characters, of bounded length."""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import Any
+
+# Longer than any message of ours; what is echoed in one can be of any length.
+MESSAGE_LENGTH = 400
+_VALUE_LENGTH = 80
+_GAP = " ... "
+
+
+def one_line(text: str, length: int = MESSAGE_LENGTH) -> str:
+    """Escape what would break a line or a terminal, and cut what is too long out of the middle.
+
+    The beginning of a message says what was found, and its end what to do; both stay.
+    """
+    if len(text) > 2 * length:  # nothing of the middle is shown, so none of it needs escaping
+        text = text[:length] + text[-length:]
+    text = "".join(character if _is_plain(character) else _escaped(character) for character in text)
+    if len(text) <= length:
+        return text
+    end = (length - len(_GAP)) // 2
+    return text[: length - len(_GAP) - end] + _GAP + text[-end:]
+
+
+def shown(value: Any, length: int = _VALUE_LENGTH) -> str:
+    """A value as Python writes it, on one line and of bounded length, for messages."""
+    try:
+        return one_line(repr(value), length)
+    except (ValueError, RecursionError):  # an integer of thousands of digits; containers too deep
+        return f"a {type(value).__name__} too large to show"
+
+
+def _is_plain(character: str) -> bool:
+    return character.isprintable() or unicodedata.category(character) == "Zs"
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")

@@ -1,0 +1,164 @@
+"""The options of a question, checked where they enter: an unknown name or a wrong type is one line.
+
+None stands for an option's default, as the model cards write it. Numbers may be numpy's.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any, TypedDict
+
+from internvl_edge.base.errors import PromptError
+from internvl_edge.base.text import shown
+
+
+class ChatOptions(TypedDict, total=False):
+    """The options of a request, beside question and images. None is the same as leaving an option out.
+
+    Attributes:
+        max_tiles: the most tiles of an image, one number or one per image; the default is the checkpoint's own limit.
+        history: earlier turns as (question, answer). Their `<image>` marks take the first images.
+        system: system text instead of the checkpoint's; "" leaves the system turn out.
+        max_new_tokens: the most tokens of the answer; the default is 1024.
+        temperature, top_k, top_p, repetition_penalty, seed: see `Sampling`; the default is greedy.
+        stop: strings that end the answer and are not part of it.
+        speculate: guess tokens from the prompt and verify several in one step (see `lookup`). The answer is the same.
+        exif: rotate images as their EXIF orientation says. By default they are not rotated, as in the original code.
+        background: a colour to put behind transparent pixels ("white", "#fafafa"). By default transparency is dropped,
+            as in the original code, which usually leaves black.
+        keep_special: keep special tokens such as `<box>` in the text of the answer. The original code drops them.
+    """
+
+    max_tiles: int | Sequence[int] | None
+    history: Sequence[tuple[str, str]] | None
+    system: str | None
+    max_new_tokens: int | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    repetition_penalty: float | None
+    seed: int | None
+    stop: str | Sequence[str] | None
+    speculate: bool | None
+    exif: bool | None
+    background: str | None
+    keep_special: bool | None
+
+
+# How other programs name our options, or what to use instead of theirs.
+_MEANT = {
+    "do_sample": "temperature: 0 is greedy",
+    "generation_config": "its fields as options: max_new_tokens=..., temperature=...",
+    "image": "images=[...]",
+    "max_completion_tokens": "max_new_tokens",
+    "max_length": "max_new_tokens",
+    "max_num": "max_tiles",
+    "max_tokens": "max_new_tokens",
+    "messages": "history=[(question, answer), ...]",
+    "n_predict": "max_new_tokens",
+    "num_patches_list": "images=[[...], [...]], one list for each <image> mark",
+    "pixel_values": "images=[...]",
+    "prompt": "the first argument, question",
+    "repeat_penalty": "repetition_penalty",
+    "return_history": "a Conversation, which keeps its history",
+    "stop_strings": "stop",
+    "stop_words": "stop",
+    "system_message": "system",
+    "system_prompt": "system",
+}
+
+
+def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that are given, as plain Python values; those that are None are left out.
+
+    Raises:
+        PromptError: an option that does not exist, or a value of another type; the right one is named.
+    """
+    for name in options:
+        if name not in _CHECKS:
+            raise PromptError(_unknown(name))
+    return {name: _CHECKS[name](name, value) for name, value in options.items() if value is not None}
+
+
+def _unknown(name: str) -> str:
+    near = [_MEANT[name]] if name in _MEANT else get_close_matches(name, _CHECKS, n=1, cutoff=0.6)
+    hint = f"did you mean {near[0]}?" if near else f"options are {', '.join(_CHECKS)}"
+    return f"there is no option {shown(name)}; {hint}"
+
+
+def whole_number(name: str, value: Any) -> int:
+    """Return a whole number as int. Raises PromptError for anything else, also for True and False."""
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise PromptError(f"{name} is {shown(value)}, expected a whole number")
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        if not isinstance(value, (bool, str, bytes)) and math.isfinite(number := float(value)):
+            return number
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise PromptError(f"{name} is {shown(value)}, expected a finite number")
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise PromptError(f"{name} is {shown(value)}, expected a text")
+    return value
+
+
+def _flag(name: str, value: Any) -> bool:
+    if type(value).__name__ not in ("bool", "bool_"):
+        raise PromptError(f"{name} is {shown(value)}, expected True or False")
+    return bool(value)
+
+
+def _tiles(name: str, value: Any) -> int | list[int]:
+    if isinstance(value, (str, bytes, Mapping)) or not getattr(value, "shape", (1,)) or not hasattr(value, "__iter__"):
+        return whole_number(name, value)  # numpy's scalars and arrays without an axis are single numbers
+    return [whole_number(name, each) for each in value]
+
+
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    values = (value,) if isinstance(value, str) else value
+    if isinstance(values, (bytes, Mapping)) or not hasattr(values, "__iter__"):
+        raise PromptError(f"{name} is {shown(value)}, expected a text or a list of texts")
+    return tuple(_text(name, each) for each in values)
+
+
+def _history(name: str, value: Any) -> list[tuple[str, str]]:
+    if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__iter__"):
+        raise PromptError(f"{name} is a {type(value).__name__}, expected a list of (question, answer) pairs")
+    turns = list(value)
+    for turn in turns:
+        if not isinstance(turn, (tuple, list)) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+            raise PromptError(
+                f"{name} has a turn that is no pair of texts (question, answer) but {shown(turn)}; "
+                "write earlier turns as [(question, answer), ...]"
+            )
+    return [(question, answer) for question, answer in turns]
+
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "max_tiles": _tiles,
+    "history": _history,
+    "system": _text,
+    "max_new_tokens": whole_number,
+    "temperature": _number,
+    "top_k": whole_number,
+    "top_p": _number,
+    "repetition_penalty": _number,
+    "seed": whole_number,
+    "stop": _texts,
+    "speculate": _flag,
+    "exif": _flag,
+    "background": _text,
+    "keep_special": _flag,
+}
