@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shlex
+import sys
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ from internvl_edge.runtime.conversation import Conversation
 from .options import answering_options, chat_options, load_model, loading_options
 
 _HELP = "/image FILE adds an image to the next question, /clear forgets the turns, /history shows them, /quit ends"
+_COMMANDS = ("/image", "/clear", "/history", "/quit")
 
 
 @click.command("chat")
@@ -28,6 +33,8 @@ def command(bundle: Path, **values: Any) -> None:
     """
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (line editing and history for input())
+    with contextlib.suppress(AttributeError):  # a byte that is not UTF-8 is an error of one line, not of the program
+        sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
     with load_model(bundle, values) as model:
         terminal = _Terminal(Conversation(model, **chat_options(values)))
         click.secho(_HELP, dim=True)
@@ -36,6 +43,22 @@ def command(bundle: Path, **values: Any) -> None:
                 terminal.handle(line)
             except EdgeError as error:
                 click.secho(f"error: {error}", fg="red", err=True)
+
+
+def typed_paths(text: str) -> list[str]:
+    """Return the paths in a line that a person typed, or that a terminal wrote for files dropped on it.
+
+    Quotes, backslashes, `~` and variables are expanded as a shell does. A text that is the name of a file as it stands
+    is taken as it is, and so is one with an unclosed quote.
+    """
+    if not text or os.path.exists(text):
+        return [text]
+    try:
+        posix = os.name != "nt"  # elsewhere a backslash separates folders, and quotes are kept
+        words = [word if posix else word.strip('"') for word in shlex.split(text, posix=posix)]
+    except ValueError:
+        words = [text]
+    return [os.path.expanduser(os.path.expandvars(word)) for word in words]
 
 
 class _Terminal:
@@ -64,8 +87,10 @@ class _Terminal:
         """Execute a command, or answer a question."""
         name, _, argument = line.partition(" ")
         if name == "/image":
-            load_image(argument.strip())  # report a bad image now, not after the next question was typed
-            self._images.append(argument.strip())
+            images = typed_paths(argument.strip())
+            for image in images:
+                load_image(image)  # report a bad image now, not after the next question was typed
+            self._images += images
             click.secho(f"{len(self._images)} image(s) go with the next question", dim=True)
         elif name == "/clear":
             self._conversation.clear()
@@ -75,7 +100,8 @@ class _Terminal:
             for question, answer in self._conversation.history:
                 click.echo(f"> {question}\n{answer}")
         elif name.startswith("/"):
-            click.secho(_HELP, dim=True)
+            near = get_close_matches(name, _COMMANDS, n=1)
+            click.secho(f"there is no command {name}; {f'did you mean {near[0]}?' if near else _HELP}", dim=True)
         else:
             self._answer(line)
 

@@ -98,6 +98,17 @@ _ANSWERING = (
     click.option(
         "--exif", is_flag=True, help="Rotate images as their EXIF orientation says. The original model code does not."
     ),
+    click.option(
+        "--background",
+        metavar="COLOUR",
+        help="Colour behind transparent pixels, such as white or #f0f0f0.  [default: transparency is dropped, as in "
+        "the original model code, which usually leaves black]",
+    ),
+    click.option(
+        "--keep-special",
+        is_flag=True,
+        help="Keep special tokens such as <box> in the answer. The original model code drops them.",
+    ),
 )
 
 

@@ -116,7 +116,10 @@ def _from_pixels(pixels: NDArray[Any]) -> Image.Image:
 
 
 def _read(stream: Any) -> bytes:
+    """The whole content of an open file; from its beginning where it can go back, as Pillow reads."""
     try:
+        if hasattr(stream, "seekable") and stream.seekable():
+            stream.seek(0)
         data = stream.read()
     except (OSError, ValueError) as error:
         raise ImageError(f"an image file cannot be read ({error})") from None

@@ -20,30 +20,6 @@ from internvl_edge.bundle.names import MANIFEST
 from internvl_edge.cli import cli, doctor, main
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
-
-
-@pytest.fixture(scope="module")
-def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("made") / "bundle"
-    result = internvl_edge("export", checkpoint, "-o", out, "--json")
-    assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout)["bytes"] == sum(path.stat().st_size for path in out.iterdir())
-    return out
-
-
-@pytest.fixture(scope="module")
-def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real photograph."""
-    from skimage import data
-
-    path = tmp_path_factory.mktemp("photo") / "coffee.jpg"
-    Image.fromarray(data.coffee()).save(path)
-    return path
-
-
 def test_export_then_run_answers_with_the_promised_json(bundle: Path, photo: Path) -> None:
     result = internvl_edge("run", bundle, "--image", photo, "What is this?", "--max-new-tokens", 6, "--json")
     assert result.returncode == 0, result.stderr
@@ -81,17 +57,6 @@ def test_both_dialects_and_seeds_repeat(bundle: Path) -> None:
         for seed in (7, 7, 8)
     ]
     assert sampled[0] == sampled[1] != sampled[2]
-
-
-def test_chat_keeps_history_and_survives_mistakes(bundle: Path, photo: Path) -> None:
-    lines = f"/image {photo}\nWhat is this?\n/image nowhere.jpg\nAnd now?\n/history\n/clear\n/history\n/quit\n"
-    result = internvl_edge("chat", bundle, "--max-new-tokens", 4, "--max-tiles", 1, stdin=lines)
-    assert result.returncode == 0, result.stderr
-    assert result.stderr.count("error:") == 1
-    assert "nowhere.jpg" in result.stderr
-    history = result.stdout.split("cleared")[0]
-    assert "> <image>\nWhat is this?" in history
-    assert "> And now?" in history
 
 
 def test_inspect_shows_checkpoint_and_bundle(checkpoint: Path, bundle: Path) -> None:
