@@ -28,6 +28,11 @@ class Metric:
     needs: tuple[str, ...]
     is_share: bool = False
 
+    @property
+    def run(self) -> str:
+        """What measures it, as `Quality.measured` names it: "suite" or "comparison"."""
+        return "suite" if "suite" in self.needs else "comparison"
+
     def show(self, value: float) -> str:
         """The value for people: as many digits as make a difference."""
         if self.is_share:

@@ -22,6 +22,7 @@ class Measurement:
         reference: name of what the bundle was compared with; "" where it was asked alone.
         device, engine, dialect: what computed the answers, as `InternVL.load` takes them.
         date: UTC, to the minute.
+        answer_tokens: most tokens of an answer that were looked at; None where nobody recorded it.
     """
 
     data: str
@@ -32,6 +33,14 @@ class Measurement:
     date: str
     dialect: str | None = None
     reference: str = ""
+    answer_tokens: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.questions} questions of {self.data}, {self.date}"
+
+    def is_more_than(self, questions: int, answer_tokens: int) -> bool:
+        """Whether a run of so many questions, and answers of at most so many tokens, would say less than this one."""
+        return questions < self.questions or answer_tokens < (self.answer_tokens or 0)
 
 
 @dataclass(frozen=True)
@@ -62,16 +71,35 @@ class Quality:
         """In one word: "failed", "passed", or "no gate"; accepted or not."""
         return "failed" if self.failed else "passed" if self.gate else "no gate"
 
+    @property
+    def conditions(self) -> list[Condition]:
+        """The conditions of the gate, parsed."""
+        return [parse_condition(verdict.condition) for verdict in self.gate]
+
+    def replaced(self, conditions: Iterable[Condition]) -> list[tuple[Condition, Condition]]:
+        """The (earlier, newer) conditions of which `with_figures` keeps the newer alone."""
+        newer = {_side(condition): condition for condition in conditions}
+        pairs = [(earlier, newer.get(_side(earlier), earlier)) for earlier in self.conditions]
+        return [(earlier, later) for earlier, later in pairs if earlier != later]
+
     def with_figures(
         self, figures: Mapping[str, float], measured: Mapping[str, Measurement], conditions: Iterable[Condition]
     ) -> Quality:
-        """Newer figures and conditions added.
+        """Return this quality with the figures of newer runs, and with newer conditions.
 
-        A condition replaces an earlier one on the same side of the same metric; earlier ones are held against the newer
-        figures. What was accepted was accepted of the older figures.
+        A run replaces all figures of an earlier run of its kind, so that figures of two runs never stand together, and
+        with a figure that it did not measure goes the condition on it. A condition replaces an earlier one on the same
+        side of the same metric (see `replaced`). The other conditions are held against the newer figures. What was
+        accepted was accepted of the older figures.
+
+        Args:
+            figures: by metric.
+            measured: how, by the kind of run that measured them.
+            conditions: newer ones.
         """
-        together = {**self.figures, **figures}
-        kept = {_side(parsed): parsed for parsed in (parse_condition(verdict.condition) for verdict in self.gate)}
+        gone = {name for name in self.figures if name in METRICS and METRICS[name].run in measured} - figures.keys()
+        together = {name: value for name, value in self.figures.items() if name not in gone} | dict(figures)
+        kept = {_side(condition): condition for condition in self.conditions if condition.metric not in gone}
         kept |= {_side(condition): condition for condition in conditions}
         return replace(
             self,

@@ -50,6 +50,12 @@ from .output import evaluation_rows, evaluation_values, print_json, print_table,
     metavar="CONDITION",
     help='Fail if a condition such as "kl>0.05" or "exact_match<0.95" holds (repeatable).',
 )
+@click.option(
+    "--replace",
+    "replace_larger",
+    is_flag=True,
+    help="Replace recorded figures also if they come from more questions or longer answers.",
+)
 @click.option("--accept", metavar="REASON", help="Use the bundle although its gate failed: no warnings.")
 @click.option("--record/--no-record", default=True, show_default=True, help="Put the figures into the manifest.")
 @click.option(
@@ -68,6 +74,7 @@ def command(
     manifest and into a report. ONNX Runtime computes them unless --engine or --device says otherwise.
     """
     folder = None if no_report else report or report_folder(bundle)
+    values["replace_larger"] |= not record
     settings = EvaluationSettings(bundle, shown=6 if folder else 0, **values)
     if settings.reference is None and settings.suite is None and accept is not None:
         accepted = accept_quality(bundle, accept)
@@ -81,6 +88,8 @@ def command(
         print_json({**evaluation_values(result), "report": folder and str(folder)})
     else:
         print_table(evaluation_rows(result))
+    for earlier, newer in result.replaced:
+        click.echo(f"condition {earlier} of an earlier run is replaced by {newer}", err=True)
     for verdict in result.failed:
         click.echo(f"failed: {verdict}", err=True)
     if record:

@@ -62,6 +62,7 @@ def _quality(manifest: Manifest) -> dict[str, Any]:
     quality, facts = quality_of(manifest), {}
     if quality.figures:
         facts["quality"] = ", ".join(f"{metric} {value}" for metric, value in figure_rows(quality.figures))
+        facts["measured"] = "; ".join(f"{kind}: {how}" for kind, how in quality.measured.items())
     if quality.gate or manifest.is_quantized:
         conditions = "; ".join(map(str, quality.failed or quality.gate))
         facts["gate"] = f"{quality.state}: {conditions}" if conditions else quality.state

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from internvl_edge.base.errors import EdgeError, QualityWarning
 from internvl_edge.bundle.bundle import Bundle
-from internvl_edge.bundle.gate import Condition, Verdict, parse_condition, require_measurable
+from internvl_edge.bundle.gate import METRICS, Condition, Verdict, parse_condition, require_measurable
 from internvl_edge.bundle.quality import Measurement, Quality
 from internvl_edge.bundle.quality_record import quality_of
 from internvl_edge.runtime.model import DEFAULT_CONTEXT, InternVL
@@ -43,6 +43,7 @@ class EvaluationSettings:
         max_tiles: most tiles of an image; None is the checkpoint's own limit.
         max_new_tokens: most tokens of an answer that are compared.
         fail_if: conditions, such as "kl>0.05", of which none may hold.
+        replace_larger: whether figures may replace recorded ones that come from more questions or longer answers.
         shown: of how many questions the comparison keeps both answers and small pictures.
         device, engine, dialect, context, threads: as `InternVL.load` takes them. The engine "auto" is ONNX Runtime
             here: figures are about the bundle, not about what this machine has installed.
@@ -60,6 +61,7 @@ class EvaluationSettings:
     max_tiles: int | None = None
     max_new_tokens: int = 64
     fail_if: tuple[str, ...] = ()
+    replace_larger: bool = False
     shown: int = 6
     device: str = "auto"
     engine: str = "auto"
@@ -93,6 +95,7 @@ class EvaluationResult:
         comparison, suite: what each found; None where it was not asked for.
         figures: what was just measured, by metric, as `gate.METRICS` names them.
         quality: of the bundle: these figures and earlier ones of the same files, and the verdicts of all conditions.
+        replaced: (earlier, newer) conditions where one of the settings replaced a recorded one.
     """
 
     settings: EvaluationSettings
@@ -100,6 +103,7 @@ class EvaluationResult:
     suite: SuiteResult | None
     figures: dict[str, float]
     quality: Quality
+    replaced: list[tuple[Condition, Condition]]
 
     @property
     def failed(self) -> tuple[Verdict, ...]:
@@ -131,20 +135,23 @@ def evaluate(settings: EvaluationSettings, progress: Progress | None = None) -> 
 
     Raises:
         EdgeError: neither reference nor suite, data that cannot be read, a condition on what is not measured, models
-            with different prompts, or a bundle, a reference or a device that is not usable; one line each.
+            with different prompts, a bundle, a reference or a device that is not usable, or figures that would replace
+            recorded ones of a larger run; one line each.
     """
     if settings.reference is None and settings.suite is None:
         raise EdgeError("give --reference, a checkpoint or a bundle to compare with, or --suite, or both")
     if settings.engine == "auto":
         settings = replace(settings, engine="onnxruntime")
     cases = _cases(settings)
+    known = quality_of(Bundle.open(Path(settings.bundle)).manifest)
+    if not settings.replace_larger:
+        _require_no_larger(settings, cases, known)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", QualityWarning)
         comparison, suite = _measure(settings, cases, progress or (lambda done, total: None), progress is not None)
     figures = {**(comparison.figures if comparison else {}), **(suite.figures if suite else {})}
-    known = quality_of(Bundle.open(Path(settings.bundle)).manifest)
     quality = known.with_figures(figures, _measurements(settings, comparison, suite), settings.conditions)
-    return EvaluationResult(settings, comparison, suite, figures, quality)
+    return EvaluationResult(settings, comparison, suite, figures, quality, replaced=known.replaced(settings.conditions))
 
 
 def _cases(settings: EvaluationSettings) -> list[Case]:
@@ -153,13 +160,41 @@ def _cases(settings: EvaluationSettings) -> list[Case]:
     if settings.reference is not None:
         source = None if settings.data is None else Path(settings.data)
         cases = read_cases(source, settings.samples or _CASES, settings.seed)
+    require_measurable(settings.conditions, _available(settings, cases))
+    return cases
+
+
+def _available(settings: EvaluationSettings, cases: Sequence[Case]) -> list[str]:
+    """List what there is to measure with, in the words of `Metric.needs`."""
     available = {
         "reference": settings.reference is not None,
         "suite": settings.suite is not None,
         "answers": any(case.answer for case in cases),
     }
-    require_measurable(settings.conditions, [name for name, there in available.items() if there])
-    return cases
+    return [name for name, there in available.items() if there]
+
+
+def _require_no_larger(settings: EvaluationSettings, cases: Sequence[Case], known: Quality) -> None:
+    """Refuse to replace recorded figures by those of a smaller run, which say less although they look the same."""
+    planned = {}
+    if settings.reference is not None:
+        planned["comparison"] = (len(cases), settings.max_new_tokens)
+    if settings.suite is not None:
+        planned["suite"] = (settings.samples or _SUITE_QUESTIONS, _SUITE_ANSWER_TOKENS)
+    advice = "pass --replace to replace them, or --no-record to look only"
+    for kind, (questions, tokens) in planned.items():
+        recorded = known.measured.get(kind)
+        if recorded and recorded.is_more_than(questions, tokens):
+            length = f" and answers of up to {recorded.answer_tokens} tokens" if recorded.answer_tokens else ""
+            raise EdgeError(
+                f"{settings.bundle} has figures of {recorded}{length}; "
+                f"{questions} questions and {tokens} tokens would say less; {advice}"
+            )
+    available = _available(settings, cases)
+    for condition in known.conditions:
+        metric = METRICS[condition.metric]
+        if metric.run in planned and not set(metric.needs) <= set(available):
+            raise EdgeError(f"{settings.bundle} has the condition {condition}, which this run cannot measure; {advice}")
 
 
 def _measure(
@@ -213,7 +248,20 @@ def _measurements(
     measured = {}
     if comparison:
         data, date = comparison.settings.data, comparison.run.date
-        measured["comparison"] = how(data, comparison.cases, settings.seed, date=date, reference=comparison.reference)
+        measured["comparison"] = how(
+            data,
+            comparison.cases,
+            settings.seed,
+            date=date,
+            reference=comparison.reference,
+            answer_tokens=comparison.settings.max_new_tokens,
+        )
     if suite:
-        measured["suite"] = how(suite.settings.data, suite.total.asked, settings.seed, date=suite.run.date)
+        measured["suite"] = how(
+            suite.settings.data,
+            suite.total.asked,
+            settings.seed,
+            date=suite.run.date,
+            answer_tokens=suite.settings.max_new_tokens,
+        )
     return measured

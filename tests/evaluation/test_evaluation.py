@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +21,8 @@ from helpers.commands import assert_one_line, internvl_edge
 from helpers.reference import Reference, tile_image
 from internvl_edge import EdgeError, InternVL, evaluate, export_bundle
 from internvl_edge.bundle.manifest import Manifest
-from internvl_edge.bundle.quality_record import quality_of
+from internvl_edge.bundle.quality import Quality
+from internvl_edge.bundle.quality_record import quality_of, record_quality
 from internvl_edge.evaluation import (
     SUITES,
     Case,
@@ -287,6 +289,28 @@ def test_the_figures_are_those_of_the_manifest_the_report_and_the_library(pair: 
     assert replace(found.comparison, run=report.comparison.run) == report.comparison
 
 
+def test_a_smaller_run_replaces_recorded_figures_only_when_asked(pair: Pair, tmp_path: Path) -> None:
+    bundle = shutil.copytree(pair.candidate, tmp_path / "bundle")
+    record_quality(bundle, Quality(Manifest.read(bundle).fingerprint))  # other tests may have measured it
+    common = ("evaluate", bundle, "--reference", pair.reference, "--max-tiles", 1, "--threads", 1, "--no-report")
+
+    def recorded() -> tuple[int, set[str]]:
+        quality = quality_of(Manifest.read(bundle))
+        return quality.measured["comparison"].questions, {verdict.condition for verdict in quality.gate}
+
+    first = internvl_edge(*common, "--samples", 3, "--max-new-tokens", 4, "--fail-if", "kl>9")
+    assert first.returncode == 0, first.stderr
+    for smaller in (("--samples", 2, "--max-new-tokens", 4), ("--samples", 3, "--max-new-tokens", 3)):
+        assert_one_line(internvl_edge(*common, *smaller), "figures of 3 questions", "--replace", "--no-record")
+        assert internvl_edge(*common, *smaller, "--no-record").returncode == 0
+    without_reference = (*common[:2], *common[4:], "--suite", "reader", "--samples", 1)
+    assert internvl_edge(*without_reference).returncode == 0, "a run of the other kind replaces nothing"
+    assert recorded() == (3, {"kl>9"})
+    replaced = internvl_edge(*common, "--samples", 2, "--max-new-tokens", 4, "--fail-if", "kl>8", "--replace")
+    assert "condition kl>9 of an earlier run is replaced by kl>8" in replaced.stderr
+    assert recorded() == (2, {"kl>8"})
+
+
 def test_settings_that_do_not_fit_together_are_refused() -> None:
     for values, message in (
         ({"suite": "none"}, "no suite 'none'; known are reader"),
@@ -310,7 +334,7 @@ def test_mistakes_are_one_line(pair: Pair, tmp_path: Path) -> None:
     assert_one_line(internvl_edge("evaluate", pair.candidate), "--reference", "--suite")
     broken = tmp_path / "data.jsonl"
     broken.write_text('{"prompt": 3}\n', encoding="utf-8")
-    compared = ("evaluate", pair.candidate, "--reference", pair.reference, "--data")
+    compared = ("evaluate", pair.candidate, "--no-record", "--reference", pair.reference, "--data")
     assert_one_line(internvl_edge(*compared, broken), "data.jsonl:1", "not a text")
     assert_one_line(internvl_edge(*compared, tmp_path / "none"), "does not exist")
     missing = tmp_path / "missing.jsonl"

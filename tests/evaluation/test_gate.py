@@ -24,7 +24,7 @@ from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.bundle.gate import METRICS, Condition, Verdict, judge, parse_condition, require_measurable
 from internvl_edge.bundle.manifest import Manifest
 from internvl_edge.bundle.names import DECODERS, MANIFEST
-from internvl_edge.bundle.quality import Quality
+from internvl_edge.bundle.quality import Measurement, Quality
 from internvl_edge.bundle.quality_record import quality_of, quality_warning, record_quality
 from internvl_edge.cli import cli
 from internvl_edge.evaluation import Comparison, compare, evaluator
@@ -191,6 +191,41 @@ def test_newer_figures_are_held_against_earlier_conditions() -> None:
     assert len(worse.gate) == 2
     wider = worse.with_figures({}, {}, [parse_condition("kl>=0.1")])
     assert (wider.state, [verdict.condition for verdict in wider.gate]) == ("passed", ["kl>=0.1", "exact_match<0.8"])
+
+
+def _measured(kind: str, questions: int, answer_tokens: int | None = 64) -> dict[str, Measurement]:
+    how = Measurement("reader", questions, 0, "cpu", "onnxruntime", "2026-11-01 12:00 UTC")
+    return {kind: replace(how, answer_tokens=answer_tokens)}
+
+
+def test_figures_of_two_runs_never_stand_together() -> None:
+    first = Quality("x").with_figures(
+        {"kl": 0.02, "perplexity_ratio": 1.1, "exact_match": 0.9},
+        _measured("comparison", 60) | _measured("suite", 500),
+        map(parse_condition, ["kl>0.05", "perplexity_ratio>1.2", "exact_match<0.8"]),
+    )
+    second = first.with_figures({"kl": 0.03}, _measured("comparison", 80), [])
+    assert second.figures == {"kl": 0.03, "exact_match": 0.9}
+    assert [verdict.condition for verdict in second.gate] == ["kl>0.05", "exact_match<0.8"]
+    assert {kind: how.questions for kind, how in second.measured.items()} == {"comparison": 80, "suite": 500}
+
+
+@pytest.mark.parametrize(
+    ("questions", "answer_tokens", "says_less"), [(60, 64, False), (61, 65, False), (59, 64, True), (500, 63, True)]
+)
+def test_a_run_says_less_with_fewer_questions_or_shorter_answers(
+    questions: int, answer_tokens: int, says_less: bool
+) -> None:
+    recorded = _measured("comparison", 60)["comparison"]
+    assert recorded.is_more_than(questions, answer_tokens) == says_less
+    assert not replace(recorded, answer_tokens=None).is_more_than(60, 1)
+
+
+def test_a_condition_that_replaces_another_is_named() -> None:
+    strict = Quality("x").with_figures({"kl": 0.02}, {}, [parse_condition("kl>0.001")])
+    newer = [parse_condition("kl>0.05"), parse_condition("top1<0.9")]
+    assert [tuple(map(str, pair)) for pair in strict.replaced(newer)] == [("kl>0.001", "kl>0.05")]
+    assert strict.replaced(strict.conditions) == []
 
 
 @pytest.mark.parametrize("damage", [{"gate": [{"condition": "kl"}]}, {"gate": 3}, {"accepted": 1}, {"files": None}])
