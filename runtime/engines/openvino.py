@@ -1,9 +1,9 @@
 """The hybrid engine: OpenVINO encodes tiles and prompts, and ONNX Runtime decodes token by token.
 
 Both libraries read the bundle's own graphs, and both hold the weights. OpenVINO multiplies in bfloat16 where the CPU
-can; with AMX it is several times as fast as ONNX Runtime. ONNX Runtime decodes faster, because it writes its KV cache
-in place. After a prompt, the keys and values that OpenVINO computed are copied into that cache. This takes a few
-milliseconds for thousands of tokens.
+can and the bundle does not compute in float32; with AMX it is several times as fast as ONNX Runtime. ONNX Runtime
+decodes faster, because it writes its KV cache in place. After a prompt, the keys and values that OpenVINO computed are
+copied into that cache. This takes a few milliseconds for thousands of tokens.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from .onnxruntime import OnnxRuntimeEngine
 
 # The first release that can read RMSNormalization, RotaryEmbedding and GroupQueryAttention in these graphs.
 OLDEST = (2026, 3)
-# Prompt tokens per step. OpenVINO gains from larger steps than ONNX Runtime does.
-PREFILL_CHUNK = 512
-# Prompts with fewer tokens than this stay with ONNX Runtime: the two copies of the KV cache would take longer.
-_SHORTEST_PROMPT = 64
+# Prompt tokens per step, the largest first. OpenVINO gains from larger steps than ONNX Runtime does. There are few
+# sizes because OpenVINO keeps memory for every length that it has seen. The rest of a prompt, fewer tokens than the
+# smallest size, goes to ONNX Runtime: the two copies of the KV cache would take longer than the product.
+PREFILL_SIZES = (512, 256, 128, 64)
 
 
 def is_available() -> bool:
@@ -71,18 +71,22 @@ class OpenVinoEngine(OnnxRuntimeEngine):
 
     def prefill(self, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
         """Append a prompt [seq, hidden] in chunks, and return the logits [vocab] after its last token."""
-        if not self._requests or len(embeds) < _SHORTEST_PROMPT:
+        sizes = _steps(len(embeds)) if self._requests else []
+        if not sizes:
             return super().prefill(embeds)
         start, total = self._length, self._room_for(len(embeds))
         cache = {name: np.ascontiguousarray(array[:, :, :start]) for name, array in self._cache_arrays.items()}
-        for turn, first in enumerate(range(0, len(embeds), PREFILL_CHUNK)):
-            chunk = embeds[first : first + PREFILL_CHUNK]
-            inputs = self._inputs(chunk, start + first, total) | _past(cache)
+        first = 0
+        for turn, size in enumerate(sizes):
+            inputs = self._inputs(embeds[first : first + size], start + first, total) | _past(cache)
             results = self._requests[turn % 2].infer(inputs, share_inputs=True, share_outputs=True)
             cache = {name: results[f"present.{name}"] for name in cache}
+            first += size
         for name, array in self._cache_arrays.items():
-            array[:, :, start:total] = cache[name][:, :, start:total]
-        self._length = total
+            array[:, :, start : start + first] = cache[name][:, :, start : start + first]
+        self._length = start + first
+        if first < len(embeds):
+            return super().prefill(embeds[first:])
         logits: NDArray[np.float32] = np.array(results["logits"][0, 0])
         return logits
 
@@ -106,15 +110,25 @@ class OpenVinoEngine(OnnxRuntimeEngine):
         return self._compiled(opened, names.VISION, threads).create_infer_request()
 
     def _compiled(self, opened: Bundle, name: str, threads: int | None) -> Any:
+        rounds = machine.multiplies_bfloat16() and opened.manifest.activations != "float32"
         properties = {
             "INFERENCE_NUM_THREADS": threads or machine.cores(),
             "NUM_STREAMS": 1,
-            "INFERENCE_PRECISION_HINT": "bf16" if machine.multiplies_bfloat16() else "f32",
+            "INFERENCE_PRECISION_HINT": "bf16" if rounds else "f32",
         }
         try:
             return self._core.compile_model(str(opened.path(name)), "CPU", properties)
         except RuntimeError as error:
             raise EngineError(f"OpenVINO cannot load {opened.path(name)}: {str(error).splitlines()[-1]}") from None
+
+
+def _steps(tokens: int) -> list[int]:
+    """Return the sizes in which OpenVINO computes a prompt. Fewer tokens than the smallest size remain."""
+    steps = []
+    for size in PREFILL_SIZES:
+        steps += [size] * (tokens // size)
+        tokens %= size
+    return steps
 
 
 def _past(cache: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -62,7 +64,7 @@ def test_prompts_answers_and_longer_prompts_follow_each_other_as_in_one_engine(
     engines: tuple[Any, Any], bundle: Path
 ) -> None:
     """A prompt of several chunks, answers, a further long prompt, a short one, several tokens at once, a way back."""
-    parts = [_embeds(bundle, count) for count in (openvino.PREFILL_CHUNK + 130, 1, 200, 7)]
+    parts = [_embeds(bundle, count) for count in (openvino.PREFILL_SIZES[0] + 130, 1, 200, 7)]
 
     def walk(engine: Any) -> list[np.ndarray]:
         found = [np.array(engine.prefill(parts[0])), np.array(engine.decode(parts[1][0]))]
@@ -78,13 +80,13 @@ def test_prompts_answers_and_longer_prompts_follow_each_other_as_in_one_engine(
 
 
 @needs_openvino
-def test_bfloat16_stays_near_float32(engines: tuple[Any, Any], bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_stays_near_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "multiplies_bfloat16", lambda: True)
-    prompt = _embeds(bundle, 100)
-    rounded = _engine(Bundle.open(bundle))
-    expected, found = engines[0].prefill(prompt), rounded.prefill(prompt)
-    rounded.close()
-    assert np.abs(found - expected).max() < 0.2 * expected.std()
+    bundle = export_bundle(tiny.write_checkpoint(tmp_path / "checkpoint"), tmp_path / "bundle", dtype="float16")
+    prompt = _embeds(bundle, 128)
+    exact, rounded = OnnxRuntimeEngine(Bundle.open(bundle), capacity=CAPACITY), _engine(Bundle.open(bundle))
+    expected, found = exact.prefill(prompt), rounded.prefill(prompt)
+    assert 0 < np.abs(found - expected).max() < 0.2 * expected.std()
 
 
 @needs_openvino
@@ -108,19 +110,64 @@ def test_it_answers_as_the_other_engine_does(bundle: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    ("bfloat16", "installed", "expected"),
-    [(True, True, "openvino"), (False, True, "onnxruntime"), (True, False, "onnxruntime")],
+    ("bfloat16", "installed", "activations", "memory", "expected"),
+    [
+        (True, True, "float16", 10**12, "openvino"),
+        (True, True, "float16", None, "openvino"),
+        (False, True, "float16", 10**12, "onnxruntime"),
+        (True, False, "float16", 10**12, "onnxruntime"),
+        (True, True, "float32", 10**12, "onnxruntime"),
+        (True, True, "float16", 10**6, "onnxruntime"),
+    ],
 )
-def test_openvino_is_chosen_where_it_is_installed_and_faster(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch, bfloat16: bool, installed: bool, expected: str
+def test_openvino_is_chosen_where_it_is_installed_faster_and_fits(
+    bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    bfloat16: bool,
+    installed: bool,
+    activations: str,
+    memory: int | None,
+    expected: str,
 ) -> None:
     made: list[str] = []
+    opened = Bundle.open(bundle)
+    opened = replace(opened, manifest=replace(opened.manifest, activations=activations))
+    monkeypatch.setattr(machine, "memory", lambda *fields: memory)
     monkeypatch.setattr(machine, "multiplies_bfloat16", lambda: bfloat16)
     monkeypatch.setattr(openvino, "is_available", lambda: installed)
     monkeypatch.setattr(openvino, "OpenVinoEngine", lambda *a, **k: made.append("openvino"))
     monkeypatch.setattr(choice, "OnnxRuntimeEngine", lambda *a, **k: made.append("onnxruntime"))
-    choice.cpu_engine(Bundle.open(bundle), capacity=8)
+    choice.cpu_engine(opened, capacity=8)
     assert made == [expected]
+
+
+@needs_openvino
+@pytest.mark.parametrize(("activations", "hint"), [("float16", "bf16"), ("float32", "f32")])
+def test_a_float32_bundle_is_computed_in_float32(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, activations: str, hint: str
+) -> None:
+    asked = []
+    monkeypatch.setattr(machine, "multiplies_bfloat16", lambda: True)
+    opened = Bundle.open(bundle)
+    engine = _engine(opened)
+    monkeypatch.setattr(
+        engine, "_core", SimpleNamespace(compile_model=lambda path, device, properties: asked.append(properties))
+    )
+    engine._compiled(replace(opened, manifest=replace(opened.manifest, activations=activations)), "vision.onnx", 1)
+    assert [properties["INFERENCE_PRECISION_HINT"] for properties in asked] == [hint]
+
+
+@needs_openvino
+def test_prompts_of_every_length_are_computed_in_few_sizes(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenVINO keeps memory for each length that it has seen: hundreds of lengths would fill the memory of a device."""
+    engine, seen = _engine(Bundle.open(bundle)), set()
+    inputs = engine._inputs
+    monkeypatch.setattr(engine, "_inputs", lambda chunk, *rest: seen.add(len(chunk)) or inputs(chunk, *rest))
+    for length in range(1, 700, 23):
+        engine.reset(0)
+        engine.prefill(_embeds(bundle, length))
+        assert engine.length == length
+    assert seen == set(openvino.PREFILL_SIZES)
 
 
 def test_what_cannot_be_is_one_line(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
