@@ -1,8 +1,18 @@
 """What can be wrong on the user's side. Every message is one line: what was found, what was expected, what to do."""
 
+from __future__ import annotations
+
+from .text import one_line
+
 
 class EdgeError(Exception):
-    """A mistake in what the user gave, never a bug of ours; the command line prints it and exits with status 2."""
+    """A mistake in what the user gave, never a bug of ours; the command line prints it and exits with status 2.
+
+    Its message is one line of at most `text.MESSAGE_LENGTH` characters, whatever was echoed in it.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(one_line(str(message)))
 
 
 class CheckpointError(EdgeError):

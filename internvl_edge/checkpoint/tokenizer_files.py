@@ -61,7 +61,7 @@ def build_tokenizer(checkpoint_dir: Path, config: ModelConfig) -> bytes:
 
 
 def token_ids(tokenizer: bytes) -> tuple[int, tuple[int, ...]]:
-    """Find the ids of `<IMG_CONTEXT>` and of what ends an answer, `<|im_end|>`, in the content of a `tokenizer.json`."""
+    """Find the ids of `<IMG_CONTEXT>` and of what ends an answer, `<|im_end|>`, in a `tokenizer.json`."""
     ids = {token["content"]: int(token["id"]) for token in json.loads(tokenizer)["added_tokens"]}
     return ids["<IMG_CONTEXT>"], (ids["<|im_end|>"],)
 

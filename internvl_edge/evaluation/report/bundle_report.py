@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from internvl_edge.base.errors import BundleError
+from internvl_edge.base.json_files import read
 from internvl_edge.base.jsonable import decode
 from internvl_edge.base.run_record import RunRecord
 from internvl_edge.bundle.manifest import Manifest
@@ -141,8 +142,8 @@ def _quantization(folder: Path, manifest: Manifest) -> QuantizationRecord | None
     if QUANTIZATION not in manifest.files:
         return None
     try:
-        return decode(QuantizationRecord, json.loads((folder / QUANTIZATION).read_text(encoding="utf-8")))
-    except ValueError:  # that of another version
+        return decode(QuantizationRecord, read(folder / QUANTIZATION, BundleError, "export the bundle again"))
+    except (BundleError, ValueError):  # that of another version
         return None
 
 
