@@ -103,9 +103,10 @@ def read_configuration(config: Mapping[str, Any]) -> tuple[Scheme, ...]:
     bits, zero_point = config.get("bits", config.get("w_bit")), config.get("zero_point", True)
     group_size = config.get("group_size", config.get("q_group_size"))
     if version != "gemm" or bits != 4 or zero_point is not True:
+        found = f"version {shown(version)} with {shown(bits)} bits, zero_point {shown(zero_point)}"
         raise CheckpointError(
-            f"quantization_config: AWQ version {shown(version)} with {shown(bits)} bits, zero_point {shown(zero_point)} "
-            "is not supported, only 'gemm' with 4 bits and zero points; use another AWQ checkpoint or the unquantized one"
+            f"quantization_config: AWQ {found} is not supported, only 'gemm' with 4 bits and zero points; use another "
+            "AWQ checkpoint or the unquantized one"
         )
     return (Scheme(4, None if group_size == -1 else inputs_per_group(group_size), symmetric=False),)
 
