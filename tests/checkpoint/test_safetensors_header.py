@@ -5,6 +5,7 @@ INTERNVL_EDGE_MUTATIONS raises the number of mutations.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -94,18 +95,18 @@ def mutate_values(rng: random.Random, header: dict[str, Any]) -> None:
     elif kind == 1:
         del header[name]
     elif kind == 2 or not isinstance(header[name], dict) or not header[name]:
-        header[name] = rng.choice(VALUES)
+        header[name] = copy.deepcopy(rng.choice(VALUES))
     else:
         field = rng.choice([*header[name], "extra"])
         value = header[name].get(field)
         if isinstance(value, list) and value and kind != 3:
-            value[rng.randrange(len(value))] = rng.choice(VALUES)
+            value[rng.randrange(len(value))] = copy.deepcopy(rng.choice(VALUES))
         elif kind == 4 and field != "extra":
             del header[name][field]
         elif field == "dtype" and rng.random() < 0.8:
             header[name][field] = rng.choice(list(BITS))
         else:
-            header[name][field] = rng.choice(VALUES)
+            header[name][field] = copy.deepcopy(rng.choice(VALUES))
 
 
 def mutate_bytes(rng: random.Random, text: bytearray) -> None:

@@ -176,6 +176,10 @@ def _scheme(name: str, group: Any) -> Scheme:
             "one static scale per input; only that is supported, or weights alone"
         )
     bits, kind, strategy = weights.get("num_bits"), weights.get("type", "int"), weights.get("strategy")
+    if not isinstance(symmetric := weights.get("symmetric", True), bool):
+        raise CheckpointError(
+            f"quantization_config: config_groups.{name}: symmetric is {shown(symmetric)}, expected true or false"
+        )
     if bits not in BITS or kind != "int" or strategy not in ("group", "channel") or weights.get("actorder") == "group":
         raise CheckpointError(
             f"quantization_config: config_groups.{name} is {one_line(f'{kind}{bits} by {strategy}', 80)}, "
@@ -183,7 +187,7 @@ def _scheme(name: str, group: Any) -> Scheme:
         )
     where = f"quantization_config: config_groups.{name}"
     group_size = inputs_per_group(weights.get("group_size"), where) if strategy == "group" else None
-    scheme = Scheme(bits, group_size, weights.get("symmetric", True) is True, static_inputs=bool(inputs))
+    scheme = Scheme(int(bits), group_size, symmetric, static_inputs=bool(inputs))
     if inputs and scheme != W8A8:
         raise CheckpointError(
             f"quantization_config: config_groups.{name} is {scheme}; int8 activations are supported with int8 weights "
