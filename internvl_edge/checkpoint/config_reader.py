@@ -18,6 +18,7 @@ from internvl_edge.model.limits import LARGEST, require_possible
 from internvl_edge.model.preprocess import MAX_TILES
 
 from .json_files import read_json
+from .lora import refuse_adapter_files
 
 TEMPLATES = ("internvl2_5",)
 NATIVE_TEMPLATE = "internvl_native"
@@ -145,6 +146,7 @@ def read_config(folder: Path) -> ModelConfig:
     Raises:
         CheckpointError: no or broken `config.json`, or a field that is missing, contradictory or not supported.
     """
+    refuse_adapter_files(folder)
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(
