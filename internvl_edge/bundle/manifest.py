@@ -156,7 +156,10 @@ def _decode(values: dict[str, Any], folder: Path) -> Manifest:
             f"{folder} has bundle format {version}, this version reads up to {FORMAT_VERSION}; update internvl-edge"
         )
     if version == 1:
-        values = upgrade(values)
+        try:
+            values = upgrade(values)
+        except (AttributeError, KeyError, TypeError) as error:  # sentences and counts that are something else
+            raise ValueError(f"format 1: {error!r}") from None
     elif values.pop(DIGEST, None) != manifest_digest(values):
         raise ValueError("its own SHA-256 does not fit: it was changed")
     quality = values.pop("quality", None)
