@@ -22,6 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.base.errors import EdgeError
+from internvl_edge.base.json_files import read_object
+from internvl_edge.base.jsonable import decode
 from internvl_edge.checkpoint.reader import Checkpoint
 
 from .compute import to_torch
@@ -38,6 +40,8 @@ _TOKENIZER = "tokenizer.json"
 _OUT = "out"
 _EMBED_TOKENS = "decoder.embed_tokens.weight"
 _ROWS = 8192
+_AGAIN = "make the calibration set again"
+_MANIFEST_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -112,10 +116,15 @@ class CalibrationSet:
         if not path.is_file():
             raise EdgeError(f"{folder} is no calibration set; make one with internvl-edge calibrate CHECKPOINT -o DIR")
         try:
-            found = CalibrationSet(folder, **json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise EdgeError(f"{path} is damaged ({error}); make the calibration set again") from None
-        _ = found.is_image, found.embeddings()  # damage is found now and not after hours of quantizing
+            values = read_object(path, EdgeError, _AGAIN, limit=_MANIFEST_BYTES)
+            found = decode(CalibrationSet, {**values, "folder": folder}, strict=True)
+            if not len(found.names) == len(found.lengths) == len(found.tiles):
+                raise ValueError("names, lengths and tiles are not of the same samples")
+            if min(*found.lengths, *found.tiles, found.image_token, found.hidden_size) < 0:
+                raise ValueError("a number is negative")
+        except ValueError as error:
+            raise EdgeError(f"{path} is damaged ({error}); {_AGAIN}") from None
+        _ = found.is_image, found.embeddings()  # found out now, not after hours of quantizing
         return found
 
     @property

@@ -7,7 +7,6 @@ seed alone decides which items are used and in which order.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,13 +15,19 @@ from typing import Any
 
 from PIL import Image
 
+from internvl_edge.base import json_files
 from internvl_edge.base.errors import EdgeError
+from internvl_edge.base.text import shown
 
 from .texts import IMAGE_PROMPTS, TEXTS
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif", ".jp2"}
 # One built-in item in this many is text without an image, because decoders also answer such prompts.
 _TEXT_EVERY = 4
+# Most bytes of a JSON Lines file, and of one line.
+_DATA_BYTES = 1 << 30
+_LINE_BYTES = json_files.FILE_BYTES
+_ADVICE = "expected UTF-8 JSON Lines"
 
 
 @dataclass(frozen=True)
@@ -67,27 +72,26 @@ def _folder(folder: Path, seed: int) -> list[CalibrationItem]:
 
 
 def _json_lines(path: Path) -> list[CalibrationItem]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise EdgeError(f"calibration data {path} cannot be read ({error}); expected UTF-8 JSON Lines") from None
+    lines = json_files.read_bytes(path, EdgeError, _ADVICE, limit=_DATA_BYTES).split(b"\n")
     return [_one_line(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
-def _one_line(path: Path, number: int, line: str) -> CalibrationItem:
+def _one_line(path: Path, number: int, line: bytes) -> CalibrationItem:
     name = f"{path.name}:{number}"
     try:
-        values: Any = json.loads(line)
+        if len(line) > _LINE_BYTES:
+            raise ValueError(f"a line of more than {_LINE_BYTES >> 20} MiB")
+        values: Any = json_files.parse(line)
     except ValueError as error:
         return CalibrationItem(name, problem=f"not JSON ({error})")
     if not isinstance(values, dict):
         return CalibrationItem(name, problem=f"a {type(values).__name__}, expected an object")
     images, prompt, answer = values.get("images", []), values.get("prompt"), values.get("answer", "")
     if unknown := sorted(set(values) - {"images", "prompt", "answer"}):
-        return CalibrationItem(name, problem=f"unknown field {unknown[0]}, expected images, prompt, answer")
+        return CalibrationItem(name, problem=f"unknown field {shown(unknown[0])}, expected images, prompt, answer")
     if not isinstance(prompt, str) or not isinstance(answer, str):
         return CalibrationItem(name, problem="prompt or answer is not a text")
-    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+    if not isinstance(images, list) or not all(isinstance(image, str) and "\0" not in image for image in images):
         return CalibrationItem(name, problem="images is not a list of file names")
     return CalibrationItem(name, prompt, tuple(path.parent / image for image in images), answer)
 

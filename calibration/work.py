@@ -18,11 +18,15 @@ from numpy.typing import NDArray
 
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.files import replace_text, replacing
+from internvl_edge.base.json_files import read
 
 _RUN = "run.json"
 # The advice about a full disk, for `base.files.readable_disk_errors`.
 CONTINUES = "make room and repeat the command, which continues where it was"
+# What to do about state that is damaged.
+RESTART = "repeat the command with --restart"
 _SAMPLED_BYTES = 1 << 20
+_STATE_BYTES = 64 << 20
 WEIGHT_SUFFIXES = {".safetensors", ".bin"}
 
 Arrays = dict[str, NDArray[Any]]
@@ -51,6 +55,8 @@ class WorkFolder:
             if any(file.name != f"{_RUN}.new" for file in path.iterdir()):
                 raise EdgeError(f"{path} exists and is no work folder of internvl-edge; move it away")
             self.write_json(_RUN, wanted)
+        elif not isinstance(found, dict):
+            raise EdgeError(f"{path / _RUN} is damaged, expected an object; {RESTART}")
         elif found != wanted:
             names = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
             raise EdgeError(
@@ -59,9 +65,13 @@ class WorkFolder:
             )
 
     def read_json(self, name: str) -> Any:
-        """Return the values that `write_json` wrote, or None."""
+        """What `write_json` wrote, or None.
+
+        Raises:
+            EdgeError: something else has written it, or it is damaged.
+        """
         path = self.path / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return read(path, EdgeError, RESTART, limit=_STATE_BYTES) if path.is_file() else None
 
     def write_json(self, name: str, values: Any) -> None:
         """Replace a JSON file in one step."""

@@ -26,7 +26,7 @@ from internvl_edge.checkpoint.chat_template import check_chat_template
 from internvl_edge.checkpoint.layouts import linear_names
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.checkpoint.record import read_record
-from internvl_edge.checkpoint.tokenizer_files import build_tokenizer, token_ids
+from internvl_edge.checkpoint.tokenizer_files import build_tokenizer, end_tokens, token_ids
 from internvl_edge.model.components import Component, components
 from internvl_edge.model.linear import INT8, Scheme
 from internvl_edge.model.template import template_for
@@ -133,7 +133,7 @@ class _Export:
             source=self._checkpoint.folder.resolve().name,
             model=config,
             template=template_for(config.template, config.system_message),
-            tokens=SpecialTokens(*token_ids(tokenizer)),
+            tokens=SpecialTokens(*token_ids(tokenizer, end_tokens(self._checkpoint.folder, config))),
             dtype=dtype,
             activations=activations,
             token_table=self._table,

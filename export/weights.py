@@ -106,9 +106,14 @@ def convert_blocks(name: str, array: Array, dtype: np.dtype[Any], shape: tuple[i
         block = _cast(_contiguous(rows[start : start + step]), dtype)
         if not np.isfinite(block).all():
             source = rows[start : start + step].astype(np.float64)
-            found = "NaN or infinity" if not np.isfinite(source).all() else f"{np.abs(source).max():.3g}"
+            if not np.isfinite(source).all():
+                raise CheckpointError(
+                    f"tensor {name} holds NaN or infinity: the checkpoint itself is broken, in every --dtype; download "
+                    "it again, or take one from before its training diverged"
+                )
             raise CheckpointError(
-                f"tensor {name} holds {found}, which {dtype.name} cannot represent; try another --dtype"
+                f"tensor {name} holds {np.abs(source).max():.3g}, which {dtype.name} cannot represent; "
+                "try another --dtype"
             )
         yield block
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.files import readable_disk_errors, replace_text, require_space
+from internvl_edge.base.json_files import read
 from internvl_edge.base.jsonable import decode, dumps, encode
 from internvl_edge.calibration.compute import Compute, choose_compute
 from internvl_edge.calibration.dataset import CalibrationSet, DataOptions, prepare
@@ -31,7 +32,7 @@ from internvl_edge.calibration.pipeline import (
     run_description,
 )
 from internvl_edge.calibration.tower import Replacements, no_replacements
-from internvl_edge.calibration.work import CONTINUES, WorkFolder, checkpoint_identity, discard
+from internvl_edge.calibration.work import CONTINUES, RESTART, WorkFolder, checkpoint_identity, discard
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.checkpoint.record import RECORD, LinearReport, QuantizationRecord
 from internvl_edge.checkpoint.tensor_files import OutTensor, open_tensor_files, write_file, write_shards
@@ -269,4 +270,8 @@ class _Run:
 
 
 def _read_reports(block: Path) -> list[LinearReport]:
-    return [decode(LinearReport, values) for values in json.loads((block / _REPORTS).read_text(encoding="utf-8"))]
+    path = block / _REPORTS
+    try:
+        return decode(list[LinearReport], read(path, EdgeError, RESTART))
+    except ValueError as error:
+        raise EdgeError(f"{path} is damaged ({error}); {RESTART}") from None

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.base.errors import PromptError
+from internvl_edge.base.text import shown
 from internvl_edge.model.config import ModelConfig
 from internvl_edge.model.preprocess import ImageSource, is_image_source, load_image, tile_image
 from internvl_edge.model.prompt import build_prompt
@@ -106,6 +107,7 @@ class RequestBuilder:
     def _check(self, ids: NDArray[np.int64], max_new_tokens: int, tiles: int) -> None:
         if max_new_tokens < 1:
             raise PromptError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+        self._check_table(ids)
         image_tokens = tiles * self._config.tokens_per_tile
         found = int(np.count_nonzero(ids == self._image_token))
         if found != image_tokens:
@@ -114,6 +116,16 @@ class RequestBuilder:
             raise PromptError(
                 f"prompt {len(ids)} tokens ({image_tokens} of images) + answer up to {max_new_tokens} exceed the "
                 f"context of {self._capacity}; use fewer tiles, a shorter answer or a larger context"
+            )
+
+    def _check_table(self, ids: NDArray[np.int64]) -> None:
+        """Bundles of older versions can hold tokenizers with more tokens than the model has rows for."""
+        rows = self._config.decoder.vocab_size
+        if len(beyond := ids[ids >= rows]):
+            token = self._tokenizer.decode([int(beyond[0])], skip_special=False)
+            raise PromptError(
+                f"the prompt holds {shown(token)}, token {beyond[0]}, but the model has {rows} tokens; leave it out, "
+                "or export a checkpoint whose embedding was resized"
             )
 
 

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, TypeVar
 
+from .text import shown
+
 T = TypeVar("T")
 
 _WIDTH = 120
@@ -89,6 +91,8 @@ class _Decoder:
             return None if value is None else self.decode(some, value, where)
         if origin is tuple:
             return self._tuple(arguments, value, where)
+        if origin is list:
+            return list(self._tuple((arguments[0], Ellipsis), value, where))
         if origin is dict:
             items = _object(value, where).items()
             return {key: self.decode(arguments[1], item, f"{where}.{key}") for key, item in items}
@@ -97,7 +101,7 @@ class _Decoder:
         if kind is float:
             return _number(value, where)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise ValueError(f"{_place(where)} is {value!r}, expected {kind.__name__}")
+            raise ValueError(f"{_place(where)} is {shown(value)}, expected {kind.__name__}")
         return value
 
     def _fields(self, kind: Any, values: dict[str, Any], where: str) -> Any:
@@ -113,7 +117,7 @@ class _Decoder:
 
     def _tuple(self, arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
         if not isinstance(value, list):
-            raise ValueError(f"{_place(where)} is {value!r}, expected a list")
+            raise ValueError(f"{_place(where)} is {shown(value)}, expected a list")
         kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
         if len(kinds) != len(value):
             raise ValueError(f"{_place(where)} has {len(value)} entries, expected {len(kinds)}")
@@ -127,7 +131,7 @@ def _has_no_default(field: Field[Any]) -> bool:
 
 def _object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"{_place(where)} is {value!r}, expected an object")
+        raise ValueError(f"{_place(where)} is {shown(value)}, expected an object")
     return value
 
 
@@ -135,7 +139,7 @@ def _number(value: Any, where: str) -> float:
     if value is None:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{_place(where)} is {value!r}, expected a number")
+        raise ValueError(f"{_place(where)} is {shown(value)}, expected a number")
     return float(value)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from typing import Any
 
@@ -9,6 +10,9 @@ from typing import Any
 MESSAGE_LENGTH = 400
 _VALUE_LENGTH = 80
 _GAP = " ... "
+# Of folders and files that are made from a name. A leading dot would hide them, a leading dash is read as an option.
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
+PLAIN_NAME = "letters, digits, '.', '_' and '-', the first a letter or digit"
 
 
 def one_line(text: str, length: int = MESSAGE_LENGTH) -> str:
@@ -31,6 +35,11 @@ def shown(value: Any, length: int = _VALUE_LENGTH) -> str:
         return one_line(repr(value), length)
     except (ValueError, RecursionError):  # an integer of thousands of digits; containers too deep
         return f"a {type(value).__name__} too large to show"
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether a text is one name that can stand in a path, never a path itself; `PLAIN_NAME` says it in words."""
+    return isinstance(name, str) and _PLAIN_NAME.fullmatch(name) is not None
 
 
 def _is_plain(character: str) -> bool:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from internvl_edge.base.errors import BundleError
 from internvl_edge.base.files import replace_text
+from internvl_edge.base.json_files import read_object
 
 from .manifest import Manifest
 from .names import EMBEDDINGS
@@ -104,9 +105,8 @@ def _stamp(path: Path) -> str:
 
 def _read_stamps() -> dict[str, str]:
     try:
-        values = json.loads(_stamp_file().read_text(encoding="utf-8"))
-        return values if isinstance(values, dict) else {}
-    except (OSError, ValueError):
+        return read_object(_stamp_file(), BundleError, "verify again")
+    except BundleError:
         return {}
 
 

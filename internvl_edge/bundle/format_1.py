@@ -17,6 +17,7 @@ from typing import Any
 from internvl_edge.base.jsonable import decode, encode
 from internvl_edge.checkpoint.layouts import linear_names
 from internvl_edge.model.config import ModelConfig
+from internvl_edge.model.limits import require_possible
 from internvl_edge.model.linear import W8A8, Scheme
 
 _SCHEME = re.compile(
@@ -34,6 +35,7 @@ def upgrade(values: dict[str, Any]) -> dict[str, Any]:
     """
     quantization, tower = values.get("quantization"), values.pop("vision_quantization", None)
     config = decode(ModelConfig, values.get("model"), strict=True)
+    require_possible(config)
     linears = _decoder_linears(quantization, config) | _tower_linears(tower, config)
     values |= {
         "tokens": {**_object(values, "tokens"), "stop": [_object(values, "tokens").get("stop")]},

@@ -14,10 +14,13 @@ from typing import Any
 
 from internvl_edge.base.errors import BundleError, EdgeError
 from internvl_edge.base.files import replace_text
+from internvl_edge.base.json_files import read_object
 from internvl_edge.base.jsonable import decode, dumps, encode
+from internvl_edge.base.text import shown
 from internvl_edge.checkpoint.layouts import linear_names
 from internvl_edge.model.components import Component
 from internvl_edge.model.config import ModelConfig
+from internvl_edge.model.limits import require_possible
 from internvl_edge.model.linear import Scheme
 from internvl_edge.model.template import PromptTemplate
 
@@ -140,31 +143,32 @@ class Manifest:
                 f"{folder} is not a bundle: no {MANIFEST} in it; make one with internvl-edge export CHECKPOINT -o DIR"
             )
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(values, dict):
-                raise ValueError(f"a {type(values).__name__}, expected an object")
-            return _decode(values, folder)
-        except (ValueError, RecursionError) as error:
+            return _decode(read_object(path, BundleError, "export the bundle again"), folder)
+        except ValueError as error:
             raise BundleError(f"{path} is damaged ({error}); export the bundle again") from None
 
 
 def _decode(values: dict[str, Any], folder: Path) -> Manifest:
     version = values.pop("format_version", None)
     if type(version) is not int or version < 1:
-        raise ValueError(f"format_version is {version!r}, expected {FORMAT_VERSION}")
+        raise ValueError(f"format_version is {shown(version)}, expected {FORMAT_VERSION}")
     if version > FORMAT_VERSION:
         raise BundleError(
             f"{folder} has bundle format {version}, this version reads up to {FORMAT_VERSION}; update internvl-edge"
         )
     if version == 1:
-        values = upgrade(values)
+        try:
+            values = upgrade(values)
+        except (AttributeError, KeyError, TypeError) as error:  # sentences and counts that are something else
+            raise ValueError(f"format 1: {error!r}") from None
     elif values.pop(DIGEST, None) != manifest_digest(values):
         raise ValueError("its own SHA-256 does not fit: it was changed")
     quality = values.pop("quality", None)
     manifest = decode(Manifest, values, strict=True)
+    require_possible(manifest.model)
     for name in manifest.files:
         if name in ("", "..") or Path(name).name != name:
-            raise ValueError(f"files: {name!r} is not the plain name of a file in the bundle")
+            raise ValueError(f"files: {shown(name)} is not the plain name of a file in the bundle")
     return replace(manifest, quality=_quality(quality))
 
 

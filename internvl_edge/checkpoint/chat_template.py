@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from internvl_edge.base.errors import CheckpointError
+from internvl_edge.base.json_files import FILE_BYTES, TOKENIZER_BYTES, read_bytes
 
 from .json_files import read_json
 
@@ -38,9 +39,12 @@ def check_chat_template(folder: Path) -> None:
 def _read_template(folder: Path) -> str | None:
     own_file = folder / "chat_template.jinja"
     if own_file.is_file():
-        return own_file.read_text(encoding="utf-8")
+        try:
+            return read_bytes(own_file, CheckpointError, "download it again", limit=FILE_BYTES).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{own_file} is not UTF-8 ({error}); download it again") from None
     for name in ("chat_template.json", "tokenizer_config.json"):
-        template = read_json(folder / name, default={}).get("chat_template")
+        template = read_json(folder / name, default={}, limit=TOKENIZER_BYTES).get("chat_template")
         if isinstance(template, str):
             return template
     return None

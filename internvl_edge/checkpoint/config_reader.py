@@ -12,23 +12,38 @@ from pathlib import Path
 from typing import Any
 
 from internvl_edge.base.errors import CheckpointError
-from internvl_edge.model.config import DecoderConfig, ModelConfig, RopeConfig, VisionConfig
+from internvl_edge.base.text import shown
+from internvl_edge.model.config import PIXEL_MEAN, PIXEL_STD, DecoderConfig, ModelConfig, RopeConfig, VisionConfig
+from internvl_edge.model.limits import LARGEST, require_possible
+from internvl_edge.model.preprocess import MAX_TILES
 
 from .json_files import read_json
+from .lora import refuse_adapter_files
 
 TEMPLATES = ("internvl2_5",)
 NATIVE_TEMPLATE = "internvl_native"
-# In transformers, InternVL's projector and tile limits are constants of its classes, not fields of its configuration.
+# What transformers' image processor does where its file does not say; the projector is a constant of its classes.
 NATIVE_TILES = (1, 12)
 NATIVE_QK_NORM_EPS = 1e-6
+# Settings of transformers' image processor that make other pixels than the tiles here; 3 is Pillow's BICUBIC.
+_PIXELS: dict[str, Any] = {
+    "do_resize": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "resample": 3,
+    "rescale_factor": 1 / 255,
+    "image_mean": PIXEL_MEAN,
+    "image_std": PIXEL_STD,
+}
 
 
 class Fields:
     """One JSON object with its path for messages: "`llm_config.hidden_size` is missing" instead of a KeyError."""
 
-    def __init__(self, values: dict[str, Any], path: str = "") -> None:
+    def __init__(self, values: dict[str, Any], path: str = "", file: str = "config.json") -> None:
         self.values = values
         self.path = path
+        self.file = file
 
     def __contains__(self, name: str) -> bool:
         return self.values.get(name) is not None
@@ -37,33 +52,92 @@ class Fields:
         """Return a nested object, which must exist."""
         value = self.values.get(name)
         if not isinstance(value, dict):
-            raise CheckpointError(f"config.json: {self.path}{name} is missing; is this an InternVL 2.5 checkpoint?")
-        return Fields(value, f"{self.path}{name}.")
+            raise CheckpointError(f"{self.file}: {self.path}{name} is missing; is this an InternVL 2.5 checkpoint?")
+        return Fields(value, f"{self.path}{name}.", self.file)
 
-    def number(self, *names: str, default: float | None = None, positive: bool = True) -> Any:
-        """Return the first present field as int or float. `names` are spellings of the same field."""
-        value = next((self.values[n] for n in names if self.values.get(n) is not None), default)
-        if value is None:
-            raise CheckpointError(f"config.json: {self.path}{names[0]} is missing")
-        if isinstance(value, list) and value and all(v == value[0] for v in value):
-            value = value[0]  # the native layout writes [448, 448]
-        if isinstance(value, bool) or not isinstance(value, int | float) or (positive and value <= 0):
-            raise CheckpointError(f"config.json: {self.path}{names[0]} is {value!r}, expected a positive number")
-        return value
+    def optional_section(self, name: str) -> Fields:
+        """A nested object; empty where the field is absent or null."""
+        value = self.values.get(name)
+        if not isinstance(value, dict | None):
+            raise self.refusal(name, value, "an object")
+        return Fields(value or {}, f"{self.path}{name}.", self.file)
+
+    def count(self, *names: str, default: int | None = None, largest: int | None = None) -> int:
+        """The first present field as a whole number from 1 on; `names` are spellings of the same thing.
+
+        256.0 is 256. The bound is that of the name in `limits.LARGEST`, or `largest`.
+        """
+        name, value = self._first(names, default)
+        largest = largest or LARGEST[names[0]]
+        whole = _whole(value)
+        if whole is None or not 1 <= whole <= largest:
+            raise self.refusal(name, value, f"a whole number from 1 to {largest}")
+        return whole
+
+    def side(self, *names: str, default: int | None = None) -> int:
+        """As `count`; the native layout writes both sides of a square, [448, 448]."""
+        name, value = self._first(names, default)
+        square = isinstance(value, list) and len(value) == 2 and value[0] == value[1]
+        return Fields({name: value[0] if square else value}, self.path, self.file).count(
+            name, largest=LARGEST.get(name, LARGEST["image_size"])
+        )
+
+    def index(self, name: str) -> int:
+        """A field that must be a whole number of any sign, such as that of a layer."""
+        _, value = self._first((name,), None)
+        if (whole := _whole(value)) is None:
+            raise self.refusal(name, value, "a whole number")
+        return whole
+
+    def real(self, *names: str, default: float | None = None) -> float:
+        """The first present field as a finite, positive number."""
+        name, value = self._first(names, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise self.refusal(name, value, "a positive number")
+        return float(value)
 
     def flag(self, name: str, default: bool | None = None) -> bool:
-        """Return a field that must be true or false."""
-        value = self.values.get(name, default)
+        """A field that must be true or false; null stands for one that is absent."""
+        value = self.values.get(name)
+        value = default if value is None else value
         if not isinstance(value, bool):
-            raise CheckpointError(f"config.json: {self.path}{name} is {value!r}, expected true or false")
+            raise self.refusal(name, value, "true or false")
+        return value
+
+    def text(self, name: str) -> str | None:
+        """A text; None where the field is absent or null."""
+        value = self.values.get(name)
+        if not isinstance(value, str | None):
+            raise self.refusal(name, value, "a text")
         return value
 
     def choice(self, name: str, allowed: Iterable[str], default: str | None = None) -> str:
         """Return a field that must be one of the supported values."""
         value = self.values.get(name, default)
-        if value not in (options := tuple(allowed)):
-            raise CheckpointError(f"config.json: {self.path}{name} is {value!r}, supported: {', '.join(options)}")
-        return str(value)
+        options = tuple(allowed)
+        if not isinstance(value, str) or value not in options:
+            raise CheckpointError(f"{self.file}: {self.path}{name} is {shown(value)}, supported: {', '.join(options)}")
+        return value
+
+    def _first(self, names: Iterable[str], default: Any) -> tuple[str, Any]:
+        """The first spelling that is there, and its value."""
+        names = tuple(names)
+        name = next((name for name in names if name in self), names[0])
+        value = self.values[name] if name in self else default
+        if value is None:
+            raise CheckpointError(f"{self.file}: {self.path}{names[0]} is missing")
+        return name, value
+
+    def refusal(self, name: str, value: Any, expected: str) -> CheckpointError:
+        """The error for a field of the wrong kind."""
+        return CheckpointError(f"{self.file}: {self.path}{name} is {shown(value)}, expected {expected}")
+
+
+def _whole(value: Any) -> int | None:
+    """A whole number that may be written as a float; None for everything else, true and false included."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -72,6 +146,7 @@ def read_config(folder: Path) -> ModelConfig:
     Raises:
         CheckpointError: no or broken `config.json`, or a field that is missing, contradictory or not supported.
     """
+    refuse_adapter_files(folder)
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(
@@ -82,18 +157,29 @@ def read_config(folder: Path) -> ModelConfig:
     if layout == "internvl_chat":
         config = _remote(fields)
     elif layout == "internvl":
-        config = _native(fields)
+        config = _native(fields, folder)
     else:
         raise CheckpointError(
-            f"config.json: model_type is {layout!r}, expected internvl_chat or internvl (InternVL 2.5)"
+            f"config.json: model_type is {shown(layout)}, expected internvl_chat or internvl (InternVL 2.5)"
         )
-    _check(config)
+    try:
+        require_possible(config)
+    except ValueError as error:
+        raise CheckpointError(f"config.json: {error}") from None
     return config
 
 
 def _remote(fields: Fields) -> ModelConfig:
     vision, text = fields.section("vision_config"), fields.section("llm_config")
-    image_size = fields.number("force_image_size", default=vision.number("image_size"))
+    image_size = fields.side("force_image_size") if "force_image_size" in fields else vision.side("image_size")
+    if fields.flag("pad2square", default=False):
+        raise CheckpointError(
+            "config.json: pad2square is true, which is not supported: images are cut into tiles, not padded to squares"
+        )
+    # Without dynamic sizes an image is one tile: there is nothing that a thumbnail would add.
+    dynamic = fields.flag("dynamic_image_size")
+    least, most = _tile_limits(fields, "min_dynamic_patch", "max_dynamic_patch")
+    thumbnail = fields.flag("use_thumbnail")
     return ModelConfig(
         layout="remote",
         vision=_vision(
@@ -101,66 +187,124 @@ def _remote(fields: Fields) -> ModelConfig:
             image_size,
             qkv_bias=vision.flag("qkv_bias"),
             qk_normalization=vision.flag("qk_normalization"),
-            qk_norm_eps=float(vision.number("layer_norm_eps")),
+            qk_norm_eps=vision.real("layer_norm_eps"),
         ),
         decoder=_decoder(text, tie=False),  # the original forces both tie_word_embeddings to False
-        downsample_ratio=fields.number("downsample_ratio"),
+        downsample_ratio=fields.real("downsample_ratio"),
         ps_version=fields.choice("ps_version", ("v1", "v2")),
-        select_layer=int(fields.number("select_layer", positive=False)),
+        select_layer=fields.index("select_layer"),
         template=fields.choice("template", TEMPLATES),
-        system_message=fields.values.get("system_message"),
-        min_tiles=fields.number("min_dynamic_patch"),
-        max_tiles=fields.number("max_dynamic_patch"),
-        use_thumbnail=fields.flag("use_thumbnail"),
+        system_message=fields.text("system_message"),
+        min_tiles=least if dynamic else 1,
+        max_tiles=most if dynamic else 1,
+        use_thumbnail=thumbnail and dynamic,
     )
 
 
-def _native(fields: Fields) -> ModelConfig:
+def _native(fields: Fields, folder: Path) -> ModelConfig:
     vision, text = fields.section("vision_config"), fields.section("text_config")
     fields.choice("projector_hidden_act", ("gelu",), default="gelu")
     fields.choice("vision_feature_select_strategy", ("default",), default="default")
     tie = fields.flag("tie_word_embeddings", text.flag("tie_word_embeddings", default=True))
+    least, most = _native_tiles(folder, vision.side("image_size"))
     return ModelConfig(
         layout="native",
         vision=_vision(
             vision,
-            vision.number("image_size"),
+            vision.side("image_size"),
             qkv_bias=vision.flag("attention_bias"),
             qk_normalization=vision.flag("use_qk_norm"),
             qk_norm_eps=NATIVE_QK_NORM_EPS,
         ),
         decoder=_decoder(text, tie),
-        downsample_ratio=fields.number("downsample_ratio"),
+        downsample_ratio=fields.real("downsample_ratio"),
         ps_version="v2",
-        select_layer=int(fields.number("vision_feature_layer", positive=False)),
+        select_layer=fields.index("vision_feature_layer"),
         template=NATIVE_TEMPLATE,
         system_message=None,
-        min_tiles=NATIVE_TILES[0],
-        max_tiles=NATIVE_TILES[1],
+        min_tiles=least,
+        max_tiles=most,
         use_thumbnail=True,
     )
+
+
+def _tile_limits(fields: Fields, least: str, most: str, default: tuple[int | None, int | None] = (None, None)) -> Any:
+    """The least and the most tiles of an image."""
+    limits = (
+        fields.count(least, default=default[0], largest=MAX_TILES),
+        fields.count(most, default=default[1], largest=MAX_TILES),
+    )
+    if limits[0] > limits[1]:
+        raise CheckpointError(
+            f"{fields.file}: {fields.path}{least} is {limits[0]}, more than {most}, which is {limits[1]}"
+        )
+    return limits
+
+
+def _native_tiles(folder: Path, image_size: int) -> tuple[int, int]:
+    """The tile limits of the native layout's image processor, whose other settings must be those of the tiles here.
+
+    transformers takes the object `image_processor` of `processor_config.json`, where version 5 writes it, otherwise
+    `preprocessor_config.json`. `crop_to_patches` has no effect: `InternVLProcessor` always passes True over the file's
+    value, which in published checkpoints is false.
+    """
+    limits = _tile_limits(settings := _image_processor(folder), "min_patches", "max_patches", NATIVE_TILES)
+    settings.flag("crop_to_patches", default=False)
+    for name, expected in _PIXELS.items():
+        value = settings.values.get(name)
+        if value is not None and not _close(value, expected):
+            raise settings.refusal(name, value, f"{expected}, which is what {NATIVE_TEMPLATE} tiles are made with")
+    size = settings.values.get("size")
+    if isinstance(size, dict) and {"height", "width"} <= size.keys():
+        sides = Fields(size, f"{settings.path}size.", settings.file)
+        if (sides.side("height"), sides.side("width")) != (image_size, image_size):
+            raise settings.refusal("size", size, f"that of config.json's vision_config.image_size, {image_size}")
+    return limits  # type: ignore[no-any-return]
+
+
+def _image_processor(folder: Path) -> Fields:
+    newer, older = "processor_config.json", "preprocessor_config.json"
+    processor = Fields(read_json(folder / newer, default={}), "", newer)
+    if "image_processor" in processor:
+        return processor.section("image_processor")
+    if not (folder / older).exists():
+        return processor
+    return Fields(read_json(folder / older), "", older)
+
+
+def _close(value: Any, expected: Any) -> bool:
+    """Whether a setting is the expected one, numbers up to the rounding of their text."""
+    if isinstance(expected, tuple):
+        return (
+            isinstance(value, list)
+            and len(value) == len(expected)
+            and all(_close(each, other) for each, other in zip(value, expected, strict=True))
+        )
+    if isinstance(expected, bool) or isinstance(value, bool) or not isinstance(value, int | float):
+        return bool(value is expected)
+    return abs(value - float(expected)) <= 1e-6
 
 
 def _vision(
     fields: Fields, image_size: int, qkv_bias: bool, qk_normalization: bool, qk_norm_eps: float
 ) -> VisionConfig:
     fields.choice("hidden_act", ("gelu",))
-    if fields.number("num_channels", default=3) != 3:
+    if fields.count("num_channels", default=3, largest=3) != 3:
         raise CheckpointError(f"config.json: {fields.path}num_channels is {fields.values['num_channels']}, expected 3")
-    if "image_size" in fields and fields.number("image_size") != image_size:
+    if "image_size" in fields and fields.side("image_size") != image_size:
         raise CheckpointError(
             f"config.json: force_image_size is {image_size} but {fields.path}image_size is "
-            f"{fields.values['image_size']}; position embeddings are not resized, make them equal"
+            f"{fields.side('image_size')}; position embeddings are not resized, make them equal"
         )
     return VisionConfig(
-        hidden_size=fields.number("hidden_size"),
-        num_hidden_layers=fields.number("num_hidden_layers"),
-        num_attention_heads=fields.number("num_attention_heads"),
-        intermediate_size=fields.number("intermediate_size"),
+        hidden_size=fields.count("hidden_size"),
+        num_hidden_layers=fields.count("num_hidden_layers"),
+        num_attention_heads=fields.count("num_attention_heads"),
+        intermediate_size=fields.count("intermediate_size"),
         image_size=image_size,
-        patch_size=fields.number("patch_size"),
+        patch_size=fields.side("patch_size"),
         norm_type=fields.choice("norm_type", ("layer_norm", "rms_norm")),
-        layer_norm_eps=float(fields.number("layer_norm_eps")),
+        layer_norm_eps=fields.real("layer_norm_eps"),
         qkv_bias=qkv_bias,
         qk_normalization=qk_normalization,
         qk_norm_eps=qk_norm_eps,
@@ -172,20 +316,25 @@ def _decoder(fields: Fields, tie: bool) -> DecoderConfig:
     fields.choice("hidden_act", ("silu",))
     if fields.flag("use_sliding_window", default=False):
         raise CheckpointError(f"config.json: {fields.path}use_sliding_window is true, which is not supported")
-    heads = fields.number("num_attention_heads")
-    # Qwen2 always has biases on q, k, v and never on o. The other models have one flag for all four.
+    _refuse_other_attention(fields)
+    heads, hidden_size = fields.count("num_attention_heads"), fields.count("hidden_size")
+    if "head_dim" not in fields and hidden_size % heads:
+        raise CheckpointError(
+            f"config.json: {fields.path}hidden_size {hidden_size} is not a multiple of num_attention_heads {heads}"
+        )
+    # Qwen2 always has biases on q, k, v and never on o; the others say it in one flag for all four.
     bias = fields.flag({"internlm2": "bias"}.get(architecture, "attention_bias"), default=False)
     return DecoderConfig(
         architecture=architecture,
-        hidden_size=fields.number("hidden_size"),
-        num_hidden_layers=fields.number("num_hidden_layers"),
+        hidden_size=hidden_size,
+        num_hidden_layers=fields.count("num_hidden_layers"),
         num_attention_heads=heads,
-        num_key_value_heads=fields.number("num_key_value_heads", default=heads),
-        head_dim=fields.number("head_dim", default=fields.number("hidden_size") // heads),
-        intermediate_size=fields.number("intermediate_size"),
-        vocab_size=fields.number("vocab_size"),
-        rms_norm_eps=float(fields.number("rms_norm_eps")),
-        max_position_embeddings=fields.number("max_position_embeddings"),
+        num_key_value_heads=fields.count("num_key_value_heads", default=heads),
+        head_dim=fields.count("head_dim", default=hidden_size // heads),
+        intermediate_size=fields.count("intermediate_size"),
+        vocab_size=fields.count("vocab_size"),
+        rms_norm_eps=fields.real("rms_norm_eps"),
+        max_position_embeddings=fields.count("max_position_embeddings"),
         rope=_rope(fields),
         qkv_bias=architecture == "qwen2" or bias,
         output_bias=architecture != "qwen2" and bias,
@@ -193,39 +342,23 @@ def _decoder(fields: Fields, tie: bool) -> DecoderConfig:
     )
 
 
-def _rope(fields: Fields) -> RopeConfig:
-    """Read the rotary embedding.
+def _refuse_other_attention(fields: Fields) -> None:
+    """Refuse settings that change which tokens a layer sees."""
+    kinds = fields.values.get("layer_types")
+    if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
+        raise fields.refusal("layer_types", kinds, "full_attention everywhere")
 
-    v4 files have `rope_theta` and `rope_scaling`, v5 files one object `rope_parameters`.
-    """
-    scaling = fields.values.get("rope_parameters") or fields.values.get("rope_scaling") or {}
-    name = "rope_parameters" if "rope_parameters" in fields else "rope_scaling"
-    rope = Fields(scaling, f"{fields.path}{name}.")
+
+def _rope(fields: Fields) -> RopeConfig:
+    """v4 files write `rope_theta` and `rope_scaling`, v5 files one object `rope_parameters`."""
+    rope = fields.optional_section("rope_parameters" if "rope_parameters" in fields else "rope_scaling")
     kind = rope.values.get("rope_type", rope.values.get("type", "default"))
-    if kind not in ("default", "linear", "dynamic"):
-        raise CheckpointError(f"config.json: {rope.path}type is {kind!r}, supported: default, linear, dynamic")
-    theta = float(rope.number("rope_theta") if "rope_theta" in rope else fields.number("rope_theta"))
+    if not isinstance(kind, str) or kind not in ("default", "linear", "dynamic"):
+        raise CheckpointError(f"config.json: {rope.path}type is {shown(kind)}, supported: default, linear, dynamic")
+    for each in (rope, fields):
+        if each.real("partial_rotary_factor", default=1.0) != 1:
+            raise each.refusal("partial_rotary_factor", each.values["partial_rotary_factor"], "1")
+    theta = (rope if "rope_theta" in rope else fields).real("rope_theta")
     if kind == "default":
         return RopeConfig(theta)
-    return RopeConfig(theta, kind, float(rope.number("factor")))
-
-
-def _check(config: ModelConfig) -> None:
-    """Check for contradictions between fields, before any tensor is read."""
-    vision, decoder = config.vision, config.decoder
-    if abs(config.shuffle * config.downsample_ratio - 1) > 1e-9:
-        raise CheckpointError(f"config.json: downsample_ratio {config.downsample_ratio} is not 1/n for a whole n")
-    divisions = (
-        ("vision hidden_size", vision.hidden_size, "its num_attention_heads", vision.num_attention_heads),
-        ("image_size", vision.image_size, "patch_size", vision.patch_size),
-        ("patches per side", vision.grid_size, "1 / downsample_ratio", config.shuffle),
-        ("num_attention_heads", decoder.num_attention_heads, "num_key_value_heads", decoder.num_key_value_heads),
-        ("head_dim", decoder.head_dim, "2 (rotary halves)", 2),
-    )
-    for name, value, other, divisor in divisions:
-        if value % divisor:
-            raise CheckpointError(f"config.json: {name} {value} is not a multiple of {other} {divisor}")
-    if not 0 < config.vision_layers_used <= vision.num_hidden_layers:
-        raise CheckpointError(
-            f"config.json: select_layer {config.select_layer} lies outside the {vision.num_hidden_layers} vision layers"
-        )
+    return RopeConfig(theta, kind, rope.real("factor"))

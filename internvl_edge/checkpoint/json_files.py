@@ -1,28 +1,40 @@
-"""The JSON files of a checkpoint folder."""
+"""The JSON files of a checkpoint folder, and the pointers that stand where Git LFS has not fetched a file."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from internvl_edge.base import json_files
 from internvl_edge.base.errors import CheckpointError
+from internvl_edge.base.json_files import FILE_BYTES
+
+_ADVICE = "download it again"
+_POINTER = b"version https://git-lfs.github.com/"
 
 
-def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Return the object in one of a checkpoint's JSON files, or `default` (where one is given) if the file is absent.
+def read_json(path: Path, default: dict[str, Any] | None = None, *, limit: int = FILE_BYTES) -> dict[str, Any]:
+    """The object in one of a checkpoint's JSON files; `default`, where one is given, stands for a file that is absent.
 
     Raises:
-        CheckpointError: the file cannot be read, or does not hold an object.
+        CheckpointError: the file cannot be read, is larger than `limit` bytes, or holds something else.
     """
-    if default is not None and not path.is_file():
+    if default is not None and not path.exists():
         return default
+    refuse_pointer(path)
+    return json_files.read_object(path, CheckpointError, _ADVICE, limit=limit)
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise CheckpointError where a file is the pointer that Git LFS puts in place of a large file."""
+    if not path.is_file():
+        return
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror or error}); download it again") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); download it again") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds a {type(values).__name__}, expected an object; download it again")
-    return values
+        with path.open("rb") as file:
+            start = file.read(len(_POINTER))
+    except OSError:
+        return  # whoever reads the file says so
+    if start == _POINTER:
+        raise CheckpointError(
+            f"{path} is a pointer of Git LFS, not the file itself; fetch it with git lfs pull, or download it again"
+        )

@@ -12,6 +12,7 @@ from itertools import chain
 from typing import Any
 
 from internvl_edge.base.errors import CheckpointError
+from internvl_edge.base.text import shown
 from internvl_edge.model.config import VisionConfig
 from internvl_edge.model.linear import Scheme
 
@@ -142,9 +143,9 @@ def _read_one(described: Any, path: str) -> Quantization:
     if not isinstance(described, Mapping):
         raise CheckpointError(f"config.json: {path} is not an object; download the file again")
     method = described.get("quant_method")
-    if method not in _CODECS:
+    if not isinstance(method, str) or method not in _CODECS:
         raise CheckpointError(
-            f"config.json: {path}.quant_method is {method!r}, supported: {', '.join(_CODECS)}; "
+            f"config.json: {path}.quant_method is {shown(method)}, supported: {', '.join(_CODECS)}; "
             "use the AWQ or the original checkpoint"
         )
     refuse_few_bits(described.get("bits"), f"config.json: {path}")
@@ -165,9 +166,10 @@ def _read_one(described: Any, path: str) -> Quantization:
 def _require_regular(pattern: str, path: str) -> None:
     try:
         re.compile(pattern.removeprefix(_REGULAR))
-    except re.error as error:
+    except (re.error, ValueError, OverflowError, RecursionError) as error:
         raise CheckpointError(
-            f"config.json: {path} names modules by {pattern!r}, which is no regular expression ({error}); correct it"
+            f"config.json: {path} names modules by {shown(pattern)}, which is no regular expression "
+            f"({error}); correct it"
         ) from None
 
 

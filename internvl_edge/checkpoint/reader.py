@@ -21,6 +21,7 @@ from . import layouts
 from .config_reader import read_config
 from .json_files import read_json
 from .kv_scales import KvScales
+from .lora import refuse_adapter_tensors
 from .packed_tensors import FLOATS, check_packed, is_packed, read_packed
 from .quantization import Quantization, read_quantization, refuse_bitsandbytes_tensors, refuse_vision_bits
 from .tensor_files import StoredTensor, open_tensor_files
@@ -52,6 +53,7 @@ class Checkpoint:
         described = read_json(folder / "config.json")
         self.quantization: Quantization | None = read_quantization(described, self.config.vision)
         self._stored = _canonical_prefixes(open_tensor_files(folder), self.config)
+        refuse_adapter_tensors(folder, self._stored)
         refuse_bitsandbytes_tensors(self._stored, self.config.vision)
         self.shapes = layouts.tensor_shapes(self.config)
         self._sources = {name: self._source(name) for name in self.shapes}
@@ -195,10 +197,25 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder}: {module} is quantized unlike the layers that are fused with it")
         return used
 
+    def _missing_advice(self, stored: str) -> str:
+        """What to do about a tensor that is not there; a tied head is left out by who saves it, not by a download."""
+        head = layouts.tensor_source(self.config, "decoder.lm_head.weight").names[0]
+        table = layouts.tensor_source(self.config, "decoder.embed_tokens.weight").names[0]
+        if stored != head or not self._is_stored(table):
+            return "config.json needs it, download it again"
+        if self.config.layout == "remote":
+            return (
+                "in this layout heads are never tied, whatever llm_config.tie_word_embeddings says in config.json; if "
+                f"the model was trained with a tied head, store a copy of {table} under this name"
+            )
+        return (
+            "config.json says tie_word_embeddings false, so a head of its own is needed; correct it or download again"
+        )
+
     def _check_one(self, stored: str, shape: tuple[int, ...]) -> None:
         tensor = self._stored.get(stored)
         if tensor is None:
-            raise CheckpointError(f"{self.folder}: tensor {stored} is missing; config.json needs it, download it again")
+            raise CheckpointError(f"{self.folder}: tensor {stored} is missing; {self._missing_advice(stored)}")
         if tensor.shape != shape:
             raise CheckpointError(
                 f"{self.folder}: tensor {stored} has the shape {list(tensor.shape)}, config.json needs {list(shape)}"

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from internvl_edge.base.errors import CheckpointError
+from internvl_edge.base.json_files import read
 from internvl_edge.base.jsonable import decode
 from internvl_edge.base.run_record import RunRecord
 from internvl_edge.model.components import Component
@@ -125,7 +126,7 @@ def read_record(checkpoint: Path) -> QuantizationRecord | None:
     Return None without a record, or with one of other weights or another version.
     """
     try:
-        record = decode(QuantizationRecord, json.loads((checkpoint / RECORD).read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+        record = decode(QuantizationRecord, read(checkpoint / RECORD, CheckpointError, "quantize again"))
+    except (CheckpointError, ValueError):
         return None
     return record if record.weights == weight_files(checkpoint) else None

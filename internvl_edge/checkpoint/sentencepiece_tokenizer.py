@@ -14,7 +14,10 @@ from typing import Any
 import tokenizers
 
 from internvl_edge.base.errors import CheckpointError
+from internvl_edge.base.json_files import TOKENIZER_BYTES, read_bytes
+from internvl_edge.base.text import shown
 
+from .json_files import refuse_pointer
 from .tokenizer_samples import SAMPLES
 
 # sentencepiece's piece types
@@ -46,6 +49,9 @@ def convert_sentencepiece(path: Path, added: list[dict[str, Any]], bos: bool) ->
         if token["id"] < len(pieces):
             pieces[token["id"]] = token["content"]  # placeholders in the vocabulary that became special tokens
     bos_id = model.trainer_spec.bos_id
+    for role, token_id in (("bos_id", bos_id), ("unk_id", model.trainer_spec.unk_id)):
+        if not 0 <= token_id < len(pieces):
+            raise CheckpointError(f"{path}: trainer_spec.{role} is {token_id}, which is no piece; download it again")
     vocab = {piece: index for index, piece in enumerate(pieces)}
     if len(vocab) != len(pieces):
         raise CheckpointError(f"{path} has the same piece twice; download it again")
@@ -79,9 +85,11 @@ def convert_sentencepiece(path: Path, added: list[dict[str, Any]], bos: bool) ->
 def _read_model(path: Path) -> Any:
     from sentencepiece import sentencepiece_model_pb2
 
+    refuse_pointer(path)
+    data = read_bytes(path, CheckpointError, "download it again", limit=TOKENIZER_BYTES)
     model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # protobuf makes it at import
     try:
-        model.ParseFromString(path.read_bytes())
+        model.ParseFromString(data)
     except Exception as error:  # protobuf's DecodeError lives in different places in different versions
         raise CheckpointError(f"{path} is not a sentencepiece model ({error}); download it again") from None
     for name, (section, expected) in _EXPECTED.items():
@@ -134,10 +142,14 @@ def verify_conversion(path: Path, definition: dict[str, Any], text: str) -> None
     import sentencepiece
 
     model = _read_model(path)
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+    except Exception as error:  # RuntimeError and others, by version
+        raise CheckpointError(f"{path} is not a sentencepiece model ({error}); download it again") from None
     converted = tokenizers.Tokenizer.from_str(text)
     added = {token["content"]: token["id"] for token in definition["added_tokens"]}
     special = {token["id"] for token in definition["added_tokens"] if token["special"]}
+    plain = {token_id: content for content, token_id in added.items() if token_id not in special}
     cut = re.compile("|".join(sorted(map(re.escape, added), key=len, reverse=True)) or r"(?!)")
     start = [model.trainer_spec.bos_id] if definition["post_processor"] else []
     texts = [*SAMPLES, *(piece.piece.replace("▁", " ") for piece in model.pieces if piece.type == _NORMAL)]
@@ -149,8 +161,24 @@ def verify_conversion(path: Path, definition: dict[str, Any], text: str) -> None
             end = match.end()
         ids += processor.encode(sample[end:])
         if found != ids:
-            raise CheckpointError(f"{path}: {sample!r} becomes {found}, sentencepiece says {ids}")
+            raise CheckpointError(f"{path}: {sample!r} becomes {shown(found)}, sentencepiece says {shown(ids)}")
         back = converted.decode(found)
-        expected = processor.decode([token_id for token_id in ids if token_id not in special])
+        expected = _decoded(processor, [token_id for token_id in ids if token_id not in special], plain)
         if back != expected:
-            raise CheckpointError(f"{path}: {sample!r} comes back as {back!r}, sentencepiece says {expected!r}")
+            raise CheckpointError(
+                f"{path}: {sample!r} comes back as {shown(back)}, sentencepiece says {shown(expected)}"
+            )
+
+
+def _decoded(processor: Any, ids: list[int], plain: dict[int, str]) -> str:
+    """What sentencepiece makes of ids; it does not know the added tokens, `plain`, which stand for themselves."""
+    runs: list[list[int]] = [[]]
+    texts = []
+    for token_id in ids:
+        if token_id in plain:
+            texts.append(plain[token_id])
+            runs.append([])
+        else:
+            runs[-1].append(token_id)
+    decoded = [str(processor.decode(run)) if run else "" for run in runs]
+    return "".join(part for pair in zip(decoded, [*texts, ""], strict=True) for part in pair)

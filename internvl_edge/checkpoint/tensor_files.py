@@ -7,6 +7,7 @@ read until it is used. Tensors are written one at a time, because the header is 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,10 @@ from numpy.typing import NDArray
 from internvl_edge.base.errors import CheckpointError
 from internvl_edge.base.extras import requires
 from internvl_edge.base.files import replacing
+from internvl_edge.base.text import one_line, shown
+
+from .json_files import read_json, refuse_pointer
+from .safetensors_header import HeaderEntry, read_header
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype(np.float32),
@@ -32,7 +37,6 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_MAX_HEADER_BYTES = 100 << 20
 SHARD_BYTES = 4_000_000_000
 _BLOCK_BYTES = 64 << 20
 
@@ -53,103 +57,92 @@ def open_tensor_files(folder: Path) -> dict[str, StoredTensor]:
     """Return every tensor in the folder's weight files, one file or sharded. safetensors is preferred to `.bin`.
 
     Raises:
-        CheckpointError: no weight file; a shard that is missing, truncated or contradicts its header; a name that is
-            stored twice.
+        CheckpointError: no weight file, or two that could be meant; a shard that is missing, truncated or not what its
+            header says; a name stored twice.
     """
-    for stem, reader in (("model.safetensors", _read_safetensors), ("pytorch_model.bin", _read_bin)):
-        index = folder / f"{stem}.index.json"
+    for stem, reader in _FORMATS.items():
+        index, single = folder / f"{stem}.index.json", folder / stem
         if index.is_file():
-            return _read_shards(index, reader)
-        if (folder / stem).is_file():
-            return reader(folder / stem)
+            shards = _read_index(index)
+            _refuse_second_source(folder, index.name, set(shards.values()), stem)
+            return _read_shards(index, shards, reader)
+        if single.is_file():
+            _refuse_second_source(folder, stem, {stem}, stem)
+            return reader(single)
     raise CheckpointError(
         f"{folder} has no model.safetensors or pytorch_model.bin (nor their .index.json); is it complete?"
     )
 
 
-def _read_shards(index: Path, reader: Callable[[Path], dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise CheckpointError(f"{index} is not a shard index (weight_map); download it again") from None
+def _refuse_second_source(folder: Path, source: str, used: set[str], stem: str) -> None:
+    """Raise CheckpointError where weights lie beside `source` that could be meant as well as its own files."""
+    name, _, suffix = stem.rpartition(".")
+    shard = re.compile(rf"{name}-\d+-of-\d+\.{suffix}")
+    others = (path.name for path in sorted(folder.iterdir()) if path.name == stem or shard.fullmatch(path.name))
+    if other := next((file for file in others if file not in used), None):
+        raise CheckpointError(
+            f"{folder} holds two sources of weights, {source} and {other}; keep the right one, move the other away"
+        )
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """Tensor name -> shard."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f"{index} is not a shard index (weight_map); download it again")
+    return weight_map
+
+
+def _read_shards(
+    index: Path, weight_map: dict[str, str], reader: Callable[[Path], dict[str, StoredTensor]]
+) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
-    for shard in shards:
-        path = index.parent / shard
-        if Path(shard).name != shard or not path.is_file():
+    for shard in sorted(set(weight_map.values())):
+        if shard in ("", "..") or Path(shard).name != shard or "\0" in shard or not (index.parent / shard).is_file():
             raise CheckpointError(
-                f"{index.name} names the shard {shard}, which is not in {index.parent}; download it again"
+                f"{index.name} names the shard {shown(shard)}, which is not in {index.parent}; download it again"
             )
-        for name, tensor in reader(path).items():
+        for name, tensor in reader(index.parent / shard).items():
             if name in tensors:
                 raise CheckpointError(f"tensor {name} is stored twice, in {tensors[name].file} and in {shard}")
             tensors[name] = tensor
     for name, shard in weight_map.items():
         if name not in tensors:
             raise CheckpointError(
-                f"{index.name} promises tensor {name} in {shard}, which does not hold it; download it again"
+                f"{index.name} promises tensor {shown(name)} in {shard}, which does not hold it; download it again"
             )
     return tensors
 
 
 def _read_safetensors(path: Path) -> dict[str, StoredTensor]:
-    """Read one safetensors file: 8 bytes little-endian header length, JSON header, data.
-
-    Offsets count from the end of the header.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        if size < 8 or header_bytes > min(size - 8, _MAX_HEADER_BYTES):
-            raise CheckpointError(f"{path} is truncated or not a safetensors file ({size} bytes); download it again")
-        try:
-            header = json.loads(file.read(header_bytes))
-            entries = {
-                name: (
-                    str(e["dtype"]),
-                    tuple(int(n) for n in e["shape"]),
-                    int(e["data_offsets"][0]),
-                    int(e["data_offsets"][1]),
-                )
-                for name, e in header.items()
-                if name != "__metadata__"
-            }
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-            raise CheckpointError(f"{path} has a damaged safetensors header; download it again") from None
-    start = 8 + header_bytes
-    needed = start + max((end for *_, end in entries.values()), default=0)
-    if needed > size:
-        raise CheckpointError(f"{path} is truncated: {size} bytes, its header needs {needed}; download it again")
-    data = np.memmap(path, np.uint8, "r", offset=0) if size else np.empty(0, np.uint8)
-    return {
-        name: _mapped_tensor(path, name, dtype, shape, data[start + begin : start + end])
-        for name, (dtype, shape, begin, end) in entries.items()
-    }
+    refuse_pointer(path)
+    entries = read_header(path)
+    data = np.memmap(path, np.uint8, "r")
+    return {name: _mapped_tensor(path, name, entry, data) for name, entry in entries.items()}
 
 
 def _mapped_tensor(
-    path: Path, name: str, dtype: str, shape: tuple[int, ...], data: np.ndarray[Any, np.dtype[np.uint8]]
+    path: Path, name: str, entry: HeaderEntry, data: np.ndarray[Any, np.dtype[np.uint8]]
 ) -> StoredTensor:
-    item = DTYPES.get(dtype)
-    if item is not None and data.nbytes != item.itemsize * int(np.prod(shape, dtype=np.int64)):
-        raise CheckpointError(f"{path.name}: tensor {name} has {data.nbytes} bytes, not those of {dtype} {list(shape)}")
-
     def read() -> np.ndarray[Any, Any]:
-        if item is None:
-            raise CheckpointError(f"{path.name}: tensor {name} has the unsupported dtype {dtype}")
-        return data.view(item).reshape(shape)
+        if entry.dtype not in DTYPES:
+            raise CheckpointError(f"{path.name}: tensor {name} has the unsupported dtype {entry.dtype}")
+        return data[entry.begin : entry.end].view(DTYPES[entry.dtype]).reshape(entry.shape)
 
-    return StoredTensor(path.name, dtype, shape, read)
+    return StoredTensor(path.name, entry.dtype, entry.shape, read)
 
 
 def _read_bin(path: Path) -> dict[str, StoredTensor]:
-    """Read a torch archive with `weights_only=True`: only tensors are read, and no code in it is run."""
+    """A torch archive through `weights_only=True`: tensors only, no code in it is ever run."""
+    refuse_pointer(path)
     with requires("bin", f"reading {path.name}", CheckpointError):
         import torch
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}, expected tensors by name")
     except Exception as error:  # torch raises many kinds for damaged archives and for pickles that hold code
-        reason = str(error).splitlines()[0][:160]
+        reason = one_line(str(error).partition("\n")[0], 160)
         raise CheckpointError(f"{path} cannot be read without running its code or is damaged: {reason}") from None
     names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32", torch.int64: "I64"}
 
@@ -161,7 +154,7 @@ def _read_bin(path: Path) -> dict[str, StoredTensor]:
     return {
         name: StoredTensor(path.name, names.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), reader(tensor))
         for name, tensor in state.items()
-        if isinstance(tensor, torch.Tensor)
+        if isinstance(name, str) and isinstance(tensor, torch.Tensor)
     }
 
 
@@ -188,6 +181,12 @@ class OutTensor:
     def nbytes(self) -> int:
         """Size in the file, in bytes."""
         return DTYPES[self.dtype].itemsize * int(np.prod(self.shape, dtype=np.int64))
+
+
+_FORMATS: dict[str, Callable[[Path], dict[str, StoredTensor]]] = {
+    "model.safetensors": _read_safetensors,
+    "pytorch_model.bin": _read_bin,
+}
 
 
 def write_file(path: Path, tensors: Sequence[OutTensor], progress: Progress = lambda size: None) -> None:

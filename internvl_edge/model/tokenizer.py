@@ -12,17 +12,20 @@ also deletes spaces before English punctuation ("cd ./x" becomes "cd./x"). This 
 from __future__ import annotations
 
 import codecs
-import json
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 from internvl_edge.base.errors import BundleError, PromptError
+from internvl_edge.base.json_files import TOKENIZER_BYTES, parse, read_bytes
+from internvl_edge.base.jsonable import decode
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{1,2})>")
+_ADVICE = "export the checkpoint again"
 _PER_BYTE = "internvl_edge.replace_each_byte"
 
 
@@ -35,6 +38,39 @@ def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error(_PER_BYTE, _replace_each_byte)
 
 
+@dataclass(frozen=True)
+class AddedToken:
+    """A token beside the vocabulary, as `tokenizer.json` has it in `added_tokens`."""
+
+    id: int
+    content: str
+    special: bool = False
+
+
+def added_tokens(values: Any) -> list[AddedToken]:
+    """The added tokens of a `tokenizer.json`.
+
+    Raises:
+        ValueError: they are not of this form; the place is named.
+    """
+    found = values.get("added_tokens") if isinstance(values, dict) else None
+    return decode(list[AddedToken], [] if found is None else found)
+
+
+def load_tokenizer(data: bytes) -> tokenizers.Tokenizer:
+    """The library's tokenizer of the content of a `tokenizer.json`.
+
+    Raises:
+        ValueError: the library refuses it, or stops in the middle of it.
+    """
+    try:
+        return tokenizers.Tokenizer.from_buffer(data)
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # the library raises bare Exception, and its panics are no Exception
+        raise ValueError(error) from None
+
+
 class Tokenizer:
     """A vocabulary with its special tokens."""
 
@@ -45,18 +81,18 @@ class Tokenizer:
             BundleError: missing or damaged file, or tokens that are neither byte-level nor sentencepiece's with byte
                 fallback.
         """
+        data = read_bytes(path, BundleError, _ADVICE, limit=TOKENIZER_BYTES)
         try:
-            text = path.read_text(encoding="utf-8")
-            values = json.loads(text)
-            self._tokenizer = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises bare Exception
-            raise BundleError(f"{path} cannot be read ({error}); export the checkpoint again") from None
+            values = parse(data)
+            self._tokenizer = load_tokenizer(data)
+            added = added_tokens(values)
+        except ValueError as error:
+            raise BundleError(f"{path} cannot be read ({error}); {_ADVICE}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._byte_level = _is_byte_level(path, values.get("decoder"))
-        added = values["added_tokens"]
-        self._added = {token["id"]: token["content"].encode() for token in added}
-        self._special = {token["id"] for token in added if token["special"]}
+        self._added = {token.id: token.content.encode() for token in added}
+        self._special = {token.id for token in added if token.special}
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text. Special tokens are recognised, and InternLM2's `<s>` is put in front.

@@ -7,6 +7,7 @@ GPU.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from dataclasses import dataclass, fields
@@ -18,12 +19,16 @@ from typing import Any
 
 from internvl_edge.base import toml
 from internvl_edge.base.errors import EdgeError
+from internvl_edge.base.json_files import FILE_BYTES, read_bytes
+from internvl_edge.base.text import PLAIN_NAME, is_plain_name, shown
 
 FLAVOURS = ("tensorrt", "tensorrt_rtx")
 _CAPABILITY = re.compile(r"\d{1,2}\.\d")
 # Estimated bytes of memory that the system, the display and the CUDA context use.
 _RESERVED_UNIFIED = 1.5 * 2**30
 _RESERVED_DISCRETE = 0.6 * 2**30
+# Above what any device has, in the units of the table.
+_LARGEST_NUMBER = 1e9
 
 
 class DeviceError(EdgeError):
@@ -116,10 +121,7 @@ class Devices:
         self._tables = [_parse(files(__package__).joinpath("devices.toml").read_text("utf-8"), "devices.toml")]
         configured = _configured()
         for path in [*([configured] if configured.is_file() else []), *([extra] if extra else [])]:
-            try:
-                self._tables.append(_parse(path.read_text(encoding="utf-8"), str(path)))
-            except (OSError, UnicodeDecodeError) as error:
-                raise DeviceError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})") from None
+            self._tables.append(_parse(_read_text(path), str(path)))
 
     @cached_property
     def all(self) -> dict[str, Device]:
@@ -157,10 +159,23 @@ def _configured() -> Path:
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "internvl-edge" / "devices.toml"
 
 
+def _read_text(path: Path) -> str:
+    try:
+        return read_bytes(path, DeviceError, "expected a table of devices", limit=FILE_BYTES).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DeviceError(f"{path} is not UTF-8 ({error}), expected a table of devices") from None
+
+
 def _parse(text: str, where: str) -> tuple[dict[str, Device], dict[str, Target]]:
     values = toml.parse(text, where, DeviceError)
     if unknown := set(values) - {"devices", "groups"}:
-        raise DeviceError(f"{where}: table {sorted(unknown)[0]!r} is not known, expected [devices.NAME]")
+        raise DeviceError(f"{where}: table {shown(sorted(unknown)[0])} is not known, expected [devices.NAME]")
+    for table in ("devices", "groups"):
+        if not isinstance(names := values.get(table, {}), dict):
+            raise DeviceError(f"{where}: {table} is {shown(names)}, expected tables [{table}.NAME]")
+        for name in names:
+            if not is_plain_name(name):
+                raise DeviceError(f"{where}: {table}: the name {shown(name)} is not of {PLAIN_NAME}")
     devices = {name: _device(name, entry, where) for name, entry in values.get("devices", {}).items()}
     groups = {name: _group(name, entry, where) for name, entry in values.get("groups", {}).items()}
     return devices, groups
@@ -176,22 +191,30 @@ def _device(name: str, entry: Any, where: str) -> Device:
     for field, kind in expected.items():
         if not _is(kind, entry[field]):
             wanted = {"str": "text", "bool": "true or false", "float": "a positive number"}[str(kind)]
-            raise DeviceError(f"{where}: devices.{name}: {field} is {entry[field]!r}, expected {wanted}")
+            raise DeviceError(f"{where}: devices.{name}: {field} is {shown(entry[field])}, expected {wanted}")
     if entry["flavour"] not in FLAVOURS:
-        raise DeviceError(f"{where}: devices.{name}: flavour is {entry['flavour']!r}, expected {' or '.join(FLAVOURS)}")
+        raise DeviceError(
+            f"{where}: devices.{name}: flavour is {shown(entry['flavour'])}, expected {' or '.join(FLAVOURS)}"
+        )
     if not _CAPABILITY.fullmatch(entry["compute_capability"]):
         raise DeviceError(
-            f"{where}: devices.{name}: compute_capability is {entry['compute_capability']!r}, expected text like '8.7'"
+            f"{where}: devices.{name}: compute_capability is {shown(entry['compute_capability'])}, "
+            "expected text like '8.7'"
         )
     return Device(name=name, **entry)
 
 
 def _group(name: str, entry: Any, where: str) -> Target:
-    try:
-        capabilities = tuple(map(str, entry["compute_capabilities"]))
-        group = Target(name, str(entry["title"]), str(entry["flavour"]), capabilities)
-    except (KeyError, TypeError) as error:
-        raise DeviceError(f"{where}: groups.{name} has no usable {error}") from None
+    expected: dict[str, type[Any]] = {"compute_capabilities": list, "title": str, "flavour": str}
+    if not isinstance(entry, dict):
+        raise DeviceError(f"{where}: {name} is no table, expected [groups.{name}] with {', '.join(expected)}")
+    for field, kind in expected.items():
+        if not isinstance(entry.get(field), kind):
+            raise DeviceError(f"{where}: groups.{name} has no usable {field!r}")
+    if unknown := sorted(entry.keys() - expected.keys()):
+        raise DeviceError(f"{where}: groups.{name}: {shown(unknown[0])} is not known, expected {', '.join(expected)}")
+    capabilities = tuple(map(str, entry["compute_capabilities"]))
+    group = Target(name, entry["title"], entry["flavour"], capabilities)
     if group.flavour not in FLAVOURS or not capabilities or not all(map(_CAPABILITY.fullmatch, capabilities)):
         raise DeviceError(
             f"{where}: groups.{name}: expected a flavour of {', '.join(FLAVOURS)} and capabilities like '8.6'"
@@ -201,5 +224,6 @@ def _group(name: str, entry: Any, where: str) -> Target:
 
 def _is(kind: Any, value: Any) -> bool:
     if kind == "float":
-        return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+        real = isinstance(value, int | float) and not isinstance(value, bool)
+        return real and math.isfinite(value) and 0 < value <= _LARGEST_NUMBER
     return isinstance(value, {"str": str, "bool": bool}[kind])

@@ -14,6 +14,8 @@ from typing import Any
 
 from internvl_edge.base import toml
 from internvl_edge.base.errors import EdgeError
+from internvl_edge.base.json_files import FILE_BYTES, read_bytes
+from internvl_edge.base.text import shown
 
 from .recipe import Automatic, DecoderInt8, Recipe, VisionInt8
 
@@ -22,11 +24,12 @@ _KINDS: dict[str, tuple[type[Any], ...]] = {
     "text": (str,),
     "true or false": (bool,),
     "a number": (int, float),
+    "a number without a fraction": (int,),
     "a list of text": (list,),
 }
 _FIELD_KINDS = {
     "bool": "true or false",
-    "int": "a number",
+    "int": "a number without a fraction",
     "float": "a number",
     "float | None": "a number",
     "tuple[str, ...]": "a list of text",
@@ -59,12 +62,13 @@ def read_recipe(name: str) -> dict[str, Any]:
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise EdgeError(f"recipe {name!r} is not known; {hint}presets: {', '.join(shipped)}, or give a file.toml")
     try:
-        values = toml.parse(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise EdgeError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        text = read_bytes(path, EdgeError, "expected a recipe in TOML", limit=FILE_BYTES).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise EdgeError(f"{path} is not UTF-8 ({error}), expected a recipe in TOML") from None
+    values = toml.parse(text, str(path))
     base = values.pop("base", None)
-    if base is not None and base not in shipped:
-        raise EdgeError(f"{path}: base is {base!r}, expected one of {', '.join(shipped)}")
+    if base is not None and (not isinstance(base, str) or base not in shipped):
+        raise EdgeError(f"{path}: base is {shown(base)}, expected one of {', '.join(shipped)}")
     return combine(shipped[base] if base else {}, _checked(values, str(path)))
 
 
@@ -100,7 +104,7 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
 
 def _checked(values: Any, where: str) -> dict[str, Any]:
     if not isinstance(values, dict):
-        raise EdgeError(f"{where} is {values!r}, expected the fields of a recipe")
+        raise EdgeError(f"{where} is {shown(values)}, expected the fields of a recipe")
     for name, value in values.items():
         if name == "layers":
             _check_layers(value, where)
@@ -118,7 +122,7 @@ def _check_layers(value: Any, where: str) -> None:
 
 def _check_fields(values: Any, kind: type[Any], where: str) -> None:
     if not isinstance(values, dict):
-        raise EdgeError(f"{where} is {values!r}, expected a table")
+        raise EdgeError(f"{where} is {shown(values)}, expected a table")
     known = {field.name: _FIELD_KINDS.get(str(field.type), "text") for field in fields(kind)}
     for name, value in values.items():
         if name not in known:
@@ -128,4 +132,4 @@ def _check_fields(values: Any, kind: type[Any], where: str) -> None:
         wanted = known[name]
         fits = isinstance(value, _KINDS[wanted]) and (wanted == "true or false") == isinstance(value, bool)
         if not fits or (isinstance(value, list) and not all(isinstance(each, str) for each in value)):
-            raise EdgeError(f"{where}: {name} is {value!r}, expected {wanted}")
+            raise EdgeError(f"{where}: {name} is {shown(value)}, expected {wanted}")

@@ -6,6 +6,7 @@ recipes are written in files.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ KV_CACHES = ("fp", "int8")
 CALIBRATORS = ("best", "minmax", "percentile-99.9", "percentile-99.99", "entropy", "mse")
 
 _FOUR_BITS = ("w4a16-awq", "w4a16-rtn")
-_PRECISION = re.compile(r"(?P<method>.+?)(-g(?P<group>\d+))?")
+_PRECISION = re.compile(r"(?P<method>.+?)(-g(?P<group>\d{1,9}))?")
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class DecoderInt8:
 
     def __post_init__(self) -> None:
         _require_calibrator(self.calibrator)
-        if not self.max_kl >= 0:
+        if not 0 <= self.max_kl < math.inf:
             raise EdgeError(f"a divergence of {self.max_kl:g} is not possible; give one above 0, or 0 for no limit")
 
 
@@ -127,7 +128,7 @@ class Automatic:
             raise EdgeError("precision is chosen by target_bits or by max_kl; give one of the two")
         if self.target_bits is not None and not 4 < self.target_bits <= 16:
             raise EdgeError(f"{self.target_bits:g} bits per weight are not possible; give more than 4, at most 16")
-        if self.max_kl is not None and not self.max_kl > 0:
+        if self.max_kl is not None and not 0 < self.max_kl < math.inf:
             raise EdgeError(f"a divergence of {self.max_kl:g} is not possible; give one above 0, such as 0.02")
 
 

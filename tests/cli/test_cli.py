@@ -180,6 +180,7 @@ def test_weights_beyond_float16_are_named(tmp_path: Path) -> None:
         save_file(tensors, folder / "model.safetensors")
         result = internvl_edge("export", folder, "-o", tmp_path / "out", "--dtype", "float16")
         assert_one_line(result, "decoder.layers.1.mlp.up_proj.weight", fragment)
+        assert ("try another --dtype" in result.stderr) == (value == 7e4)  # no other type helps against NaN
         assert list(tmp_path.iterdir()) == [folder]
 
 

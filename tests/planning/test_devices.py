@@ -101,3 +101,48 @@ def test_mistakes_name_file_entry_and_field(tmp_path: Path, change: tuple[str, s
 def test_missing_table(tmp_path: Path) -> None:
     with pytest.raises(DeviceError, match="No such file"):
         Devices(tmp_path / "nowhere.toml")
+
+
+@pytest.mark.parametrize(
+    ("change", "fragment"),
+    [
+        (("tflops = 12", "tflops = inf"), "tflops is inf"),
+        (("tflops = 12", "tflops = nan"), "tflops is nan"),
+        (("tflops = 12", "tflops = 1e300"), "tflops is 1e+300, expected a positive number"),
+        (("tflops = 12", "tflops = 0"), "tflops is 0"),
+        (("tflops = 12", "tflops = " + "9" * 400), "integer beyond all limits"),
+        (("tflops = 12", "tflops = " + "9" * 5000), "not valid TOML"),
+        (("tflops = 12", "tflops = [1]"), "tflops is [1]"),
+        (("[devices.my-board]", '[devices."../../x"]'), "the name '../../x' is not of letters"),
+        (("[devices.my-board]", '[devices.".."]'), "the name '..' is not of letters"),
+        (("[devices.my-board]", '[devices.""]'), "the name '' is not of letters"),
+        (("[devices.my-board]", '[devices."a\\nb"]'), "is not of letters"),
+        (("[devices.my-board]", "[devices.my-board]\nname = 'x'"), "name is not known"),
+        ((MINE, '[groups."a/b"]\ntitle = "x"\nflavour = "tensorrt"\ncompute_capabilities = ["8.7"]'), "name 'a/b'"),
+        ((MINE, '[groups.a]\ntitle = 3\nflavour = "tensorrt"\ncompute_capabilities = ["8.7"]'), "usable 'title'"),
+        ((MINE, '[groups.a]\ntitle = "x"\nflavour = "tensorrt"\ncompute_capabilities = "8.7"'), "usable 'compute"),
+        (
+            (MINE, '[groups.a]\ntitle = "x"\nflavour = "tensorrt"\ncompute_capabilities = [8]'),
+            "capabilities like '8.6'",
+        ),
+        ((MINE, "devices = 3"), "devices is 3"),
+        ((MINE, "groups = []"), "groups is []"),
+        ((MINE, "devices.a = 3"), "a is no table"),
+        ((MINE, "groups.a = 3"), "a is no table"),
+        ((MINE, "a = " + "[" * 9000), "not valid TOML"),
+    ],
+)
+def test_tables_hold_finite_numbers_and_plain_names(tmp_path: Path, change: tuple[str, str], fragment: str) -> None:
+    table = tmp_path / "mine.toml"
+    table.write_text(MINE.replace(*change))
+    with pytest.raises(DeviceError, match=r"mine\.toml") as error:
+        Devices(table)
+    assert fragment in str(error.value)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) <= 400
+
+
+def test_a_table_that_is_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_bytes(b"\xff")
+    with pytest.raises(DeviceError, match="is not UTF-8"):
+        Devices(tmp_path / "mine.toml")

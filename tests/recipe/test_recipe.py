@@ -49,6 +49,13 @@ def test_a_file_starts_from_a_preset_and_says_the_rest(tmp_path: Path) -> None:
         ("[automatic]\ntarget = 4.5", "automatic: target is not known; did you mean target_bits?"),
         ("layers = 3", "layers is no table"),
         ("vision_int8 = 3", "vision_int8 is 3, expected a table"),
+        ("base = []", r"base is \[\], expected one of"),
+        ("group_size = 64.0", "group_size is 64.0, expected a number without a fraction"),
+        ("[vision_int8]\ncosine = nan", "vision_int8.cosine is nan, expected a finite number"),
+        ("[decoder_int8]\nmax_kl = inf", "decoder_int8.max_kl is inf, expected a finite number"),
+        ("[automatic]\nmax_kl = " + "9" * 400, "automatic.max_kl is an integer beyond all limits"),
+        ("group_size = " + "9" * 5000, "not valid TOML"),
+        ("layers = " + "[" * 9000, "not valid TOML"),
     ],
 )
 def test_files_that_are_no_recipe_are_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
@@ -91,6 +98,9 @@ def test_choices_that_cannot_be_are_refused(choices: dict[str, Any], message: st
         ({"target_bits": 5, "max_kl": 0.1}, "one of the two"),
         ({"target_bits": 3.9}, "more than 4"),
         ({"max_kl": 0}, "above 0"),
+        ({"max_kl": float("inf")}, "above 0"),
+        ({"max_kl": float("nan")}, "above 0"),
+        ({"target_bits": float("nan")}, "more than 4"),
     ],
 )
 def test_limits_that_cannot_be_are_refused(limits: dict[str, Any], message: str) -> None:
@@ -110,3 +120,16 @@ def test_int8_inputs_are_limited_unless_told_otherwise() -> None:
     assert Recipe("w8a8", decoder_int8=DecoderInt8(max_kl=0)).choice is None
     assert Recipe("w8a8", automatic=Automatic(max_kl=0.1)).choice == Automatic(max_kl=0.1)
     assert Recipe("w8a16").choice is None
+
+
+def test_absurd_group_sizes_and_files_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(EdgeError, match="is not supported"):
+        Recipe(layers=(("*", "w4a16-awq-g" + "9" * 5000),))
+    path = tmp_path / "mine.toml"
+    path.write_bytes(b"\xff")
+    with pytest.raises(EdgeError, match="is not UTF-8"):
+        read_recipe(str(path))
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(EdgeError, match="more than 8 MiB"):
+        read_recipe(str(path))

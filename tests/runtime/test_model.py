@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from helpers import tiny
 from helpers.reference import Reference, tile_image
 from internvl_edge import Conversation, InternVL, export_bundle
 from internvl_edge.base.errors import EngineError, PromptError
+from internvl_edge.bundle.bundle import Bundle, sha256
+from internvl_edge.bundle.manifest import FileEntry
 from internvl_edge.runtime.image_cache import ImageCache
 from internvl_edge.runtime.session import image_keys
 
@@ -213,3 +217,33 @@ def test_image_keys_never_equal_tokens_and_differ_between_images() -> None:
     one, two = image_keys(b"a" * 16, 3328), image_keys(b"b" * 16, 3328)
     assert (one < 0).all()
     assert len(set(one.tolist()) | set(two.tolist())) == 2 * 3328
+
+
+def test_a_token_that_has_no_row_in_the_table_is_a_prompt_error(tmp_path: Path) -> None:
+    """Older versions exported tokenizers with more tokens than the model has rows for."""
+    opened = Bundle.open(export_bundle(tiny.write_checkpoint(tmp_path / "checkpoint"), tmp_path / "bundle"))
+    rows = opened.manifest.model.decoder.vocab_size
+    path = opened.path("tokenizer.json")
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values["added_tokens"].append(values["added_tokens"][-1] | {"id": rows, "content": "<loc0>", "special": False})
+    path.write_text(json.dumps(values), encoding="utf-8")
+    files = opened.manifest.files | {path.name: FileEntry(path.stat().st_size, sha256(path))}
+    replace(opened.manifest, files=files).write(opened.folder)
+    with InternVL.load(opened.folder, threads=1) as model:
+        with pytest.raises(PromptError, match=f"'<loc0>', token {rows}, but the model has {rows} tokens"):
+            model.chat("Where is <loc0>?", max_new_tokens=2)
+        assert model.chat("Hi", max_new_tokens=2).output_ids
+
+
+def test_the_native_layout_stops_at_each_of_its_ends(tmp_path: Path) -> None:
+    checkpoint = tiny.write_checkpoint(tmp_path / "checkpoint", layout="native")
+    (checkpoint / "generation_config.json").write_text('{"eos_token_id": []}')
+    with InternVL.load(export_bundle(checkpoint, tmp_path / "one"), threads=1) as model:
+        free = model.chat("Hi", max_new_tokens=8)
+    assert free.finish_reason == "length"
+    end = free.output_ids[3]
+    (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": [end, free.output_ids[0] ^ 1]}))
+    with InternVL.load(export_bundle(checkpoint, tmp_path / "two"), threads=1) as model:
+        reply = model.chat("Hi", max_new_tokens=8)
+    assert reply.finish_reason == "stop"
+    assert reply.output_ids == free.output_ids[: free.output_ids.index(end) + 1]

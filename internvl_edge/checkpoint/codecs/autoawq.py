@@ -17,7 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.base.errors import CheckpointError
+from internvl_edge.base.text import shown
 from internvl_edge.model.linear import PackedLinear, Scheme
+
+from .fields import inputs_per_group, module_names
 
 METHOD = "awq"
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -103,16 +106,15 @@ def read_configuration(config: Mapping[str, Any]) -> tuple[Scheme, ...]:
     bits, zero_point = config.get("bits", config.get("w_bit")), config.get("zero_point", True)
     group_size = config.get("group_size", config.get("q_group_size"))
     if version != "gemm" or bits != 4 or zero_point is not True:
+        found = f"version {shown(version)} with {shown(bits)} bits, zero_point {shown(zero_point)}"
         raise CheckpointError(
-            f"quantization_config: AWQ version {version!r} with {bits} bits, zero_point {zero_point} is not supported, "
-            "only 'gemm' with 4 bits and zero points; use another AWQ checkpoint or the unquantized one"
+            f"quantization_config: AWQ {found} is not supported, only 'gemm' with 4 bits and zero points; use another "
+            "AWQ checkpoint or the unquantized one"
         )
-    if not isinstance(group_size, int) or (group_size < 1 and group_size != -1):
-        raise CheckpointError(f"quantization_config: group_size is {group_size!r}, expected a number of inputs or -1")
-    return (Scheme(4, None if group_size == -1 else group_size, symmetric=False),)
+    return (Scheme(4, None if group_size == -1 else inputs_per_group(group_size), symmetric=False),)
 
 
 def read_targets(config: Mapping[str, Any]) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
-    """Return the modules of the scheme and those that stay float, in the form of compressed-tensors."""
-    floats = config.get("modules_to_not_convert") or ()
-    return (("Linear",),), tuple(f"re:.*{re.escape(str(name))}" for name in floats)
+    """Which modules the scheme is for, and which keep floats, in the form of compressed-tensors."""
+    floats = module_names(config, "modules_to_not_convert")
+    return (("Linear",),), tuple(f"re:.*{re.escape(name)}" for name in floats)

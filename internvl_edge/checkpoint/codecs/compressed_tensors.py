@@ -24,7 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.base.errors import CheckpointError
+from internvl_edge.base.text import one_line, shown
 from internvl_edge.model.linear import W8A8, PackedLinear, Scheme
+
+from .fields import inputs_per_group, module_names
 
 METHOD = "compressed-tensors"
 FORMAT = "pack-quantized"
@@ -149,8 +152,8 @@ def read_configuration(config: Mapping[str, Any]) -> tuple[Scheme, ...]:
     groups, form = config.get("config_groups"), config.get("format")
     if form not in (FORMAT, INTEGER_FORMAT, _MIXED) or not isinstance(groups, dict) or not groups:
         raise CheckpointError(
-            f"quantization_config: format {form!r} of {METHOD} is not supported, only {FORMAT} and {INTEGER_FORMAT}; "
-            "use an AWQ or unquantized checkpoint"
+            f"quantization_config: format {shown(form)} of {METHOD} is not supported, only {FORMAT} and "
+            f"{INTEGER_FORMAT}; use an AWQ or unquantized checkpoint"
         )
     if config.get("kv_cache_scheme"):
         raise CheckpointError("quantization_config: kv_cache_scheme is not supported; use a weight-only checkpoint")
@@ -158,9 +161,11 @@ def read_configuration(config: Mapping[str, Any]) -> tuple[Scheme, ...]:
 
 
 def read_targets(config: Mapping[str, Any]) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
-    """Return the modules of each scheme of `read_configuration` and those that stay float, as in `configuration`."""
-    targets = tuple(tuple(map(str, group.get("targets") or ())) for group in config["config_groups"].values())
-    return targets, tuple(map(str, config.get("ignore") or ()))
+    """Which modules each scheme of `read_configuration` is for, and which keep floats, as in `configuration`."""
+    groups = config["config_groups"].items()
+    where = "quantization_config: config_groups"
+    targets = tuple(module_names(group, "targets", f"{where}.{name}") for name, group in groups)
+    return targets, module_names(config, "ignore")
 
 
 def _scheme(name: str, group: Any) -> Scheme:
@@ -173,13 +178,18 @@ def _scheme(name: str, group: Any) -> Scheme:
             "one static scale per input; only that is supported, or weights alone"
         )
     bits, kind, strategy = weights.get("num_bits"), weights.get("type", "int"), weights.get("strategy")
+    if not isinstance(symmetric := weights.get("symmetric", True), bool):
+        raise CheckpointError(
+            f"quantization_config: config_groups.{name}: symmetric is {shown(symmetric)}, expected true or false"
+        )
     if bits not in BITS or kind != "int" or strategy not in ("group", "channel") or weights.get("actorder") == "group":
         raise CheckpointError(
-            f"quantization_config: config_groups.{name} is {kind}{bits} by {strategy}, "
+            f"quantization_config: config_groups.{name} is {one_line(f'{kind}{bits} by {strategy}', 80)}, "
             "supported: int4 and int8, by group or channel, in the order of the inputs"
         )
-    group_size = weights.get("group_size") if strategy == "group" else None
-    scheme = Scheme(bits, group_size, weights.get("symmetric", True) is True, static_inputs=bool(inputs))
+    where = f"quantization_config: config_groups.{name}"
+    group_size = inputs_per_group(weights.get("group_size"), where) if strategy == "group" else None
+    scheme = Scheme(int(bits), group_size, symmetric, static_inputs=bool(inputs))
     if inputs and scheme != W8A8:
         raise CheckpointError(
             f"quantization_config: config_groups.{name} is {scheme}; int8 activations are supported with int8 weights "

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.extras import missing_package
 from internvl_edge.base.files import replace_text
+from internvl_edge.base.json_files import read_object
 from internvl_edge.base.jsonable import decode, dumps
 
 from .report import FORMAT_VERSION, Report
 
 JSON = "report.json"
+_LIMIT = 64 << 20  # bytes; it holds pictures of answers
 HTML = "report.html"
 # What the page is made with, of the extra `report`.
 _PACKAGES = ("jinja2", "markupsafe", "matplotlib")
@@ -61,9 +62,9 @@ def write_report(report: Report, folder: Path) -> Written:
 def read_report(folder: Path) -> Report | None:
     """Read the report in a folder; None where there is none that this version understands."""
     try:
-        values = json.loads((folder / JSON).read_text(encoding="utf-8"))
-        if values["format_version"] != FORMAT_VERSION:
+        values = read_object(folder / JSON, EdgeError, "evaluate again", limit=_LIMIT)
+        if values.get("format_version") != FORMAT_VERSION:
             return None
         return decode(Report, values)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (EdgeError, ValueError):
         return None

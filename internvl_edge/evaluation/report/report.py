@@ -5,10 +5,11 @@ Sections that are not known are None. Shares are from 0 to 1, sizes in bytes, ti
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from internvl_edge.base.errors import BundleError
+from internvl_edge.base.json_files import read
 from internvl_edge.base.jsonable import decode
 from internvl_edge.bundle.manifest import Manifest
 from internvl_edge.bundle.names import QUANTIZATION
@@ -119,6 +120,6 @@ def _quantization(folder: Path, manifest: Manifest) -> QuantizationRecord | None
     if QUANTIZATION not in manifest.files:
         return None
     try:
-        return decode(QuantizationRecord, json.loads((folder / QUANTIZATION).read_text(encoding="utf-8")))
-    except ValueError:  # that of another version
+        return decode(QuantizationRecord, read(folder / QUANTIZATION, BundleError, "export the bundle again"))
+    except (BundleError, ValueError):  # that of another version
         return None

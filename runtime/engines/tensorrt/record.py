@@ -12,14 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from internvl_edge.base.errors import EngineError
+from internvl_edge.base.json_files import read_object
+from internvl_edge.base.jsonable import decode
+from internvl_edge.base.text import PLAIN_NAME, is_plain_name, shown
 from internvl_edge.bundle import names
 from internvl_edge.bundle.bundle import Bundle
+from internvl_edge.bundle.manifest import FileEntry
+from internvl_edge.model.limits import LARGEST
 
 RECORD = "engine.json"
 ENGINES = {"vision": "vision.engine", "decoder": "decoder.engine"}
 TIMING_CACHE = "timing.cache"
 RUNTIME_CACHE = "runtime.cache"
 FORMAT_VERSION = 1
+_FLAVOURS = ("tensorrt", "tensorrt_rtx")
+_DTYPES = ("bfloat16", "float16")
+_AGAIN = "build the engines again"
 
 
 @dataclass(frozen=True)
@@ -85,21 +93,50 @@ class EngineRecord:
             EngineError: there are no engines, the record or a file is damaged, or the format is newer.
         """
         path = folder / RECORD
+        if not path.exists():
+            raise EngineError(f"no engines in {folder}; make them with internvl-edge build")
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            if values.pop("format_version") > FORMAT_VERSION:
-                raise EngineError(f"{path} is of a newer version; update internvl-edge or build the engines again")
-            options = BuildOptions(**values.pop("options"))
-            capabilities = tuple(values.pop("compute_capabilities"))
-            record = EngineRecord(options=options, compute_capabilities=capabilities, **values)
-        except FileNotFoundError:
-            raise EngineError(f"no engines in {folder}; make them with internvl-edge build") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise EngineError(f"{path} is damaged ({error}); build the engines again") from None
+            values = read_object(path, EngineError, _AGAIN)
+        except EngineError as error:
+            raise EngineError(f"{path} is damaged: {error}") from None
+        version = values.pop("format_version", None)
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise EngineError(f"{path} is of a newer version; update internvl-edge or {_AGAIN}")
+        try:
+            if version != FORMAT_VERSION or isinstance(version, bool):
+                raise ValueError(f"format_version is {shown(version)}, expected {FORMAT_VERSION}")
+            record = decode(EngineRecord, values, strict=True)
+            _require_possible(record)
+        except ValueError as error:
+            raise EngineError(f"{path} is damaged ({error}); {_AGAIN}") from None
+        if record.target != folder.resolve().name:
+            raise EngineError(f"{path} is of engines for {record.target}; rename its folder so, or {_AGAIN}")
         for name, entry in record.files.items():
             if not (folder / name).is_file() or (folder / name).stat().st_size != entry["bytes"]:
-                raise EngineError(f"{folder / name} is missing or incomplete; build the engines again")
+                raise EngineError(f"{folder / name} is missing or incomplete; {_AGAIN}")
         return record
+
+
+def _require_possible(record: EngineRecord) -> None:
+    """Raise ValueError for what no build writes, the place named."""
+    for name in (record.target, *record.files):
+        if not is_plain_name(name):
+            raise ValueError(f"{shown(name)} is no plain name of {PLAIN_NAME}")
+    for name, entry in record.files.items():
+        try:
+            decode(FileEntry, entry, strict=True)
+        except ValueError as error:
+            raise ValueError(f"files.{name}: {error}") from None
+    if missing := set(ENGINES.values()) - record.files.keys():
+        raise ValueError(f"files.{min(missing)} is missing")
+    if record.flavour not in _FLAVOURS or record.options.dtype not in _DTYPES:
+        raise ValueError(f"flavour {shown(record.flavour)} with dtype {shown(record.options.dtype)} is not known")
+    if not record.compute_capabilities or not all(10 <= sm < 1000 for sm in record.compute_capabilities):
+        raise ValueError(f"compute_capabilities is {shown(record.compute_capabilities)}, expected numbers like 86")
+    largest = LARGEST["max_position_embeddings"]
+    for name, size in asdict(record.options).items():
+        if name != "dtype" and not 1 <= size <= (2 if name == "profiles" else largest):
+            raise ValueError(f"options.{name} is {size}, expected a number from 1 to {largest}")
 
 
 def engine_folder(opened: Bundle, target: str) -> Path:
