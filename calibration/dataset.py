@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.base.errors import EdgeError
+from internvl_edge.base.folders import restore
 from internvl_edge.checkpoint.reader import Checkpoint
 
 from .compute import to_torch
@@ -108,6 +109,7 @@ class CalibrationSet:
         Raises:
             EdgeError: the folder holds no calibration set, or one that is not complete.
         """
+        restore(folder)
         path = folder / MANIFEST
         if not path.is_file():
             raise EdgeError(f"{folder} is no calibration set; make one with internvl-edge calibrate CHECKPOINT -o DIR")

@@ -27,3 +27,7 @@ class EngineError(EdgeError):
 
 class QualityWarning(UserWarning):
     """A bundle is used that failed its quality gate."""
+
+
+class RestoredWarning(UserWarning):
+    """A folder was missing because a process was killed while it replaced it; the old one was put back."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from internvl_edge.base.errors import BundleError, EdgeError
 from internvl_edge.base.files import replace_text
+from internvl_edge.base.folders import restore
 from internvl_edge.base.jsonable import decode, dumps, encode
 from internvl_edge.checkpoint.layouts import linear_names
 from internvl_edge.model.components import Component
@@ -134,7 +135,7 @@ class Manifest:
     def read(folder: Path) -> Manifest:
         """Raises BundleError when there is no manifest, or one this version cannot read."""
         path = folder / MANIFEST
-        if not path.is_file():
+        if not is_bundle(folder):
             raise BundleError(
                 f"{folder} is not a bundle: no {MANIFEST} in it; make one with internvl-edge export CHECKPOINT -o DIR"
             )
@@ -145,6 +146,12 @@ class Manifest:
             return _decode(values, folder)
         except (ValueError, RecursionError) as error:
             raise BundleError(f"{path} is damaged ({error}); export the bundle again") from None
+
+
+def is_bundle(folder: Path) -> bool:
+    """Whether a folder holds a manifest; one that a killed replacement has moved aside is put back first."""
+    restore(folder)
+    return (folder / MANIFEST).is_file()
 
 
 def _decode(values: dict[str, Any], folder: Path) -> Manifest:

@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from internvl_edge.base.errors import EdgeError, QualityWarning
+from internvl_edge.base.errors import EdgeError, QualityWarning, RestoredWarning
 
 # Command -> one-line help. Commands are imported when they are called: `run` must not pay for `export`.
 COMMANDS = {
@@ -85,7 +85,7 @@ def _one_line(others: Callable[..., None]) -> Callable[..., None]:
     """Our own warnings as one line like errors; all others as before."""
 
     def show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
-        if issubclass(category, QualityWarning):
+        if issubclass(category, (QualityWarning, RestoredWarning)):
             click.echo(f"internvl-edge: warning: {' '.join(str(message).split())}", err=True)
         else:
             others(message, category, *rest)

@@ -6,7 +6,6 @@ would answer a user, each with its own vision tower, decoding one token at a tim
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.base.errors import EdgeError
+from internvl_edge.base.folders import scratch_folder
 from internvl_edge.runtime.model import InternVL
 from internvl_edge.runtime.request import ChatOptions
 from internvl_edge.runtime.trace import Trace
@@ -132,8 +132,8 @@ def compare(
     """
     if not cases:
         raise EdgeError("there are no cases to compare with; give --samples 1 or more")
-    with tempfile.TemporaryDirectory(prefix="internvl-edge-logits-") as folder:
-        store = _LogitStore(Path(folder))
+    with scratch_folder("logits") as folder:
+        store = _LogitStore(folder)
         with load_reference() as model:
             expected = [_ask(model, case, options, store, index, progress) for index, case in enumerate(cases)]
         with load_candidate() as model:

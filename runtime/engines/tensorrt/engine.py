@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from internvl_edge.base.errors import EngineError
 from internvl_edge.base.files import replacing
+from internvl_edge.bundle import names
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.model.rope import RotaryAngles
 
@@ -25,7 +26,7 @@ from .buffers import HALVES, Block
 from .cuda import Cuda
 from .flavour import Flavour, load_flavour
 from .program import Context, Program
-from .record import ENGINES, RUNTIME_CACHE, EngineRecord, engine_folder, find_engines
+from .record import ENGINES, EngineRecord, engine_folder, find_engines
 from .runtime_cache import NEW_ENTRIES, DeviceCache
 
 # The cache is looked at in multiples of so many slots; each multiple is one shape, and one CUDA graph.
@@ -209,7 +210,7 @@ class TensorRTEngine:
 
     def _program(self, record: EngineRecord, graph: str) -> Program:
         path = self._folder / ENGINES[graph]
-        kept = self._folder / f"{graph}.{RUNTIME_CACHE}"
+        kept = self._folder / names.RUNTIME_CACHES[graph]
         data = kept.read_bytes() if kept.is_file() else b""
         program = Program(self._flavour, self._cuda, path, record.files[path.name]["sha256"], data)
         self._programs.append(program)
@@ -241,7 +242,7 @@ class TensorRTEngine:
         """A folder that cannot be written only costs time at the next start."""
         for program, graph in zip(self._programs, ("decoder", "vision"), strict=False):
             data = program.cache_bytes()
-            path = self._folder / f"{graph}.{RUNTIME_CACHE}"
+            path = self._folder / names.RUNTIME_CACHES[graph]
             with contextlib.suppress(OSError):
                 if data and not (path.is_file() and path.read_bytes() == data):
                     with replacing(path) as temporary:

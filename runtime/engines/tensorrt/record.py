@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from internvl_edge.base.errors import EngineError
+from internvl_edge.base.files import replace_text
+from internvl_edge.base.folders import restore_inside
 from internvl_edge.bundle import names
 from internvl_edge.bundle.bundle import Bundle
 
-RECORD = "engine.json"
+RECORD = names.ENGINE_RECORD
 ENGINES = {"vision": "vision.engine", "decoder": "decoder.engine"}
 TIMING_CACHE = "timing.cache"
-RUNTIME_CACHE = "runtime.cache"
 FORMAT_VERSION = 1
 
 
@@ -74,7 +75,7 @@ class EngineRecord:
     def write(self, folder: Path) -> None:
         """Write `engine.json`."""
         text = json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=2)
-        (folder / RECORD).write_text(text + "\n", encoding="utf-8")
+        replace_text(folder / RECORD, text + "\n", shared=False)
 
     @staticmethod
     def read(folder: Path) -> EngineRecord:
@@ -103,7 +104,7 @@ class EngineRecord:
 
 def engine_folder(opened: Bundle, target: str) -> Path:
     """Where a target's engines lie."""
-    return opened.folder / "engines" / target
+    return opened.folder / names.ENGINES / target
 
 
 def graph_inputs(opened: Bundle) -> dict[str, str]:
@@ -146,5 +147,7 @@ def find_engines(opened: Bundle, sm: int, target: str | None = None) -> EngineRe
 
 def _engine_folders(opened: Bundle, target: str | None) -> list[Path]:
     """By name; without the hidden ones, in which builds were interrupted."""
-    folders = sorted(path.parent for path in (opened.folder / "engines").glob(f"*/{RECORD}"))
+    engines = opened.folder / names.ENGINES
+    restore_inside(engines)
+    folders = sorted(path.parent for path in engines.glob(f"*/{RECORD}"))
     return [folder for folder in folders if not folder.name.startswith(".") and target in (None, folder.name)]
