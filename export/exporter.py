@@ -183,4 +183,3 @@ class _Export:
 
     def _entry(self, path: Path) -> FileEntry:
         return FileEntry(path.stat().st_size, self._digests.get(path.name) or sha256(path))
-

@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from internvl_edge.base.errors import CheckpointError
 from internvl_edge.base.jsonable import decode
 from internvl_edge.base.run_record import RunRecord
 from internvl_edge.model.components import Component
 from internvl_edge.model.linear import Scheme
 
 RECORD = "quantization.json"
+# What `evaluation.report` adds to a quantized checkpoint.
+_REPORTS = ("report.json", "report.html")
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ class QuantizationRecord:
         bits_per_weight: of the decoder's layers on average, as devices hold them.
         predicted_kl: in nats, where precision was chosen by sensitivity.
         run: of the quantizer.
+        files: names of all other files of the checkpoint, the record and reports not counted.
     """
 
     checkpoint: str
@@ -112,6 +116,7 @@ class QuantizationRecord:
     bits_per_weight: float
     predicted_kl: float | None
     run: RunRecord
+    files: tuple[str, ...] = ()
 
 
 def weight_files(checkpoint: Path) -> dict[str, int]:
@@ -126,3 +131,15 @@ def read_record(checkpoint: Path) -> QuantizationRecord | None:
     except (OSError, ValueError):
         return None
     return record if record.weights == weight_files(checkpoint) else None
+
+
+def quantized_files(checkpoint: Path) -> set[str]:
+    """The own files of a checkpoint that `quantize` made.
+
+    Raises:
+        CheckpointError: there is no record in it, or one of other weights.
+    """
+    record = read_record(checkpoint)
+    if record is None:
+        raise CheckpointError(f"{checkpoint} is no quantized checkpoint with a {RECORD} that fits its weights")
+    return {RECORD, *_REPORTS, "config.json", *record.weights, *record.files}
