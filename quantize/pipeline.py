@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -201,7 +202,9 @@ class _Run:
         unchanged = self._layout.unchanged(tensor.name for tensor in quantized)
         tensors = sorted([*quantized, *unchanged], key=lambda tensor: tensor.name)
         total = sum(tensor.nbytes for tensor in tensors)
-        linears = [linear for block in sorted(self._blocks) for linear in self._read_reports(block)]
+        linears = [
+            linear for block in sorted(self._blocks) for linear in _reports(self._work.need_json(f"{block}/{_REPORTS}"))
+        ]
         folder = self._work.path / OUT
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -281,8 +284,9 @@ class _Run:
         with self._work.writing(f"{name}/{_WEIGHTS}") as new:
             write_file(new, self._layout.tensors(block))
 
-    def _read_reports(self, block: str) -> list[LinearReport]:
-        return [decode(LinearReport, values) for values in self._work.need_json(f"{block}/{_REPORTS}")]
+
+def _reports(stored: list[Any]) -> list[LinearReport]:
+    return [decode(LinearReport, values) for values in stored]
 
 
 def _block(layer: int) -> str:

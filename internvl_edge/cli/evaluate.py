@@ -37,7 +37,7 @@ from internvl_edge.evaluation import (
 )
 from internvl_edge.evaluation.report.bundle_report import Asked, bundle_report, comparison_facts, suite_facts
 from internvl_edge.evaluation.report.content import ComparisonFacts, SuiteFacts
-from internvl_edge.evaluation.report.files import read_report, write_report
+from internvl_edge.evaluation.report.files import read_report, require_own_report, write_report
 from internvl_edge.runtime.model import InternVL
 from internvl_edge.runtime.request import ChatOptions
 
@@ -192,6 +192,7 @@ def _require_writable(request: _Request) -> None:
     if request.record and request.bundle.is_dir() and not os.access(request.bundle, os.W_OK):
         raise EdgeError(f"{request.bundle} is read-only, so it cannot carry its figures; pass --no-record")
     if request.report is not None:
+        require_own_report(request.report)
         there = next(folder for folder in (request.report, *request.report.absolute().parents) if folder.exists())
         if not os.access(there, os.W_OK):
             raise EdgeError(f"the report cannot be written to {request.report}; give another --report, or --no-report")

@@ -52,6 +52,19 @@ def write_report(report: Report, folder: Path) -> Written:
     return Written(folder / JSON, folder / HTML)
 
 
+def require_own_report(folder: Path) -> None:
+    """Raise EdgeError where a report would replace a file of somebody else: ours have figures with a format."""
+    try:
+        ours = "format_version" in json.loads((folder / JSON).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        ours = False
+    for name in (JSON, HTML):
+        if not ours and (folder / name).exists():
+            raise EdgeError(
+                f"{folder / name} is no report of ours, so it is kept; remove it or choose another --report"
+            )
+
+
 def read_report(folder: Path) -> Report | None:
     """The report in a folder; None where there is none that this version understands."""
     try:
