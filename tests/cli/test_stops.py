@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -161,6 +162,28 @@ def test_force_keeps_folders_that_only_look_like_ours(checkpoint: Path, data: Pa
     assert_one_line(internvl_edge(*line, "--force"), "--force replaces", f"remove {out} or choose another --output")
     assert_one_line(internvl_edge(*command_line(name, checkpoint, data, checkpoint), "--force"), "--force replaces")
     assert contents(out) == before
+
+
+def test_what_a_killed_replacement_moved_aside_is_put_back_by_the_next_command(
+    checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    made = tmp_path / "made"
+    shutil.copytree(checkpoint, made / "checkpoint")
+    assert internvl_edge("export", checkpoint, "-o", made / "bundle").returncode == 0
+    assert internvl_edge(*command_line("calibrate", checkpoint, data, made / "set")).returncode == 0
+    for name, line in (
+        ("bundle", ("inspect", made / "bundle")),
+        ("bundle", ("plan", made / "bundle")),
+        ("bundle", ("run", made / "bundle", "x", "--max-new-tokens", 1)),
+        ("checkpoint", ("inspect", made / "checkpoint")),
+        ("set", ("quantize", checkpoint, "--stats", made / "set", "-o", tmp_path / "q", "--group-size", 32)),
+        ("bundle", ("export", checkpoint, "-o", made / "bundle", "--force")),
+    ):
+        (made / name).rename(made / f".{name}.partial-0123abcd.old")
+        result = internvl_edge(*line)
+        assert result.returncode == 0, (line, result.stderr)
+        assert result.stderr.count(f"warning: a process was killed while it replaced {made / name}; the old one") == 1
+    assert sorted(os.listdir(made)) == ["bundle", "checkpoint", "set"]
 
 
 # ---- not listened to ----
