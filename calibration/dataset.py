@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.base.errors import EdgeError
+from internvl_edge.base.folders import put_in_place, restore
 from internvl_edge.base.json_files import read_object
 from internvl_edge.base.jsonable import decode
 from internvl_edge.checkpoint.reader import Checkpoint
@@ -29,15 +30,14 @@ from internvl_edge.checkpoint.reader import Checkpoint
 from .compute import to_torch
 from .items import read_items
 from .samples import DEFAULT_MAX_TOKENS, SampleBuilder, good_samples
-from .work import WorkFolder, discard
+from .work import OUT, WorkFolder, discard
 
 MANIFEST = "calibration.json"
 TOKENS = "tokens.npy"
 EMBEDDINGS = "embeddings.f32"
 STATISTICS = "statistics.npz"
 TILES = "tiles.u8"
-_TOKENIZER = "tokenizer.json"
-_OUT = "out"
+_TOKENIZER = "tokenizer"
 _EMBED_TOKENS = "decoder.embed_tokens.weight"
 _ROWS = 8192
 _AGAIN = "make the calibration set again"
@@ -68,10 +68,15 @@ class DataOptions:
         """Return the JSON values that decide which samples result. A file's size and time stand for its content."""
         values = asdict(self) | {"source": "built-in"}
         if self.source is not None and self.source.exists():
-            files = sorted(self.source.rglob("*")) if self.source.is_dir() else [self.source]
-            stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
-            values["source"] = [str(self.source.resolve()), hash_values(stats)]
+            values["source"] = describe_files(self.source)
         return values
+
+
+def describe_files(path: Path) -> list[str]:
+    """The place of a file or a folder, and a digest in which files' sizes and times stand for their content."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+    return [str(path.resolve()), hash_values(stats)]
 
 
 def hash_values(values: Any) -> str:
@@ -112,6 +117,7 @@ class CalibrationSet:
         Raises:
             EdgeError: the folder holds no calibration set, or an incomplete one.
         """
+        restore(folder)
         path = folder / MANIFEST
         if not path.is_file():
             raise EdgeError(f"{folder} is no calibration set; make one with internvl-edge calibrate CHECKPOINT -o DIR")
@@ -148,12 +154,12 @@ class CalibrationSet:
             raise EdgeError(f"{path} is missing or incomplete; make the calibration set again")
         return np.asarray(tokens == self.image_token)
 
-    def embeddings(self, writable: bool = False) -> NDArray[np.float32]:
-        """Return the embeddings [tokens, hidden] float32, mapped from their file."""
+    def embeddings(self) -> NDArray[np.float32]:
+        """float32 [tokens, hidden], mapped from its file."""
         path, shape = self.folder / EMBEDDINGS, (self.total, self.hidden_size)
         if not path.is_file() or path.stat().st_size != 4 * shape[0] * shape[1]:
             raise EdgeError(f"{path} is missing or incomplete; make the calibration set again")
-        return np.memmap(path, np.float32, "r+" if writable else "r", shape=shape)
+        return np.memmap(path, np.float32, "r", shape=shape)
 
     def chunks(self, tokens: int) -> list[range]:
         """Split the samples, in their order, into ranges of at most `tokens` tokens.
@@ -177,15 +183,15 @@ def prepare(
     options: DataOptions,
     report: Callable[[str], None],
 ) -> CalibrationSet:
-    """Write the samples' tokens and tiles to the work folder, and the tokens' embeddings from the token table.
+    """Tokenise and tile the samples into the work folder; `tower.embed` makes the embeddings.
 
     If the work folder has them already, only open them.
 
     Raises:
         EdgeError: no data, too many broken items.
     """
-    if work.read_json(MANIFEST) is not None:
-        return CalibrationSet.open(work.path)
+    if (values := work.read_json(MANIFEST)) is not None:
+        return CalibrationSet(work.path, **values)
     # The same code builds the tokenizer of an exported bundle.
     from internvl_edge.checkpoint.tokenizer_files import build_tokenizer
 
@@ -200,22 +206,23 @@ def prepare(
         report(f"skipped {line}")
 
     items = read_items(options.source, options.seed)
-    with (work.path / TILES).open("wb") as file:
+    with work.writing(TILES) as new, new.open("wb") as file:
         for sample in good_samples(items, builder, options.samples, options.max_broken, skipped):
             file.write(sample.tiles.tobytes())
             ids.append(sample.ids)
             manifest["names"].append(sample.name)
             manifest["lengths"].append(len(sample.ids))
             manifest["tiles"].append(len(sample.tiles))
-    tokens = np.concatenate(ids)
-    np.save(work.path / TOKENS, tokens)
-    _embed_tokens(work.path / EMBEDDINGS, checkpoint, tokens)
+    with work.writing(TOKENS) as new, new.open("wb") as file:
+        np.save(file, np.concatenate(ids))
     manifest |= {"image_token": builder.image_token, "hidden_size": checkpoint.config.decoder.hidden_size}
     work.write_json(MANIFEST, manifest)
-    return CalibrationSet.open(work.path)
+    return CalibrationSet(work.path, **manifest)
 
 
-def _embed_tokens(path: Path, checkpoint: Checkpoint, tokens: NDArray[np.int32]) -> None:
+def embed_tokens(path: Path, checkpoint: Checkpoint, calibration: CalibrationSet) -> None:
+    """Write the embeddings file as it is without images: each token's row of the table."""
+    tokens = np.load(calibration.folder / TOKENS, allow_pickle=False)
     table = checkpoint.tensor(_EMBED_TOKENS)
     with path.open("wb") as file:
         for start in range(0, len(tokens), _ROWS):
@@ -223,20 +230,34 @@ def _embed_tokens(path: Path, checkpoint: Checkpoint, tokens: NDArray[np.int32])
             file.write(np.ascontiguousarray(rows).tobytes())
 
 
-def finish(work: Path, statistics: Mapping[str, NDArray[Any]], target: Path) -> None:
-    """Move the calibration set of a work folder, with its statistics, to the folder `target` in one step.
+def finish(work: WorkFolder, statistics: Mapping[str, NDArray[Any]], target: Path, permit: Callable[[], None]) -> None:
+    """The set in a work folder and its statistics become the folder `target` in one step; then the work folder goes.
 
-    Until that step the work folder keeps everything, so that a killed run continues. Afterwards it is removed.
+    Until that step the work folder keeps all it has, so that a killed run continues. `permit` raises EdgeError where
+    `target` may not be made.
     """
-    folder = work / _OUT
+    folder = work.path / OUT
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     with (folder / STATISTICS).open("wb") as file:
         np.savez(file, **dict(statistics))  # type: ignore[arg-type]  # numpy's stub takes the names for its own options
-    for name in (MANIFEST, TOKENS, EMBEDDINGS):
-        _link(work / name, folder / name)
-    folder.rename(target)
-    discard(work)
+    text = json.dumps(work.need_json(MANIFEST), indent=1, ensure_ascii=False)
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    for name in (TOKENS, EMBEDDINGS):
+        _link(work.need(name), folder / name)
+    permit()
+    put_in_place(folder, target)
+    discard(work.path)
+
+
+def calibration_files(folder: Path) -> set[str]:
+    """A calibration set's own files.
+
+    Raises:
+        EdgeError: the folder does not read as a calibration set.
+    """
+    CalibrationSet.open(folder)
+    return {MANIFEST, TOKENS, EMBEDDINGS, STATISTICS}
 
 
 def _link(source: Path, target: Path) -> None:

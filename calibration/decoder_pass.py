@@ -8,14 +8,12 @@ after each layer. A killed run continues with the layer that it was in.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from internvl_edge.base.files import replacing
 from internvl_edge.checkpoint.kv_scales import KvScales
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.model.rope import RotaryAngles
@@ -88,7 +86,7 @@ class DecoderPass:
             self._propagate(layer, replaced or {})
             self._work.write_json(state, {"layers": layer + 1})
             if layer:
-                self._hidden_path(layer).unlink(missing_ok=True)
+                self._work.remove(self._hidden(layer))
 
     @torch.no_grad()
     def observe_head(self, wanted: StatisticsRequest) -> InputStatistics:
@@ -114,13 +112,13 @@ class DecoderPass:
         return self._rotary([self._calibration.lengths[sample]])
 
     def forget(self) -> None:
-        """Delete the output of the last layer."""
-        self._hidden_path(self._config.num_hidden_layers).unlink(missing_ok=True)
+        """Delete the hidden states behind the last layer."""
+        self._work.remove(self._hidden(self._config.num_hidden_layers))
 
     def kv_scales(self) -> KvScales:
-        """Return int8 KV cache scales that cover all keys and values of the pass. Call it after `run`."""
-        layers = (self._work.read_arrays(f"cache-{n}.npz") for n in range(self._config.num_hidden_layers))
-        ranges = [(layer["keys"], layer["values"]) for layer in layers if layer]
+        """Scales of an int8 KV cache that reach what went into it; after `run`."""
+        layers = (self._work.need_arrays(f"cache-{n}.npz") for n in range(self._config.num_hidden_layers))
+        ranges = [(layer["keys"], layer["values"]) for layer in layers]
         keys, values = (np.stack(arrays) for arrays in zip(*ranges, strict=True))
         return KvScales.from_ranges(keys, values)
 
@@ -145,8 +143,8 @@ class DecoderPass:
         weights = load_block(self._checkpoint, f"{name}.", self._compute) | dict(replaced)
         observer = Observer(name, self._calibration.total, StatisticsRequest())
         ranges = CacheRanges(self._config, self._compute.device)
-        # The file is written and not mapped, so that a full disk is an error and not a crash.
-        with replacing(self._hidden_path(layer + 1), shared=False) as new, new.open("wb") as file:
+        # Written, not mapped: a full disk is then an error and not a crash.
+        with self._work.writing(self._hidden(layer + 1)) as new, new.open("wb") as file:
             for chunk in self._chunks:
                 x = self._read(layer, chunk)
                 self._announce(observer, chunk, int(self._starts[chunk.start]))
@@ -158,8 +156,8 @@ class DecoderPass:
                 self._progress(len(x))
             self._work.write_arrays(f"cache-{layer}.npz", ranges.arrays())
 
-    def _hidden_path(self, layer: int) -> Path:
-        return self._work.path / f"{self._label}hidden-{layer}.f32"
+    def _hidden(self, layer: int) -> str:
+        return f"{self._label}hidden-{layer}.f32"
 
     def _rows(self, chunk: range) -> slice:
         return slice(self._starts[chunk.start], self._starts[chunk.stop])
@@ -171,7 +169,7 @@ class DecoderPass:
             states = self._calibration.embeddings()
         else:
             shape = (self._calibration.total, self._config.hidden_size)
-            states = np.memmap(self._hidden_path(layer), np.float32, "r", shape=shape)
+            states = np.memmap(self._work.need(self._hidden(layer)), np.float32, "r", shape=shape)
         return torch.from_numpy(np.array(states[self._rows(chunk)])).to(self._compute.device)
 
     def _announce(self, observer: Observer, chunk: range, offset: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from tqdm import tqdm
 
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.files import readable_disk_errors
+from internvl_edge.base.folders import writing
+from internvl_edge.base.replaceable import require_replaceable
 from internvl_edge.checkpoint.reader import Checkpoint
 
 from .compute import Compute, choose_compute
-from .dataset import CalibrationSet, DataOptions, finish, prepare
+from .dataset import CalibrationSet, DataOptions, calibration_files, finish, prepare
 from .decoder_pass import DecoderPass, Statistics
 from .statistics import StatisticsRequest
 from .tower import Replacements, embed, no_replacements, tower_steps
@@ -34,6 +37,7 @@ def calibrate(
     compute: Compute | None = None,
     *,
     restart: bool = False,
+    force: bool = False,
     progress: bool = False,
 ) -> CalibrationSet:
     """Embed a calibration set and collect the activation statistics of a checkpoint.
@@ -46,31 +50,36 @@ def calibrate(
         options: the data to use; default: the built-in set.
         compute: device and type; default: the best of this machine.
         restart: discard an unfinished run.
-        progress: show bars with the time left, on standard error.
+        force: replace an existing calibration set at `out`, if nothing else lies in it; at the end, in one step.
+        progress: bars with the time left, on standard error.
 
     Raises:
-        EdgeError: the checkpoint or the data is not usable, `out` exists, or activations are not finite.
+        EdgeError: the checkpoint or the data is not usable, `out` exists, another process makes it, or activations are
+            not finite.
     """
     source, target = Checkpoint(Path(checkpoint)), Path(out)
     options, compute = options or DataOptions(), compute or choose_compute()
-    if target.exists():
-        raise EdgeError(f"{target} exists; choose another --output or remove it")
-    with readable_disk_errors(target, CONTINUES):
-        _calibrate(source, target, options, compute, restart, progress)
+    permit = partial(require_replaceable, target, force, "a calibration set", calibration_files)
+    permit()
+    with readable_disk_errors(target, CONTINUES), writing(target) as place:
+        permit()
+        identity = checkpoint_identity(source.folder)
+        with WorkFolder(partial_path(place), run_description(identity, options, compute), restart) as work:
+            figures = _gather(work, source, identity, options, compute, progress)
+            finish(work, figures, place, permit)
     return CalibrationSet.open(target)
 
 
-def _calibrate(
-    source: Checkpoint, target: Path, options: DataOptions, compute: Compute, restart: bool, progress: bool
-) -> None:
-    identity = checkpoint_identity(source.folder)
-    work = WorkFolder(partial_path(target), run_description(identity, options, compute), restart)
+def _gather(
+    work: WorkFolder, source: Checkpoint, identity: str, options: DataOptions, compute: Compute, progress: bool
+) -> Figures:
+    """The statistics of all linears; the work folder then holds the set."""
     calibration, figures = embedded_set(work, source, identity, options, compute, progress, gather=True)
     handler = _Gatherer(work)
     steps = DecoderPass.steps(calibration, source.config.decoder.num_hidden_layers)
     with progress_bar("decoder", steps, progress) as advance:
         DecoderPass(work, source, calibration, compute, advance).run(StatisticsRequest(), handler)
-    finish(work.path, figures | handler.all_layers(source.config.decoder.num_hidden_layers), target)
+    return figures | handler.all_layers(source.config.decoder.num_hidden_layers)
 
 
 def embedded_set(
@@ -146,5 +155,5 @@ class _Gatherer:
     def all_layers(self, count: int) -> Figures:
         figures: Figures = {}
         for layer in range(count):
-            figures |= self._work.read_arrays(f"layer-{layer}.npz") or {}
+            figures |= self._work.need_arrays(f"layer-{layer}.npz")
         return figures

@@ -1,7 +1,7 @@
 """The vision half of a calibration run: compute the image tokens of all tiles, with one layer in memory at a time.
 
-Tiles go through the tower in waves whose hidden states fit in memory. A killed run continues with the wave that it was
-in. The image tokens are written to the embeddings file.
+Tiles go through the tower in waves whose hidden states fit in memory; a killed run continues with the wave it was in.
+What came out of each waits in a file of its own until all have.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from internvl_edge.model.config import ModelConfig
 from .block_weights import load_block, load_vision_embedding
 from .blocks import embed_pixels, no_observer, project, vision_block
 from .compute import Compute
-from .dataset import TILES, CalibrationSet
+from .dataset import EMBEDDINGS, TILES, CalibrationSet, embed_tokens
 from .statistics import InputStatistics, Observer, StatisticsRequest
 from .work import WorkFolder
 
@@ -51,7 +51,7 @@ def embed(
     replaced: Replacements = no_replacements,
     gather: bool = True,
 ) -> dict[str, NDArray[Any]]:
-    """Fill the image tokens' rows of the embeddings file.
+    """Make the embeddings file: the table's rows of text tokens, and the image tokens that come out of the tower.
 
     Args:
         work, checkpoint, calibration, compute, progress: those of the run.
@@ -99,10 +99,11 @@ class _Tower:
         self._progress(done * self._config.vision_layers_used)
         if total:
             size = self._config.vision.image_size
-            tiles = np.memmap(self._work.path / TILES, np.uint8, "r", shape=(total, size, size, 3))
+            tiles = np.memmap(self._work.need(TILES), np.uint8, "r", shape=(total, size, size, 3))
             for start in range(done, total, wave := self._wave_size()):
                 self._one_wave(tiles[start : start + wave], start)
                 self._save(min(start + wave, total))
+        self._write_embeddings()
         return {
             f"{observer.block}.{name}.{figure}": array
             for observer in self._observers.values()
@@ -127,7 +128,8 @@ class _Tower:
                 x[rows] = vision_block(weights, x[rows], vision, observer if self._gather else no_observer)
                 observer.check("the output", x[rows].flatten(0, 1))
                 self._progress(len(x[rows]))
-        self._store(self._project(x, start), start)
+        embeds = self._project(x, start).flatten(0, 1).cpu().numpy()
+        self._work.write_arrays(_wave_name(start), {"embeds": embeds})
 
     def _project(self, x: Tensor, start: int) -> Tensor:
         weights = self._load("projector")
@@ -140,13 +142,22 @@ class _Tower:
     def _load(self, block: str) -> dict[str, Tensor]:
         return load_block(self._checkpoint, f"{block}.", self._compute) | dict(self._replaced(block))
 
-    def _store(self, embeds: Tensor, start: int) -> None:
-        """Write the image tokens to the embeddings file. Over all samples, they are in the order of the tiles."""
-        tokens = self._config.tokens_per_tile
-        places = np.flatnonzero(self._calibration.is_image)[start * tokens : (start + len(embeds)) * tokens]
-        table = self._calibration.embeddings(writable=True)
-        table[places] = embeds.flatten(0, 1).cpu().numpy()
-        table.flush()  # type: ignore[attr-defined]  # a memmap
+    def _write_embeddings(self) -> None:
+        """Image tokens of all samples follow one another in the order of the tiles."""
+        waves = [_wave_name(start) for start in range(0, len(self._owners), self._wave_size())]
+        if not self._work.has(EMBEDDINGS):
+            with self._work.writing(EMBEDDINGS) as new:
+                embed_tokens(new, self._checkpoint, self._calibration)
+                shape = (self._calibration.total, self._calibration.hidden_size)
+                table = np.memmap(new, np.float32, "r+", shape=shape)
+                places = np.flatnonzero(self._calibration.is_image)
+                for wave in waves:
+                    embeds = self._work.need_arrays(wave)["embeds"]
+                    table[places[: len(embeds)]] = embeds
+                    places = places[len(embeds) :]
+                table.flush()
+        for wave in waves:
+            self._work.remove(wave)
 
     def _observer(self, block: str) -> Observer:
         return self._observers.setdefault(block, Observer(block, len(self._owners), StatisticsRequest()))
@@ -179,6 +190,10 @@ class _Tower:
                 torch.from_numpy(arrays[f"{block}/{name}/max_abs"]).to(device),
             )
         return int(arrays["done"])
+
+
+def _wave_name(start: int) -> str:
+    return f"wave-{start}.npz"
 
 
 def _batches(tiles: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,13 @@ from tqdm import tqdm
 
 from internvl_edge import __version__
 from internvl_edge.base.errors import EdgeError
-from internvl_edge.base.files import new_folder, readable_disk_errors, require_space
+from internvl_edge.base.files import readable_disk_errors, require_space
+from internvl_edge.base.folders import new_folder
 from internvl_edge.base.jsonable import dumps
+from internvl_edge.base.replaceable import require_replaceable
 from internvl_edge.bundle import names
 from internvl_edge.bundle.bundle import sha256
+from internvl_edge.bundle.contents import bundle_files
 from internvl_edge.bundle.manifest import FileEntry, Manifest, SpecialTokens
 from internvl_edge.bundle.token_table import TYPES, int8_table, table_bytes
 from internvl_edge.checkpoint.chat_template import check_chat_template
@@ -66,9 +70,9 @@ def export_bundle(
         activations: type that the graphs compute in, "float32" or "float16"; float32 is right for CPUs.
         dialects: the decoders to write; quantized weights are stored once for each.
         token_table: "float" (in `dtype`) or "int8" (one scale per token).
-        int8_prompts: add a graph that computes long prompts in int8, for CPUs and decoders with 4-bit weights. It is
-            faster but needs a second copy of the weights in 8 bits (see `prompts`).
-        force: replace an existing bundle at `out`.
+        int8_prompts: add a graph that computes long prompts in int8, for CPUs and decoders with 4-bit weights: faster,
+            at the price of a second copy of the weights in 8 bits (see `prompts`).
+        force: replace an existing bundle at `out`, if nothing else lies in it.
         progress: show a bar on standard error.
 
     Returns:
@@ -87,8 +91,9 @@ def export_bundle(
     if token_table not in TYPES:
         raise EdgeError(f"token table {token_table!r} is not one of {', '.join(TYPES)}")
     source, target = Checkpoint(Path(checkpoint)), Path(out)
-    _require_free(target, force)
-    with readable_disk_errors(target), new_folder(target) as folder:
+    permit = partial(require_replaceable, target, force, "a bundle", bundle_files)
+    permit()
+    with readable_disk_errors(target), new_folder(target, permit) as folder:
         types = Types(DTYPES[dtype], DTYPES[activations])
         packed = PackedWeights(source, types)
         table = dtype if token_table == "float" else token_table
@@ -182,13 +187,3 @@ class _Export:
 
     def _entry(self, path: Path) -> FileEntry:
         return FileEntry(path.stat().st_size, self._digests.get(path.name) or sha256(path))
-
-
-def _require_free(target: Path, force: bool) -> None:
-    """Raise EdgeError where `target` exists and cannot be replaced (with `force`, only a bundle can)."""
-    if not target.exists():
-        return
-    if not force:
-        raise EdgeError(f"{target} exists; choose another --output or pass --force to replace it")
-    if not (target / names.MANIFEST).is_file() and any(target.iterdir() if target.is_dir() else [target]):
-        raise EdgeError(f"{target} is not a bundle, so --force does not replace it; choose another --output")

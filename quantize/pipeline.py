@@ -13,15 +13,17 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.files import readable_disk_errors, replace_text, require_space
-from internvl_edge.base.json_files import read
+from internvl_edge.base.folders import put_in_place, writing
 from internvl_edge.base.jsonable import decode, dumps, encode
+from internvl_edge.base.replaceable import require_replaceable
 from internvl_edge.calibration.compute import Compute, choose_compute
-from internvl_edge.calibration.dataset import CalibrationSet, DataOptions, prepare
+from internvl_edge.calibration.dataset import CalibrationSet, DataOptions, describe_files, prepare
 from internvl_edge.calibration.decoder_pass import DecoderPass, Statistics
 from internvl_edge.calibration.pipeline import (
     embedded_set,
@@ -32,9 +34,9 @@ from internvl_edge.calibration.pipeline import (
     run_description,
 )
 from internvl_edge.calibration.tower import Replacements, no_replacements
-from internvl_edge.calibration.work import CONTINUES, RESTART, WorkFolder, checkpoint_identity, discard
+from internvl_edge.calibration.work import CONTINUES, OUT, WorkFolder, checkpoint_identity, discard
 from internvl_edge.checkpoint.reader import Checkpoint
-from internvl_edge.checkpoint.record import RECORD, LinearReport, QuantizationRecord
+from internvl_edge.checkpoint.record import RECORD, LinearReport, QuantizationRecord, quantized_files
 from internvl_edge.checkpoint.tensor_files import OutTensor, open_tensor_files, write_file, write_shards
 from internvl_edge.recipe.recipe import Recipe
 
@@ -47,8 +49,8 @@ from .record import quantization_record
 from .sensitivity_decoder import Divergences
 from .vision import VisionQuantizer, VisionReport
 
-_OUT = "out"
 _REPORTS = "linears.json"
+_WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ def quantize_checkpoint(
     stats: str | Path | None = None,
     compute: Compute | None = None,
     restart: bool = False,
+    force: bool = False,
     progress: bool = False,
 ) -> QuantizationReport:
     """Quantize a checkpoint folder into another folder.
@@ -108,15 +111,17 @@ def quantize_checkpoint(
             needs images.
         compute: device and type of the calibration; default: the best of this machine.
         restart: discard an unfinished run.
-        progress: show bars with the time left, on standard error.
+        force: replace an existing quantized checkpoint at `out`, if nothing else lies in it; at the end, in one step.
+        progress: bars with the time left, on standard error.
 
     Raises:
-        EdgeError: checkpoint, data or recipe do not fit, `out` exists, or values are not finite; one line each.
+        EdgeError: checkpoint, data or recipe do not fit, `out` exists, another process makes it, or values are not
+            finite; one line each.
     """
     source, target = Checkpoint(Path(checkpoint)), Path(out)
     recipe, compute = recipe or Recipe(), compute or choose_compute()
-    if target.exists():
-        raise EdgeError(f"{target} exists; choose another --output or remove it")
+    permit = partial(require_replaceable, target, force, "a quantized checkpoint", quantized_files)
+    permit()
     if data is not None and stats is not None:
         raise EdgeError("both data and statistics were given; statistics already hold their data")
     if stats is not None and recipe.vision == "int8":
@@ -124,21 +129,27 @@ def quantize_checkpoint(
             "int8 vision needs the images, which statistics no longer hold; give data instead of statistics"
         )
     check_recipe(source, recipe)
-    with readable_disk_errors(target, CONTINUES):
-        run = _Run(source, target, recipe, compute, progress)
-        return run.finish(run.quantize(data, None if stats is None else Path(stats), restart))
+    with readable_disk_errors(target, CONTINUES), writing(target) as place:
+        permit()
+        run = _Run(source, recipe, compute, progress)
+        with run.work_folder(place, data, None if stats is None else Path(stats), restart):
+            folder, report = run.checkpoint(run.quantize())
+            permit()
+            put_in_place(folder, place)
+            discard(partial_path(place))
+        return replace(report, folder=target)
 
 
 class _Run:
     """One quantization in progress."""
 
-    def __init__(self, checkpoint: Checkpoint, target: Path, recipe: Recipe, compute: Compute, progress: bool) -> None:
+    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, compute: Compute, progress: bool) -> None:
         self._checkpoint = checkpoint
-        self._target = target
         self._recipe = recipe
         self._compute = compute
         self._progress = progress
         self._vision: VisionReport | None = None
+        self._blocks: list[str] = []
         self._started = time.perf_counter()
         self._divergences: Divergences | None = None
         self._follow(plan_decoder(checkpoint, recipe))
@@ -149,19 +160,25 @@ class _Run:
         dtype = scale_dtype(self._recipe, self._layout.float_dtype)
         self._quantizer = BlockQuantizer(self._checkpoint, self._recipe, self._compute, dtype, plan)
 
-    def quantize(self, data: DataOptions | None, stats: Path | None, restart: bool) -> CalibrationSet | None:
-        """Write all quantized blocks to the work folder, and return the calibration set where one was used."""
-        identity = checkpoint_identity(self._checkpoint.folder)
-        needed = self._recipe.needs_data or self._recipe.vision == "int8"
-        options = (data or DataOptions()) if needed and stats is None else None
-        run = run_description(identity, options, self._compute if needed else None)
-        run |= {"recipe": encode(self._recipe), "stats": str(stats.resolve()) if needed and stats else None}
-        self._work = WorkFolder(partial_path(self._target), run, restart)
-        if not needed:
+    def work_folder(self, target: Path, data: DataOptions | None, stats: Path | None, restart: bool) -> WorkFolder:
+        """Where this run keeps its state; first of all."""
+        self._identity = checkpoint_identity(self._checkpoint.folder)
+        self._needed = self._recipe.needs_data or self._recipe.vision == "int8"
+        self._options = (data or DataOptions()) if self._needed and stats is None else None
+        self._stats = stats if self._needed else None
+        run = run_description(self._identity, self._options, self._compute if self._needed else None)
+        run |= {"recipe": encode(self._recipe), "stats": describe_files(self._stats) if self._stats else None}
+        self._work = WorkFolder(partial_path(target), run, restart)
+        return self._work
+
+    def quantize(self) -> CalibrationSet | None:
+        """All blocks into the work folder; returns the calibration set where one was used."""
+        identity, options = self._identity, self._options
+        if not self._needed:
             self._without_data()
             return None
-        if stats is not None:
-            calibration = CalibrationSet.open(stats)
+        if self._stats is not None:
+            calibration = CalibrationSet.open(self._stats)
             require_same_checkpoint(calibration, identity)
         else:
             assert options is not None
@@ -179,17 +196,20 @@ class _Run:
             self._without_data()
         return calibration
 
-    def finish(self, calibration: CalibrationSet | None) -> QuantizationReport:
-        """Assemble the new checkpoint and move it into place."""
-        blocks = sorted(self._work.path.glob("block-*"))
+    def checkpoint(self, calibration: CalibrationSet | None) -> tuple[Path, QuantizationReport]:
+        """Put the new checkpoint together, in a folder of the work folder."""
         quantized = [
-            OutTensor.stored(name, tensor) for block in blocks for name, tensor in open_tensor_files(block).items()
+            OutTensor.stored(name, tensor)
+            for block in sorted(self._blocks)
+            for name, tensor in open_tensor_files(self._work.need(f"{block}/{_WEIGHTS}").parent).items()
         ]
         unchanged = self._layout.unchanged(tensor.name for tensor in quantized)
         tensors = sorted([*quantized, *unchanged], key=lambda tensor: tensor.name)
         total = sum(tensor.nbytes for tensor in tensors)
-        linears = [linear for block in blocks for linear in _read_reports(block)]
-        folder = self._work.path / _OUT
+        linears = [
+            linear for block in sorted(self._blocks) for linear in _reports(self._work.need_json(f"{block}/{_REPORTS}"))
+        ]
+        folder = self._work.path / OUT
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         require_space(folder, total, "the quantized checkpoint", CONTINUES)
@@ -212,9 +232,7 @@ class _Run:
             time.perf_counter() - self._started,
         )
         replace_text(folder / RECORD, dumps(record))
-        folder.rename(self._target)
-        discard(self._work.path)
-        return QuantizationReport(self._target, self._recipe, total, record, self._divergences, self._vision)
+        return folder, QuantizationReport(folder, self._recipe, total, record, self._divergences, self._vision)
 
     def _quantize_vision(self, calibration: CalibrationSet) -> Replacements:
         how = self._recipe.vision_int8
@@ -233,7 +251,7 @@ class _Run:
         layers = self._checkpoint.config.decoder.num_hidden_layers if rounded else 0
         with self._bars("quantize", layers) as advance:
             for layer in range(layers):
-                self._once(f"block-{layer:03}", partial(self._quantizer.layer, layer, None))
+                self._once(_block(layer), partial(self._quantizer.layer, layer, None))
                 advance(1)
         if self._recipe.lm_head != "fp":
             self._once("block-head", lambda: self._quantizer.head(None))
@@ -243,6 +261,7 @@ class _Run:
         with self._bars("quantize", DecoderPass.steps(calibration, layers)) as advance:
             decoder = self._decoder_pass(calibration, advance)
             decoder.run(self._quantizer.wanted, self._handle)
+        self._blocks += [_block(layer) for layer in range(layers)]
         if self._recipe.lm_head != "fp":
             inputs = decoder.observe_head(self._quantizer.head_request)
             self._once("block-head", lambda: self._quantizer.head(inputs))
@@ -255,23 +274,24 @@ class _Run:
 
     def _handle(self, layer: int, statistics: Statistics) -> Mapping[str, Tensor]:
         block = self._quantizer.layer(layer, statistics)
-        self._store(f"block-{layer:03}", block)
+        self._store(_block(layer), block)
         return block.replacements(f"decoder.layers.{layer}.", self._compute)
 
     def _once(self, name: str, make: Callable[[], QuantizedBlock]) -> None:
-        if not (self._work.path / name / "model.safetensors").is_file():
+        if not self._work.has(f"{name}/{_WEIGHTS}"):
             self._store(name, make())
+        self._blocks.append(name)
 
     def _store(self, name: str, block: QuantizedBlock) -> None:
-        folder = self._work.path / name
-        folder.mkdir(exist_ok=True)
+        (self._work.path / name).mkdir(exist_ok=True)
         self._work.write_json(f"{name}/{_REPORTS}", encode(list(block.reports.values())))
-        write_file(folder / "model.safetensors", self._layout.tensors(block))
+        with self._work.writing(f"{name}/{_WEIGHTS}") as new:
+            write_file(new, self._layout.tensors(block))
 
 
-def _read_reports(block: Path) -> list[LinearReport]:
-    path = block / _REPORTS
-    try:
-        return decode(list[LinearReport], read(path, EdgeError, RESTART))
-    except ValueError as error:
-        raise EdgeError(f"{path} is damaged ({error}); {RESTART}") from None
+def _reports(stored: list[Any]) -> list[LinearReport]:
+    return [decode(LinearReport, values) for values in stored]
+
+
+def _block(layer: int) -> str:
+    return f"block-{layer:03}"

@@ -56,6 +56,7 @@ def quantization_record(
         bits_per_weight=average_bits,
         predicted_kl=predicted_kl,
         run=run_record(seconds),
+        files=tuple(sorted(path.name for path in made.folder.iterdir() if path.suffix != ".safetensors")),
     )
 
 

@@ -63,9 +63,9 @@ class SensitivityPass:
             found = self._block(index, one_by_one)
             parts |= {f"{self._blocks[index]}.{name}": value / energy for name, value in found.items()}
             self._work.write_json(_STATE, {"left": index, "parts": parts})
-            (self._work.path / self._gradient_name(index + 1)).unlink(missing_ok=True)
+            self._work.remove(self._gradient_name(index + 1))
             self._progress(1)
-        (self._work.path / self._gradient_name(0)).unlink(missing_ok=True)
+        self._work.remove(self._gradient_name(0))
         return parts
 
     def _block(self, index: int, one_by_one: OneByOne) -> dict[str, float]:
@@ -107,8 +107,7 @@ class SensitivityPass:
         At the output of the last block these are random signs.
         """
         if index < len(self._blocks):
-            arrays = self._work.read_arrays(self._gradient_name(index))
-            assert arrays is not None
+            arrays = self._work.need_arrays(self._gradient_name(index))
             return torch.from_numpy(arrays["g"]).to(self._compute.device)
         shape = self._forward.probes(index).shape
         signs = np.random.default_rng(0).integers(0, 2, (shape[0], DIRECTIONS, *shape[1:]), np.int8)

@@ -100,9 +100,9 @@ class DecoderSensitivity:
                 found |= self._back(layer)
                 self._work.write_json(_STATE, {"left": layer, "divergences": found})
                 for name in (_gradient(layer + 1), _changes(layer)):
-                    (self._work.path / name).unlink(missing_ok=True)
+                    self._work.remove(name)
                 advance(1)
-        (self._work.path / _gradient(0)).unlink(missing_ok=True)
+        self._work.remove(_gradient(0))
         self._pass.forget()
         return found
 
@@ -141,8 +141,7 @@ class DecoderSensitivity:
         """Return the divergences of one layer's candidates, and write the gradients at its input."""
         prefix = f"decoder.layers.{layer}."
         weights = load_block(self._checkpoint, prefix, self._exact)
-        arrays = self._work.read_arrays(_changes(layer))
-        assert arrays is not None
+        arrays = self._work.need_arrays(_changes(layer))
         behind = self._gradients(layer + 1)
         total, power = torch.zeros(2, len(self._quantizers) * len(self._groups), dtype=torch.float64)
         before = {}
@@ -193,8 +192,7 @@ class DecoderSensitivity:
         Behind the last layer they come from the predictions themselves.
         """
         if layer < self._decoder.num_hidden_layers:
-            arrays = self._work.read_arrays(_gradient(layer))
-            assert arrays is not None
+            arrays = self._work.need_arrays(_gradient(layer))
             return {sample: torch.from_numpy(arrays[str(sample)]) for sample in self._samples}
         return {sample: self._scores(sample) for sample in self._samples}
 

@@ -179,7 +179,7 @@ class VisionQuantizer:
         floats = self._floats()
         layers = {}
         for block in self._blocks:
-            for name, facts in self._work.read_json(f"vision-{block}.json").items():
+            for name, facts in self._work.need_json(f"vision-{block}.json").items():
                 full = f"{block}.{name}"
                 stored = {"stored": "float", "reason": floats[full]} if full in floats else {"stored": "int8"}
                 inputs = decode(ActivationRange, facts["inputs"])
@@ -196,12 +196,11 @@ class VisionQuantizer:
     # -- tensors ----------------------------------------------------------------------------------------------------
 
     def _floats(self) -> dict[str, str]:
-        chosen: dict[str, str] = self._work.read_json(_CHOICE)
+        chosen: dict[str, str] = self._work.need_json(_CHOICE)
         return chosen
 
     def _load(self, block: str) -> dict[str, IntegerLinear]:
-        arrays, facts = self._work.read_arrays(f"vision-{block}.npz"), self._work.read_json(f"vision-{block}.json")
-        assert arrays is not None
+        arrays, facts = self._work.need_arrays(f"vision-{block}.npz"), self._work.need_json(f"vision-{block}.json")
         return {
             name: IntegerLinear.stored(
                 {key.removeprefix(f"{name}/"): array for key, array in arrays.items() if key.startswith(f"{name}/")},

@@ -7,7 +7,8 @@ This module does not know rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,76 +120,74 @@ class VisionPass:
         """
         state = f"vision-{self._label}.json"
         done = int((self._work.read_json(state) or {"blocks": 0})["blocks"])
-        if not self._path(0).exists() and not done:
+        if not self._work.has(self._name(0)) and not done:
             self._embed()
         self._progress(done * len(self._tiles.pixels))
         for index in range(done, len(self._blocks)):
             handle(self._blocks[index], self._forward(index, wanted))
             self._work.write_json(state, {"blocks": index + 1})
-            self._path(index).unlink(missing_ok=True)
+            self._work.remove(self._name(index))
 
     def embeddings(self) -> NDArray[np.float32]:
-        """Return the projector's output [tiles, tokens, decoder hidden]. Call it after `run`."""
-        return self._open(len(self._blocks), "r")
+        """What came out, [tiles, tokens, decoder hidden]; after `run`."""
+        return self._open(len(self._blocks), self._work.need(self._name(len(self._blocks))))
 
     def probes(self, index: int) -> NDArray[np.float32]:
-        """Return the input of block `index` for the probe tiles, [probes, tokens, width].
-
-        An index one past the last block gives the projector's output.
-        """
-        return np.asarray(np.load(self._work.path / self._probe_name(index)), np.float32)
+        """Input of block `index` for the probes, [probes, tokens, width]; behind the last, what came out."""
+        return np.asarray(np.load(self._work.need(self._probe_name(index))), np.float32)
 
     def remove_probes(self) -> None:
         """Delete the hidden states of the probe tiles."""
         for index in range(len(self._blocks) + 1):
-            (self._work.path / self._probe_name(index)).unlink(missing_ok=True)
+            self._work.remove(self._probe_name(index))
 
     def _embed(self) -> None:
         weights = load_vision_embedding(self._checkpoint, self._compute)
-        out = self._open(0, "w+", new=True)
-        for rows in self._batches():
-            pixels = torch.from_numpy(np.array(self._tiles.pixels[rows])).to(self._compute.device)
-            out[rows] = embed_pixels(weights, pixels, self._config.vision).cpu().numpy()
-        self._finish(0, out)
+        with self._output(0) as out:
+            for rows in self._batches():
+                pixels = torch.from_numpy(np.array(self._tiles.pixels[rows])).to(self._compute.device)
+                out[rows] = embed_pixels(weights, pixels, self._config.vision).cpu().numpy()
 
     def _forward(self, index: int, wanted: StatisticsRequest | None) -> Mapping[str, InputStatistics]:
         block = self._blocks[index]
         weights = load_block(self._checkpoint, f"{block}.", self._compute) | dict(self._replaced(block))
         tokens = self._config.tokens_per_tile if block == PROJECTOR else self._config.vision.grid_size**2 + 1
         observer = Observer(block, len(self._tiles.pixels) * tokens, wanted or StatisticsRequest())
-        source, out = self._open(index, "r"), self._open(index + 1, "w+", new=True)
-        for rows in self._batches():
-            x = torch.from_numpy(np.array(source[rows])).to(self._compute.device)
-            observer.begin(rows.start * tokens, [(name, tokens) for name in self._tiles.owners[rows]])
-            x = run_block(self._config, block, weights, x, observer if wanted else no_observer)
-            observer.check("the output", x.flatten(0, 1))
-            out[rows] = x.cpu().numpy()
-            self._progress(len(x))
-        self._finish(index + 1, out)
+        source = self._open(index, self._work.need(self._name(index)))
+        with self._output(index + 1) as out:
+            for rows in self._batches():
+                x = torch.from_numpy(np.array(source[rows])).to(self._compute.device)
+                observer.begin(rows.start * tokens, [(name, tokens) for name in self._tiles.owners[rows]])
+                x = run_block(self._config, block, weights, x, observer if wanted else no_observer)
+                observer.check("the output", x.flatten(0, 1))
+                out[rows] = x.cpu().numpy()
+                self._progress(len(x))
         return observer.inputs
 
     def _batches(self) -> list[slice]:
         count = len(self._tiles.pixels)
         return [slice(start, min(start + _BATCH, count)) for start in range(0, count, _BATCH)]
 
-    def _open(self, index: int, mode: str, new: bool = False) -> NDArray[np.float32]:
+    def _open(self, index: int, path: Path, mode: str = "r") -> NDArray[np.float32]:
         vision, config = self._config.vision, self._config
         shape = (len(self._tiles.pixels), vision.grid_size**2 + 1, vision.hidden_size)
         if index == len(self._blocks):
             shape = (len(self._tiles.pixels), config.tokens_per_tile, config.decoder.hidden_size)
-        path = self._path(index)
-        where = path.with_suffix(".new") if new else path
-        opened: NDArray[np.float32] = np.memmap(where, np.float32, mode, shape=shape)  # type: ignore[call-overload]
+        opened: NDArray[np.float32] = np.memmap(path, np.float32, mode, shape=shape)  # type: ignore[call-overload]
         return opened
 
-    def _finish(self, index: int, out: NDArray[np.float32]) -> None:
-        """Write the probes' file before the file of all tiles, so that it is complete whenever the other one exists."""
-        np.save(self._work.path / self._probe_name(index), out[self._tiles.probes])
-        out.flush()  # type: ignore[attr-defined]  # a memmap
-        self._path(index).with_suffix(".new").replace(self._path(index))
+    @contextmanager
+    def _output(self, index: int) -> Iterator[NDArray[np.float32]]:
+        """What goes into block `index`, to be filled. Probes first: where the file of all tiles is whole, theirs is."""
+        with self._work.writing(self._name(index)) as new:
+            out = self._open(index, new, "w+")
+            yield out
+            with self._work.writing(self._probe_name(index)) as probes, probes.open("wb") as file:
+                np.save(file, out[self._tiles.probes])
+            out.flush()  # type: ignore[attr-defined]  # a memmap
 
-    def _path(self, index: int) -> Path:
-        return self._work.path / f"vision-{self._label}-{index}.f32"
+    def _name(self, index: int) -> str:
+        return f"vision-{self._label}-{index}.f32"
 
     def _probe_name(self, index: int) -> str:
         return f"vision-{self._label}-probes-{index}.npy"

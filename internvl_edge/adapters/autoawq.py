@@ -20,6 +20,8 @@ from torch import Tensor
 
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.extras import requires
+from internvl_edge.base.files import readable_disk_errors
+from internvl_edge.base.folders import new_folder
 from internvl_edge.calibration.compute import to_numpy, to_torch
 from internvl_edge.calibration.dataset import CalibrationSet
 from internvl_edge.calibration.pipeline import require_same_checkpoint
@@ -58,8 +60,12 @@ def quantize_with_autoawq(
             f"AutoAWQ is wrong for {source.config.decoder.architecture}: it scales the last rows of the fused wqkv, "
             "which are not the value rows; use internvl-edge quantize"
         )
-    if target.exists():
-        raise EdgeError(f"{target} exists; choose another folder or remove it")
+
+    def permit() -> None:
+        if target.exists():
+            raise EdgeError(f"{target} exists; choose another folder or remove it")
+
+    permit()
     recipe = Recipe(group_size=group_size)
     check_recipe(source, recipe)
     data = CalibrationSet.open(Path(calibration))
@@ -67,12 +73,12 @@ def quantize_with_autoawq(
     state = _search(source, _sequences(data), group_size)
     layout = OutputLayout(source, recipe)
     quantized = layout.tensors(_as_block(source, state))
-    target.mkdir(parents=True)
     tensors = [*quantized, *layout.unchanged(tensor.name for tensor in quantized)]
-    write_shards(target, sorted(tensors, key=lambda tensor: tensor.name))
-    layout.copy_side_files(target)
     config = layout.config(tensor.name for tensor in quantized)
-    (target / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with readable_disk_errors(target), new_folder(target, permit, "choose another folder") as folder:
+        write_shards(folder, sorted(tensors, key=lambda tensor: tensor.name))
+        layout.copy_side_files(folder)
+        (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return target
 
 

@@ -39,4 +39,8 @@ class EngineError(EdgeError):
 
 
 class QualityWarning(UserWarning):
-    """The bundle in use failed its quality gate."""
+    """A bundle is used that failed its quality gate."""
+
+
+class RestoredWarning(UserWarning):
+    """A folder was missing because a process was killed while it replaced it; the old one was put back."""

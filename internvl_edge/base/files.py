@@ -1,42 +1,50 @@
-"""Write files and folders atomically, and turn disk errors into messages of one line.
+"""Files that appear whole or not at all, and one line for what a disk refuses.
 
-After a process was killed, the old file or the complete new file is there. On a failure, including Ctrl-C and SIGTERM,
-a partial folder is removed.
+A killed process, or a power failure, leaves the old file or the new one, never half of one. Folders: see `folders`.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
+import secrets
 import shutil
-import signal
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from types import FrameType
 
 from .errors import EdgeError
+from .locks import held, is_abandoned
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY)
+# A file system that cannot sync, or not this.
+_UNSYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EROFS, errno.EBADF)
 
 
 @contextmanager
 def replacing(path: Path, *, shared: bool = True) -> Iterator[Path]:
     """Yield a temporary sibling file. If the block succeeds, it replaces `path` in one step and keeps the old mode.
 
+    Its content is on the disk before that step.
+
     Args:
         path: the file to create or replace.
         shared: whether other processes may write the same file at the same time. In a folder that only one process
             uses, False gives the sibling a fixed name, so that the next run overwrites what a killed run left.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}" if shared else f"{path.name}.new")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}" if shared else f"{path.name}.new")
+    if shared:
+        _remove_abandoned(path)
     try:
-        yield temporary
-        if path.exists():
-            shutil.copymode(path, temporary)
-        temporary.replace(path)
+        with held(temporary) if shared else nullcontext():
+            yield temporary
+            if path.exists():
+                shutil.copymode(path, temporary)
+            sync(temporary)
+            temporary.replace(path)
+            sync(path.parent)
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -48,28 +56,21 @@ def replace_text(path: Path, text: str, *, shared: bool = True) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """Yield a temporary sibling folder. If the block succeeds, it becomes `target` or replaces it.
-
-    On a failure, including Ctrl-C and SIGTERM, the folder is removed.
-    """
-    with _terminating_as_interrupt():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-        try:
-            yield folder
-            folder.chmod(0o755)
-            if target.exists():
-                old = folder.with_name(folder.name + ".old")
-                target.rename(old)
-                folder.rename(target)
-                shutil.rmtree(old, ignore_errors=True)
-            else:
-                folder.rename(target)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk; a kill needs none of this, a power failure does."""
+    if os.name == "nt":
+        return
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:  # a folder that may be written and not read
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as refusal:
+        if refusal.errno not in _UNSYNCED:
             raise
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -108,22 +109,15 @@ def require_space(folder: Path, needed: int, what: str, advice: str) -> None:
         raise EdgeError(f"{what} needs {needed / 1e9:.2f} GB, {folder.parent} has {free / 1e9:.2f} GB free; {advice}")
 
 
-@contextmanager
-def _terminating_as_interrupt() -> Iterator[None]:
-    """Make SIGTERM raise KeyboardInterrupt, so that it cleans up as Ctrl-C does.
+def is_temporary(found: Path, path: Path) -> bool:
+    """Whether a file's name is one under which `path` is written."""
+    name = rf"\.{re.escape(path.name)}\.(\d+|[0-9a-f]{{8}})"
+    return found.parent == path.parent and re.fullmatch(name, found.name) is not None
 
-    This works only in the main thread, because Python handles signals only there.
-    """
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        previous = signal.signal(signal.SIGTERM, stop)
-    except ValueError:
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+def _remove_abandoned(path: Path) -> None:
+    """Remove the siblings in which killed processes were writing `path`."""
+    with suppress(OSError):
+        for sibling in path.parent.iterdir():
+            if is_temporary(sibling, path) and is_abandoned(sibling):
+                sibling.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from typing import Any
 
 from internvl_edge.base.errors import BundleError, EdgeError
 from internvl_edge.base.files import replace_text
+from internvl_edge.base.folders import restore
 from internvl_edge.base.json_files import read_object
 from internvl_edge.base.jsonable import decode, dumps, encode
 from internvl_edge.base.text import shown
@@ -138,7 +139,7 @@ class Manifest:
     def read(folder: Path) -> Manifest:
         """Read the manifest of a folder. Raise BundleError if there is none, or this version cannot read it."""
         path = folder / MANIFEST
-        if not path.is_file():
+        if not is_bundle(folder):
             raise BundleError(
                 f"{folder} is not a bundle: no {MANIFEST} in it; make one with internvl-edge export CHECKPOINT -o DIR"
             )
@@ -146,6 +147,12 @@ class Manifest:
             return _decode(read_object(path, BundleError, "export the bundle again"), folder)
         except ValueError as error:
             raise BundleError(f"{path} is damaged ({error}); export the bundle again") from None
+
+
+def is_bundle(folder: Path) -> bool:
+    """Whether a folder holds a manifest; one that a killed replacement has moved aside is put back first."""
+    restore(folder)
+    return (folder / MANIFEST).is_file()
 
 
 def _decode(values: dict[str, Any], folder: Path) -> Manifest:

@@ -10,3 +10,7 @@ EMBEDDINGS = "embeddings.bin"
 TOKENIZER = "tokenizer.json"
 # The `checkpoint.record.QuantizationRecord` of the checkpoint, if it has one.
 QUANTIZATION = "quantization.json"
+# Folders of TensorRT engines, `engines/NAME/`, and the files in each beside those that its record lists.
+ENGINES = "engines"
+ENGINE_RECORD = "engine.json"
+RUNTIME_CACHES = {"decoder": "decoder.runtime.cache", "vision": "vision.runtime.cache"}

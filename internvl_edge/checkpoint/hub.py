@@ -7,6 +7,7 @@ from pathlib import Path
 
 from internvl_edge.base.errors import CheckpointError
 from internvl_edge.base.extras import requires
+from internvl_edge.base.folders import restore
 
 from .kv_scales import KV_CACHE_SCALES
 
@@ -51,6 +52,7 @@ def resolve_configuration(text: str) -> Path:
 def _local(text: str) -> Path | None:
     """Return the local folder, or None for a hub id."""
     folder = Path(text)
+    restore(folder)
     if folder.exists():
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is a file, expected a checkpoint folder")

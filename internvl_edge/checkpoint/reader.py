@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from internvl_edge.base.errors import CheckpointError
+from internvl_edge.base.folders import restore
 from internvl_edge.model.components import Component, components
 from internvl_edge.model.config import ModelConfig
 from internvl_edge.model.linear import PackedLinear, Scheme, concatenate
@@ -46,6 +47,7 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path) -> None:
+        restore(folder)
         self.folder = folder
         self.config: ModelConfig = read_config(folder)
         if not layouts.supported(self.config):

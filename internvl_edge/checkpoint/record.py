@@ -17,6 +17,8 @@ from internvl_edge.model.components import Component
 from internvl_edge.model.linear import Scheme
 
 RECORD = "quantization.json"
+# What `evaluation.report` adds to a quantized checkpoint.
+_REPORTS = ("report.json", "report.html")
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,8 @@ class QuantizationRecord:
         tower: the comparison of the vision tower, where it is int8.
         bits_per_weight: average over the decoder's layers, as devices hold them.
         predicted_kl: in nats, where precision was chosen by sensitivity.
-        run: when, where and how long the quantizer ran.
+        run: of the quantizer.
+        files: names of all other files of the checkpoint, the record and reports not counted.
     """
 
     checkpoint: str
@@ -113,6 +116,7 @@ class QuantizationRecord:
     bits_per_weight: float
     predicted_kl: float | None
     run: RunRecord
+    files: tuple[str, ...] = ()
 
 
 def weight_files(checkpoint: Path) -> dict[str, int]:
@@ -130,3 +134,15 @@ def read_record(checkpoint: Path) -> QuantizationRecord | None:
     except (CheckpointError, ValueError):
         return None
     return record if record.weights == weight_files(checkpoint) else None
+
+
+def quantized_files(checkpoint: Path) -> set[str]:
+    """The own files of a checkpoint that `quantize` made.
+
+    Raises:
+        CheckpointError: there is no record in it, or one of other weights.
+    """
+    record = read_record(checkpoint)
+    if record is None:
+        raise CheckpointError(f"{checkpoint} is no quantized checkpoint with a {RECORD} that fits its weights")
+    return {RECORD, *_REPORTS, "config.json", *record.weights, *record.files}

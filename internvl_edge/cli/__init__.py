@@ -1,10 +1,7 @@
 """The command line: `internvl-edge COMMAND`.
 
-Each command is one file in this folder. This file finds the command, and prints an error as one line on standard
-error.
-
-Exit status: 0 for success, 1 when a bundle fails a condition of `evaluate --fail-if` or `doctor` finds a problem, 2 for
-an error that the user can correct, 130 when the user interrupts the command.
+Exit status: 0 done, 1 a bundle failed a condition of `evaluate --fail-if`, 2 a mistake of the user's (one line on
+standard error), 130 interrupted by Ctrl-C or SIGTERM, 141 nobody reads the output any more (a closed pipe).
 """
 
 from __future__ import annotations
@@ -13,12 +10,13 @@ import importlib
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import click
 
-from internvl_edge.base.errors import EdgeError, QualityWarning
+from internvl_edge.base.errors import EdgeError, QualityWarning, RestoredWarning
 
 # Command -> one-line help. A command is imported only when it is called: `run` must not load what `export` needs.
 COMMANDS = {
@@ -38,7 +36,38 @@ COMMANDS = {
 }
 
 
+INTERRUPTED = 130
+# What a shell shows for a program that SIGPIPE ended, as it does most.
+UNHEARD = 141
+
+
+class _Stopped(Exception):  # noqa: N818
+    """What click would answer itself, with lines and a status of its own."""
+
+    def __init__(self, status: int, line: str = "") -> None:
+        super().__init__(line)
+        self.status = status
+
+
+@contextmanager
+def _stops() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise _Stopped(UNHEARD) from None
+    except KeyboardInterrupt as stop:
+        raise _Stopped(INTERRUPTED, f"interrupted{f'; {stop}' if str(stop) else ''}") from None
+
+
 class _Commands(click.Group):
+    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
+        with _stops():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _stops():
+            return super().invoke(ctx)
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
 
@@ -66,29 +95,55 @@ def main() -> None:
     """Run the `internvl-edge` program and exit with its status."""
     warnings.showwarning = _one_line(warnings.showwarning)
     try:
+        status = _status()
+    except BrokenPipeError:  # nobody reads the line about a mistake either
+        status = UNHEARD
+    _drop_unwritten()
+    sys.exit(status)
+
+
+def _status() -> int:
+    """Run the command; mistakes are one line each."""
+    try:
         status = cli.main(prog_name="internvl-edge", standalone_mode=False)
-        sys.exit(status if isinstance(status, int) else 0)
+        if sys.stdout:
+            sys.stdout.flush()
+        return status if isinstance(status, int) else 0
     except EdgeError as error:
-        _fail(str(error))
+        return _fail(str(error))
     except click.UsageError as error:
         hint = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
-        _fail(error.format_message().rstrip(".") + hint)
-    except (click.Abort, KeyboardInterrupt):
+        return _fail(error.format_message().rstrip(".") + hint)
+    except click.Abort:
         click.echo("interrupted", err=True)
-        sys.exit(130)
+        return INTERRUPTED
+    except _Stopped as stop:
+        if str(stop):
+            click.echo(str(stop), err=True)
+        return stop.status
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except OSError as error:  # the system refused an operation: an unreadable file, a full disk
+        return UNHEARD
+    except OSError as error:  # what the system refuses: a file that cannot be read, a disk that is full
         where = f"{error.filename}: " if error.filename else ""
-        _fail(f"{where}{error.strerror or error}")
+        return _fail(f"{where}{error.strerror or error}")
+
+
+def _drop_unwritten() -> None:
+    """Send what a broken stream still holds nowhere: the interpreter writes it once more when it ends."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream:
+                stream.flush()
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _one_line(others: Callable[..., None]) -> Callable[..., None]:
     """Return a warning handler that prints quality warnings as one line and passes all others to `others`."""
 
     def show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
-        if issubclass(category, QualityWarning):
+        if issubclass(category, (QualityWarning, RestoredWarning)):
             click.echo(f"internvl-edge: warning: {' '.join(str(message).split())}", err=True)
         else:
             others(message, category, *rest)
@@ -96,6 +151,6 @@ def _one_line(others: Callable[..., None]) -> Callable[..., None]:
     return show
 
 
-def _fail(message: str) -> None:
+def _fail(message: str) -> int:
     click.echo(f"internvl-edge: error: {' '.join(message.split())}", err=True)
-    sys.exit(2)
+    return 2

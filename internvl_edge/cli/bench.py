@@ -11,6 +11,7 @@ import click
 
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.extras import install
+from internvl_edge.base.files import readable_disk_errors, replacing
 from internvl_edge.base.units import size
 from internvl_edge.runtime.bench import BenchResult, bench
 
@@ -92,4 +93,5 @@ def _plot(report: BenchResult, path: Path) -> None:
         axis.margins(x=0.2)
         axis.set_xlabel(unit)
     chart.suptitle(f"{report.bundle}, {report.threads} threads")
-    chart.savefig(path, dpi=150)
+    with readable_disk_errors(path, "make room", "give another file"), replacing(path) as temporary:
+        chart.savefig(temporary, dpi=150, format=path.suffix[1:].lower())

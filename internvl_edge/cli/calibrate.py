@@ -12,7 +12,7 @@ import click
 from internvl_edge.base.extras import requires
 from internvl_edge.checkpoint.hub import resolve_checkpoint
 
-from .data_options import calibration_options, compute_options, data_options, wait_politely
+from .data_options import calibration_options, compute_options, data_options, resumable, wait_politely
 from .output import print_json
 
 
@@ -21,6 +21,7 @@ from .output import print_json
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Calibration folder to make.")
 @calibration_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@resumable()
 def command(checkpoint: str, output: Path, as_json: bool, **values: Any) -> None:
     """Run calibration samples through CHECKPOINT, a folder or a hub id, and write a calibration folder.
 
@@ -38,6 +39,7 @@ def command(checkpoint: str, output: Path, as_json: bool, **values: Any) -> None
         options,
         compute,
         restart=values["restart"],
+        force=values["force"],
         progress=sys.stderr.isatty(),
     )
     facts = {

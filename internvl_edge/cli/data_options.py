@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from internvl_edge.base.errors import EdgeError
+from internvl_edge.base.signals import terminating_as_interrupt
 
 if TYPE_CHECKING:
     from internvl_edge.calibration import DataOptions
@@ -57,8 +59,19 @@ _OPTIONS = (
         show_default=True,
         help="Type of the matrix products. auto is bfloat16 where the device multiplies it, otherwise float32.",
     ),
-    click.option("--restart", is_flag=True, help="Discard an unfinished run instead of resuming it."),
+    click.option("--restart", is_flag=True, help="Discard an unfinished run instead of continuing it."),
+    click.option("--force", is_flag=True, help="Replace what an earlier run made at --output, at the end."),
 )
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Around a command that continues where it was when it is repeated: Ctrl-C and SIGTERM say so."""
+    with terminating_as_interrupt():
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("repeat the command to continue") from None
 
 
 def wait_politely() -> None:
@@ -71,7 +84,7 @@ def wait_politely() -> None:
 
 
 def calibration_options(command: Command) -> Command:
-    """Add --data, --samples, --seed, --max-tiles, --max-broken, --device, --dtype and --restart to a command."""
+    """Adds --data, --samples, --seed, --max-tiles, --max-broken, --device, --dtype, --restart, --force."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command

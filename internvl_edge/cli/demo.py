@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import click
 
 from internvl_edge.base.extras import install, requires
+from internvl_edge.base.folders import scratch_folder
 from internvl_edge.demo import CHECKPOINT, Question, demo_questions
 from internvl_edge.runtime.model import InternVL
 
@@ -58,7 +58,7 @@ def command(checkpoint: Path | None, output: Path | None, as_json: bool) -> None
 
 
 def _folder(output: Path | None) -> AbstractContextManager[str | Path]:
-    return nullcontext(output) if output else tempfile.TemporaryDirectory(prefix="internvl-edge-demo-")
+    return nullcontext(output) if output else scratch_folder("demo")
 
 
 def _export(checkpoint: Path, bundle: Path) -> Path:

@@ -20,7 +20,7 @@ from internvl_edge.bundle.gate import METRICS
 from internvl_edge.bundle.quality_record import accept_quality, record_quality
 from internvl_edge.evaluation import SUITES, EvaluationSettings, evaluate
 from internvl_edge.evaluation.compare import Progress
-from internvl_edge.evaluation.report import bundle_report, read_report, report_folder, write_report
+from internvl_edge.evaluation.report import bundle_report, read_report, report_folder, require_own_report, write_report
 
 from .options import loading_options
 from .output import evaluation_rows, evaluation_values, print_json, print_table, say_written
@@ -105,6 +105,7 @@ def _require_writable(bundle: Path | None, report: Path | None) -> None:
     if bundle and bundle.is_dir() and not os.access(bundle, os.W_OK):
         raise EdgeError(f"{bundle} is read-only, so it cannot carry its figures; pass --no-record")
     if report:
+        require_own_report(report)
         there = next(folder for folder in (report, *report.absolute().parents) if folder.exists())
         if not os.access(there, os.W_OK):
             raise EdgeError(f"the report cannot be written to {report}; give another --report, or --no-report")

@@ -11,8 +11,7 @@ import click
 from internvl_edge.base.extras import requires
 from internvl_edge.base.units import size
 from internvl_edge.bundle.bundle import Bundle
-from internvl_edge.bundle.manifest import Manifest
-from internvl_edge.bundle.names import MANIFEST
+from internvl_edge.bundle.manifest import Manifest, is_bundle
 from internvl_edge.bundle.quality import figure_rows
 from internvl_edge.bundle.quality_record import quality_of
 from internvl_edge.checkpoint.hub import resolve_checkpoint
@@ -27,11 +26,8 @@ from .output import print_json, print_table
 @click.argument("path")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(path: str, as_json: bool) -> None:
-    """Show the configuration and size of PATH: a checkpoint folder, a hub id or a bundle.
-
-    The command also checks PATH, and a damaged one is an error.
-    """
-    if (Path(path) / MANIFEST).is_file():
+    """Show what PATH is: a checkpoint folder, a hub id or a bundle. Everything in it is checked."""
+    if is_bundle(Path(path)):
         facts, config, cache = _bundle_facts(Path(path))
     else:
         facts, config, cache = _checkpoint_facts(resolve_checkpoint(path))

@@ -10,8 +10,8 @@ import click
 
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.units import size
-from internvl_edge.bundle.manifest import Manifest
-from internvl_edge.bundle.names import EMBEDDINGS, MANIFEST
+from internvl_edge.bundle.manifest import Manifest, is_bundle
+from internvl_edge.bundle.names import EMBEDDINGS
 from internvl_edge.checkpoint.config_reader import read_config
 from internvl_edge.checkpoint.hub import resolve_configuration
 from internvl_edge.model.config import ModelConfig
@@ -95,7 +95,7 @@ def _source(path: str) -> tuple[ModelConfig, Storage | None, dict[str, tuple[int
     counted), and None where the path is not a bundle.
     """
     folder = Path(path)
-    if (folder / MANIFEST).is_file():
+    if is_bundle(folder):
         manifest = Manifest.read(folder)
         storage = bundle_storage(manifest)
         counted = Footprint(manifest.model, storage).weights

@@ -15,7 +15,7 @@ from internvl_edge.base.extras import requires
 from internvl_edge.base.units import size
 from internvl_edge.checkpoint.hub import resolve_checkpoint
 
-from .data_options import calibration_options, compute_options, data_options, wait_politely
+from .data_options import calibration_options, compute_options, data_options, resumable, wait_politely
 from .output import print_json, say_written
 from .recipe_options import recipe_of, recipe_options
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 )
 @calibration_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@resumable()
 def command(checkpoint: str, output: Path, stats: Path | None, as_json: bool, **values: Any) -> None:
     """Quantize the decoder of CHECKPOINT (a folder or a hub id), its vision tower or both, into another checkpoint.
 
@@ -59,6 +60,7 @@ def command(checkpoint: str, output: Path, stats: Path | None, as_json: bool, **
         stats=stats,
         compute=compute,
         restart=values["restart"],
+        force=values["force"],
         progress=sys.stderr.isatty(),
     )
     seconds = time.perf_counter() - started

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import io
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from internvl_edge.base.errors import EdgeError
+from internvl_edge.base.folders import scratch_folder
 from internvl_edge.base.run_record import RunRecord, run_record
 from internvl_edge.model.preprocess import load_image
 from internvl_edge.runtime.model import InternVL
@@ -140,8 +140,8 @@ def compare(
     expected: list[_ReferenceAnswer] = []
     followed: list[_CandidateAnswer] = []
     progress(0, total)
-    with tempfile.TemporaryDirectory(prefix="internvl-edge-logits-") as folder:
-        store = _LogitStore(Path(folder))
+    with scratch_folder("logits") as folder:
+        store = _LogitStore(folder)
         with load_reference() as model:
             for index, case in enumerate(cases):
                 expected.append(_ask(model, case, options, store, index))

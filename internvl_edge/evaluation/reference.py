@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from internvl_edge.base.extras import requires
-from internvl_edge.bundle.names import MANIFEST
+from internvl_edge.base.folders import scratch_folder
+from internvl_edge.bundle.manifest import is_bundle
 from internvl_edge.checkpoint.hub import resolve_checkpoint
 
 
@@ -21,11 +21,11 @@ def reference_bundle(reference: str, progress: bool = False) -> Iterator[Path]:
     Raises:
         EdgeError: neither a bundle nor a usable checkpoint, or the exporter's packages are missing.
     """
-    if (Path(reference) / MANIFEST).is_file():
+    if is_bundle(Path(reference)):
         yield Path(reference)
         return
     checkpoint = resolve_checkpoint(reference)
     with requires("export", "a checkpoint as reference, which is exported first,", advice="or give a bundle"):
         from internvl_edge.export import export_bundle
-    with tempfile.TemporaryDirectory(prefix="internvl-edge-reference-") as folder:
-        yield export_bundle(checkpoint, Path(folder) / "bundle", "float32", progress=progress)
+    with scratch_folder("reference") as folder:
+        yield export_bundle(checkpoint, folder / "bundle", "float32", progress=progress)

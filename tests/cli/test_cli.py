@@ -276,7 +276,6 @@ def test_outputs_that_exist_are_kept_unless_forced(checkpoint: Path, bundle: Pat
     assert_one_line(internvl_edge("export", checkpoint, "-o", precious, "--force"), "not a bundle")
     assert (precious / "thesis.txt").read_text() == "years of work"
     replaced = copy_of(bundle, tmp_path / "replaced")
-    (replaced / MANIFEST).write_text("{}")
     assert internvl_edge("export", checkpoint, "-o", replaced, "--force").returncode == 0
     assert internvl_edge("inspect", replaced).returncode == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["precious", "replaced"]

@@ -20,6 +20,7 @@ from PIL import Image
 from helpers import tiny
 from helpers.commands import internvl_edge
 from helpers.reports import HOSTILE, full_report
+from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.jsonable import decode, encode
 from internvl_edge.base.run_record import RunRecord
 from internvl_edge.bundle.gate import Verdict
@@ -29,12 +30,12 @@ from internvl_edge.bundle.quality import Quality
 from internvl_edge.checkpoint.record import read_record
 from internvl_edge.evaluation.divergence import DivergenceSummary, histogram
 from internvl_edge.evaluation.report import Report
-from internvl_edge.evaluation.report.files import HTML, JSON, read_report, write_report
+from internvl_edge.evaluation.report.files import HTML, JSON, read_report, require_own_report, write_report
 from internvl_edge.evaluation.report.page import difference, render
 from internvl_edge.evaluation.report.plots import divergence_plot
 from internvl_edge.model.components import Component, Stored
 from internvl_edge.model.linear import W8A8, Scheme
-from internvl_edge.quantize.pipeline import _read_reports
+from internvl_edge.quantize.pipeline import _reports
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 BARE = Report("bundle", "b", "c", (), False, 10, ())
@@ -88,13 +89,12 @@ def test_a_strange_file_is_no_report(tmp_path: Path, text: str) -> None:
     assert read_report(tmp_path) is None
 
 
-def test_facts_of_an_older_version_are_read_when_a_run_is_taken_up(tmp_path: Path) -> None:
+def test_facts_of_an_older_version_are_read_when_a_run_is_taken_up() -> None:
     record = full_report().quantization
     assert record is not None
     facts = record.linears[0]
     older = {**asdict(facts), "fallback": True}
-    (tmp_path / "linears.json").write_text(json.dumps([older]), encoding="utf-8")
-    assert _read_reports(tmp_path) == [facts]
+    assert _reports(json.loads(json.dumps([older]))) == [facts]
 
 
 def test_an_older_report_completes_one_of_the_same_files_only() -> None:
@@ -355,3 +355,14 @@ def test_a_browser_loads_nothing_else_and_shows_everything(
     ink = page.evaluate("getComputedStyle(document.querySelector('svg text')).fill.match(/\\d+/g).map(Number)[0]")
     assert (light > 200, light > ink) == ((True, True) if scheme == "light" else (False, False))
     page.close()
+
+
+@pytest.mark.parametrize("name", [JSON, HTML])
+def test_files_of_somebody_else_are_not_replaced_by_a_report(tmp_path: Path, name: str) -> None:
+    require_own_report(tmp_path / "absent")
+    (tmp_path / name).write_text('["years of work"]')
+    with pytest.raises(EdgeError, match=f"{tmp_path / name} is no report of ours, .* choose another --report"):
+        require_own_report(tmp_path)
+    (tmp_path / name).unlink()
+    write_report(BARE, tmp_path)
+    require_own_report(tmp_path)

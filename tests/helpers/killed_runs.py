@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 from internvl_edge.checkpoint.record import RECORD
 
@@ -25,3 +28,23 @@ def contents(folder: Path) -> dict[str, bytes]:
     if RECORD in files:
         files[RECORD] = json.dumps({**json.loads(files[RECORD]), "run": None}).encode()
     return files
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, moment: int, run: Callable[[], object]) -> int:
+    """Run something and interrupt it where it puts its `moment`-th file into place; returns how many it has put."""
+    replace, count = Path.replace, 0
+
+    def stopping(path: Path, target: Path) -> Path:
+        nonlocal count
+        count += 1
+        if count == moment:
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", stopping)
+        try:
+            run()
+        except KeyboardInterrupt:
+            assert count == moment
+    return count

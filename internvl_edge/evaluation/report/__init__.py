@@ -5,7 +5,15 @@ Pure data in, files out: nothing here measures, loads a model or touches the net
 
 from __future__ import annotations
 
-from .files import read_report, report_folder, write_report
+from .files import read_report, report_folder, require_own_report, write_report
 from .report import Report, bundle_report, checkpoint_report
 
-__all__ = ["Report", "bundle_report", "checkpoint_report", "read_report", "report_folder", "write_report"]
+__all__ = [
+    "Report",
+    "bundle_report",
+    "checkpoint_report",
+    "read_report",
+    "report_folder",
+    "require_own_report",
+    "write_report",
+]

@@ -59,6 +59,19 @@ def write_report(report: Report, folder: Path) -> Written:
     return Written(folder / JSON, folder / HTML)
 
 
+def require_own_report(folder: Path) -> None:
+    """Raise EdgeError where a report would replace a file of somebody else: ours have figures with a format."""
+    try:
+        ours = "format_version" in read_object(folder / JSON, EdgeError, "evaluate again", limit=_LIMIT)
+    except EdgeError:
+        ours = False
+    for name in (JSON, HTML):
+        if not ours and (folder / name).exists():
+            raise EdgeError(
+                f"{folder / name} is no report of ours, so it is kept; remove it or choose another --report"
+            )
+
+
 def read_report(folder: Path) -> Report | None:
     """Read the report in a folder; None where there is none that this version understands."""
     try:

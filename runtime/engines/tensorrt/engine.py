@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from internvl_edge.base.errors import EngineError
 from internvl_edge.base.files import replacing
+from internvl_edge.bundle import names
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.model.rope import RotaryAngles
 
@@ -25,7 +26,7 @@ from .buffers import HALVES, Block
 from .cuda import Cuda
 from .flavour import Flavour, load_flavour
 from .program import Context, Program
-from .record import ENGINES, RUNTIME_CACHE, EngineRecord, engine_folder, find_engines
+from .record import ENGINES, EngineRecord, engine_folder, find_engines
 from .runtime_cache import NEW_ENTRIES, DeviceCache
 
 # Attention reads the KV cache in multiples of this many slots. Each multiple is one shape, and so one CUDA graph.
@@ -212,7 +213,7 @@ class TensorRTEngine:
 
     def _program(self, record: EngineRecord, graph: str) -> Program:
         path = self._folder / ENGINES[graph]
-        kept = self._folder / f"{graph}.{RUNTIME_CACHE}"
+        kept = self._folder / names.RUNTIME_CACHES[graph]
         data = kept.read_bytes() if kept.is_file() else b""
         program = Program(self._flavour, self._cuda, path, record.files[path.name]["sha256"], data)
         self._programs.append(program)
@@ -244,7 +245,7 @@ class TensorRTEngine:
         """Save the compiled kernels. A write error is ignored, because it only makes the next start slower."""
         for program, graph in zip(self._programs, ("decoder", "vision"), strict=False):
             data = program.cache_bytes()
-            path = self._folder / f"{graph}.{RUNTIME_CACHE}"
+            path = self._folder / names.RUNTIME_CACHES[graph]
             with contextlib.suppress(OSError):
                 if data and not (path.is_file() and path.read_bytes() == data):
                     with replacing(path) as temporary:

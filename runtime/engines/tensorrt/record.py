@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from internvl_edge.base.errors import EngineError
+from internvl_edge.base.files import replace_text
+from internvl_edge.base.folders import restore_inside
 from internvl_edge.base.json_files import read_object
 from internvl_edge.base.jsonable import decode
 from internvl_edge.base.text import PLAIN_NAME, is_plain_name, shown
@@ -20,10 +22,9 @@ from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.bundle.manifest import FileEntry
 from internvl_edge.model.limits import LARGEST
 
-RECORD = "engine.json"
+RECORD = names.ENGINE_RECORD
 ENGINES = {"vision": "vision.engine", "decoder": "decoder.engine"}
 TIMING_CACHE = "timing.cache"
-RUNTIME_CACHE = "runtime.cache"
 FORMAT_VERSION = 1
 _FLAVOURS = ("tensorrt", "tensorrt_rtx")
 _DTYPES = ("bfloat16", "float16")
@@ -83,7 +84,7 @@ class EngineRecord:
     def write(self, folder: Path) -> None:
         """Write `engine.json`."""
         text = json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=2)
-        (folder / RECORD).write_text(text + "\n", encoding="utf-8")
+        replace_text(folder / RECORD, text + "\n", shared=False)
 
     @staticmethod
     def read(folder: Path) -> EngineRecord:
@@ -140,8 +141,8 @@ def _require_possible(record: EngineRecord) -> None:
 
 
 def engine_folder(opened: Bundle, target: str) -> Path:
-    """Return the folder of a target's engines."""
-    return opened.folder / "engines" / target
+    """Where a target's engines lie."""
+    return opened.folder / names.ENGINES / target
 
 
 def graph_inputs(opened: Bundle) -> dict[str, str]:
@@ -185,6 +186,8 @@ def find_engines(opened: Bundle, sm: int, target: str | None = None) -> EngineRe
 
 
 def _engine_folders(opened: Bundle, target: str | None) -> list[Path]:
-    """Return the folders of engines, sorted by name, without hidden folders, which interrupted builds leave behind."""
-    folders = sorted(path.parent for path in (opened.folder / "engines").glob(f"*/{RECORD}"))
+    """By name; without the hidden ones, in which builds were interrupted."""
+    engines = opened.folder / names.ENGINES
+    restore_inside(engines)
+    folders = sorted(path.parent for path in engines.glob(f"*/{RECORD}"))
     return [folder for folder in folders if not folder.name.startswith(".") and target in (None, folder.name)]

@@ -296,6 +296,18 @@ def test_jetson_engines_are_built_on_the_jetson(bundle: Bundle) -> None:
         build_engines(bundle, orin, options_for(orin, **SIZES))
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_a_file_of_the_user_beside_engines_is_named_and_kept(tmp_path: Path, force: bool) -> None:
+    bundle = export(tmp_path)
+    folder = engine_folder(bundle, "rtx")
+    folder.mkdir(parents=True)
+    (folder / RECORD).write_text('{"format_version": 1, "files": {}}')
+    (folder / "mine.engine").touch()
+    with pytest.raises(EdgeError, match=rf"{folder}/mine.engine is not part of it; remove that file or build"):
+        build_engines(bundle, RTX, options_for(RTX, **SIZES), force=force)
+    assert (folder / "mine.engine").exists()
+
+
 def test_an_interrupted_build_leaves_nothing(tmp_path: Path) -> None:
     bundle = export(tmp_path)
     code = "from internvl_edge.cli import main; main()"

@@ -9,21 +9,27 @@ from __future__ import annotations
 import shutil
 import threading
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from internvl_edge.bundle import names
 from internvl_edge.bundle.bundle import Bundle, sha256
+from internvl_edge.bundle.contents import engine_files
 from internvl_edge.model.config import ModelConfig
 from internvl_edge.planning.devices import Target
 from internvl_edge.base.errors import EngineError
 from internvl_edge.base.extras import requires
-from internvl_edge.base.files import new_folder, readable_disk_errors
+from internvl_edge.base.files import readable_disk_errors
+from internvl_edge.base.folders import new_folder
 from internvl_edge.base.machine import memory
+from internvl_edge.base.replaceable import require_replaceable
 
 from ..flavour import Flavour, load_flavour
 from ..record import ENGINES, TIMING_CACHE, BuildOptions, EngineRecord, engine_folder, graph_inputs
 from internvl_edge.planning.footprint import builder_bytes
 from .engine import Build, Built, Profile, Progress, build_engine, interruptible
+
+_ADVICE = "build for another --device"
 
 
 def build_engines(
@@ -54,20 +60,21 @@ def build_engines(
     if not flavour.builds_anywhere:
         _check_device(target)
     _check_memory(opened)
+    permit = partial(require_replaceable, folder, True, "a folder of engines", engine_files, _ADVICE)
     refusals = readable_disk_errors(folder, "make room", "check its rights", EngineError)
-    with refusals, new_folder(folder) as partial, interruptible() as stop:
+    with refusals, new_folder(folder, permit, _ADVICE) as made, interruptible() as stop:
         if (folder / TIMING_CACHE).is_file():
-            shutil.copy(folder / TIMING_CACHE, partial)
-        built = {graph: _build(opened, flavour, wanted, graph, partial, progress, stop) for graph in ENGINES}
+            shutil.copy(folder / TIMING_CACHE, made)
+        built = {graph: _build(opened, flavour, wanted, graph, made, progress, stop) for graph in ENGINES}
         record = replace(
             wanted,
-            files={path.name: _entry(path, built) for path in sorted(partial.iterdir())},
+            files={path.name: _entry(path, built) for path in sorted(made.iterdir())},
             figures={
-                graph: {"seconds": made.seconds, "peak_rss": made.peak_rss, "layers": made.layers}
-                for graph, made in built.items()
+                graph: {"seconds": done.seconds, "peak_rss": done.peak_rss, "layers": done.layers}
+                for graph, done in built.items()
             },
         )
-        record.write(partial)
+        record.write(made)
     return record, True
 
 

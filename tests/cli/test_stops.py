@@ -1,0 +1,213 @@
+"""Commands that are stopped, started twice, pointed at what exists, or not listened to: one line, nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from helpers.calibration_data import write_data
+from helpers.commands import PROGRAM, assert_one_line, internvl_edge
+from helpers.killed_runs import contents
+from helpers.tiny import write_checkpoint
+
+# Waits for a line, having said so, where it would write the file argv[1] of its state or output.
+WAITING = """
+import sys
+from internvl_edge.base import files
+from internvl_edge.cli import main
+name = sys.argv.pop(1)
+replacing = files.replacing
+
+def slow(path, **options):
+    if path.name == name:
+        print("half way", flush=True)
+        sys.stdin.readline()
+    return replacing(path, **options)
+
+files.replacing = slow
+main()
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@contextmanager
+def half_way(name: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """A command that waits for a line where it writes the file `name`."""
+    command = [sys.executable, "-c", WAITING, name, *map(str, arguments)]
+    process = subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-1, text=True)
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "half way\n", process.stderr and process.stderr.read()
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def command_line(name: str, checkpoint: Path, data: Path, out: Path) -> tuple[object, ...]:
+    recipe = ("--group-size", 32) if name == "quantize" else ()
+    return (name, checkpoint, "-o", out, "--data", data, "--max-tiles", 1, *recipe)
+
+
+# ---- stopped ----
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("name", ["calibrate", "quantize"])
+def test_a_stopped_command_says_that_it_continues(
+    checkpoint: Path, data: Path, tmp_path: Path, name: str, number: signal.Signals
+) -> None:
+    line = command_line(name, checkpoint, data, tmp_path / "out")
+    with half_way("decoder.json", *line) as process:
+        process.send_signal(number)
+        _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (130, "interrupted; repeat the command to continue\n")
+    assert os.listdir(tmp_path) == ["out.partial"]
+    assert internvl_edge(*line).returncode == 0
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_export_is_one_line_and_leaves_nothing(
+    checkpoint: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    with half_way("manifest.json", "export", checkpoint, "-o", tmp_path / "out") as process:
+        process.send_signal(number)
+        _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (130, "interrupted\n")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("content", ["", "not JSON\n", '{"images": ["absent.png"], "prompt": "x"}\n' * 9])
+@pytest.mark.parametrize("name", ["calibrate", "quantize"])
+def test_data_that_fail_leave_nothing(checkpoint: Path, tmp_path: Path, name: str, content: str) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text(content)
+    assert internvl_edge(*command_line(name, checkpoint, data, tmp_path / "out")).returncode == 2
+    assert os.listdir(tmp_path) == ["data.jsonl"]
+
+
+# ---- started twice ----
+
+
+@pytest.mark.parametrize("name", ["calibrate", "quantize", "export"])
+def test_a_second_process_is_refused_and_the_first_one_finishes(
+    checkpoint: Path, data: Path, tmp_path: Path, name: str
+) -> None:
+    line = command_line(name, checkpoint, data, tmp_path / "out")
+    line = line[:4] if name == "export" else line
+    with half_way("manifest.json" if name == "export" else "decoder.json", *line) as process:
+        second = internvl_edge(*line)
+        assert_one_line(second, f"(pid {process.pid}) writes {tmp_path}/out; wait for it or choose another --output")
+        process.communicate("\n" * 9, timeout=60)
+        assert process.returncode == 0
+    assert os.listdir(tmp_path) == ["out"]
+    whole = command_line(name, checkpoint, data, tmp_path / "whole")
+    assert internvl_edge(*(whole[:4] if name == "export" else whole)).returncode == 0
+    ours, theirs = contents(tmp_path / "out"), contents(tmp_path / "whole")
+    names = ours.keys() - {"report.json", "report.html", "statistics.npz"}
+    assert {name: ours[name] for name in names} == {name: theirs[name] for name in names}
+
+
+# ---- pointed at what exists ----
+
+
+@pytest.mark.parametrize("name", ["calibrate", "quantize"])
+def test_force_replaces_what_the_same_command_made_and_nothing_else(
+    checkpoint: Path, data: Path, tmp_path: Path, name: str
+) -> None:
+    out = tmp_path / "out"
+    line = command_line(name, checkpoint, data, out)
+    assert internvl_edge(*line).returncode == 0
+    before = {path.name: path.stat().st_ino for path in out.iterdir()}
+    assert_one_line(internvl_edge(*line), f"{out} exists; choose another --output or pass --force to replace it")
+    (out / "notes.txt").write_text("years of work")
+    assert_one_line(
+        internvl_edge(*line, "--force"), f"{out}/notes.txt is not part of it; remove that file or choose another --out"
+    )
+    assert {path.name: path.stat().st_ino for path in out.iterdir() if path.name != "notes.txt"} == before
+    (out / "notes.txt").unlink()
+    assert internvl_edge(*line, "--force").returncode == 0
+    assert {path.name for path in out.iterdir()} == before.keys()
+    assert all(path.stat().st_ino != before[path.name] for path in out.iterdir())
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("name", ["calibrate", "quantize"])
+def test_force_keeps_folders_that_only_look_like_ours(checkpoint: Path, data: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    line = command_line(name, checkpoint, data, out)
+    assert internvl_edge(*line).returncode == 0
+    weights = out / ("model.safetensors" if name == "quantize" else "embeddings.f32")
+    with weights.open("ab") as file:
+        file.write(b"more")
+    before = contents(out)
+    assert_one_line(internvl_edge(*line, "--force"), "--force replaces", f"remove {out} or choose another --output")
+    assert_one_line(internvl_edge(*command_line(name, checkpoint, data, checkpoint), "--force"), "--force replaces")
+    assert contents(out) == before
+
+
+def test_what_a_killed_replacement_moved_aside_is_put_back_by_the_next_command(
+    checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    made = tmp_path / "made"
+    shutil.copytree(checkpoint, made / "checkpoint")
+    assert internvl_edge("export", checkpoint, "-o", made / "bundle").returncode == 0
+    assert internvl_edge(*command_line("calibrate", checkpoint, data, made / "set")).returncode == 0
+    for name, line in (
+        ("bundle", ("inspect", made / "bundle")),
+        ("bundle", ("plan", made / "bundle")),
+        ("bundle", ("run", made / "bundle", "x", "--max-new-tokens", 1)),
+        ("checkpoint", ("inspect", made / "checkpoint")),
+        ("set", ("quantize", checkpoint, "--stats", made / "set", "-o", tmp_path / "q", "--group-size", 32)),
+        ("bundle", ("export", checkpoint, "-o", made / "bundle", "--force")),
+    ):
+        (made / name).rename(made / f".{name}.partial-0123abcd.old")
+        result = internvl_edge(*line)
+        assert result.returncode == 0, (line, result.stderr)
+        assert result.stderr.count(f"warning: a process was killed while it replaced {made / name}; the old one") == 1
+    assert sorted(os.listdir(made)) == ["bundle", "checkpoint", "set"]
+
+
+# ---- not listened to ----
+
+QUIET = [("devices",), ("devices", "--json"), ("--help",), ("export", "--help"), ("--version",), ("plan", "CHECKPOINT")]
+
+
+@pytest.mark.parametrize("arguments", QUIET, ids=" ".join)
+def test_a_pipe_that_nobody_reads_ends_a_command_like_any_other(checkpoint: Path, arguments: tuple[str, ...]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [*PROGRAM, *(str(checkpoint) if word == "CHECKPOINT" else word for word in arguments)]
+    result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False)
+    assert (result.returncode, result.stderr) == (141, b"")
+    both = subprocess.run(command, stdout=writer, stderr=writer, check=False)
+    assert both.returncode == 141
+    mistake = subprocess.run([*PROGRAM, "run", "nowhere", "x"], stderr=writer, check=False)
+    assert mistake.returncode == 141
+    os.close(writer)
+
+
+def test_a_full_disk_behind_the_output_is_one_line() -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run([*PROGRAM, "devices"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (result.returncode, result.stderr) == (2, "internvl-edge: error: No space left on device\n")
