@@ -42,10 +42,10 @@ def test_what_is_no_json_is_one_line_of_the_callers_kind(tmp_path: Path, content
     path = tmp_path / "some.json"
     path.write_bytes(content)
     for kind in (CheckpointError, BundleError):
-        started = time.perf_counter()
+        started = time.process_time()
         with pytest.raises(kind) as raised:
             read(path, kind, "make it again")
-        assert time.perf_counter() - started < 1
+        assert time.process_time() - started < 1
         assert str(path) in str(raised.value)
         assert reason in str(raised.value)
         assert str(raised.value).endswith("; make it again")

@@ -198,10 +198,10 @@ def test_lengths_of_a_header_that_cannot_be(tmp_path: Path, length: int) -> None
 def test_a_header_bomb_is_refused_at_once(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(framed(content))
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(CheckpointError, match=f"at most {MAX_HEADER_BYTES} are read"):
         open_tensor_files(tmp_path)
-    assert time.perf_counter() - started < 0.1
+    assert time.process_time() - started < 0.1
 
 
 def largest_header() -> bytes:
@@ -214,9 +214,9 @@ def largest_header() -> bytes:
 @pytest.mark.parametrize("make", [largest_header, lambda: b'{"a":' + b"[" * (MAX_HEADER_BYTES - 9)])
 def test_the_largest_header_takes_bounded_time(tmp_path: Path, make: Callable[[], bytes]) -> None:
     content = framed(make(), b"")
-    started = time.perf_counter()
+    started = time.process_time()
     refusal(tmp_path / "x.safetensors", content)
-    assert time.perf_counter() - started < 10
+    assert time.process_time() - started < 10
 
 
 @pytest.mark.parametrize("dtype", BITS)

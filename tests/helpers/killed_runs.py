@@ -19,6 +19,15 @@ def run_and_be_killed(script: str, *arguments: object) -> None:
     assert done.returncode == -9, done.stderr.decode()
 
 
+def run_to_the_end(script: str, *arguments: object) -> None:
+    """Run a script that must succeed, in a process like those of `run_and_be_killed`.
+
+    What a test process has imported can change the last bit of a sum on some CPUs.
+    """
+    done = subprocess.run([sys.executable, "-c", script, *map(str, arguments)], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Return every file of a folder by name.
 

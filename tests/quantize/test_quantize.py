@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from helpers.calibration_data import FLOAT32, write_data
 from helpers.damage import poison
-from helpers.killed_runs import contents, run_and_be_killed
+from helpers.killed_runs import contents, run_and_be_killed, run_to_the_end
 from helpers.reference import Reference
 from helpers.reference_names import text_name
 from helpers.tiny import write_checkpoint
@@ -217,7 +217,7 @@ elif moment == "commit":  # the second layer's result and hidden states are stor
     WorkFolder.write_json = lambda self, name, values: (
         kill() if (name, values) == ("decoder.json", {"layers": 2}) else write_json(self, name, values)
     )
-else:  # all layers are done, the new checkpoint is half written
+elif moment == "write":  # all layers are done, the new checkpoint is half written
     pipeline.write_shards = kill
 options = DataOptions(Path(data), max_tiles=2)
 recipe = Recipe(group_size=32, lm_head="int4")
@@ -227,12 +227,12 @@ quantize_checkpoint(checkpoint, out, recipe, data=options, compute=choose_comput
 
 def test_a_killed_quantization_continues_to_the_same_bytes(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint", text="internlm2")
-    data, recipe = write_data(tmp_path / "data"), RECIPES["awq, int4 head"]
-    quantize(checkpoint, tmp_path / "whole", recipe, data)
+    data = write_data(tmp_path / "data")
+    run_to_the_end(KILLED, "never", checkpoint, data, tmp_path / "whole")
     for moment in ("layer", "commit", "write"):  # each run continues the one killed before
         run_and_be_killed(KILLED, moment, checkpoint, data, tmp_path / "killed")
         assert not (tmp_path / "killed").exists()
-    quantize(checkpoint, tmp_path / "killed", recipe, data)
+    run_to_the_end(KILLED, "never", checkpoint, data, tmp_path / "killed")
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 

@@ -106,7 +106,7 @@ def test_mutated_records_are_read_or_refused(folder: Path) -> None:
         [[1]],
         {"a": []},
     ]
-    started = time.perf_counter()
+    started = time.process_time()
     for _ in range(2000):
         values = copy.deepcopy(original)
         parent: Any = values
@@ -122,4 +122,4 @@ def test_mutated_records_are_read_or_refused(folder: Path) -> None:
         except EngineError as error:
             message = str(error)
             assert len(message.splitlines()) == 1 and len(message) <= 400  # noqa: PT018
-    assert time.perf_counter() - started < 10
+    assert time.process_time() - started < 10
