@@ -248,7 +248,8 @@ def _native_tiles(folder: Path, image_size: int) -> tuple[int, int]:
     `preprocessor_config.json`. `crop_to_patches` has no effect: `InternVLProcessor` always passes True over the file's
     value, which in published checkpoints is false.
     """
-    limits = _tile_limits(settings := _image_processor(folder), "min_patches", "max_patches", NATIVE_TILES)
+    settings = _image_processor(folder)
+    limits: tuple[int, int] = _tile_limits(settings, "min_patches", "max_patches", NATIVE_TILES)
     settings.flag("crop_to_patches", default=False)
     for name, expected in _PIXELS.items():
         value = settings.values.get(name)
@@ -259,7 +260,7 @@ def _native_tiles(folder: Path, image_size: int) -> tuple[int, int]:
         sides = Fields(size, f"{settings.path}size.", settings.file)
         if (sides.side("height"), sides.side("width")) != (image_size, image_size):
             raise settings.refusal("size", size, f"that of config.json's vision_config.image_size, {image_size}")
-    return limits  # type: ignore[no-any-return]
+    return limits
 
 
 def _image_processor(folder: Path) -> Fields:
