@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from internvl_edge.base import machine
 from internvl_edge.base.errors import EngineError, QualityWarning
 from internvl_edge.bundle import names
 from internvl_edge.bundle.bundle import Bundle
@@ -101,6 +102,9 @@ class InternVL:
             raise EngineError(f"device {device!r} is not one of {', '.join(DEVICES)}")
         if context < 2:
             raise EngineError(f"a context of {context} tokens has no room for a question and an answer; give more")
+        most = max(64, 4 * machine.cores())
+        if threads is not None and not 1 <= threads <= most:
+            raise EngineError(f"threads is {threads}, expected 1 to {most}; this machine has {machine.cores()} cores")
         opened = Bundle.open(Path(folder))
         if warning := quality_warning(Path(folder), opened.manifest):
             warnings.warn(warning, QualityWarning, stacklevel=2)
