@@ -118,7 +118,7 @@ def speed(engine: Engine, bundle: Bundle, bandwidth: float) -> dict[str, Any]:
     embeds = (0.02 * random.standard_normal((PROMPT, width))).astype(np.float32)
 
     def prompt() -> None:
-        engine.reset()
+        engine.cache.reset()
         engine.prefill(embeds)
 
     row: dict[str, Any] = {
@@ -128,12 +128,12 @@ def speed(engine: Engine, bundle: Bundle, bandwidth: float) -> dict[str, Any]:
     footprint = Footprint(model, bundle_storage(bundle.manifest))
     step = getattr(engine, "decode_token", engine.decode)
     for depth in DEPTHS:
-        engine.reset()
+        engine.cache.reset()
         for start in range(0, depth, PROMPT):
             engine.prefill(embeds[: min(PROMPT, depth - start)])
 
         def steps(depth: int = depth) -> None:
-            engine.reset(depth)
+            engine.cache.reset(depth)
             for n in range(STEPS):
                 step(embeds[n])
 

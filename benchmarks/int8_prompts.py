@@ -77,7 +77,7 @@ def following(bundle: Path, texts: list[list[int]]) -> list[np.ndarray]:
     engine = OnnxRuntimeEngine(opened, capacity=PROMPT + FOLLOWING)
     table, found = opened.embeddings(), []
     for ids in texts:
-        engine.reset()
+        engine.cache.reset()
         engine.prefill(np.asarray(table[ids[:PROMPT]], np.float32))
         found.append(engine.score(np.asarray(table[ids[PROMPT:]], np.float32)))
     return found

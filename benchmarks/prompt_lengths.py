@@ -61,7 +61,7 @@ def measure(results: Connection, name: str, bundle: Path, threads: int) -> None:
     lengths = generator.permutation(np.arange(64, LONGEST))[: MARKS[-1]]
     memory, began = {}, time.perf_counter()
     for count, length in enumerate(lengths, start=1):
-        engine.reset(0)
+        engine.cache.reset(0)
         engine.prefill(embeds[:length])
         if count in MARKS:
             memory[str(count)] = round(resident_mb(), 1)

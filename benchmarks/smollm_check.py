@@ -35,7 +35,7 @@ def _engine_logits(folder: Path, tokens: NDArray[np.int32]) -> NDArray[np.float3
     table = opened.embeddings()
     rows = []
     for ids in tokens:
-        engine.reset()
+        engine.cache.reset()
         rows.append(np.array(engine.score(np.asarray(table[ids], np.float32)))[:, :VOCABULARY])
     return np.stack(rows)
 

@@ -43,7 +43,7 @@ class Model:
 
     def logits(self, ids: list[int]) -> NDArray[np.float32]:
         """[len(ids), VOCABULARY], each row after its token."""
-        self._engine.reset()
+        self._engine.cache.reset()
         return np.array(self._engine.score(np.asarray(self._table[ids], np.float32)))[:, :VOCABULARY]
 
 

@@ -25,6 +25,7 @@ from internvl_edge.planning.footprint import Footprint
 from internvl_edge.planning.storage import bundle_storage
 
 from . import limits
+from .engines import finish
 from .image_cache import ImageCache
 from .model import InternVL
 
@@ -125,8 +126,8 @@ class _Runs:
         self._tiles = random.integers(0, 256, (max(QUESTIONS), size, size, 3), dtype=np.uint8)
         rows = max(*PROMPTS, *CONTEXTS, max(QUESTIONS) * self._tokens_per_tile + QUESTION_TEXT)
         needed = max(rows, max(CONTEXTS) + _DECODED)
-        if needed > self._engine.capacity:
-            found = f"the context has {self._engine.capacity} tokens, what is measured needs {needed}"
+        if needed > self._engine.cache.capacity:
+            found = f"the context has {self._engine.cache.capacity} tokens, what is measured needs {needed}"
             raise EngineError(f"{found}; give --context {needed} or more")
         self._embeds = random.standard_normal((rows, model.config.decoder.hidden_size)).astype(np.float32) * 0.05
 
@@ -164,14 +165,14 @@ class _Runs:
         The image cache and the KV cache already hold the image tokens.
         """
         tiles = self._tiles[: max(QUESTIONS)]
-        images = ImageCache(self._engine.encode)
+        images = ImageCache(self._engine)
         shared = len(tiles) * self._tokens_per_tile
         self._question(len(tiles))
-        images.encode(tiles)
+        finish(images.encode_steps(tiles))
 
         def ask() -> None:
-            images.encode(tiles)
-            self._engine.reset(shared)
+            finish(images.encode_steps(tiles))
+            self._engine.cache.reset(shared)
             self._engine.prefill(self._embeds[shared : shared + QUESTION_TEXT])
 
         middle, spread = self._measured(ask)
@@ -186,11 +187,11 @@ class _Runs:
         return limits.median_and_spread([limits.timed(action) for _ in range(self._repeat)])
 
     def _prefill(self, count: int) -> None:
-        self._engine.reset()
+        self._engine.cache.reset()
         self._engine.prefill(self._embeds[:count])
 
     def _decode_from(self, context: int) -> None:
-        self._engine.reset(context)
+        self._engine.cache.reset(context)
         for row in range(_DECODED):
             self._engine.decode(self._embeds[row])
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Generator
 
 import numpy as np
 from numpy.typing import NDArray
 
-Encode = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
+from .engines import Engine
+
 DEFAULT_BYTES = 256 << 20
 
 
@@ -21,19 +22,26 @@ def pixel_key(tiles: NDArray[np.uint8]) -> bytes:
 class ImageCache:
     """An LRU cache of image tokens, with a limit in bytes and the pixels of the tiles as key."""
 
-    def __init__(self, encode: Encode, max_bytes: int = DEFAULT_BYTES) -> None:
-        self._encode = encode
+    def __init__(self, engine: Engine, max_bytes: int = DEFAULT_BYTES) -> None:
+        self._engine = engine
         self._max_bytes = max_bytes
         self._bytes = 0
         self._entries: OrderedDict[bytes, NDArray[np.float32]] = OrderedDict()
 
-    def encode(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Return the image tokens [tiles, tokens_per_tile, hidden] of one image, from its tiles [tiles, S, S, 3]."""
+    def encode_steps(self, tiles: NDArray[np.uint8]) -> Generator[None, None, NDArray[np.float32]]:
+        """Return the image tokens [tiles, tokens_per_tile, hidden] of one image, from its tiles [tiles, S, S, 3].
+
+        Each `next` encodes as many tiles as the engine takes at once. An image that is known needs none.
+        """
         key = pixel_key(tiles)
         if key in self._entries:
             self._entries.move_to_end(key)
             return self._entries[key]
-        embeds = self._encode(tiles)
+        parts = []
+        for start in range(0, len(tiles), self._engine.tiles_at_once):
+            parts.append(self._engine.encode(tiles[start : start + self._engine.tiles_at_once]))
+            yield
+        embeds = np.concatenate(parts)
         self._entries[key] = embeds
         self._bytes += embeds.nbytes
         while self._bytes > self._max_bytes and self._entries:

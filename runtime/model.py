@@ -5,7 +5,6 @@ This module connects the request, the engine, the caches and the text stream.
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
@@ -23,20 +22,20 @@ from internvl_edge.bundle.quality_record import quality_warning
 from internvl_edge.model.rope import RotaryAngles
 from internvl_edge.model.tokenizer import Tokenizer
 
+from .decoding import Decoding
 from .engines import Engine
 from .engines.choice import cpu_engine
 from .engines.onnxruntime import OnnxRuntimeEngine
-from .generate import generate
 from .image_cache import ImageCache, pixel_key
 from .lookup import PromptLookup
 from .options import ChatOptions, checked_options
+from .prefixes import Keys, Prompt, image_keys
 from .reply import Reply, ReplyStream
 from .request import Images, Request, RequestBuilder
 from .sampling import Chooser, Sampler, Sampling
-from .session import Session, image_keys
+from .scheduler import Scheduler, Task
 from .text_stream import TextStream
 from .trace import Recorder, Trace
-from .turns import Turns
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -44,13 +43,14 @@ if TYPE_CHECKING:
 DEVICES = ("auto", "cpu", "cuda", "tensorrt")
 # Most tokens of prompt and answer together. Pages of the KV cache that are not touched use no memory.
 DEFAULT_CONTEXT = 32768
+MOST_ROWS = 64
 
 
 class InternVL:
     """A model on a device.
 
-    It computes one answer at a time, and threads wait for each other. For answers side by side, load one model per
-    thread.
+    Any number of threads may ask it, and one thread may read several answers in turn. As many answers are computed
+    together as the model has `rows`; the others wait. An answer depends on its own request alone.
     """
 
     def __init__(self, opened: Bundle, engine: Engine) -> None:
@@ -58,13 +58,13 @@ class InternVL:
         self.config = manifest.model
         self._tokenizer = Tokenizer(opened.path(names.TOKENIZER))
         self._requests = RequestBuilder(
-            self.config, manifest.template, self._tokenizer, manifest.tokens.image, capacity=engine.capacity
+            self.config, manifest.template, self._tokenizer, manifest.tokens.image, capacity=engine.cache.capacity
         )
         self._stop_ids = manifest.tokens.stop
         self._table = opened.embeddings()
-        self._images = ImageCache(engine.encode)
-        self._session = Session(engine, self.config.decoder)
-        self._turns = Turns()
+        self._images = ImageCache(engine)
+        self._engine = engine
+        self._scheduler = Scheduler(engine, self.config.decoder, self._table.__getitem__)
         self._source = manifest.source
 
     @classmethod
@@ -76,6 +76,7 @@ class InternVL:
         engine: str = "auto",
         dialect: str | None = None,
         context: int = DEFAULT_CONTEXT,
+        rows: int = 1,
         threads: int | None = None,
     ) -> InternVL:
         """Open, verify and load a bundle.
@@ -89,6 +90,9 @@ class InternVL:
             dialect: the decoder graph to run, "onnxruntime" or "standard"; the default is the fastest that the bundle
                 has.
             context: the most tokens that prompt and answer may have together.
+            rows: the most answers that are computed together. Each has a KV cache of `context` tokens, whose unused
+                part takes no memory on a CPU. A model with several rows decodes at least two at a time, so that an
+                answer does not depend on what else is asked; this makes a lone answer slower (docs/performance.md).
             threads: CPU threads; the default is all available cores.
 
         Raises:
@@ -102,6 +106,8 @@ class InternVL:
             raise EngineError(f"device {device!r} is not one of {', '.join(DEVICES)}")
         if context < 2:
             raise EngineError(f"a context of {context} tokens has no room for a question and an answer; give more")
+        if not 1 <= rows <= MOST_ROWS:
+            raise EngineError(f"rows is {rows}, expected 1 to {MOST_ROWS}")
         most = max(64, 4 * machine.cores())
         if threads is not None and not 1 <= threads <= most:
             raise EngineError(f"threads is {threads}, expected 1 to {most}; this machine has {machine.cores()} cores")
@@ -109,14 +115,17 @@ class InternVL:
         if warning := quality_warning(Path(folder), opened.manifest):
             warnings.warn(warning, QualityWarning, stacklevel=2)
         if device == "tensorrt":
+            if rows > 1:
+                raise EngineError(f"TensorRT engines have one row, {rows} were asked for; leave out rows")
             from .engines.tensorrt.engine import TensorRTEngine
 
             return cls(opened, TensorRTEngine(opened))
         if device == "cuda":
             return cls(
-                opened, OnnxRuntimeEngine(opened, device=device, dialect=dialect, capacity=context, threads=threads)
+                opened,
+                OnnxRuntimeEngine(opened, device=device, dialect=dialect, capacity=context, rows=rows, threads=threads),
             )
-        return cls(opened, cpu_engine(opened, engine, dialect=dialect, capacity=context, threads=threads))
+        return cls(opened, cpu_engine(opened, engine, dialect=dialect, capacity=context, rows=rows, threads=threads))
 
     def chat(self, question: str, images: Images = (), **options: Unpack[ChatOptions]) -> Reply:
         """Answer a question.
@@ -136,8 +145,8 @@ class InternVL:
     def stream(self, question: str, images: Images = (), **options: Unpack[ChatOptions]) -> ReplyStream:
         """Answer a question as `chat` does, and return an iterator over pieces of the text.
 
-        Its `reply` is the finished answer. The request is checked at once; vision and prefill run when the first piece
-        is requested.
+        Its `reply` is the finished answer. The request is checked at once; the computation begins when the first piece
+        is requested, and goes on in the background.
         """
         checked = checked_options(options)
         request = self._requests.build(question, images, checked)
@@ -145,12 +154,16 @@ class InternVL:
         counted = request.prompt_ids.tolist() if self.config.layout == "native" else ()
         text = TextStream(self._tokenizer, self._stop_texts(checked), checked.get("keep_special", False))
         lookup = self._lookup(request) if checked.get("speculate") else None
-        return ReplyStream(self._answer(request, Sampler(sampling, counted), text, lookup), self._turns)
+        return ReplyStream(self._answer(request, self._prompt(request), Sampler(sampling, counted), text, lookup))
 
     @property
     def engine(self) -> Engine:
-        """The engine that executes the graphs. Direct use of it breaks the reuse of the KV cache between prompts."""
-        return self._session.engine
+        """The engine that executes the graphs, as soon as no answer is being computed.
+
+        Whoever uses it directly changes what its rows hold. So the next question reuses nothing of earlier ones.
+        """
+        self._scheduler.forget()
+        return self._engine
 
     def trace(
         self, question: str, images: Images = (), answer: Sequence[int] | None = None, **options: Unpack[ChatOptions]
@@ -168,8 +181,8 @@ class InternVL:
             options["max_new_tokens"] = len(answer)
         request = self._requests.build(question, images, checked_options(options))
         recorder = Recorder(answer)
-        pieces = self._answer(request, recorder, TextStream(self._tokenizer), None)
-        reply = ReplyStream(pieces, self._turns).reply
+        pieces = self._answer(request, self._prompt(request), recorder, TextStream(self._tokenizer), None)
+        reply = ReplyStream(pieces).reply
         return Trace(reply, recorder.logits)
 
     def answer_ids(self, text: str) -> list[int]:
@@ -178,14 +191,14 @@ class InternVL:
         return [*self._tokenizer.encode(text)[start:], self._stop_ids[0]]
 
     def close(self) -> None:
-        """Release the engine. A later question raises EngineError. A second call does nothing."""
-        self._turns.close()
-        if hasattr(self, "_session"):
-            self.engine.close()
-            del self._session, self._images
+        """End answers under way with an EngineError, and release the engine. A later question raises it, too."""
+        self._scheduler.close()
+        if hasattr(self, "_engine"):
+            self._engine.close()
+            del self._engine, self._images
 
     def __repr__(self) -> str:
-        engine = type(self._session.engine).__name__ if hasattr(self, "_session") else "closed"
+        engine = type(self._engine).__name__ if hasattr(self, "_engine") else "closed"
         return f"<InternVL {self._source}, {engine}>"
 
     def __enter__(self) -> InternVL:
@@ -197,40 +210,46 @@ class InternVL:
         self.close()
 
     def _answer(
-        self, request: Request, sampler: Chooser, text: TextStream, lookup: PromptLookup | None
+        self, request: Request, prompt: Prompt, chooser: Chooser, text: TextStream, lookup: PromptLookup | None
     ) -> Generator[str | Reply, None, None]:
-        clock = _Clock()
-        image_embeds = [self._images.encode(tiles).reshape(-1, self._table.shape[1]) for tiles in request.tiles]
-        clock.lap("vision_s")
-        embeds = self._table[request.prompt_ids]
-        if image_embeds:
-            embeds[request.is_image] = np.concatenate(image_embeds)
-        logits, computed = self._session.prefill(self._keys(request), lambda start: embeds[start:])
-        clock.lap("prefill_s")
-        output_ids: list[int] = []
-        tokens = generate(self.engine, logits, self._row, sampler, self._stop_ids, request.max_new_tokens, lookup)
+        """Yield pieces of an answer's text as they come, and its reply at the end."""
+
+        def accept(token: int) -> bool:
+            if token not in self._stop_ids and (piece := text.push(token)):
+                task.emit(piece)
+            return text.stopped
+
+        decoding = Decoding(chooser, self._stop_ids, request.max_new_tokens, accept, lookup)
+        task = Task(prompt, decoding)
+        self._scheduler.submit(task)
         try:
-            for token in tokens:
-                output_ids.append(token)
-                if token not in self._stop_ids and (piece := text.push(token)):
-                    yield piece
-                if text.stopped:
-                    break
+            yield from task.pieces()
         finally:
-            self._session.extend(output_ids)
+            self._scheduler.cancel(task)
         if piece := text.finish():
             yield piece
-        clock.lap("decode_s")
-        stopped = text.stopped or output_ids[-1] in self._stop_ids
         yield Reply(
             text=text.text,
-            output_ids=output_ids,
+            output_ids=decoding.tokens,
             prompt_ids=request.prompt_ids.tolist(),
             image_tokens=int(request.is_image.sum()),
             tiles=[len(tiles) for tiles in request.tiles],
-            finish_reason="stop" if stopped else "length",
-            timings=clock.timings(request.seconds, computed, len(output_ids)),
+            finish_reason="stop" if text.stopped or decoding.stopped else "length",
+            timings=_timings(request.seconds, task),
         )
+
+    def _prompt(self, request: Request) -> Prompt:
+        def embed() -> Generator[None, None, NDArray[np.float32]]:
+            embeds: NDArray[np.float32] = self._table[request.prompt_ids]
+            parts = []
+            for tiles in request.tiles:
+                tokens = yield from self._images.encode_steps(tiles)
+                parts.append(tokens.reshape(-1, embeds.shape[1]))
+            if parts:
+                embeds[request.is_image] = np.concatenate(parts)
+            return embeds
+
+        return Prompt(self._keys(request), embed)
 
     def _stop_texts(self, options: Mapping[str, Any]) -> list[str]:
         """The stop strings, without the names of tokens that end an answer anyway."""
@@ -248,7 +267,7 @@ class InternVL:
         image_ids = set(request.prompt_ids[request.is_image].tolist())
         return PromptLookup(request.prompt_ids.tolist(), excluded=image_ids)
 
-    def _keys(self, request: Request) -> NDArray[np.int64]:
+    def _keys(self, request: Request) -> Keys:
         keys = request.prompt_ids.copy()
         if request.tiles:
             per_tile = self.config.tokens_per_tile
@@ -257,26 +276,14 @@ class InternVL:
             )
         return keys
 
-    def _row(self, token: int) -> NDArray[np.float32]:
-        return self._table[token]
 
-
-class _Clock:
-    def __init__(self) -> None:
-        self._laps: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self._laps[name] = now - self._last
-        self._last = now
-
-    def timings(self, preprocess_s: float, prefill_tokens: int, output_tokens: int) -> dict[str, float]:
-        laps = {"preprocess_s": preprocess_s, **self._laps}
-        rates = {
-            "first_token_s": laps["preprocess_s"] + laps["vision_s"] + laps["prefill_s"],
-            "prefill_tokens": prefill_tokens,
-            "prefill_tokens_per_s": prefill_tokens / max(laps["prefill_s"], 1e-9),
-            "decode_tokens_per_s": (output_tokens - 1) / max(laps["decode_s"], 1e-9),
-        }
-        return {name: round(value, 4) for name, value in (laps | rates).items()}
+def _timings(preprocess_s: float, task: Task) -> dict[str, float]:
+    """Return `Reply.timings`."""
+    seconds = {"preprocess_s": preprocess_s, **task.seconds}
+    rates = {
+        "first_token_s": sum(seconds[name] for name in ("preprocess_s", "waiting_s", "vision_s", "prefill_s")),
+        "prefill_tokens": task.computed,
+        "prefill_tokens_per_s": task.computed / max(seconds["prefill_s"], 1e-9),
+        "decode_tokens_per_s": (len(task.decoding.tokens) - 1) / max(seconds["decode_s"], 1e-9),
+    }
+    return {name: round(value, 4) for name, value in (seconds | rates).items()}

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from internvl_edge.base.errors import PromptError
 
-from .turns import Turns
-
 
 @dataclass(frozen=True)
 class Reply:
@@ -21,8 +19,9 @@ class Reply:
         image_tokens: how many of `prompt_ids` stand for images.
         tiles: tiles of each image, in the order given.
         finish_reason: "stop" (the model or a stop string ended it) or "length" (`max_new_tokens` did).
-        timings: seconds in "preprocess_s", "vision_s", "prefill_s" and "decode_s"; "first_token_s", the sum of the
-            first three; "prefill_tokens", the prompt tokens that were computed (without those already in the KV cache);
+        timings: seconds in "preprocess_s", "waiting_s" (until the model was free), "vision_s", "prefill_s" and
+            "decode_s"; "first_token_s", the sum of the first four; "prefill_tokens",
+            the prompt tokens that were computed (without those already in the KV cache);
             and the rates "prefill_tokens_per_s" and "decode_tokens_per_s".
     """
 
@@ -38,43 +37,27 @@ class Reply:
 class ReplyStream:
     """An iterator over pieces of an answer's text. Each piece has whole characters; all joined are `reply.text`.
 
-    The answer has the model from its first piece to its end. `close` ends it early. So does a later question of the
-    same thread, and reading on is then a PromptError.
+    The answer begins with the first piece that is asked for, and goes on in the background. `close`, or forgetting the
+    iterator, ends it early. One thread at a time may read.
     """
 
-    def __init__(self, pieces: Generator[str | Reply, None, None], turns: Turns) -> None:
+    def __init__(self, pieces: Generator[str | Reply, None, None]) -> None:
         self._pieces = pieces
-        self._turns = turns
         self._reply: Reply | None = None
-        self._began = self._interrupted = False
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        if self._interrupted:
-            raise PromptError("a later question to this model ended this answer; read one answer to its end first")
-        if not self._began:
-            self._turns.enter(self)
-            self._began = True
-        try:
-            piece = next(self._pieces)
-        except BaseException:
-            self.close()
-            raise
+        piece = next(self._pieces)
         if isinstance(piece, Reply):
             self._reply = piece
-            self.close()
             raise StopIteration
         return piece
 
-    def __del__(self) -> None:
-        if hasattr(self, "_began"):
-            self.close()
-
     @property
     def reply(self) -> Reply:
-        """The finished answer. Reading this generates the rest of the answer first.
+        """The finished answer. Reading this waits for the rest of the answer first.
 
         Raises:
             PromptError: the answer was ended before it was finished.
@@ -86,12 +69,5 @@ class ReplyStream:
         return self._reply
 
     def close(self) -> None:
-        """End the answer; what it has computed so far is kept for the next question."""
+        """End the answer. The model is free within one step."""
         self._pieces.close()
-        if self._began:
-            self._turns.leave(self)
-
-    def interrupt(self) -> None:
-        """End the answer because another one begins."""
-        self._interrupted = True
-        self.close()

@@ -19,7 +19,7 @@ def load() -> dict[str, Action]:
     tiles = random.integers(0, 256, (7, TILE, TILE, 3), np.uint8)
 
     def prefill(count: int) -> float:
-        engine.reset()
+        engine.cache.reset()
         return timed(lambda: engine.prefill(rows[:count]))
 
     def decode(context: int) -> float:
@@ -32,7 +32,7 @@ def load() -> dict[str, Action]:
     def first_token(count: int) -> float:
         def question() -> None:
             image = engine.encode(tiles[:count]).reshape(-1, rows.shape[1])
-            engine.reset()
+            engine.cache.reset()
             engine.prefill(np.concatenate([image, rows[:TEXT]]))
 
         return timed(question)

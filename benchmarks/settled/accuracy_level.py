@@ -77,7 +77,7 @@ def logits_of(bundle: Path, dialect: str = "onnxruntime", level: int = 4) -> lis
     engine = onnxruntime.OnnxRuntimeEngine(opened, dialect=dialect, capacity=TOKENS)
     table, logits = opened.embeddings(), []
     for ids in prompts(bundle):
-        engine.reset()
+        engine.cache.reset()
         logits.append(engine.score(np.asarray(table[ids], np.float32)))
     return logits
 

@@ -46,7 +46,7 @@ def measure(engines: dict[str, OnnxRuntimeEngine], length: int, embeds: np.ndarr
     answers: dict[str, list[float]] = {name: [] for name in engines}
     for _ in range(ROUNDS):
         for name, engine in engines.items():
-            engine.reset()
+            engine.cache.reset()
             started = time.perf_counter()
             engine.prefill(embeds[:length])
             prefilled = time.perf_counter()
@@ -78,7 +78,7 @@ def main(checkpoint: Path, work: Path) -> None:
             "threads": THREADS,
             "rounds": ROUNDS,
             "cache_bytes_per_token": {
-                name: sum(value.numpy().nbytes for value in engine._cache.values()) // engine.capacity
+                name: sum(value.numpy().nbytes for value in engine._cache.values()) // engine.cache.capacity
                 for name, engine in engines.items()
             },
             "tokens_per_s": {length: measure(engines, length, embeds) for length in LENGTHS},

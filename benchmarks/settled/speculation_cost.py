@@ -32,12 +32,12 @@ def main() -> None:
         width = model.config.decoder.hidden_size
         embeds = np.random.default_rng(0).standard_normal((max(CONTEXTS), width)).astype(np.float32) * 0.05
         for context in CONTEXTS:
-            engine.reset()
+            engine.cache.reset()
             engine.prefill(embeds[:context])
             times: dict[int, list[float]] = {count: [] for count in (0, *GUESSES)}
             for _ in range(REPEAT):
                 for count, found in times.items():
-                    engine.reset(context)
+                    engine.cache.reset(context)
                     started = time.perf_counter()
                     if count:
                         engine.score(embeds[: count + 1])

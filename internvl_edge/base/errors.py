@@ -38,6 +38,10 @@ class EngineError(EdgeError):
     """The device or its libraries cannot run the bundle."""
 
 
+class BusyError(EngineError):
+    """Too many questions wait for a model. A later one may be taken."""
+
+
 class QualityWarning(UserWarning):
     """A bundle is used that failed its quality gate."""
 

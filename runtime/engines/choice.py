@@ -15,7 +15,13 @@ _OPENVINO_BYTES = 5
 
 
 def cpu_engine(
-    opened: Bundle, name: str = "auto", *, dialect: str | None = None, capacity: int, threads: int | None = None
+    opened: Bundle,
+    name: str = "auto",
+    *,
+    dialect: str | None = None,
+    capacity: int,
+    rows: int = 1,
+    threads: int | None = None,
 ) -> Engine:
     """Return the engine called `name`. "auto" takes OpenVINO for tiles and prompts where that is faster.
 
@@ -36,8 +42,8 @@ def cpu_engine(
         name == "auto" and dialect is None and _gains_from_bfloat16(opened) and is_available() and _has_room(opened)
     )
     if takes_openvino:
-        return OpenVinoEngine(opened, capacity=capacity, threads=threads)
-    return OnnxRuntimeEngine(opened, dialect=dialect, capacity=capacity, threads=threads)
+        return OpenVinoEngine(opened, capacity=capacity, rows=rows, threads=threads)
+    return OnnxRuntimeEngine(opened, dialect=dialect, capacity=capacity, rows=rows, threads=threads)
 
 
 def _gains_from_bfloat16(opened: Bundle) -> bool:

@@ -2,11 +2,19 @@
 
 The KV cache has a fixed buffer for the keys and one for the values of each layer. Each buffer is bound as `past` and as
 `present`, so that a step writes only its own positions. Pages of the cache that no step has touched use no memory.
+
+A buffer holds the rows of the cache one after the other. A step takes rows that are neighbours in memory, so each row
+has a place, and rows that decode together move to the last places. Their logits must not depend on which rows these
+are. So every decode step of a cache with several rows computes an even number of them: ONNX Runtime multiplies a single
+row, and the odd one of several, with another kernel, whose sums are rounded differently. The place behind the last row
+is the partner of an odd row. It holds nothing. In the standard dialect, sums over the cache are rounded differently
+where another row is longer, so there each row decodes in a step of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,13 +27,20 @@ from internvl_edge.bundle import names
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.model.rope import RotaryAngles
 
+from . import Engine
+from .rows import CacheRows
+
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # Prompt tokens per step. The limit bounds memory, and saves most of the upper triangle of the attention scores.
 PREFILL_CHUNK = 256
 # Prompt tokens per step of the int8 graph, which is faster in large steps.
 _INT8_PREFILL_CHUNK = 512
-# Prompts with fewer tokens than this use the decoder graph: the int8 graph would not make them faster.
+# Prompts of fewer tokens than this use the decoder graph: the int8 graph would not make them faster. What counts is the
+# whole prompt, not the part that is not yet in the cache, so that the answer does not depend on earlier prompts.
 _SHORTEST_PROMPT = 16
+# Steps of a prompt begin at multiples of this. ONNX Runtime's kernels for several tokens take them in blocks of two or
+# more, and the same token in a whole block has the same result to the bit wherever the step began.
+_GRAIN = 16
 # ONNX Runtime fuses the quantized weights of the standard dialect when it loads the graph. These entries make it round
 # activations to int8 (accuracy level 4), and use blocks of 128 inputs where weights have one scale per output. The
 # graph of the onnxruntime dialect holds the same settings.
@@ -44,19 +59,22 @@ _GROUPED_HEAD = 8
 _SCORES_BYTES = 64 << 20
 
 
-class OnnxRuntimeEngine:
+class OnnxRuntimeEngine(Engine):
     """Runs a bundle's `vision.onnx` and one of its decoder graphs (see `Engine` for the protocol).
 
     Args:
         opened: the bundle.
         device: "cpu" or "cuda".
         dialect: decoder graph, "onnxruntime" or "standard"; the default is the fastest that the bundle has.
-        capacity: tokens in the KV cache.
+        capacity: tokens in each row of the KV cache.
+        rows: sequences that the KV cache holds side by side. CUDA takes one.
         threads: CPU threads; the default is all available cores.
 
     Raises:
         EngineError: ONNX Runtime is missing or broken, or has no provider for the device.
     """
+
+    grain = _GRAIN
 
     def __init__(
         self,
@@ -65,9 +83,12 @@ class OnnxRuntimeEngine:
         device: str = "cpu",
         dialect: str | None = None,
         capacity: int,
+        rows: int = 1,
         threads: int | None = None,
     ) -> None:
         self._ort = _import_onnxruntime(device)
+        if rows > 1 and device != "cpu":
+            raise EngineError(f"device {device!r} has one row, {rows} were asked for; leave out rows")
         dialect = dialect or _fastest_dialect(opened)
         _check_dialect(opened, dialect)
         if opened.manifest.activations == "bfloat16":
@@ -81,92 +102,107 @@ class OnnxRuntimeEngine:
         self._angles = RotaryAngles(model.decoder)
         self._dtype = np.dtype(opened.manifest.activations)
         self._cache_dtype = np.dtype(opened.manifest.kv_cache or self._dtype)
-        self._capacity = capacity
-        self._length = 0
+        self._run_options = self._ort.RunOptions()
         self._vision = self._load_vision(opened, threads)
         self._text = self._session(opened, names.DECODERS[dialect], threads)
         self._prompts = self._load_prompts(opened, threads) if dialect == "onnxruntime" else None
         vision = model.vision
         scores = 4 * vision.num_attention_heads * (vision.grid_size**2 + 1) ** 2
-        self._tiles_at_once = max(1, _SCORES_BYTES // scores)
-        self._cache_arrays = {name: self._allocate_cache() for name in self._cache_names()}
-        self._cache = {name: self._value(array) for name, array in self._cache_arrays.items()}
-        self._logits = self._value(np.zeros((1, 1, model.decoder.vocab_size), np.float32))
-        self._step = _Step(self, self._text, 1, self._logits)
+        self.tiles_at_once = max(1, _SCORES_BYTES // scores)
+        self.cache = CacheRows(capacity, rows)
+        self._buffers = _Buffers(self)
+        self._steps: dict[int, _Step] = {}
 
     @property
     def dialect(self) -> str:
         """The name of the decoder graph that runs."""
         return self._dialect
 
-    @property
-    def capacity(self) -> int:
-        """The most tokens that the KV cache can hold."""
-        return self._capacity
-
-    @property
-    def length(self) -> int:
-        """The number of tokens in the KV cache."""
-        return self._length
-
     def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Encode tiles [tiles, S, S, 3] to image tokens [tiles, tokens_per_tile, hidden]."""
-        parts = [
-            self._vision.run(None, {"pixels": pixels[start : start + self._tiles_at_once]})[0]
-            for start in range(0, len(pixels), self._tiles_at_once)
-        ]
+        parts = [self._encode(part) for part in _chunks(pixels, self.tiles_at_once)]
         return np.concatenate(parts).astype(np.float32, copy=False)
 
-    def prefill(self, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Append a prompt [seq, hidden] in chunks, and return the logits [vocab] after its last token.
-
-        Raises:
-            EngineError: the tokens do not fit the KV cache. `decode` and `score` raise this too.
-        """
-        total = self._room_for(len(embeds))
-        if self._prompts is not None and len(embeds) >= _SHORTEST_PROMPT:
+    def prefill_steps(self, embeds: NDArray[np.float32], row: int = 0) -> Generator[None, None, NDArray[np.float32]]:
+        """Append a prompt [seq, hidden] to a row, in chunks (see `Engine`)."""
+        total = self.cache.room_for(len(embeds), row)
+        if self._prompts is not None and total >= _SHORTEST_PROMPT:
             for chunk in _chunks(embeds[:-1], _INT8_PREFILL_CHUNK):
-                _Step(self, self._prompts, len(chunk)).run(chunk, total)
+                self._append(_Step(self, self._prompts, tokens=len(chunk), kept=0), chunk, total, row)
+                yield
             embeds = embeds[-1:]
         for chunk in _chunks(embeds, PREFILL_CHUNK):
-            _Step(self, self._text, len(chunk), self._logits).run(chunk, total)
-        return self._last_logits()
+            step = _Step(self, self._text, tokens=len(chunk))
+            self._append(step, chunk, total, row)
+            yield
+        logits: NDArray[np.float32] = step.logits[0, 0].copy()
+        return logits
 
-    def decode(self, embed: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Append one token [hidden], and return the logits [vocab] after it, valid until the next call."""
-        self._step.run(embed[None], self._room_for(1))
-        return self._last_logits()
+    def decode_rows(self, embeds: NDArray[np.float32], rows: Sequence[int]) -> list[NDArray[np.float32]]:
+        """Append one token [hidden] to each row (see `Engine`)."""
+        totals = [self.cache.room_for(1, row) for row in rows]
+        if self._dialect == "standard" and len(rows) > 1:
+            return [self.decode_rows(embeds[index : index + 1], [row])[0].copy() for index, row in enumerate(rows)]
+        first, count = self._buffers.gather(rows)
+        if count not in self._steps:
+            self._steps[count] = _Step(self, self._text, rows=count)
+        step = self._steps[count]
+        places = [self._buffers.places[row] - first for row in rows]
+        for embed, place, total in zip(embeds, places, totals, strict=True):
+            step.fill(embed[None], total - 1, total, place)
+        for idle in range(len(rows), count):
+            step.fill(embeds[:1], 0, 1, idle)
+        step.run(first)
+        for row in rows:
+            self.cache.append(1, row)
+        return [step.logits[place, 0] for place in places]
 
-    def score(self, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Append tokens [seq, hidden], and return the logits [seq, vocab] after each of them."""
-        total = self._room_for(len(embeds))
-        chunks = (embeds[start : start + _SCORE_CHUNK] for start in range(0, len(embeds), _SCORE_CHUNK))
-        return np.concatenate([self._score_chunk(chunk, total) for chunk in chunks])
+    def score(self, embeds: NDArray[np.float32], row: int = 0) -> NDArray[np.float32]:
+        """Append tokens [seq, hidden] to a row, and return the logits [seq, vocab] after each of them."""
+        total = self.cache.room_for(len(embeds), row)
+        return np.concatenate([self._score(chunk, total, row) for chunk in _chunks(embeds, _SCORE_CHUNK)])
 
-    def reset(self, length: int = 0) -> None:
-        """Drop all tokens from position `length` on. Their entries stay masked until later tokens overwrite them."""
-        self._length = min(length, self._length)
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Make the first `length` tokens of one row those of another row, too."""
+        self._buffers.copy(source, target, length)
+        self.cache.copied(source, target, length)
+
+    def interrupt(self) -> None:
+        """End the call that runs in another thread; it raises EngineError then. Later calls are not affected."""
+        self._run_options.terminate = True
 
     def close(self) -> None:
         """Release the sessions and the KV cache."""
-        del self._step, self._vision, self._text, self._prompts, self._cache, self._cache_arrays, self._logits
+        del self._vision, self._text, self._prompts, self._buffers
+        self._steps.clear()
 
-    def _room_for(self, count: int) -> int:
-        """Return the number of tokens in the KV cache after `count` more; raise EngineError where they do not fit."""
-        total = self._length + count
-        if total > self._capacity:
-            used = f"{self._length} of {self._capacity} are used"
-            raise EngineError(f"{count} tokens do not fit the cache, {used}; load with --context {total} or more")
-        return total
+    def _append(self, step: _Step, embeds: NDArray[np.float32], total: int, row: int) -> None:
+        """Append tokens of a sequence that has `total` in the end."""
+        step.fill(embeds, self.cache.length(row), total)
+        step.run(self._buffers.places[row])
+        self.cache.append(len(embeds), row)
 
-    def _score_chunk(self, embeds: NDArray[np.float32], total: int) -> NDArray[np.float32]:
-        logits = self._value(np.zeros((1, len(embeds), self._decoder.vocab_size), np.float32))
-        _Step(self, self._text, len(embeds), logits, kept=len(embeds)).run(embeds, total)
-        return np.array(logits.numpy()[0])  # copied, because the memory belongs to the OrtValue
-
-    def _last_logits(self) -> NDArray[np.float32]:
-        logits: NDArray[np.float32] = self._logits.numpy()[0, 0]
+    def _score(self, embeds: NDArray[np.float32], total: int, row: int) -> NDArray[np.float32]:
+        step = _Step(self, self._text, tokens=len(embeds), kept=len(embeds))
+        self._append(step, embeds, total, row)
+        logits: NDArray[np.float32] = step.logits[0].copy()
         return logits
+
+    def _encode(self, pixels: NDArray[np.uint8]) -> NDArray[Any]:
+        with self._interruptible() as options:
+            embeds: NDArray[Any] = self._vision.run(None, {"pixels": pixels}, options)[0]
+        return embeds
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[Any]:
+        """Options of one call, which `interrupt` can end. An interrupted call is an EngineError."""
+        options = self._run_options = self._ort.RunOptions()
+        try:
+            yield options
+        except Exception:
+            if options.terminate:
+                raise EngineError("the computation was interrupted") from None
+            raise
 
     def _load_vision(self, opened: Bundle, threads: int | None) -> Any:
         return self._session(opened, names.VISION, threads, _SLEEPING)
@@ -193,63 +229,120 @@ class OnnxRuntimeEngine:
         except Exception as error:  # onnxruntime raises its own kinds, all derived from Exception
             raise EngineError(f"ONNX Runtime cannot load {opened.path(name)}: {str(error).splitlines()[0]}") from None
 
-    def _cache_names(self) -> Iterable[str]:
-        return (f"{layer}.{kind}" for layer in range(self._decoder.num_hidden_layers) for kind in ("key", "value"))
-
-    def _allocate_cache(self) -> NDArray[Any]:
-        return np.zeros(
-            (1, self._decoder.num_key_value_heads, self._capacity, self._decoder.head_dim), self._cache_dtype
-        )
-
     def _value(self, array: NDArray[Any]) -> Any:
         return self._ort.OrtValue.ortvalue_from_numpy(array, self._device, 0)
 
 
-class _Step:
-    """Bindings of a session for `count` tokens at once. Each run fills the bound arrays again.
+class _Buffers:
+    """The memory of the KV cache: one array [places, kv_heads, capacity, head_dim] for each input of the graphs.
 
-    `logits` [1, kept, vocab] receives the logits of the last `kept` positions. The int8 graph has no logits.
+    `places` is the place of each row.
+    """
+
+    def __init__(self, engine: OnnxRuntimeEngine) -> None:
+        decoder, rows = engine._decoder, engine.cache.rows
+        self._cache = engine.cache
+        self.places = list(range(rows))
+        partner = rows > 1
+        shape = (rows + partner, decoder.num_key_value_heads, engine.cache.capacity, decoder.head_dim)
+        layers = range(decoder.num_hidden_layers)
+        self.arrays = {
+            f"{layer}.{kind}": np.zeros(shape, engine._cache_dtype) for layer in layers for kind in ("key", "value")
+        }
+        self._values = {name: engine._value(array) for name, array in self.arrays.items()}
+
+    def gather(self, rows: Sequence[int]) -> tuple[int, int]:
+        """Move rows to the last places, and return the first place and the number of places of a step over them."""
+        last = self._cache.rows
+        first = last - len(rows)
+        homeless = [row for row in rows if self.places[row] < first]
+        taken = set(rows)
+        guests = [row for row, place in enumerate(self.places) if place >= first and row not in taken]
+        for row, guest in zip(homeless, guests, strict=True):
+            self._swap(row, guest)
+        return first, _even(len(rows)) if last > 1 else 1
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first entries of one row into another."""
+        place, other = self.places[source], self.places[target]
+        for array in self.arrays.values():
+            array[other, :, :length] = array[place, :, :length]
+
+    def bind(self, binding: Any, first: int, count: int) -> None:
+        """Bind `count` places from `first` on as past and as present."""
+        for name, array in self.arrays.items():
+            value = self._values[name]
+            address = value.data_ptr() + first * array.strides[0]
+            where = (value.device_name(), 0, array.dtype, (count, *array.shape[1:]), address)
+            binding.bind_input(f"past_key_values.{name}", *where)
+            binding.bind_output(f"present.{name}", *where)
+
+    def _swap(self, row: int, other: int) -> None:
+        length, others = self._cache.length(row), self._cache.length(other)
+        here, there = self.places[row], self.places[other]
+        for array in self.arrays.values():
+            kept = array[there, :, :others].copy()
+            array[there, :, :length] = array[here, :, :length]
+            array[here, :, :others] = kept
+        self.places[row], self.places[other] = there, here
+
+
+class _Step:
+    """Bindings of a session for `tokens` tokens of each of `rows` rows. Each run fills the bound arrays again.
+
+    `logits` [rows, kept, vocab] are those of the last `kept` positions. The int8 graph has none.
     """
 
     def __init__(
-        self, engine: OnnxRuntimeEngine, session: Any, count: int, logits: Any = None, *, kept: int = 1
+        self, engine: OnnxRuntimeEngine, session: Any, *, rows: int = 1, tokens: int = 1, kept: int = 1
     ) -> None:
         decoder = engine._decoder
         self._engine = engine
         self._session = session
-        self._count = count
+        self._rows = rows
         self._arrays = {
-            "inputs_embeds": np.empty((1, count, decoder.hidden_size), engine._dtype),
-            "cos": np.empty((1, count, decoder.head_dim // 2), engine._dtype),
-            "sin": np.empty((1, count, decoder.head_dim // 2), engine._dtype),
-            "past_length": np.zeros(1, np.int64),
+            "inputs_embeds": np.zeros((rows, tokens, decoder.hidden_size), engine._dtype),
+            "cos": np.zeros((rows, tokens, decoder.head_dim // 2), engine._dtype),
+            "sin": np.zeros((rows, tokens, decoder.head_dim // 2), engine._dtype),
+            "past_length": np.zeros(rows, np.int64),
         }
-        if logits is not None:
-            self._arrays["logits_to_keep"] = np.array([kept], np.int64)
         self._binding = session.io_binding()
-        self._bind_fixed(logits)
+        self._first: int | None = None
+        if kept:
+            self._arrays["logits_to_keep"] = np.array([kept], np.int64)
+            self._logits = engine._value(np.zeros((rows, kept, decoder.vocab_size), np.float32))
+            self._binding.bind_ortvalue_output("logits", self._logits)
 
-    def run(self, embeds: NDArray[np.float32], total: int) -> None:
-        """Compute tokens [count, hidden] at the positions from `engine.length` on, in a sequence of `total` tokens."""
-        engine, arrays = self._engine, self._arrays
-        cos, sin = engine._angles.at(engine.length, self._count, total)
-        arrays["inputs_embeds"][0], arrays["cos"][0], arrays["sin"][0] = embeds, cos, sin
-        arrays["past_length"][0] = engine.length
-        for name, array in arrays.items():
+    @property
+    def logits(self) -> NDArray[np.float32]:
+        """The logits [rows, kept, vocab] of the last run. They are in the memory of this object."""
+        logits: NDArray[np.float32] = self._logits.numpy()
+        return logits
+
+    def fill(self, embeds: NDArray[np.float32], start: int, total: int, row: int = 0) -> None:
+        """Set a row's tokens [tokens, hidden], at the positions from `start` on in a sequence of `total` tokens."""
+        cos, sin = self._engine._angles.at(start, len(embeds), total)
+        for name, values in (("inputs_embeds", embeds), ("cos", cos), ("sin", sin)):
+            self._arrays[name][row] = values
+        self._arrays["past_length"][row] = start
+
+    def run(self, first: int) -> None:
+        """Compute the rows at the places from `first` on."""
+        if first != self._first:
+            self._engine._buffers.bind(self._binding, first, self._rows)
+            self._first = first
+        for name, array in self._arrays.items():
             self._binding.bind_cpu_input(name, array)
-        self._session.run_with_iobinding(self._binding)
-        engine._length += self._count
-
-    def _bind_fixed(self, logits: Any) -> None:
-        for name, value in self._engine._cache.items():
-            self._binding.bind_ortvalue_input(f"past_key_values.{name}", value)
-            self._binding.bind_ortvalue_output(f"present.{name}", value)
-        if logits is not None:
-            self._binding.bind_ortvalue_output("logits", logits)
+        with self._engine._interruptible() as options:
+            self._session.run_with_iobinding(self._binding, options)
 
 
-def _chunks(embeds: NDArray[np.float32], size: int) -> Iterator[NDArray[np.float32]]:
-    return (embeds[start : start + size] for start in range(0, len(embeds), size))
+def _chunks(array: NDArray[Any], size: int) -> Iterator[NDArray[Any]]:
+    return (array[start : start + size] for start in range(0, len(array), size))
+
+
+def _even(count: int) -> int:
+    return count + count % 2
 
 
 def _runs_grouped_attention(opened: Bundle) -> bool:

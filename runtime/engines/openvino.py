@@ -3,12 +3,14 @@
 Both libraries read the bundle's own graphs, and both hold the weights. OpenVINO multiplies in bfloat16 where the CPU
 can and the bundle does not compute in float32; with AMX it is several times as fast as ONNX Runtime. ONNX Runtime
 decodes faster, because it writes its KV cache in place. After a prompt, the keys and values that OpenVINO computed are
-copied into that cache. This takes a few milliseconds for thousands of tokens.
+copied into that cache. This takes a few milliseconds for thousands of tokens. `interrupt` does not end a call of
+OpenVINO, which runs until its chunk or tile is computed.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -47,46 +49,46 @@ class OpenVinoEngine(OnnxRuntimeEngine):
 
     Args:
         opened: the bundle.
-        capacity: tokens in the KV cache.
+        capacity: tokens in each row of the KV cache.
+        rows: sequences that the KV cache holds side by side.
         threads: CPU threads; the default is all available cores.
 
     Raises:
         EngineError: OpenVINO or ONNX Runtime is missing or too old, or cannot read the graphs.
     """
 
-    def __init__(self, opened: Bundle, *, capacity: int, threads: int | None = None) -> None:
+    def __init__(self, opened: Bundle, *, capacity: int, rows: int = 1, threads: int | None = None) -> None:
         self._core = _import_openvino().Core()
-        super().__init__(opened, capacity=capacity, threads=threads)
         self._requests: list[Any] = []
+        super().__init__(opened, capacity=capacity, rows=rows, threads=threads)
+        self.tiles_at_once = 1
         has_graph = names.DECODERS["onnxruntime"] in opened.manifest.files and self._cache_dtype == self._dtype
         if has_graph and self._prompts is None:
             compiled = self._compiled(opened, names.DECODERS["onnxruntime"], threads)
             # Two requests take turns, because each one reads the cache that the other one returned.
             self._requests = [compiled.create_infer_request() for _ in range(2)]
+            # OpenVINO's results are the same to the bit in steps of any of these sizes.
+            self.grain = PREFILL_SIZES[-1]
 
-    def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Encode tiles [tiles, S, S, 3] to image tokens [tiles, tokens_per_tile, hidden]."""
-        parts = [self._vision.infer({"pixels": tile[None]})["image_embeds"] for tile in pixels]
-        return np.concatenate(parts).astype(np.float32, copy=False)
-
-    def prefill(self, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Append a prompt [seq, hidden] in chunks, and return the logits [vocab] after its last token."""
+    def prefill_steps(self, embeds: NDArray[np.float32], row: int = 0) -> Generator[None, None, NDArray[np.float32]]:
+        """Append a prompt [seq, hidden] to a row, in chunks (see `Engine`)."""
         sizes = _steps(len(embeds)) if self._requests else []
         if not sizes:
-            return super().prefill(embeds)
-        start, total = self._length, self._room_for(len(embeds))
-        cache = {name: np.ascontiguousarray(array[:, :, :start]) for name, array in self._cache_arrays.items()}
+            return (yield from super().prefill_steps(embeds, row))
+        start, total = self.cache.length(row), self.cache.room_for(len(embeds), row)
+        cache = {name: np.ascontiguousarray(array[:, :, :start]) for name, array in self._entries(row)}
         first = 0
         for turn, size in enumerate(sizes):
             inputs = self._inputs(embeds[first : first + size], start + first, total) | _past(cache)
             results = self._requests[turn % 2].infer(inputs, share_inputs=True, share_outputs=True)
             cache = {name: results[f"present.{name}"] for name in cache}
             first += size
-        for name, array in self._cache_arrays.items():
+            yield
+        for name, array in self._entries(row):
             array[:, :, start : start + first] = cache[name][:, :, start : start + first]
-        self._length = start + first
+        self.cache.append(first, row)
         if first < len(embeds):
-            return super().prefill(embeds[first:])
+            return (yield from super().prefill_steps(embeds[first:], row))
         logits: NDArray[np.float32] = np.array(results["logits"][0, 0])
         return logits
 
@@ -95,6 +97,15 @@ class OpenVinoEngine(OnnxRuntimeEngine):
         super().close()
         self._requests.clear()
         del self._core
+
+    def _encode(self, pixels: NDArray[np.uint8]) -> NDArray[Any]:
+        embeds: NDArray[Any] = self._vision.infer({"pixels": pixels})["image_embeds"]
+        return embeds
+
+    def _entries(self, row: int) -> Iterator[tuple[str, NDArray[Any]]]:
+        """The entries of a row [1, kv_heads, capacity, head_dim] by the name of their input."""
+        place = self._buffers.places[row]
+        return ((name, array[place : place + 1]) for name, array in self._buffers.arrays.items())
 
     def _inputs(self, embeds: NDArray[np.float32], past: int, total: int) -> dict[str, NDArray[Any]]:
         cos, sin = self._angles.at(past, len(embeds), total)

@@ -224,5 +224,5 @@ def prefill(
     if tiles:
         image_token = Tokenizer(golden.bundle("float32") / TOKENIZER).token_id("<IMG_CONTEXT>")
         embeds[ids == image_token] = engine.encode(np.concatenate(tiles)).reshape(-1, table.shape[1])
-    engine.reset()
+    engine.cache.reset()
     return engine.prefill(embeds)

@@ -98,11 +98,11 @@ def test_the_cache_is_written_in_place_and_can_be_wound_back(tmp_path: Path, dia
     engine = engine_for(export_bundle(checkpoint, tmp_path / "bundle"), dialect, capacity=64)
     embeds = np.random.default_rng(0).standard_normal((40, engine._decoder.hidden_size)).astype(np.float32)
     once = engine.prefill(embeds).copy()
-    assert engine.length == 40
-    engine.reset(25)
-    assert engine.length == 25
+    assert engine.cache.length() == 40
+    engine.cache.reset(25)
+    assert engine.cache.length() == 25
     np.testing.assert_allclose(engine.prefill(embeds[25:]), once, atol=1e-5)
-    stepwise = [engine.decode(row).copy() for row in (engine.reset(38), embeds[38:])[1]]
+    stepwise = [engine.decode(row).copy() for row in (engine.cache.reset(38), embeds[38:])[1]]
     np.testing.assert_allclose(stepwise[-1], once, atol=1e-5)
 
 
@@ -127,9 +127,9 @@ def test_scores_of_several_tokens_are_those_of_one_after_the_other(tmp_path: Pat
     embeds = np.random.default_rng(0).standard_normal((50, engine._decoder.hidden_size)).astype(np.float32)
     engine.prefill(embeds[:20])
     one_by_one = np.stack([engine.decode(row).copy() for row in embeds[20:]])
-    engine.reset(20)
+    engine.cache.reset(20)
     np.testing.assert_allclose(engine.score(embeds[20:]), one_by_one, atol=2e-5)
-    assert engine.length == 50
+    assert engine.cache.length() == 50
 
 
 @pytest.mark.parametrize("dialect", DECODERS)

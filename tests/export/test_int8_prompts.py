@@ -47,7 +47,7 @@ def test_the_next_token_is_that_of_4_bit_products_within_rounding(bundles: tuple
     prompt = _embeds(engine, count)
     a, b = expected.prefill(prompt).copy(), engine.prefill(prompt).copy()
     assert 0 < np.abs(b - a).max() < 0.3 * a.std()  # 0 would be the 4-bit products themselves
-    assert engine.length == expected.length == count
+    assert engine.cache.length() == expected.cache.length() == count
     a, b = expected.decode(prompt[0]).copy(), engine.decode(prompt[0]).copy()
     assert np.abs(b - a).max() < 0.3 * a.std()
 
@@ -56,7 +56,7 @@ def test_a_prompt_that_continues_the_cache_is_as_one_prompt(bundles: tuple[Path,
     engine = _engine(bundles[1])
     prompt = _embeds(engine, 300)
     whole = engine.prefill(prompt).copy()
-    engine.reset()
+    engine.cache.reset()
     engine.prefill(prompt[:100])
     parts = engine.prefill(prompt[100:])
     # Position 99 went through the decoder's 4-bit products in one and through int8 ones in the other.
@@ -72,7 +72,7 @@ def test_short_prompts_and_cpus_without_exact_products_take_the_decoder(
     monkeypatch.setattr(engine_module, "multiplies_int8_exactly", lambda: False)
     old = _engine(bundles[1])
     long = _embeds(engine, 300)
-    plain.reset()
+    plain.cache.reset()
     np.testing.assert_array_equal(old.prefill(long), plain.prefill(long))
 
 

@@ -25,7 +25,7 @@ def greedy(
     engine: OnnxRuntimeEngine, embeds: np.ndarray, table: np.ndarray, count: int
 ) -> tuple[list[int], np.ndarray]:
     """Return tokens and the logits [count, vocab] that they were chosen from."""
-    engine.reset()
+    engine.cache.reset()
     logits = [engine.prefill(embeds).copy()]
     tokens = [int(logits[0].argmax())]
     while len(tokens) < count:

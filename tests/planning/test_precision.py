@@ -164,7 +164,7 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_bench_counts_the_cache_that_the_engine_holds(caches: dict[str, Path], kind: str) -> None:
     engine = OnnxRuntimeEngine(Bundle.open(caches[kind]), capacity=64)
     footprint = _footprint(Manifest.read(caches[kind]), engine.dialect)
-    assert footprint.cache_bytes(64) == sum(array.nbytes for array in engine._cache_arrays.values())
+    assert footprint.cache_bytes(64) == sum(array.nbytes for array in engine._buffers.arrays.values())
 
 
 @pytest.mark.parametrize("dialect", DECODERS)

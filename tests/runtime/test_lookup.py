@@ -1,4 +1,4 @@
-"""Prompt lookup by itself, and the decoding loop with it against one without, on an engine whose answers are known."""
+"""Prompt lookup by itself, and answers with it against answers without, on an engine whose answers are known."""
 
 from __future__ import annotations
 
@@ -6,68 +6,36 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internvl_edge.runtime.generate import generate
+from helpers.remembering_engine import VOCABULARY, RememberingEngine, greedy
+from internvl_edge.runtime.decoding import Decoding
+from internvl_edge.runtime.engines import finish
 from internvl_edge.runtime.lookup import PromptLookup
 from internvl_edge.runtime.sampling import Sampler, Sampling
 
-VOCABULARY = 12
-
-
-class RememberingEngine:
-    """Logits are a fixed function of the last three tokens in the cache; embeddings are the token itself."""
-
-    capacity = 10_000
-
-    def __init__(self, prompt: list[int]) -> None:
-        self.cache = list(prompt)
-        self.steps = 0
-
-    @property
-    def length(self) -> int:
-        return len(self.cache)
-
-    def logits(self) -> np.ndarray:
-        state = sum(token * 5**place for place, token in enumerate(self.cache[-2:]))
-        return np.random.default_rng(state).standard_normal(VOCABULARY).astype(np.float32)
-
-    def decode(self, embed: np.ndarray) -> np.ndarray:
-        return self.score(embed[None])[0]
-
-    def score(self, embeds: np.ndarray) -> np.ndarray:
-        self.steps += 1
-        rows = []
-        for row in embeds:
-            self.cache.append(int(row[0]))
-            rows.append(self.logits())
-        return np.stack(rows)
-
-    def reset(self, length: int = 0) -> None:
-        del self.cache[length:]
-
 
 def answer(prompt: list[int], count: int, stop: tuple[int, ...], guessing: bool) -> tuple[list[int], RememberingEngine]:
-    engine = RememberingEngine(prompt)
+    engine = RememberingEngine()
     lookup = PromptLookup(prompt) if guessing else None
-    tokens = generate(
-        engine,  # type: ignore[arg-type]
-        engine.logits(),
-        lambda token: np.array([token], np.float32),
-        Sampler(Sampling()),
-        stop,
-        count,
-        lookup,
-    )
-    return list(tokens), engine
+    decoding = Decoding(Sampler(Sampling()), stop, count, lambda _: False, lookup)
+    decoding.begin(finish(engine.prefill_steps(np.array(prompt, np.float32)[:, None])))
+    engine.steps = 0
+    while not decoding.finished:
+        start = engine.cache.length()
+        tokens = decoding.next_tokens()
+        right = decoding.advance(list(engine.score(np.array(tokens, np.float32)[:, None])))
+        engine.cache.reset(start + 1 + right)
+    return decoding.tokens, engine
 
 
 @given(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=40), st.integers(1, 60), st.integers(0, 30))
 def test_an_answer_and_the_cache_after_it_are_the_same_with_guesses(prompt: list[int], count: int, stop: int) -> None:
     plain, without = answer(prompt, count, (stop,), guessing=False)
     guessed, engine = answer(prompt, count, (stop,), guessing=True)
-    assert guessed == plain
-    assert engine.cache == (prompt + plain)[: engine.length]
+    assert guessed == plain == greedy(prompt, count, (stop,))
+    length = engine.cache.length()
+    assert engine.tokens[0][:length] == (prompt + plain)[:length]
     assert engine.steps <= without.steps
-    assert engine.length >= without.length
+    assert length >= without.cache.length()
 
 
 def test_repetition_saves_steps() -> None:

@@ -14,12 +14,14 @@ from PIL import Image
 
 from helpers import tiny
 from helpers.reference import Reference, tile_image
+from helpers.remembering_engine import RememberingEngine
 from internvl_edge import Conversation, InternVL, export_bundle
 from internvl_edge.base.errors import EngineError, PromptError
 from internvl_edge.bundle.bundle import Bundle, sha256
 from internvl_edge.bundle.manifest import FileEntry
+from internvl_edge.runtime.engines import finish
 from internvl_edge.runtime.image_cache import ImageCache
-from internvl_edge.runtime.session import image_keys
+from internvl_edge.runtime.prefixes import image_keys
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,7 @@ def test_a_second_question_about_the_same_image_computes_neither_vision_nor_the_
 ) -> None:
     first = model.chat("What is this?", [picture], max_new_tokens=6)
     encoded: list[Any] = []
-    model._images._encode = lambda tiles: encoded.append(tiles)  # type: ignore[assignment,func-returns-value,return-value]
+    model._engine.encode = lambda tiles: encoded.append(tiles)  # type: ignore[method-assign,func-returns-value,assignment]
     second = model.chat("And what colour?", [picture], max_new_tokens=6)
     assert encoded == []
     assert first.timings["prefill_tokens"] == len(first.prompt_ids)
@@ -151,7 +153,7 @@ def test_the_stop_token_ends_an_answer(tmp_path: Path) -> None:
 
 def test_context_overflow_is_found_before_any_work(bundle: Path, picture: Image.Image) -> None:
     with InternVL.load(bundle, context=100, threads=1) as model:
-        model._images._encode = None  # type: ignore[assignment]  # would fail if vision were computed
+        model._engine.encode = None  # type: ignore[method-assign,assignment]  # would fail if vision were computed
         with pytest.raises(PromptError, match="context of 100"):
             model.chat("x", [picture], max_new_tokens=64)
     with pytest.raises(EngineError, match="context of 1 "):
@@ -165,7 +167,7 @@ def test_more_tokens_than_the_cache_holds_are_refused_and_change_nothing(bundle:
         for append in (model.engine.prefill, model.engine.score):
             with pytest.raises(EngineError, match=r"11 tokens do not fit the cache, 30 of 40 are used; .*--context 41"):
                 append(embeds[:11])
-        assert model.engine.length == 30
+        assert model.engine.cache.length() == 30
         model.engine.prefill(embeds[:10])
         with pytest.raises(EngineError, match="1 tokens do not fit"):
             model.engine.decode(embeds[0])
@@ -186,7 +188,7 @@ def test_guessing_changes_no_token(bundle: Path, sampling: dict[str, Any]) -> No
     with InternVL.load(bundle, threads=1) as model:
         plain = model.chat(question, max_new_tokens=60, **sampling)
         score, scored = model.engine.score, []
-        model.engine.score = lambda embeds: (scored.append(len(embeds)), score(embeds))[1]  # type: ignore[method-assign,func-returns-value]
+        model._engine.score = lambda embeds, row: (scored.append(len(embeds)), score(embeds, row))[1]  # type: ignore[method-assign,func-returns-value]
         guessed = model.chat(question, max_new_tokens=60, speculate=True, **sampling)
         assert guessed.output_ids == plain.output_ids
         assert model.chat("And now?", max_new_tokens=5).output_ids == fresh_answer(bundle)
@@ -202,14 +204,15 @@ def fresh_answer(bundle: Path) -> list[int]:
 def test_image_cache_is_bounded_and_forgets_the_oldest() -> None:
     calls: list[int] = []
 
-    def encode(tiles: np.ndarray) -> np.ndarray:
-        calls.append(int(tiles[0, 0, 0, 0]))
-        return np.zeros((1, 4, 8), np.float32)
+    class Encoder(RememberingEngine):
+        def encode(self, pixels: np.ndarray) -> np.ndarray:
+            calls.append(int(pixels[0, 0, 0, 0]))
+            return np.zeros((1, 4, 8), np.float32)
 
-    cache = ImageCache(encode, max_bytes=2 * 4 * 8 * 4)
+    cache = ImageCache(Encoder(), max_bytes=2 * 4 * 8 * 4)
     images = [np.full((1, 2, 2, 3), value, np.uint8) for value in range(3)]
     for index in (0, 1, 0, 2, 0, 1):
-        cache.encode(images[index])
+        finish(cache.encode_steps(images[index]))
     assert calls == [0, 1, 2, 1]
 
 

@@ -70,11 +70,11 @@ def test_prompts_answers_and_longer_prompts_follow_each_other_as_in_one_engine(
         found = [np.array(engine.prefill(parts[0])), np.array(engine.decode(parts[1][0]))]
         found += [np.array(engine.prefill(part)) for part in parts[2:]]
         found += [engine.score(parts[3])]
-        engine.reset(300)
+        engine.cache.reset(300)
         return [*found, np.array(engine.prefill(parts[2])), np.array(engine.decode(parts[1][0]))]
 
     expected, found = (walk(engine) for engine in engines)
-    assert engines[0].length == engines[1].length == 300 + 200 + 1
+    assert engines[0].cache.length() == engines[1].cache.length() == 300 + 200 + 1
     for a, b in zip(expected, found, strict=True):
         np.testing.assert_allclose(b, a, atol=2e-3)
 
@@ -164,9 +164,9 @@ def test_prompts_of_every_length_are_computed_in_few_sizes(bundle: Path, monkeyp
     inputs = engine._inputs
     monkeypatch.setattr(engine, "_inputs", lambda chunk, *rest: seen.add(len(chunk)) or inputs(chunk, *rest))
     for length in range(1, 700, 23):
-        engine.reset(0)
+        engine.cache.reset(0)
         engine.prefill(_embeds(bundle, length))
-        assert engine.length == length
+        assert engine.cache.length() == length
     assert seen == set(openvino.PREFILL_SIZES)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Generator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -22,6 +23,8 @@ from internvl_edge.bundle import names
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.model.rope import RotaryAngles
 
+from .. import Engine
+from ..rows import CacheRows
 from .buffers import HALVES, Block
 from .cuda import Cuda
 from .flavour import Flavour, load_flavour
@@ -34,8 +37,8 @@ WINDOW = 512
 _log = logging.getLogger(__name__)
 
 
-class TensorRTEngine:
-    """Runs the engines that `build` put into a bundle.
+class TensorRTEngine(Engine):
+    """Runs the engines that `build` put into a bundle. Its KV cache has one row.
 
     Args:
         opened: the bundle.
@@ -74,7 +77,6 @@ class TensorRTEngine:
         self._decoder = model.decoder
         self._half = HALVES[record.options.dtype]
         self._angles = RotaryAngles(model.decoder)
-        self._length = 0
         text = self._program(record, "decoder")
         self._stream = self._cuda.stream()
         self._results = Block(
@@ -87,7 +89,10 @@ class TensorRTEngine:
         )
         itemsize = np.dtype(opened.manifest.kv_cache or self._half.stored).itemsize
         chunk = record.options.chunk if NEW_ENTRIES in text.outputs() else 0
-        self._cache = DeviceCache(self._cuda, model.decoder, record.options.capacity, itemsize, chunk)
+        self.cache = CacheRows(record.options.capacity)
+        self.grain = record.options.chunk
+        self.tiles_at_once = record.options.tiles
+        self._device_cache = DeviceCache(self._cuda, model.decoder, record.options.capacity, itemsize, chunk)
         shared = self._shared_addresses(record.options.capacity)
         self._decode = self._step(text, 0, 1, shared)
         self._prefill = self._step(text, text.profiles() - 1, record.options.chunk, shared)
@@ -99,46 +104,33 @@ class TensorRTEngine:
         """The name of the decoder graph that engines are built from."""
         return "standard"
 
-    @property
-    def capacity(self) -> int:
-        """The most tokens that the KV cache can hold."""
-        return self._options.capacity
-
-    @property
-    def length(self) -> int:
-        """The number of tokens in the KV cache."""
-        return self._length
-
     def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Encode tiles [tiles, S, S, 3] to image tokens [tiles, tokens_per_tile, hidden]."""
         return self._vision.encode(pixels)
 
-    def prefill(self, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Append a prompt [seq, hidden] in chunks, and return the logits [vocab] after its last token.
-
-        The logits are valid until the next call.
-        """
-        total = self._room_for(len(embeds))
+    def prefill_steps(self, embeds: NDArray[np.float32], row: int = 0) -> Generator[None, None, NDArray[np.float32]]:
+        """Append a prompt [seq, hidden] in chunks (see `Engine`)."""
+        total = self.cache.room_for(len(embeds), row)
         for start in range(0, len(embeds), self._options.chunk):
             chunk = embeds[start : start + self._options.chunk]
             self._run(self._prefill, chunk, total, [len(chunk) - 1])
+            yield
         logits: NDArray[np.float32] = self._logits(1)[0]
         return logits
 
-    def decode(self, embed: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Append one token [hidden], and return the logits [vocab] after it, valid until the next call."""
-        self._decode_one(embed)
-        logits: NDArray[np.float32] = self._logits(1)[0]
-        return logits
+    def decode_rows(self, embeds: NDArray[np.float32], rows: Sequence[int]) -> list[NDArray[np.float32]]:
+        """Append one token (see `Engine`)."""
+        self._decode_one(embeds[0])
+        return [self._logits(1)[0]]
 
-    def decode_token(self, embed: NDArray[np.float32]) -> int:
+    def decode_token(self, embed: NDArray[np.float32], row: int = 0) -> int:
         """Append one token [hidden], and return the most probable next token, which the device chooses."""
         self._decode_one(embed)
         return int(self._results.arrays["token"][0])
 
-    def score(self, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
+    def score(self, embeds: NDArray[np.float32], row: int = 0) -> NDArray[np.float32]:
         """Append tokens [seq, hidden], and return the logits [seq, vocab] after each of them."""
-        total = self._room_for(len(embeds))
+        total = self.cache.room_for(len(embeds))
         rows = []
         for start in range(0, len(embeds), self._options.kept):
             part = embeds[start : start + self._options.kept]
@@ -146,9 +138,11 @@ class TensorRTEngine:
             rows.append(self._logits(len(part)).copy())
         return np.concatenate(rows)
 
-    def reset(self, length: int = 0) -> None:
-        """Drop all tokens from position `length` on. Their entries stay masked until later tokens overwrite them."""
-        self._length = min(length, self._length)
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Do nothing, because there is one row."""
+
+    def interrupt(self) -> None:
+        """Do nothing, because a step on the device is short."""
 
     def close(self) -> None:
         """Save the compiled kernels for the next start, then release everything. Further calls do nothing."""
@@ -179,30 +173,23 @@ class TensorRTEngine:
             self.close()
 
     def _decode_one(self, embed: NDArray[np.float32]) -> None:
-        total = self._room_for(1)
-        self._decode.fill(embed[None], self._length, total, [0])
+        total = self.cache.room_for(1)
+        self._decode.fill(embed[None], self.cache.length(), total, [0])
         self._graph.run(self._decode.shapes(1, 1, self._window(total)))
-        self._cache.store(self._length, 1, self._stream)
+        self._device_cache.store(self.cache.length(), 1, self._stream)
         self._cuda.synchronise(self._stream)
-        self._length = total
+        self.cache.append(1)
 
     def _run(self, step: _Step, embeds: NDArray[np.float32], total: int, kept: list[int]) -> None:
-        step.fill(embeds, self._length, total, kept)
-        step.context.reshape(step.shapes(len(embeds), len(kept), self._window(self._length + len(embeds))))
+        step.fill(embeds, self.cache.length(), total, kept)
+        step.context.reshape(step.shapes(len(embeds), len(kept), self._window(self.cache.length() + len(embeds))))
         step.enqueue(self._stream)
-        self._cache.store(self._length, len(embeds), self._stream)
+        self._device_cache.store(self.cache.length(), len(embeds), self._stream)
         self._cuda.synchronise(self._stream)  # the next step fills the host block again
-        self._length += len(embeds)
+        self.cache.append(len(embeds))
 
     def _window(self, used: int) -> int:
-        return min(-(-used // WINDOW) * WINDOW, self.capacity)
-
-    def _room_for(self, count: int) -> int:
-        total = self._length + count
-        if count < 1 or total > self.capacity:
-            used = f"{self._length} of {self.capacity} are used"
-            raise EngineError(f"{count} tokens do not fit the cache, {used}; build with more --context")
-        return total
+        return min(-(-used // WINDOW) * WINDOW, self.cache.capacity)
 
     def _logits(self, count: int) -> NDArray[np.float32]:
         logits = self._results.arrays["logits"]
@@ -239,7 +226,7 @@ class TensorRTEngine:
         slots.upload(self._stream)
         self._cuda.synchronise(self._stream)
         results = {name: self._results.address(name) for name in ("token", "logits")}
-        return {"slots": slots.address("slots")} | results | self._cache.addresses()
+        return {"slots": slots.address("slots")} | results | self._device_cache.addresses()
 
     def _keep_kernels(self) -> None:
         """Save the compiled kernels. A write error is ignored, because it only makes the next start slower."""

@@ -85,12 +85,12 @@ def test_every_call_puts_the_right_numbers_in_the_right_places(
     expected = OnnxRuntimeEngine(exported, capacity=CAPACITY)
     embeds = rows(exported, CAPACITY)
     with open_engine(exported, FakeCuda(), flavour, profiles)[0] as engine:
-        assert engine.capacity == CAPACITY
+        assert engine.cache.capacity == CAPACITY
 
         def same(mine: np.ndarray[Any, Any], theirs: np.ndarray[Any, Any]) -> None:
             assert mine.shape == theirs.shape
             assert np.abs(mine - theirs).max() < tolerance * theirs.std()
-            assert engine.length == expected.length
+            assert engine.cache.length() == expected.cache.length()
 
         same(engine.prefill(embeds[:37]), expected.prefill(embeds[:37]))
         for n in range(37, 45):
@@ -99,11 +99,11 @@ def test_every_call_puts_the_right_numbers_in_the_right_places(
         for n in range(52, 56):
             assert engine.decode_token(embeds[n]) == expected.decode(embeds[n]).argmax()
         for target in (engine, expected):
-            target.reset(20)
+            target.cache.reset(20)
         same(engine.prefill(embeds[60:70]), expected.prefill(embeds[60:70]))
         for n in range(66):
             same(engine.decode(embeds[n]), expected.decode(embeds[n]))
-        assert engine.length == CAPACITY
+        assert engine.cache.length() == CAPACITY
         with pytest.raises(EngineError, match="1 tokens do not fit the cache, 96 of 96 are used"):
             engine.decode(embeds[0])
         with pytest.raises(EngineError, match="2 tokens do not fit"):
@@ -133,7 +133,7 @@ def test_an_image_is_encoded_while_another_answer_is_decoded(exported: Bundle) -
     cuda = FakeCuda()
     with open_engine(exported, cuda)[0] as engine:
         expected = engine.encode(pixels), [engine.decode(row).copy() for row in embeds]
-        engine.reset()
+        engine.cache.reset()
         with ThreadPoolExecutor(2) as pool:
             seeing = pool.submit(lambda: [engine.encode(pixels) for _ in range(5)])
             answering = pool.submit(lambda: [engine.decode(row).copy() for row in embeds])
@@ -196,7 +196,7 @@ def test_a_refused_capture_costs_speed_alone(exported: Bundle, caplog: pytest.Lo
     assert "without a CUDA graph" in caplog.text
     assert cuda.captures == {}
     api.refused = None
-    engine.reset(0)
+    engine.cache.reset(0)
     expected = OnnxRuntimeEngine(exported, capacity=CAPACITY)
     for row in embeds:
         logits = expected.decode(row)

@@ -1,0 +1,279 @@
+"""The scheduler owns an engine: answers come from any thread, wait, get a row of the KV cache, and leave it.
+
+One thread at a time computes: it starts with the first answer and ends with the last one. Each turn of it is one decode
+step of all answers that are under way, or one step of a prompt: some tiles, or one chunk of tokens. Prompts are
+computed one after the other in the order of their arrival, and decode steps go on between their steps, so nobody
+starves.
+"""
+
+from __future__ import annotations
+
+import atexit
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from internvl_edge.base.errors import BusyError, EngineError
+from internvl_edge.model.config import DecoderConfig
+
+from .decoding import Decoding
+from .engines import ChoosingEngine, Engine
+from .prefixes import Prefixes, Prompt
+
+MOST_WAITING = 256
+# Decode steps between two steps of prompts. A step of a prompt takes as long as about 30 decode steps on a CPU: one
+# step between two of them would make answers under way look frozen, and four delay the prompt by about a seventh.
+_DECODES_PER_PROMPT_STEP = 4
+
+
+class Task:
+    """One answer to be computed.
+
+    Args:
+        prompt: the prompt, which other tasks may share.
+        decoding: takes the tokens.
+
+    Attributes:
+        seconds: "waiting_s" until there was a row; "vision_s" and "prefill_s" in the steps of its prompt, without those
+            of others between them; "decode_s" from the first token to the last.
+        computed: tokens of the prompt that were computed for this task.
+    """
+
+    def __init__(self, prompt: Prompt, decoding: Decoding) -> None:
+        self.prompt = prompt
+        self.decoding = decoding
+        self.seconds = dict.fromkeys(("waiting_s", "vision_s", "prefill_s", "decode_s"), 0.0)
+        self.computed = 0
+        self.row: int | None = None
+        self.steps: Generator[None, None, None] | None = None
+        self.cancelled = False
+        self._began = 0.0
+        self._pieces: SimpleQueue[str | BaseException | None] = SimpleQueue()
+
+    def emit(self, piece: str) -> None:
+        """Give a piece of text to the thread that reads `pieces`."""
+        self._pieces.put(piece)
+
+    def pieces(self) -> Iterator[str]:
+        """Yield what is emitted, and wait for it, until the answer is complete. Raises what ended it before."""
+        while (piece := self._pieces.get()) is not None:
+            if isinstance(piece, BaseException):
+                raise piece
+            yield piece
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Say that nothing more will be emitted, because the answer is complete or because of an error."""
+        if self._began:
+            self.seconds["decode_s"] = time.perf_counter() - self._began
+        self._pieces.put(error)
+
+    def begin(self, logits: NDArray[np.float32]) -> None:
+        """Take the first token from the logits [vocab] after the prompt."""
+        self._began = time.perf_counter()
+        self.decoding.begin(logits)
+
+
+class Scheduler:
+    """Computes tasks on one engine, as many at a time as its cache has rows.
+
+    Args:
+        engine: nothing else may use it meanwhile.
+        decoder: the model's decoder.
+        embed: returns the row [hidden] of a token in the token table.
+        most_waiting: tasks that may wait for a row.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        decoder: DecoderConfig,
+        embed: Callable[[int], NDArray[np.float32]],
+        most_waiting: int = MOST_WAITING,
+    ) -> None:
+        self._engine = engine
+        self._prefixes = Prefixes(engine, decoder)
+        self._embed = embed
+        self._most_waiting = most_waiting
+        # Reentrant, because the garbage collector may cancel a forgotten answer while this thread holds it.
+        self._lock = threading.RLock()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self._waiting: deque[tuple[Task, float]] = deque()
+        self._prompts: deque[Task] = deque()  # they have a row; the first one's prompt is being computed
+        self._answers: list[Task] = []  # they are decoded
+        self._interruptible: Task | None = None  # only this one is computed by the engine's present call
+        self._decodes = 0  # since the last step of a prompt
+
+    def submit(self, task: Task) -> None:
+        """Compute a task as soon as there is a row for it.
+
+        Raises:
+            EngineError: the scheduler is closed.
+            BusyError: too many tasks wait.
+        """
+        with self._lock:
+            if self._closed:
+                raise EngineError("this model is closed; load the bundle again")
+            if len(self._waiting) >= self._most_waiting:
+                raise BusyError(f"{len(self._waiting)} questions are waiting for this model; ask again later")
+            self._waiting.append((task, time.perf_counter()))
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="internvl-edge", daemon=True)
+                atexit.register(self.close)
+                self._thread.start()
+
+    def cancel(self, task: Task) -> None:
+        """Drop a task within one step. A task that has ended stays as it is."""
+        with self._lock:
+            task.cancelled = True
+            if self._interruptible is task:
+                self._engine.interrupt()
+
+    def forget(self) -> None:
+        """Wait until all tasks have ended, and forget what the rows hold."""
+        self._wait()
+        self._prefixes.forget()
+
+    def close(self) -> None:
+        """End all tasks with an EngineError, within one step, and refuse later ones."""
+        with self._lock:
+            self._closed = True
+            if self._interruptible is not None:
+                self._engine.interrupt()
+        self._wait()
+
+    def _wait(self) -> None:
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    def _work(self) -> None:
+        while self._admit():
+            wants_step = self._prompts and (not self._answers or self._decodes >= _DECODES_PER_PROMPT_STEP)
+            if wants_step:
+                self._decodes = 0
+                self._prompt_step(self._prompts[0])
+            else:
+                self._decodes += 1
+                self._decode_step()
+
+    def _admit(self) -> bool:
+        """Drop cancelled tasks, give free rows to waiting ones, and return whether there is anything to do."""
+        with self._lock:
+            for task in [*self._prompts, *self._answers]:
+                if task.cancelled or self._closed:
+                    self._leave(task, _closed() if self._closed else None)
+            kept: deque[tuple[Task, float]] = deque()
+            for task, since in self._waiting:
+                if task.cancelled or self._closed:
+                    task.end(_closed() if self._closed else None)
+                elif not kept and (row := self._prefixes.take(task.prompt)) is not None:
+                    task.seconds["waiting_s"] = time.perf_counter() - since
+                    task.row, task.steps = row, self._compute(task, row)
+                    self._prompts.append(task)
+                else:
+                    kept.append((task, since))
+            self._waiting = kept
+            if self._prompts or self._answers:
+                return True
+            atexit.unregister(self.close)
+            self._thread = None
+            return False
+
+    def _compute(self, task: Task, row: int) -> Generator[None, None, None]:
+        """Compute a task's prompt, step by step, and take its first token."""
+        prompt = task.prompt
+        start = self._prefixes.begin(prompt, row)
+        if start < len(prompt.keys):
+            embeds = yield from prompt.embed()
+            task.computed = len(prompt.keys) - start
+            prompt.logits = (yield from self._engine.prefill_steps(embeds[start:], row)).copy()
+        self._prefixes.hold(prompt, row)
+        assert prompt.logits is not None
+        task.begin(prompt.logits)
+
+    def _prompt_step(self, task: Task) -> None:
+        with self._lock:
+            self._interruptible = task
+        assert task.steps is not None
+        began = time.perf_counter()
+        try:
+            next(task.steps)
+        except StopIteration:
+            self._prompts.popleft()
+            self._answers.append(task)
+            self._settle(task)
+        except BaseException as error:
+            self._leave(task, error)
+        finally:
+            with self._lock:
+                self._interruptible = None
+            task.seconds["prefill_s" if task.computed else "vision_s"] += time.perf_counter() - began
+
+    def _decode_step(self) -> None:
+        """Give each answer under way its next token: all together, but those with guesses one by one.
+
+        What a step computes for an answer depends on this answer alone, and so does its rounding.
+        """
+        single: list[Task] = []
+        for task in list(self._answers):
+            tokens = task.decoding.next_tokens()
+            if len(tokens) == 1:
+                single.append(task)
+            else:
+                self._guarded([task], self._decode_guesses, task, tokens)
+        if single:
+            self._guarded(single, self._decode_together, single)
+
+    def _decode_guesses(self, task: Task, tokens: list[int]) -> None:
+        row = _row(task)
+        start = self._engine.cache.length(row)
+        logits = self._engine.score(np.stack([self._embed(token) for token in tokens]), row)
+        self._engine.cache.reset(start + 1 + task.decoding.advance(list(logits)), row)
+
+    def _decode_together(self, tasks: list[Task]) -> None:
+        engine, rows = self._engine, [_row(task) for task in tasks]
+        embeds = np.stack([self._embed(task.decoding.tokens[-1]) for task in tasks])
+        if engine.cache.rows == 1 and isinstance(engine, ChoosingEngine) and tasks[0].decoding.takes_the_best:
+            tasks[0].decoding.advance_to(engine.decode_token(embeds[0], rows[0]))
+            return
+        for task, logits in zip(tasks, engine.decode_rows(embeds, rows), strict=True):
+            self._guarded([task], task.decoding.advance, [logits])
+
+    def _guarded(self, tasks: list[Task], action: Callable[..., object], *arguments: Any) -> None:
+        """Do something for tasks. An error ends them; so does the end of their answers."""
+        try:
+            action(*arguments)
+        except BaseException as error:
+            for task in tasks:
+                self._leave(task, error)
+        for task in tasks:
+            self._settle(task)
+
+    def _settle(self, task: Task) -> None:
+        if task.decoding.finished and task in self._answers:
+            self._leave(task)
+
+    def _leave(self, task: Task, error: BaseException | None = None) -> None:
+        for group in (self._prompts, self._answers):
+            if task in group:
+                group.remove(task)
+        if task.steps is not None:
+            task.steps.close()
+        self._prefixes.release(_row(task))
+        task.end(error)
+
+
+def _row(task: Task) -> int:
+    assert task.row is not None
+    return task.row
+
+
+def _closed() -> EngineError:
+    return EngineError("this model was closed before the answer was finished; load the bundle again")

@@ -1,0 +1,260 @@
+"""The scheduler over an engine whose answers are known: whatever arrives, leaves or fails, each answer is its own."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helpers.remembering_engine import VOCABULARY, RememberingEngine, greedy
+from internvl_edge.base.errors import BusyError, EngineError
+from internvl_edge.checkpoint.config_reader import read_config
+from internvl_edge.demo import CHECKPOINT
+from internvl_edge.runtime.decoding import Decoding
+from internvl_edge.runtime.lookup import PromptLookup
+from internvl_edge.runtime.prefixes import Prefixes, Prompt
+from internvl_edge.runtime.sampling import Sampler, Sampling
+from internvl_edge.runtime.scheduler import Scheduler, Task
+
+DECODER = read_config(CHECKPOINT).decoder
+
+
+def scheduler_for(engine: RememberingEngine, **settings: int) -> Scheduler:
+    return Scheduler(engine, DECODER, lambda token: np.array([token], np.float32), **settings)
+
+
+def prompt_of(tokens: list[int]) -> Prompt:
+    def embed() -> Generator[None, None, np.ndarray]:
+        yield  # a tile
+        return np.array(tokens, np.float32)[:, None]
+
+    return Prompt(np.array(tokens, np.int64), embed)
+
+
+def task_for(tokens: list[int], count: int, prompt: Prompt | None = None, **sampling: float) -> Task:
+    def accept(token: int) -> bool:
+        task.emit(str(token))
+        return False
+
+    lookup = PromptLookup(tokens) if sampling.pop("guesses", 0) else None
+    chooser = Sampler(Sampling(**sampling))  # type: ignore[arg-type]
+    task = Task(prompt or prompt_of(tokens), Decoding(chooser, (), count, accept, lookup))
+    return task
+
+
+def ask(scheduler: Scheduler, tokens: list[int], count: int, **sampling: float) -> list[int]:
+    task = task_for(tokens, count, **sampling)
+    scheduler.submit(task)
+    return [int(piece) for piece in task.pieces()]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_random_arrivals_cancellations_and_failures(rows: int) -> None:
+    """Hundreds of requests of many threads, of which some stop reading and some meet an engine that fails."""
+    engine = RememberingEngine(rows, chunk=8)
+    scheduler = scheduler_for(engine)
+    common = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
+
+    def one(number: int) -> str:
+        choice = random.Random(number)
+        tokens = common[: choice.randrange(1, 12)] + [choice.randrange(VOCABULARY) for _ in range(choice.randrange(30))]
+        count = choice.randrange(1, 80)
+        fate = choice.choice(["answer", "answer", "answer", "guess", "leave", "fail"])
+        if fate == "fail":
+            engine.failing = ValueError("planted")
+        task = task_for(tokens, count, guesses=float(fate == "guess"))
+        scheduler.submit(task)
+        found: list[int] = []
+        try:
+            for piece in task.pieces():
+                found.append(int(piece))
+                if fate == "leave" and len(found) == count // 2:
+                    scheduler.cancel(task)
+                    return "left"
+        except ValueError:
+            return "failed"
+        assert found == greedy(tokens, count)
+        return "right"
+
+    with ThreadPoolExecutor(12) as pool:
+        fates = list(pool.map(one, range(400)))
+    scheduler.forget()
+    assert fates.count("right") > 200
+    assert "failed" in fates
+    assert ask(scheduler, common, 5) == greedy(common, 5)
+    assert engine.most >= min(rows, 3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=40), min_size=2, max_size=8),
+    st.integers(1, 3),
+    st.integers(1, 20),
+)
+def test_what_rows_hold_never_changes_an_answer(prompts: list[list[int]], rows: int, count: int) -> None:
+    engine = RememberingEngine(rows, chunk=8)
+    scheduler = scheduler_for(engine)
+    for tokens in prompts:
+        assert ask(scheduler, tokens, count) == greedy(tokens, count)
+
+
+def test_samples_of_one_prompt_compute_it_once() -> None:
+    engine = RememberingEngine(rows=4)
+    scheduler = scheduler_for(engine)
+    tokens = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9]
+    prompt = prompt_of(tokens)
+    tasks = [task_for(tokens, 30, prompt, temperature=1.0, seed=seed) for seed in range(6)]
+    for task in tasks:
+        scheduler.submit(task)
+    together = [[int(piece) for piece in task.pieces()] for task in tasks]
+    assert engine.computed == len(tokens)
+    assert [task.computed for task in tasks] == [len(tokens), 0, 0, 0, 0, 0]
+    alone = scheduler_for(RememberingEngine())
+    assert together == [ask(alone, tokens, 30, temperature=1.0, seed=seed) for seed in range(6)]
+    assert len({tuple(sample) for sample in together}) > 1
+
+
+def test_a_prefix_that_another_row_holds_is_copied() -> None:
+    engine = RememberingEngine(rows=2)
+    scheduler = scheduler_for(engine)
+    system = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    first = task_for([*system, 3], 400)
+    scheduler.submit(first)
+    pieces = first.pieces()
+    next(pieces)
+    assert ask(scheduler, [*system, 5], 5) == greedy([*system, 5], 5)
+    assert engine.copied == 8
+    assert [int(piece) for piece in pieces] == greedy([*system, 3], 400)[1:]
+
+
+def test_the_row_with_the_longest_prefix_is_taken() -> None:
+    engine = RememberingEngine(rows=3)
+    prefixes = Prefixes(engine, DECODER)
+    held = [prompt_of([1] * 9), prompt_of([1] * 6 + [2] * 10), prompt_of([2] * 9)]
+    for prompt in held:
+        row = prefixes.take(prompt)
+        assert row is not None
+        start = prefixes.begin(prompt, row)
+        for _ in engine.prefill_steps(np.array(prompt.keys[start:], np.float32)[:, None], row):
+            pass
+        prefixes.hold(prompt, row)
+    assert prefixes.take(held[0]) is None
+    for row in range(3):
+        prefixes.release(row)
+    again = prompt_of([1] * 6 + [2] * 7 + [3])
+    row = prefixes.take(again)
+    assert row == 1
+    assert prefixes.begin(again, row) == 12
+    assert engine.tokens[1][: engine.cache.length(1)] == [1] * 6 + [2] * 6
+
+
+def test_an_answer_under_way_goes_on_while_a_long_prompt_is_computed() -> None:
+    engine = RememberingEngine(rows=2, chunk=1)
+    scheduler = scheduler_for(engine)
+    times: list[int] = []
+    long, answering = task_for([5] * 400, 1), task_for([1, 2], 1200)
+    answering.emit = lambda _: times.append(engine.computed)  # type: ignore[method-assign]
+    scheduler.submit(answering)
+    while not times:
+        time.sleep(0.001)
+    scheduler.submit(long)
+    list(long.pieces())
+    list(answering.pieces())
+    waits = np.diff([each for each in times if each > times[0]])
+    assert len(waits) > 1000
+    assert waits.max() <= 1
+
+
+def test_cancelling_ends_the_call_that_the_engine_is_in() -> None:
+    """Only that of the cancelled task: a decode step is of all answers under way, and short."""
+    engine = RememberingEngine(rows=2)
+    scheduler = scheduler_for(engine)
+    inside, interrupted = threading.Event(), threading.Event()
+
+    def endless() -> Iterator[None]:
+        inside.set()
+        assert interrupted.wait(timeout=60)
+        raise EngineError("the computation was interrupted")
+        yield
+
+    engine.interrupt = interrupted.set  # type: ignore[method-assign]
+    long, waiting = task_for([1], 2), task_for([2], 3)
+    long.prompt.embed = endless  # type: ignore[method-assign,assignment]
+    scheduler.submit(long)
+    scheduler.submit(waiting)
+    assert inside.wait(timeout=60)
+    scheduler.cancel(waiting)
+    assert not interrupted.is_set()
+    scheduler.cancel(long)
+    assert ask(scheduler, [2], 3) == greedy([2], 3)
+
+
+def test_who_waits_too_much_is_told_so() -> None:
+    engine = RememberingEngine()
+    scheduler = scheduler_for(engine, most_waiting=2)
+    gate = threading.Event()
+    first = task_for([1], 2)
+    first.prompt.embed = lambda: _waits_for(gate)  # type: ignore[method-assign]
+    scheduler.submit(first)
+    while scheduler._waiting:
+        time.sleep(0.001)
+    others = [task_for([2], 3), task_for([3], 3)]
+    for task in others:
+        scheduler.submit(task)
+    with pytest.raises(BusyError, match="2 questions are waiting for this model; ask again later"):
+        scheduler.submit(task_for([4], 3))
+    gate.set()
+    assert [[int(piece) for piece in task.pieces()] for task in others] == [greedy([2], 3), greedy([3], 3)]
+
+
+def _waits_for(gate: threading.Event) -> Iterator[None]:
+    gate.wait(timeout=60)
+    yield
+    return np.array([[1]], np.float32)  # type: ignore[return-value]
+
+
+def test_a_chooser_that_fails_ends_its_own_answer_only() -> None:
+    scheduler = scheduler_for(RememberingEngine(rows=3))
+    tasks = [task_for([number], 50) for number in (1, 2, 3)]
+    choose, calls = tasks[1].decoding._chooser.choose, []
+
+    def failing(logits: np.ndarray) -> int:
+        calls.append(1)
+        return choose(logits) if len(calls) < 10 else int(1 / 0)
+
+    tasks[1].decoding._chooser.choose = failing  # type: ignore[method-assign]
+    for task in tasks:
+        scheduler.submit(task)
+    assert [int(piece) for piece in tasks[0].pieces()] == greedy([1], 50)
+    with pytest.raises(ZeroDivisionError):
+        list(tasks[1].pieces())
+    assert [int(piece) for piece in tasks[2].pieces()] == greedy([3], 50)
+
+
+def test_a_closed_scheduler_ends_what_runs_and_waits_and_refuses_the_rest() -> None:
+    scheduler = scheduler_for(RememberingEngine())
+    tasks = [task_for([1], 9_000), task_for([2], 9_000)]
+    for task in tasks:
+        scheduler.submit(task)
+    next(tasks[0].pieces())
+    scheduler.close()
+    for task in tasks:
+        with pytest.raises(EngineError, match="this model was closed before the answer was finished"):
+            list(task.pieces())
+    with pytest.raises(EngineError, match="this model is closed"):
+        scheduler.submit(task_for([1], 1))
+
+
+def test_no_thread_is_left_when_nothing_is_asked() -> None:
+    scheduler = scheduler_for(RememberingEngine(rows=2))
+    for _ in range(3):
+        ask(scheduler, [1, 2, 3], 4)
+    scheduler.forget()
+    assert not [thread for thread in threading.enumerate() if thread.name == "internvl-edge" and thread.is_alive()]
