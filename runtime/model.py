@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.base import machine
-from internvl_edge.base.errors import EngineError, QualityWarning
+from internvl_edge.base.errors import EngineError, PromptError, QualityWarning
 from internvl_edge.bundle import names
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.bundle.quality_record import quality_warning
@@ -28,6 +28,7 @@ from .engines.choice import cpu_engine
 from .engines.onnxruntime import OnnxRuntimeEngine
 from .generate import generate
 from .image_cache import ImageCache, pixel_key
+from .logprobs import LogprobRecorder
 from .lookup import PromptLookup
 from .options import ChatOptions, checked_options
 from .reply import Reply, ReplyStream
@@ -140,12 +141,13 @@ class InternVL:
         is requested.
         """
         checked = checked_options(options)
-        request = self._requests.build(question, images, checked)
         sampling = Sampling(**{name: checked[name] for name in Sampling.__dataclass_fields__ if name in checked})
+        request = self._requests.build(question, images, checked)
         counted = request.prompt_ids.tolist() if self.config.layout == "native" else ()
+        chooser = _recorded(Sampler(sampling, counted), checked)
         text = TextStream(self._tokenizer, self._stop_texts(checked), checked.get("keep_special", False))
         lookup = self._lookup(request) if checked.get("speculate") else None
-        return ReplyStream(self._answer(request, Sampler(sampling, counted), text, lookup), self._turns)
+        return ReplyStream(self._answer(request, chooser, text, lookup), self._turns)
 
     @property
     def engine(self) -> Engine:
@@ -230,6 +232,7 @@ class InternVL:
             tiles=[len(tiles) for tiles in request.tiles],
             finish_reason="stop" if stopped else "length",
             timings=clock.timings(request.seconds, computed, len(output_ids)),
+            logprobs=sampler.logprobs(self._tokenizer) if isinstance(sampler, LogprobRecorder) else None,
         )
 
     def _stop_texts(self, options: Mapping[str, Any]) -> list[str]:
@@ -259,6 +262,15 @@ class InternVL:
 
     def _row(self, token: int) -> NDArray[np.float32]:
         return self._table[token]
+
+
+def _recorded(chooser: Chooser, options: Mapping[str, Any]) -> Chooser:
+    """Return a chooser that records log probabilities if the options ask for them."""
+    if options.get("logprobs"):
+        return LogprobRecorder(chooser, options.get("top_logprobs", 0))
+    if options.get("top_logprobs"):
+        raise PromptError("top_logprobs needs logprobs=True; set both, or leave it out")
+    return chooser
 
 
 class _Clock:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from internvl_edge.base.errors import PromptError
 
+from .logprobs import TokenLogprob
 from .turns import Turns
 
 
@@ -24,6 +25,7 @@ class Reply:
         timings: seconds in "preprocess_s", "vision_s", "prefill_s" and "decode_s"; "first_token_s", the sum of the
             first three; "prefill_tokens", the prompt tokens that were computed (without those already in the KV cache);
             and the rates "prefill_tokens_per_s" and "decode_tokens_per_s".
+        logprobs: one entry for each of `output_ids`, where the option `logprobs` asks for them; else None.
     """
 
     text: str
@@ -33,6 +35,7 @@ class Reply:
     tiles: list[int]
     finish_reason: str
     timings: dict[str, float]
+    logprobs: list[TokenLogprob] | None = None
 
 
 class ReplyStream:
