@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Generator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.base import machine
-from internvl_edge.base.errors import EngineError, QualityWarning
+from internvl_edge.base.errors import EngineError, PromptError, QualityWarning
 from internvl_edge.bundle import names
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.bundle.quality_record import quality_warning
@@ -27,8 +28,9 @@ from .engines import Engine
 from .engines.choice import cpu_engine
 from .engines.onnxruntime import OnnxRuntimeEngine
 from .image_cache import ImageCache, pixel_key
+from .logprobs import LogprobRecorder
 from .lookup import PromptLookup
-from .options import ChatOptions, checked_options
+from .options import ChatOptions, checked_options, whole_number
 from .prefixes import Keys, Prompt, image_keys
 from .reply import Reply, ReplyStream
 from .request import Images, Request, RequestBuilder
@@ -44,6 +46,7 @@ DEVICES = ("auto", "cpu", "cuda", "tensorrt")
 # Most tokens of prompt and answer together. Pages of the KV cache that are not touched use no memory.
 DEFAULT_CONTEXT = 32768
 MOST_ROWS = 64
+MOST_SAMPLES = 64
 
 
 class InternVL:
@@ -148,13 +151,27 @@ class InternVL:
         Its `reply` is the finished answer. The request is checked at once; the computation begins when the first piece
         is requested, and goes on in the background.
         """
-        checked = checked_options(options)
-        request = self._requests.build(question, images, checked)
-        sampling = Sampling(**{name: checked[name] for name in Sampling.__dataclass_fields__ if name in checked})
-        counted = request.prompt_ids.tolist() if self.config.layout == "native" else ()
-        text = TextStream(self._tokenizer, self._stop_texts(checked), checked.get("keep_special", False))
-        lookup = self._lookup(request) if checked.get("speculate") else None
-        return ReplyStream(self._answer(request, self._prompt(request), Sampler(sampling, counted), text, lookup))
+        return self._streams(question, images, options, 1)[0]
+
+    def samples(
+        self, question: str, images: Images = (), count: int = 8, **options: Unpack[ChatOptions]
+    ) -> list[Reply]:
+        """Answer a question several times. The images and the prompt are computed once.
+
+        Each answer is that of `chat` with its own seed: `seed`, `seed + 1` and so on, where `seed` is given. They are
+        computed side by side where the model has `rows` for them, else one after the other.
+
+        Args:
+            question, images, options: as for `chat`. Greedy answers are all the same.
+            count: number of answers, 1 to 64.
+
+        Raises:
+            PromptError, ImageError: as `chat`.
+        """
+        streams = self._streams(question, images, options, count)
+        for stream in streams:
+            stream.begin()
+        return [stream.reply for stream in streams]
 
     @property
     def engine(self) -> Engine:
@@ -181,8 +198,7 @@ class InternVL:
             options["max_new_tokens"] = len(answer)
         request = self._requests.build(question, images, checked_options(options))
         recorder = Recorder(answer)
-        pieces = self._answer(request, self._prompt(request), recorder, TextStream(self._tokenizer), None)
-        reply = ReplyStream(pieces).reply
+        reply = self._answer(request, self._prompt(request), recorder, TextStream(self._tokenizer), None).reply
         return Trace(reply, recorder.logits)
 
     def answer_ids(self, text: str) -> list[int]:
@@ -209,34 +225,51 @@ class InternVL:
     ) -> None:
         self.close()
 
+    def _streams(
+        self, question: str, images: Images, options: Mapping[str, Any], count: int, *, first_greedy: bool = False
+    ) -> list[ReplyStream]:
+        """Check a question, and return `count` answers to it that share its prompt."""
+        if not 1 <= whole_number("count", count) <= MOST_SAMPLES:
+            raise PromptError(f"count is {count}, expected 1 to {MOST_SAMPLES}")
+        checked = checked_options(options)
+        sampling = Sampling(**{name: checked[name] for name in Sampling.__dataclass_fields__ if name in checked})
+        request = self._requests.build(question, images, checked)
+        prompt = self._prompt(request)
+        counted = request.prompt_ids.tolist() if self.config.layout == "native" else ()
+        streams = []
+        for index in range(count):
+            seed = None if sampling.seed is None else sampling.seed + index
+            temperature = 0.0 if first_greedy and index == 0 else sampling.temperature
+            chooser = _recorded(Sampler(replace(sampling, seed=seed, temperature=temperature), counted), checked)
+            text = TextStream(self._tokenizer, self._stop_texts(checked), checked.get("keep_special", False))
+            lookup = self._lookup(request) if checked.get("speculate") else None
+            streams.append(self._answer(request, prompt, chooser, text, lookup))
+        return streams
+
     def _answer(
         self, request: Request, prompt: Prompt, chooser: Chooser, text: TextStream, lookup: PromptLookup | None
-    ) -> Generator[str | Reply, None, None]:
-        """Yield pieces of an answer's text as they come, and its reply at the end."""
-
+    ) -> ReplyStream:
         def accept(token: int) -> bool:
             if token not in self._stop_ids and (piece := text.push(token)):
                 task.emit(piece)
             return text.stopped
 
+        def finish() -> tuple[str, Reply]:
+            rest = text.finish()
+            return rest, Reply(
+                text=text.text,
+                output_ids=decoding.tokens,
+                prompt_ids=request.prompt_ids.tolist(),
+                image_tokens=int(request.is_image.sum()),
+                tiles=[len(tiles) for tiles in request.tiles],
+                finish_reason="stop" if text.stopped or decoding.stopped else "length",
+                timings=_timings(request.seconds, task),
+                logprobs=chooser.logprobs(self._tokenizer) if isinstance(chooser, LogprobRecorder) else None,
+            )
+
         decoding = Decoding(chooser, self._stop_ids, request.max_new_tokens, accept, lookup)
         task = Task(prompt, decoding)
-        self._scheduler.submit(task)
-        try:
-            yield from task.pieces()
-        finally:
-            self._scheduler.cancel(task)
-        if piece := text.finish():
-            yield piece
-        yield Reply(
-            text=text.text,
-            output_ids=decoding.tokens,
-            prompt_ids=request.prompt_ids.tolist(),
-            image_tokens=int(request.is_image.sum()),
-            tiles=[len(tiles) for tiles in request.tiles],
-            finish_reason="stop" if text.stopped or decoding.stopped else "length",
-            timings=_timings(request.seconds, task),
-        )
+        return ReplyStream(self._scheduler, task, finish)
 
     def _prompt(self, request: Request) -> Prompt:
         def embed() -> Generator[None, None, NDArray[np.float32]]:
@@ -287,3 +320,12 @@ def _timings(preprocess_s: float, task: Task) -> dict[str, float]:
         "decode_tokens_per_s": (len(task.decoding.tokens) - 1) / max(seconds["decode_s"], 1e-9),
     }
     return {name: round(value, 4) for name, value in (seconds | rates).items()}
+
+
+def _recorded(chooser: Chooser, options: Mapping[str, Any]) -> Chooser:
+    """Return a chooser that records log probabilities if the options ask for them."""
+    if options.get("logprobs"):
+        return LogprobRecorder(chooser, options.get("top_logprobs", 0))
+    if options.get("top_logprobs"):
+        raise PromptError("top_logprobs needs logprobs=True; set both, or leave it out")
+    return chooser

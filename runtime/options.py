@@ -23,7 +23,10 @@ class ChatOptions(TypedDict, total=False):
         history: earlier turns as (question, answer). Their `<image>` marks take the first images.
         system: system text instead of the checkpoint's; "" leaves the system turn out.
         max_new_tokens: the most tokens of the answer; the default is 1024.
-        temperature, top_k, top_p, repetition_penalty, seed: see `Sampling`; the default is greedy.
+        temperature, top_k, top_p, min_p, repetition_penalty, frequency_penalty, presence_penalty, logit_bias, seed: see
+            `Sampling`; the default is greedy.
+        logprobs: put the log probability of each token into the reply (see `Reply`).
+        top_logprobs: 0 to 20; with `logprobs`, so many of the most probable tokens at each place too.
         stop: strings that end the answer and are not part of it.
         speculate: guess tokens from the prompt and verify several in one step (see `lookup`). The answer is the same.
         exif: rotate images as their EXIF orientation says. By default they are not rotated, as in the original code.
@@ -39,8 +42,14 @@ class ChatOptions(TypedDict, total=False):
     temperature: float | None
     top_k: int | None
     top_p: float | None
+    min_p: float | None
     repetition_penalty: float | None
+    frequency_penalty: float | None
+    presence_penalty: float | None
+    logit_bias: Mapping[int, float] | None
     seed: int | None
+    logprobs: bool | None
+    top_logprobs: int | None
     stop: str | Sequence[str] | None
     speculate: bool | None
     exif: bool | None
@@ -133,6 +142,13 @@ def _texts(name: str, value: Any) -> tuple[str, ...]:
     return tuple(_text(name, each) for each in values)
 
 
+def _biases(name: str, value: Any) -> dict[int, float]:
+    if not isinstance(value, Mapping):
+        raise PromptError(f"{name} is {shown(value)}, expected a mapping of token ids to numbers: {{id: bias}}")
+    pairs = value.items()
+    return {whole_number(f"{name}: a token id", token): _number(f"{name}: a bias", bias) for token, bias in pairs}
+
+
 def _history(name: str, value: Any) -> list[tuple[str, str]]:
     if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__iter__"):
         raise PromptError(f"{name} is a {type(value).__name__}, expected a list of (question, answer) pairs")
@@ -154,8 +170,14 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "temperature": _number,
     "top_k": whole_number,
     "top_p": _number,
+    "min_p": _number,
     "repetition_penalty": _number,
+    "frequency_penalty": _number,
+    "presence_penalty": _number,
+    "logit_bias": _biases,
     "seed": whole_number,
+    "logprobs": _flag,
+    "top_logprobs": whole_number,
     "stop": _texts,
     "speculate": _flag,
     "exif": _flag,

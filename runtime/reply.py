@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
 from internvl_edge.base.errors import PromptError
+
+from .logprobs import TokenLogprob
+from .scheduler import Scheduler, Task
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Reply:
             "decode_s"; "first_token_s", the sum of the first four; "prefill_tokens",
             the prompt tokens that were computed (without those already in the KV cache);
             and the rates "prefill_tokens_per_s" and "decode_tokens_per_s".
+        logprobs: one entry for each of `output_ids`, where the option `logprobs` asks for them; else None.
     """
 
     text: str
@@ -32,28 +36,50 @@ class Reply:
     tiles: list[int]
     finish_reason: str
     timings: dict[str, float]
+    logprobs: list[TokenLogprob] | None = None
 
 
 class ReplyStream:
     """An iterator over pieces of an answer's text. Each piece has whole characters; all joined are `reply.text`.
 
-    The answer begins with the first piece that is asked for, and goes on in the background. `close`, or forgetting the
-    iterator, ends it early. One thread at a time may read.
+    The answer begins with the first piece that is asked for, or with `begin`, and goes on in the background. `close`,
+    or forgetting the iterator, ends it early. One thread at a time may read.
     """
 
-    def __init__(self, pieces: Generator[str | Reply, None, None]) -> None:
-        self._pieces = pieces
+    def __init__(self, scheduler: Scheduler, task: Task, finish: Callable[[], tuple[str, Reply]]) -> None:
+        self._scheduler = scheduler
+        self._task = task
+        self._pieces = self._read(finish)
+        self._began = False
         self._reply: Reply | None = None
+
+    def begin(self) -> None:
+        """Begin to compute the answer, if it has not begun.
+
+        Raises:
+            EngineError: the model is closed, or too many questions wait for it.
+        """
+        if not self._began:
+            self._scheduler.submit(self._task)
+            self._began = True
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        piece = next(self._pieces)
-        if isinstance(piece, Reply):
-            self._reply = piece
-            raise StopIteration
-        return piece
+        self.begin()
+        return next(self._pieces)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_began"):
+            self.close()
+
+    def _read(self, finish: Callable[[], tuple[str, Reply]]) -> Generator[str, None, None]:
+        yield from self._task.pieces()
+        rest, reply = finish()
+        if rest:
+            yield rest
+        self._reply = reply
 
     @property
     def reply(self) -> Reply:
@@ -69,5 +95,7 @@ class ReplyStream:
         return self._reply
 
     def close(self) -> None:
-        """End the answer. The model is free within one step."""
+        """End the answer, and read no more of it. The model is free within one step."""
+        self._began = True
+        self._scheduler.cancel(self._task)
         self._pieces.close()

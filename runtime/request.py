@@ -66,6 +66,7 @@ class RequestBuilder:
         started = time.perf_counter()
         if not isinstance(question, str):
             raise PromptError(f"the question is a {type(question).__name__}, expected a text")
+        self._check_biases(options)
         groups = _groups(images)
         tiles = self._tile([source for group in groups for source in group], options)
         per_image = iter(len(image) for image in tiles)
@@ -117,6 +118,11 @@ class RequestBuilder:
                 f"prompt {len(ids)} tokens ({image_tokens} of images) + answer up to {max_new_tokens} exceed the "
                 f"context of {self._capacity}; use fewer tiles, a shorter answer or a larger context"
             )
+
+    def _check_biases(self, options: Mapping[str, Any]) -> None:
+        rows = self._config.decoder.vocab_size
+        if beyond := [token for token in options.get("logit_bias", ()) if token >= rows]:
+            raise PromptError(f"logit_bias has token {beyond[0]}, but the model has {rows} tokens; leave it out")
 
     def _check_table(self, ids: NDArray[np.int64]) -> None:
         """Bundles of older versions can hold tokenizers with more tokens than the model has rows for."""

@@ -1,12 +1,15 @@
-"""Choose a token from logits: greedy, or by temperature, top-k and top-p sampling, with a repetition penalty.
+"""Choose a token from logits: greedy, or at random from a part of the distribution, with penalties and biases.
 
-The order of the steps and the meaning of each parameter are those of transformers' `generate`, which the original
-code calls.
+The steps, in this order: `logit_bias`, `repetition_penalty`, `frequency_penalty` and `presence_penalty`, then the most
+probable token at temperature 0, else `temperature`, `top_k`, `top_p`, `min_p` and a random choice. The steps of
+transformers' `generate` are in its order and have its meaning; the original code calls it. The others have OpenAI's
+meaning, and vLLM's place in the order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.base.errors import PromptError
+from internvl_edge.base.text import shown
+
+from .ranking import Ranking, adjustable, peak_of
+
+# Limits of OpenAI's interface.
+MOST_BIASES = 300
+_LARGEST_BIAS = 100.0
+_LARGEST_PENALTY = 2.0
 
 
 @dataclass(frozen=True)
@@ -22,12 +33,20 @@ class Sampling:
 
     Attributes:
         temperature: 0 is greedy; higher values flatten the distribution.
-        top_k: sample among the k most probable tokens; 0 keeps all.
+        top_k: sample among the k most probable tokens; 0 keeps all. Of equally probable tokens, those with smaller ids
+            come first, here and in `top_p`.
         top_p: sample among the most probable tokens whose probabilities sum to at least this.
+        min_p: sample among the tokens that have at least this share of the probability of the most probable one.
         repetition_penalty: divides the positive logits, and multiplies the negative logits, of tokens that the answer
             already has. Tokens of the prompt count in the native layout, as in transformers. They do not in the
             published layout, whose original code generates from embeddings.
-        seed: seed of the random generator; None takes a new one each time.
+        frequency_penalty: -2 to 2; taken from the logit of a token once for each time that the answer has it.
+        presence_penalty: -2 to 2; taken from the logit of each token that the answer has.
+        logit_bias: {token id: -100 to 100}, added to logits; at most 300 tokens. -100 all but excludes a token, and 100
+            all but forces it.
+        seed: seed of the random generator; None takes a new one each time. Each token takes one random number, which is
+            compared with the sums of the probabilities from the most probable token on. Thus an answer depends on its
+            seed and its logits alone.
     """
 
     temperature: float = 0.0
@@ -35,22 +54,41 @@ class Sampling:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     seed: int | None = None
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
 
     def __post_init__(self) -> None:
+        penalty = f"{-_LARGEST_PENALTY:g} to {_LARGEST_PENALTY:g}"
         limits = (
-            ("temperature", self.temperature >= 0, "at least 0"),
+            ("temperature", 0 <= self.temperature < math.inf, "at least 0 and finite"),
             ("top_k", self.top_k >= 0, "at least 0"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0 and finite"),
+            ("frequency_penalty", abs(self.frequency_penalty) <= _LARGEST_PENALTY, penalty),
+            ("presence_penalty", abs(self.presence_penalty) <= _LARGEST_PENALTY, penalty),
             ("seed", self.seed is None or self.seed >= 0, "at least 0"),
         )
         for name, fits, expected in limits:
             if not fits:
-                raise PromptError(f"{name} is {getattr(self, name)}, expected {expected}")
+                raise PromptError(f"{name} is {shown(getattr(self, name))}, expected {expected}")
+        self._check_bias()
+
+    def _check_bias(self) -> None:
+        bias = self.logit_bias or {}
+        if len(bias) > MOST_BIASES:
+            raise PromptError(f"logit_bias has {len(bias)} tokens, expected at most {MOST_BIASES}; leave some out")
+        for token, value in bias.items():
+            if token < 0 or not abs(value) <= _LARGEST_BIAS:
+                raise PromptError(
+                    f"logit_bias has {shown(value)} for token {shown(token)}, expected -100 to 100 for a token id"
+                )
 
 
 class Chooser(Protocol):
-    """The interface that chooses each token of an answer."""
+    """The interface that chooses each token of an answer. `choose` is called once for each token, in their order."""
 
     @property
     def takes_the_best(self) -> bool:
@@ -68,50 +106,99 @@ class Chooser(Protocol):
 class Sampler:
     """Chooses the tokens of one answer.
 
-    `counted` are tokens that the repetition penalty counts from the start.
+    `counted` are tokens that the repetition penalty counts from the start. A choice is `pick`, which changes nothing
+    but the random generator, and `accept`.
     """
 
     def __init__(self, sampling: Sampling, counted: Iterable[int] = ()) -> None:
         self._sampling = sampling
         self._random = np.random.default_rng(sampling.seed)
-        self._answered: set[int] = set(counted)
+        self._penalties = _Penalties(sampling, counted) if _penalises(sampling) else None
+        bias = sampling.logit_bias or {}
+        self._biased = np.fromiter(bias.keys(), np.intp, len(bias))
+        self._biases = np.fromiter(bias.values(), np.float32, len(bias))
 
     @property
     def takes_the_best(self) -> bool:
-        """Whether sampling is greedy and no penalty changes the logits."""
-        return self._sampling.temperature == 0 and self._sampling.repetition_penalty == 1
+        """Whether sampling is greedy and nothing changes the logits."""
+        return self.is_greedy and self._penalties is None and not len(self._biased)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether it takes the most probable token after biases and penalties."""
+        return self._sampling.temperature == 0
 
     def choose(self, logits: NDArray[np.float32]) -> int:
-        """Return the next token for logits [vocab], and leave the logits unchanged."""
-        token = self._choose(self._penalised(logits))
-        self._answered.add(token)
+        """Return the next token for logits [vocab], and leave the logits unchanged.
+
+        Raises:
+            EngineError: a logit is NaN or positive infinity, or all are negative infinity.
+        """
+        token = self.pick(logits)
+        self.accept(token)
         return token
 
-    def _penalised(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        penalty = np.float32(self._sampling.repetition_penalty)
-        if penalty == 1 or not self._answered:
+    def pick(self, logits: NDArray[np.float32]) -> int:
+        """Return a token for logits [vocab] as `choose` does; the answer does not have it yet."""
+        logits = self._adjusted(logits)
+        if self.is_greedy:
+            token = int(logits.argmax())
+            peak_of(logits[token : token + 1])  # argmax finds NaN and infinity first
+            return token
+        return self._sample(logits)
+
+    def accept(self, token: int) -> None:
+        """Make a token part of the answer, whose penalties count it from now on."""
+        if self._penalties is not None:
+            self._penalties.count(token)
+
+    def _adjusted(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        if self._penalties is None and not len(self._biased):
             return logits
-        logits, tokens = logits.copy(), list(self._answered)
-        seen = logits[tokens]
-        logits[tokens] = np.where(seen > 0, seen / penalty, seen * penalty)
+        logits = adjustable(logits)
+        logits[self._biased] += self._biases
+        if self._penalties is not None:
+            self._penalties.apply(logits)
         return logits
 
-    def _choose(self, logits: NDArray[np.float32]) -> int:
-        if self._sampling.temperature == 0:
-            return int(logits.argmax())
-        tokens, probabilities = self.distribution(logits)
-        return int(self._random.choice(tokens, p=probabilities))
-
-    def distribution(self, logits: NDArray[np.float32]) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
-        """Return the tokens that can be chosen for logits [vocab], most probable first, and their probabilities."""
-        kept = min(self._sampling.top_k or len(logits), len(logits))
-        tokens = np.argpartition(-logits, kept - 1)[:kept]
-        tokens = tokens[np.argsort(-logits[tokens], kind="stable")]
-        scaled = (logits[tokens].astype(np.float64) - float(logits[tokens[0]])) / self._sampling.temperature
-        probabilities = np.exp(scaled)
-        probabilities /= probabilities.sum()
+    def _sample(self, logits: NDArray[np.float32]) -> int:
+        sampling, number = self._sampling, self._random.random()
+        share = sampling.top_p if sampling.top_p < 1 else number
+        ranking = Ranking(logits, peak_of(logits), sampling.temperature, sampling.top_k, sampling.min_p, share)
         # Keep a token as long as the tokens before it do not reach top_p. The first token always stays.
-        before = np.cumsum(probabilities) - probabilities
-        count = int(np.searchsorted(before, self._sampling.top_p, side="left"))
-        probabilities = probabilities[: max(1, count)]
-        return tokens[: len(probabilities)], probabilities / probabilities.sum()
+        mass = ranking.reaching(sampling.top_p * ranking.mass) if sampling.top_p < 1 else ranking.mass
+        return ranking.covering(number * min(mass, ranking.probable))
+
+
+def _penalises(sampling: Sampling) -> bool:
+    return sampling.repetition_penalty != 1 or sampling.frequency_penalty != 0 or sampling.presence_penalty != 0
+
+
+class _Penalties:
+    """The tokens that penalties count, each once, and how often the answer has them."""
+
+    def __init__(self, sampling: Sampling, counted: Iterable[int]) -> None:
+        self._sampling = sampling
+        tokens = list(dict.fromkeys(counted))
+        self._places = {token: place for place, token in enumerate(tokens)}
+        self._tokens = np.array(tokens, np.intp)
+        self._counts = np.zeros(len(tokens), np.float32)
+
+    def count(self, token: int) -> None:
+        place = self._places.setdefault(token, len(self._places))
+        if place == len(self._tokens):  # room for as many again, so that growing is rare
+            self._tokens = np.concatenate([self._tokens, np.zeros(place + 64, np.intp)])
+            self._counts = np.concatenate([self._counts, np.zeros(place + 64, np.float32)])
+        self._tokens[place] = token
+        self._counts[place] += 1
+
+    def apply(self, logits: NDArray[np.float32]) -> None:
+        """Change logits [vocab] in place."""
+        tokens, counts = self._tokens[: len(self._places)], self._counts[: len(self._places)]
+        seen, sampling = logits[tokens], self._sampling
+        if sampling.repetition_penalty != 1:
+            penalty = np.float32(sampling.repetition_penalty)
+            seen = np.where(seen > 0, seen / penalty, seen * penalty)
+        seen -= np.float32(sampling.frequency_penalty) * counts
+        seen -= np.float32(sampling.presence_penalty) * (counts > 0)
+        logits[tokens] = seen

@@ -83,10 +83,29 @@ _ANSWERING = (
         "keeps all]",
     ),
     click.option(
+        "--min-p",
+        type=float,
+        default=0.0,
+        help="Sample among the tokens that have at least this share of the probability of the most probable one.  "
+        "[default: 0, which keeps all]",
+    ),
+    click.option(
         "--repetition-penalty",
         type=float,
         default=1.0,
         help="Penalty on tokens that the answer already has; above 1 makes them less probable.  [default: 1.0, none]",
+    ),
+    click.option(
+        "--frequency-penalty",
+        type=float,
+        default=0.0,
+        help="Taken from the logit of a token once for each time that the answer has it, -2 to 2.  [default: 0, none]",
+    ),
+    click.option(
+        "--presence-penalty",
+        type=float,
+        default=0.0,
+        help="Taken from the logit of each token that the answer has, -2 to 2.  [default: 0, none]",
     ),
     click.option("--seed", type=int, help="Seed of the random generator for sampling.  [default: a new one each time]"),
     click.option("--stop", multiple=True, help="Text that ends the answer and is not part of it (repeatable)."),
@@ -118,7 +137,7 @@ def loading_options(command: Command) -> Command:
 
 
 def answering_options(command: Command) -> Command:
-    """Add one option for each field of `ChatOptions` except `history` to a command."""
+    """Add one option for each field of `ChatOptions` to a command, except those that are for programs alone."""
     return _apply(_ANSWERING, command)
 
 

@@ -20,8 +20,14 @@ def test_every_option_that_is_documented_is_checked() -> None:
         "temperature": 0.5,
         "top_k": 4,
         "top_p": 0.9,
+        "min_p": 0.1,
         "repetition_penalty": 1.1,
+        "frequency_penalty": 0.5,
+        "presence_penalty": -0.5,
+        "logit_bias": {7: -100.0},
         "seed": 0,
+        "logprobs": True,
+        "top_logprobs": 5,
         "stop": ("x",),
         "speculate": True,
         "exif": False,
@@ -72,6 +78,13 @@ def test_whole_numbers_of_numpy_are_numbers(value: Any) -> None:
         ("temperature", float("nan")),
         ("top_p", float("inf")),
         ("top_p", 10**400),
+        ("min_p", "0.1"),
+        ("frequency_penalty", float("nan")),
+        ("logit_bias", [(1, 2.0)]),
+        ("logit_bias", {1: "2"}),
+        ("logit_bias", {1: float("inf")}),
+        ("logprobs", 1),
+        ("top_logprobs", 2.0),
         ("seed", 1.0),
         ("system", 3),
         ("stop", [3]),
@@ -89,7 +102,7 @@ def test_whole_numbers_of_numpy_are_numbers(value: Any) -> None:
     ],
 )
 def test_values_of_another_type_are_one_line_that_names_the_option(name: str, value: Any) -> None:
-    with pytest.raises(PromptError, match=f"^{name} ") as caught:
+    with pytest.raises(PromptError, match=f"^{name}:? ") as caught:
         checked_options({name: value})
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400

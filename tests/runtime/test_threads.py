@@ -111,7 +111,7 @@ def test_a_closed_answer_says_so(model: InternVL) -> None:
 def test_an_error_in_an_answer_gives_the_turn_back(model: InternVL, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = demo_questions()[0]
     with monkeypatch.context() as patch:
-        patch.setattr(model.engine, "decode", lambda *_: 1 / 0)
+        patch.setattr(model.engine, "decode_rows", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             model.chat(asked.question, [asked.image])
     assert model.chat(asked.question, [asked.image]).text == asked.expected
