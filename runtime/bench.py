@@ -33,6 +33,8 @@ PROMPTS = (300, 1800)
 CONTEXTS = (300, 2000)
 QUESTIONS = (1, 7)
 QUESTION_TEXT = 300
+ROWS = (1, 2, 4, 8)
+SAMPLE_TOKENS = 32
 _DECODED = 16
 
 
@@ -69,7 +71,7 @@ class BenchResult:
 
 
 def bench(folder: Path, *, repeat: int = 3, threads: int | None = None, **loading: Any) -> BenchResult:
-    """Measure a bundle. `loading` holds further arguments of `InternVL.load`.
+    """Measure a bundle. `loading` holds further arguments of `InternVL.load`; with `rows`, rows are measured too.
 
     Raises:
         BundleError, EngineError: as `InternVL.load`.
@@ -87,7 +89,7 @@ def bench(folder: Path, *, repeat: int = 3, threads: int | None = None, **loadin
         decode = runs.decode()
         dialect = model.engine.dialect
         answers = [*decode.values(), *runs.first_token(), runs.second_question()]
-        figures = [Figure("load", load_s, "s"), *runs.vision(), *runs.prefill(), *answers]
+        figures = [Figure("load", load_s, "s"), *runs.vision(), *runs.prefill(), *answers, *runs.rows()]
     peak_rss = peak_memory()
     # Measured last, so that its arrays do not count in the peak RSS of the model.
     bandwidth = limits.read_bandwidth(threads)
@@ -178,6 +180,38 @@ class _Runs:
         middle, spread = self._measured(ask)
         return Figure(f"second question, {_tiles(len(tiles))} + {QUESTION_TEXT}", middle, "s", spread)
 
+    def rows(self) -> list[Figure]:
+        """Measure tokens per second in all where several rows decode together, and samples of one prompt.
+
+        There are no figures for an engine with one row.
+        """
+        rows = self._engine.cache.rows
+        if rows == 1:
+            return []
+        figures = []
+        for context in CONTEXTS:
+            self._prefill(context)
+            for row in range(1, rows):
+                self._engine.copy(0, row, context)
+            for count in (each for each in ROWS if each <= rows):
+                action = partial(self._decode_rows_from, context, count, _DECODED)
+                figures.append(self._rate(f"decode at {context}, {_rows(count)}", count * _DECODED, action))
+        middle, spread = self._measured(self._samples)
+        return [*figures, Figure(f"{rows} samples, {QUESTION_TEXT} + {SAMPLE_TOKENS}", middle, "s", spread)]
+
+    def _samples(self) -> None:
+        self._prefill(QUESTION_TEXT)
+        rows = self._engine.cache.rows
+        for row in range(1, rows):
+            self._engine.copy(0, row, QUESTION_TEXT)
+        self._decode_rows_from(QUESTION_TEXT, rows, SAMPLE_TOKENS)
+
+    def _decode_rows_from(self, context: int, count: int, steps: int) -> None:
+        for row in range(count):
+            self._engine.cache.reset(context, row)
+        for step in range(steps):
+            self._engine.decode_rows(self._embeds[step : step + count], range(count))
+
     def _rate(self, name: str, tokens: int, action: Callable[[], object]) -> Figure:
         middle, spread = self._measured(action)
         return Figure(name, tokens / middle, "tokens/s", spread)
@@ -198,6 +232,10 @@ class _Runs:
     def _question(self, tiles: int) -> None:
         self._engine.encode(self._tiles[:tiles])
         self._prefill(tiles * self._tokens_per_tile + QUESTION_TEXT)
+
+
+def _rows(count: int) -> str:
+    return f"{count} row" if count == 1 else f"{count} rows"
 
 
 def _tiles(count: int) -> str:

@@ -38,6 +38,7 @@ from .sampling import Chooser, Sampler, Sampling
 from .scheduler import Scheduler, Task
 from .text_stream import TextStream
 from .trace import Recorder, Trace
+from .voting import Vote, vote
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -151,7 +152,7 @@ class InternVL:
         Its `reply` is the finished answer. The request is checked at once; the computation begins when the first piece
         is requested, and goes on in the background.
         """
-        return self._streams(question, images, options, 1)[0]
+        return self.sample_streams(question, images, 1, **options)[0]
 
     def samples(
         self, question: str, images: Images = (), count: int = 8, **options: Unpack[ChatOptions]
@@ -168,10 +169,76 @@ class InternVL:
         Raises:
             PromptError, ImageError: as `chat`.
         """
-        streams = self._streams(question, images, options, count)
+        streams = self.sample_streams(question, images, count, **options)
         for stream in streams:
             stream.begin()
         return [stream.reply for stream in streams]
+
+    def vote(
+        self,
+        question: str,
+        images: Images = (),
+        votes: int = 8,
+        *,
+        reason: bool = False,
+        choices: Sequence[str] | None = None,
+        sure: float | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> Vote:
+        """Answer a question several times, and return the answer that most of the replies give.
+
+        The first reply is greedy, and the others are sampled (temperature 0.6, top_p 0.95, unless `options` say
+        otherwise). Answers are equal without case, quotes and end stop, and numbers by their value. The vote ends as
+        soon as the outcome is certain.
+
+        Args:
+            question, images, options: as for `chat`.
+            votes: the most replies, 1 to 64. Load the model with as many `rows`, or a part of them, to be fast.
+            reason: ask for reasoning before the answer. Give `max_new_tokens` room for it.
+            choices: the possible answers.
+            sure: end the vote as soon as the leader is the majority's answer with this probability, such as 0.95. It
+                saves replies, and may now and then change the outcome.
+
+        Raises:
+            PromptError, ImageError: as `chat`.
+        """
+        return vote(self, question, images, votes, reason, choices, sure, options)
+
+    def sample_streams(
+        self,
+        question: str,
+        images: Images = (),
+        count: int = 8,
+        *,
+        first_greedy: bool = False,
+        **options: Unpack[ChatOptions],
+    ) -> list[ReplyStream]:
+        """Return the answers of `samples` before they are computed. They share the images and the prompt.
+
+        Args:
+            question, images, options: as for `chat`.
+            count: number of answers, 1 to 64.
+            first_greedy: whether the first answer is greedy, whatever the temperature.
+
+        Raises:
+            PromptError, ImageError: as `chat`.
+        """
+        if not 1 <= whole_number("count", count) <= MOST_SAMPLES:
+            raise PromptError(f"count is {count}, expected 1 to {MOST_SAMPLES}")
+        checked = checked_options(options)
+        sampling = Sampling(**{name: checked[name] for name in Sampling.__dataclass_fields__ if name in checked})
+        request = self._requests.build(question, images, checked)
+        prompt = self._prompt(request)
+        counted = request.prompt_ids.tolist() if self.config.layout == "native" else ()
+        streams = []
+        for index in range(count):
+            seed = None if sampling.seed is None else sampling.seed + index
+            temperature = 0.0 if first_greedy and index == 0 else sampling.temperature
+            chooser = _recorded(Sampler(replace(sampling, seed=seed, temperature=temperature), counted), checked)
+            text = TextStream(self._tokenizer, self._stop_texts(checked), checked.get("keep_special", False))
+            lookup = self._lookup(request) if checked.get("speculate") else None
+            streams.append(self._answer(request, prompt, chooser, text, lookup))
+        return streams
 
     @property
     def engine(self) -> Engine:
@@ -224,27 +291,6 @@ class InternVL:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _streams(
-        self, question: str, images: Images, options: Mapping[str, Any], count: int, *, first_greedy: bool = False
-    ) -> list[ReplyStream]:
-        """Check a question, and return `count` answers to it that share its prompt."""
-        if not 1 <= whole_number("count", count) <= MOST_SAMPLES:
-            raise PromptError(f"count is {count}, expected 1 to {MOST_SAMPLES}")
-        checked = checked_options(options)
-        sampling = Sampling(**{name: checked[name] for name in Sampling.__dataclass_fields__ if name in checked})
-        request = self._requests.build(question, images, checked)
-        prompt = self._prompt(request)
-        counted = request.prompt_ids.tolist() if self.config.layout == "native" else ()
-        streams = []
-        for index in range(count):
-            seed = None if sampling.seed is None else sampling.seed + index
-            temperature = 0.0 if first_greedy and index == 0 else sampling.temperature
-            chooser = _recorded(Sampler(replace(sampling, seed=seed, temperature=temperature), counted), checked)
-            text = TextStream(self._tokenizer, self._stop_texts(checked), checked.get("keep_special", False))
-            lookup = self._lookup(request) if checked.get("speculate") else None
-            streams.append(self._answer(request, prompt, chooser, text, lookup))
-        return streams
 
     def _answer(
         self, request: Request, prompt: Prompt, chooser: Chooser, text: TextStream, lookup: PromptLookup | None

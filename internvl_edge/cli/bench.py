@@ -14,6 +14,7 @@ from internvl_edge.base.extras import install
 from internvl_edge.base.files import readable_disk_errors, replacing
 from internvl_edge.base.units import size
 from internvl_edge.runtime.bench import BenchResult, bench
+from internvl_edge.runtime.model import MOST_ROWS
 
 from .options import loading_options
 from .output import print_json, print_table
@@ -24,10 +25,16 @@ from .output import print_json, print_table
 @click.option(
     "--repeat", type=int, default=3, show_default=True, help="Number of runs per figure. The median is shown."
 )
+@click.option(
+    "--rows",
+    type=click.IntRange(1, MOST_ROWS),
+    default=1,
+    help="Also measure this many answers side by side.  [default: 1, one answer at a time]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write a bar plot to this PNG or SVG file.")
 @loading_options
-def command(bundle: Path, repeat: int, as_json: bool, plot: Path | None, **loading: Any) -> None:
+def command(bundle: Path, repeat: int, rows: int, as_json: bool, plot: Path | None, **loading: Any) -> None:
     """Measure BUNDLE on this machine, and print the figures.
 
     The figures are the load time, vision time per tile, prefill and decode rates, time to first token and peak RSS.
@@ -35,7 +42,7 @@ def command(bundle: Path, repeat: int, as_json: bool, plot: Path | None, **loadi
     """
     if plot is not None:
         _require_plottable(plot)
-    report = bench(bundle, repeat=repeat, **loading)
+    report = bench(bundle, repeat=repeat, rows=rows, **loading)
     if as_json:
         print_json(report.to_dict())
     else:

@@ -141,10 +141,11 @@ def answering_options(command: Command) -> Command:
     return _apply(_ANSWERING, command)
 
 
-def load_model(folder: Path, values: dict[str, Any]) -> InternVL:
-    """Load a bundle as the options say. This removes the loading options from `values`."""
+def load_model(folder: Path, values: dict[str, Any], rows: int = 1) -> InternVL:
+    """Load a bundle as the options say. This removes the loading options from `values`. On a GPU there is one row."""
     names = ("device", "engine", "dialect", "context", "threads")
-    return InternVL.load(folder, **{name: values.pop(name) for name in names})
+    loading = {name: values.pop(name) for name in names}
+    return InternVL.load(folder, rows=rows if loading["device"] in ("auto", "cpu") else 1, **loading)
 
 
 def chat_options(values: dict[str, Any]) -> ChatOptions:

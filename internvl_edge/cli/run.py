@@ -7,13 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from internvl_edge.base.errors import PromptError
+from internvl_edge.base.text import shown
 from internvl_edge.model.prompt import video_question
 from internvl_edge.runtime.reply import Reply
+from internvl_edge.runtime.voting import MOST_VOTES, SAMPLING, reasoning_question
 
 from .options import answering_options, chat_options, load_model, loading_options
 from .output import print_json
+
+# More rows would not be much faster on a CPU.
+_MOST_ROWS = 8
 
 
 @click.command("run")
@@ -34,6 +40,19 @@ from .output import print_json
     help="Number of frames to take from the video.",
 )
 @click.option(
+    "--votes",
+    type=click.IntRange(1, MOST_VOTES),
+    help="Sample this many answers (temperature 0.6 and top-p 0.95 unless set), and print the one that most replies "
+    "give.",
+)
+@click.option(
+    "--sure",
+    type=float,
+    help="With --votes: stop as soon as the leading answer has the majority with this probability, such as 0.95.  "
+    "[default: stop when the outcome is certain]",
+)
+@click.option("--reason", is_flag=True, help="Ask for step by step reasoning before the answer.")
+@click.option(
     "--json",
     "as_json",
     is_flag=True,
@@ -42,7 +61,16 @@ from .output import print_json
 @loading_options
 @answering_options
 def command(
-    bundle: Path, question: str, images: tuple[str, ...], video: Path | None, frames: int, as_json: bool, **values: Any
+    bundle: Path,
+    question: str,
+    images: tuple[str, ...],
+    video: Path | None,
+    frames: int,
+    votes: int | None,
+    sure: float | None,
+    reason: bool,
+    as_json: bool,
+    **values: Any,
 ) -> None:
     """Ask BUNDLE one QUESTION about images or a video, and print the answer.
 
@@ -58,6 +86,13 @@ def command(
         question, values["max_tiles"] = video_question(question, len(sources)), (1,)
     if not question.strip():
         raise PromptError("the question is empty; ask something")
+    if votes is not None:
+        _vote(bundle, question, sources, votes, sure, reason, as_json, values)
+        return
+    if sure is not None:
+        raise PromptError("--sure is for votes; give --votes too, or leave it out")
+    if reason:
+        question = reasoning_question(question)
     with load_model(bundle, values) as model:
         stream = model.stream(question, sources, **chat_options(values))
         if as_json:
@@ -70,6 +105,43 @@ def command(
             timings = stream.reply.timings
             first, rate = timings["first_token_s"], timings["decode_tokens_per_s"]
             click.secho(f"first token after {first:.2f} s, then {rate:.1f} tokens/s", dim=True, err=True)
+
+
+def _vote(
+    bundle: Path,
+    question: str,
+    images: list[Any],
+    votes: int,
+    sure: float | None,
+    reason: bool,
+    as_json: bool,
+    values: dict[str, Any],
+) -> None:
+    given = {name for name in SAMPLING if _is_given(name)}
+    with load_model(bundle, values, rows=min(votes, _MOST_ROWS)) as model:
+        options = {name: value for name, value in chat_options(values).items() if name not in SAMPLING.keys() - given}
+        outcome = model.vote(question, images, votes, reason=reason, sure=sure, **options)  # type: ignore[arg-type]
+    if as_json:
+        print_json(
+            {
+                "answer": outcome.answer,
+                "agreement": outcome.agreement,
+                "counts": outcome.counts,
+                "stopped_early": outcome.stopped_early,
+                "replies": [_as_json(reply) for reply in outcome.replies],
+            }
+        )
+        return
+    if outcome.answer is None:
+        raise PromptError(f"none of {len(outcome.replies)} replies holds an answer; raise --max-new-tokens")
+    click.echo(outcome.answer)
+    first = outcome.counts[outcome.answer]
+    others = "".join(f", {count} {shown(answer)}" for answer, count in list(outcome.counts.items())[1:])
+    click.secho(f"{first} of {len(outcome.replies)} replies agree{others}", dim=True, err=True)
+
+
+def _is_given(name: str) -> bool:
+    return click.get_current_context().get_parameter_source(name) is not ParameterSource.DEFAULT
 
 
 def _as_json(reply: Reply) -> dict[str, Any]:

@@ -48,6 +48,15 @@ def test_a_report_holds_every_figure(bundle: Path, tmp_path: Path) -> None:
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_rows_and_samples_are_measured_where_asked_for(bundle: Path) -> None:
+    arguments = [str(bundle), "--repeat", "1", "--threads", "1", "--rows", "3", "--json"]
+    result = CliRunner().invoke(command, arguments, catch_exceptions=False)
+    figures = {figure["name"]: figure for figure in json.loads(result.stdout)["figures"]}
+    expected = [f"decode at {context}, {rows}" for context in (300, 2000) for rows in ("1 row", "2 rows")]
+    assert list(figures)[-5:] == [*expected, "3 samples, 300 + 32"]
+    assert figures["decode at 300, 2 rows"]["unit"] == "tokens/s"
+
+
 def test_a_table_is_printed_for_people(bundle: Path) -> None:
     result = CliRunner().invoke(command, [str(bundle), "--repeat", "1", "--threads", "1"], catch_exceptions=False)
     assert "of what memory allows" in result.stdout
