@@ -3,10 +3,11 @@
 Positions are compared by keys. The key of a text token is its id; the key of an image token is a number made from the
 pixels of its image.
 
-An answer never depends on what was asked before. Only tokens of prompts serve another prompt, and only in multiples of
-the engine's `grain`: their entries are then the same to the bit as if they had been computed again. The tokens of an
-answer are decoded one by one, with another kernel; as part of a later prompt they are computed again. With dynamic NTK,
-a prompt that is longer than the model's maximum has keys of another base, and shares nothing.
+An answer never depends on what was asked before. Only tokens of prompts serve another prompt, and only up to the end
+of a step that both prompts take (see `engines/steps.py`): their entries are the same to the bit as if they had been
+computed again. The tokens of an answer are decoded one by one, with another kernel; as part of a later prompt they are
+computed again. With dynamic NTK, a prompt that is longer than the model's maximum has keys of another base, and shares
+nothing.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from internvl_edge.model.config import DecoderConfig
 from internvl_edge.model.rope import RotaryAngles
 
 from .engines import Engine
+from .engines.steps import common_steps
 
 Keys = NDArray[np.int64]
 _NOTHING: Keys = np.empty(0, np.int64)
@@ -50,6 +52,7 @@ class Prefixes:
         self._angles = RotaryAngles(decoder)
         self._held: list[Prompt | None] = [None] * engine.cache.rows
         self._keys = [_NOTHING] * engine.cache.rows
+        self._planned = [0] * engine.cache.rows  # length of the prompt whose steps filled the row
         self._free = list(range(engine.cache.rows))  # the one that was released first comes first
 
     def take(self, prompt: Prompt) -> int | None:
@@ -67,7 +70,7 @@ class Prefixes:
         if source != row and length:
             self._engine.copy(source, row, length)
         self._engine.cache.reset(length, row)
-        self._held[row], self._keys[row] = None, prompt.keys[:length]
+        self._held[row], self._keys[row], self._planned[row] = None, prompt.keys[:length], len(prompt.keys)
         return length
 
     def hold(self, prompt: Prompt, row: int) -> None:
@@ -90,11 +93,13 @@ class Prefixes:
         keys, held = prompt.keys, self._keys[row]
         if any(self._angles.scales_at(length) for length in (len(keys), len(held))):
             return 0
-        # The last token of a prompt gives logits, and may have been computed in a step of its own.
-        length = max(0, min(len(keys), len(held)) - 1)
+        # The last step of a prompt gives its logits. The same tokens inside of a longer prompt may take another graph.
+        last = len(held) == self._planned[row]
+        length = max(0, min(len(keys) - 1, len(held) - last))
         different = np.flatnonzero(keys[:length] != held[:length])
-        length = int(different[0]) if len(different) else length
-        return length - length % self._engine.grain
+        longest = int(different[0]) if len(different) else length
+        mine, theirs = self._engine.steps(len(keys)), self._engine.steps(self._planned[row])
+        return sum(common_steps(mine, theirs, longest))
 
 
 def image_keys(digest: bytes, count: int) -> Keys:

@@ -23,13 +23,10 @@ class Engine(Protocol):
 
     Attributes:
         cache: how far each row is filled.
-        grain: the entries of a prompt's first n * `grain` tokens are the same to the bit whatever else the prompt
-            holds, as long as each of its steps begins at a multiple of `grain`. They can serve another prompt.
         tiles_at_once: tiles that one step of the tower encodes.
     """
 
     cache: CacheRows
-    grain: int
     tiles_at_once: int
 
     @property
@@ -41,10 +38,15 @@ class Engine(Protocol):
         """Encode tiles [tiles, S, S, 3] to image tokens [tiles, tokens_per_tile, hidden]."""
         ...
 
+    def steps(self, length: int) -> list[int]:
+        """Return the sizes of the steps in which a prompt of `length` tokens is computed (see `steps.py`)."""
+        ...
+
     def prefill_steps(self, embeds: NDArray[np.float32], row: int = 0) -> Generator[None, None, NDArray[np.float32]]:
         """Append a prompt [seq, hidden] to a row, one step for each `next`, and return the logits [vocab] at the end.
 
-        Between two steps other rows may decode, but no other prompt may begin.
+        What is appended at the end of one of the steps of the whole prompt, except its last one, gets the numbers that
+        it gets in the whole prompt. Between two steps other rows may decode, but no other prompt may begin.
 
         Raises:
             EngineError: the tokens do not fit the cache. The other methods that append raise this, too.

@@ -29,18 +29,18 @@ from internvl_edge.model.rope import RotaryAngles
 
 from . import Engine
 from .rows import CacheRows
+from .steps import steps, steps_from
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-# Prompt tokens per step. The limit bounds memory, and saves most of the upper triangle of the attention scores.
-PREFILL_CHUNK = 256
-# Prompt tokens per step of the int8 graph, which is faster in large steps.
-_INT8_PREFILL_CHUNK = 512
+# Prompt tokens per step, the largest first. The largest bounds memory, and saves most of the upper triangle of the
+# attention scores. Later prompts continue at the ends of steps, so the small ones save them work. They cost a prompt
+# nothing: 250 tokens of a 1B model take 1.51 s in one step and 1.50 s in three (docs/performance.md).
+PREFILL_SIZES = (256, 128, 64)
+# The same for the int8 graph, which is faster in large steps.
+_INT8_PREFILL_SIZES = (512, 256, 128, 64)
 # Prompts of fewer tokens than this use the decoder graph: the int8 graph would not make them faster. What counts is the
 # whole prompt, not the part that is not yet in the cache, so that the answer does not depend on earlier prompts.
 _SHORTEST_PROMPT = 16
-# Steps of a prompt begin at multiples of this. ONNX Runtime's kernels for several tokens take them in blocks of two or
-# more, and the same token in a whole block has the same result to the bit wherever the step began.
-_GRAIN = 16
 # ONNX Runtime fuses the quantized weights of the standard dialect when it loads the graph. These entries make it round
 # activations to int8 (accuracy level 4), and use blocks of 128 inputs where weights have one scale per output. The
 # graph of the onnxruntime dialect holds the same settings.
@@ -73,8 +73,6 @@ class OnnxRuntimeEngine(Engine):
     Raises:
         EngineError: ONNX Runtime is missing or broken, or has no provider for the device.
     """
-
-    grain = _GRAIN
 
     def __init__(
         self,
@@ -120,21 +118,27 @@ class OnnxRuntimeEngine(Engine):
 
     def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Encode tiles [tiles, S, S, 3] to image tokens [tiles, tokens_per_tile, hidden]."""
-        parts = [self._encode(part) for part in _chunks(pixels, self.tiles_at_once)]
+        parts = [self._encode(part) for part in _parts(pixels, self.tiles_at_once)]
         return np.concatenate(parts).astype(np.float32, copy=False)
+
+    def steps(self, length: int) -> list[int]:
+        """Return the sizes of the steps of a prompt of `length` tokens. The int8 graph leaves the last token over."""
+        if self._prompts is not None and length >= _SHORTEST_PROMPT:
+            return [*steps(length - 1, _INT8_PREFILL_SIZES), 1]
+        return steps(length, PREFILL_SIZES)
 
     def prefill_steps(self, embeds: NDArray[np.float32], row: int = 0) -> Generator[None, None, NDArray[np.float32]]:
         """Append a prompt [seq, hidden] to a row, in chunks (see `Engine`)."""
         total = self.cache.room_for(len(embeds), row)
-        if self._prompts is not None and total >= _SHORTEST_PROMPT:
-            for chunk in _chunks(embeds[:-1], _INT8_PREFILL_CHUNK):
-                self._append(_Step(self, self._prompts, tokens=len(chunk), kept=0), chunk, total, row)
-                yield
-            embeds = embeds[-1:]
-        for chunk in _chunks(embeds, PREFILL_CHUNK):
-            step = _Step(self, self._text, tokens=len(chunk))
+        *chunks, last = self._chunks(embeds, row)
+        in_int8 = self._prompts is not None and total >= _SHORTEST_PROMPT
+        for chunk in chunks:
+            step = _Step(self, self._prompts if in_int8 else self._text, tokens=len(chunk), kept=0 if in_int8 else 1)
             self._append(step, chunk, total, row)
             yield
+        step = _Step(self, self._text, tokens=len(last))
+        self._append(step, last, total, row)
+        yield
         logits: NDArray[np.float32] = step.logits[0, 0].copy()
         return logits
 
@@ -160,7 +164,7 @@ class OnnxRuntimeEngine(Engine):
     def score(self, embeds: NDArray[np.float32], row: int = 0) -> NDArray[np.float32]:
         """Append tokens [seq, hidden] to a row, and return the logits [seq, vocab] after each of them."""
         total = self.cache.room_for(len(embeds), row)
-        return np.concatenate([self._score(chunk, total, row) for chunk in _chunks(embeds, _SCORE_CHUNK)])
+        return np.concatenate([self._score(chunk, total, row) for chunk in _parts(embeds, _SCORE_CHUNK)])
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Make the first `length` tokens of one row those of another row, too."""
@@ -175,6 +179,12 @@ class OnnxRuntimeEngine(Engine):
         """Release the sessions and the KV cache."""
         del self._vision, self._text, self._prompts, self._buffers
         self._steps.clear()
+
+    def _chunks(self, embeds: NDArray[np.float32], row: int) -> list[NDArray[np.float32]]:
+        """Cut what remains of a prompt, [seq, hidden], at the ends of its steps."""
+        start = self.cache.length(row)
+        sizes = steps_from(self.steps(start + len(embeds)), start) or self.steps(len(embeds))
+        return np.split(embeds, np.cumsum(sizes)[:-1])
 
     def _append(self, step: _Step, embeds: NDArray[np.float32], total: int, row: int) -> None:
         """Append tokens of a sequence that has `total` in the end."""
@@ -337,7 +347,7 @@ class _Step:
             self._session.run_with_iobinding(self._binding, options)
 
 
-def _chunks(array: NDArray[Any], size: int) -> Iterator[NDArray[Any]]:
+def _parts(array: NDArray[Any], size: int) -> Iterator[NDArray[Any]]:
     return (array[start : start + size] for start in range(0, len(array), size))
 
 

@@ -23,6 +23,7 @@ from internvl_edge.bundle import names
 from internvl_edge.bundle.bundle import Bundle
 
 from .onnxruntime import OnnxRuntimeEngine
+from .steps import steps
 
 # The first release that can read RMSNormalization, RotaryEmbedding and GroupQueryAttention in these graphs.
 OLDEST = (2026, 3)
@@ -67,22 +68,24 @@ class OpenVinoEngine(OnnxRuntimeEngine):
             compiled = self._compiled(opened, names.DECODERS["onnxruntime"], threads)
             # Two requests take turns, because each one reads the cache that the other one returned.
             self._requests = [compiled.create_infer_request() for _ in range(2)]
-            # OpenVINO's results are the same to the bit in steps of any of these sizes.
-            self.grain = PREFILL_SIZES[-1]
+
+    def steps(self, length: int) -> list[int]:
+        """Return the sizes of the steps of a prompt of `length` tokens."""
+        return steps(length, PREFILL_SIZES) if self._requests else super().steps(length)
 
     def prefill_steps(self, embeds: NDArray[np.float32], row: int = 0) -> Generator[None, None, NDArray[np.float32]]:
         """Append a prompt [seq, hidden] to a row, in chunks (see `Engine`)."""
-        sizes = _steps(len(embeds)) if self._requests else []
-        if not sizes:
-            return (yield from super().prefill_steps(embeds, row))
         start, total = self.cache.length(row), self.cache.room_for(len(embeds), row)
+        chunks = [each for each in self._chunks(embeds, row) if self._requests and len(each) >= PREFILL_SIZES[-1]]
+        if not chunks:
+            return (yield from super().prefill_steps(embeds, row))
         cache = {name: np.ascontiguousarray(array[:, :, :start]) for name, array in self._entries(row)}
         first = 0
-        for turn, size in enumerate(sizes):
-            inputs = self._inputs(embeds[first : first + size], start + first, total) | _past(cache)
+        for turn, chunk in enumerate(chunks):
+            inputs = self._inputs(chunk, start + first, total) | _past(cache)
             results = self._requests[turn % 2].infer(inputs, share_inputs=True, share_outputs=True)
             cache = {name: results[f"present.{name}"] for name in cache}
-            first += size
+            first += len(chunk)
             yield
         for name, array in self._entries(row):
             array[:, :, start : start + first] = cache[name][:, :, start : start + first]
@@ -131,15 +134,6 @@ class OpenVinoEngine(OnnxRuntimeEngine):
             return self._core.compile_model(str(opened.path(name)), "CPU", properties)
         except RuntimeError as error:
             raise EngineError(f"OpenVINO cannot load {opened.path(name)}: {str(error).splitlines()[-1]}") from None
-
-
-def _steps(tokens: int) -> list[int]:
-    """Return the sizes in which OpenVINO computes a prompt. Fewer tokens than the smallest size remain."""
-    steps = []
-    for size in PREFILL_SIZES:
-        steps += [size] * (tokens // size)
-        tokens %= size
-    return steps
 
 
 def _past(cache: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from internvl_edge.runtime.engines import Engine
 from internvl_edge.runtime.engines.rows import CacheRows
+from internvl_edge.runtime.engines.steps import steps, steps_from
 
 VOCABULARY = 12
 
@@ -33,7 +34,6 @@ class RememberingEngine(Engine):
     `failing` is an error that the next step raises. `steps` counts steps, `most` the rows of the largest one.
     """
 
-    grain = 4
     tiles_at_once = 1
     dialect = "standard"
 
@@ -48,10 +48,13 @@ class RememberingEngine(Engine):
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         raise NotImplementedError
 
+    def steps(self, length: int) -> list[int]:
+        return steps(length, (self._chunk, 4))
+
     def prefill_steps(self, embeds: np.ndarray, row: int = 0) -> Generator[None, None, np.ndarray]:
-        self.cache.room_for(len(embeds), row)
-        for start in range(0, len(embeds), self._chunk):
-            chunk = embeds[start : start + self._chunk]
+        start, total = self.cache.length(row), self.cache.room_for(len(embeds), row)
+        for chunk in np.split(embeds, np.cumsum(steps_from(self.steps(total), start))[:-1]):
+            assert len(chunk), "the prompt continues inside of a step"
             self.computed += len(chunk)
             self._append(chunk, row)
             yield

@@ -38,7 +38,7 @@ def bundle(request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: p
 
 
 def engine_of(bundle: Path, dialect: str, rows: int = ROWS, threads: int = 1) -> OnnxRuntimeEngine:
-    return OnnxRuntimeEngine(Bundle.open(bundle), dialect=dialect, capacity=128, rows=rows, threads=threads)
+    return OnnxRuntimeEngine(Bundle.open(bundle), dialect=dialect, capacity=384, rows=rows, threads=threads)
 
 
 def embeds_of(engine: OnnxRuntimeEngine, count: int, seed: int) -> np.ndarray:
@@ -99,13 +99,13 @@ def test_guesses_are_scored_in_their_row(bundle: Path) -> None:
 
 @pytest.mark.parametrize("dialect", ["standard", "onnxruntime"])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_prompt_is_the_same_wherever_its_steps_begin(bundle: Path, dialect: str, threads: int) -> None:
+def test_a_prompt_goes_on_at_the_end_of_a_step_as_in_one_piece(bundle: Path, dialect: str, threads: int) -> None:
     engine = engine_of(bundle, dialect, threads=threads)
-    for total in (127, 128):
+    for total in (65, 127, 128, 200, 321):
         embeds = embeds_of(engine, total, seed=total)
         engine.cache.reset()
         whole = engine.prefill(embeds).copy()
-        for start in range(engine.grain, total, engine.grain):
+        for start in np.cumsum(engine.steps(total))[:-1].tolist():
             engine.cache.reset(start)
             np.testing.assert_array_equal(engine.prefill(embeds[start:]), whole)
 
@@ -115,9 +115,8 @@ def test_a_copied_prefix_is_the_prefix(bundle: Path, dialect: str) -> None:
     engine = engine_of(bundle, dialect)
     one = Alone(engine, 48, seed=9)
     engine.prefill(one.embeds[:48], 2)
-    engine.copy(2, 6, 32)
-    assert (engine.cache.length(2), engine.cache.length(6)) == (48, 32)
-    np.testing.assert_array_equal(engine.prefill(one.embeds[32:48], 6), one.logits[0])
+    engine.copy(2, 6, 48)
+    assert (engine.cache.length(2), engine.cache.length(6)) == (48, 48)
     for step in range(3):
         found = engine.decode_rows(np.stack([one.embeds[48 + step]] * 2), [6, 2])
         for logits in found:
@@ -126,12 +125,12 @@ def test_a_copied_prefix_is_the_prefix(bundle: Path, dialect: str) -> None:
 
 def test_a_full_row_is_refused_before_any_row_changes(bundle: Path) -> None:
     engine = engine_of(bundle, "onnxruntime", rows=2)
-    embeds = embeds_of(engine, 128, seed=1)
+    embeds = embeds_of(engine, 384, seed=1)
     engine.prefill(embeds, 0)
     engine.prefill(embeds[:5], 1)
-    with pytest.raises(EngineError, match="1 tokens do not fit the cache, 128 of 128 are used"):
+    with pytest.raises(EngineError, match="1 tokens do not fit the cache, 384 of 384 are used"):
         engine.decode_rows(embeds[:2], [1, 0])
-    assert (engine.cache.length(0), engine.cache.length(1)) == (128, 5)
+    assert (engine.cache.length(0), engine.cache.length(1)) == (384, 5)
 
 
 def test_openvino_prompts_go_to_their_rows(tmp_path: Path, checkpoint: Path) -> None:
@@ -147,13 +146,12 @@ def test_openvino_prompts_go_to_their_rows(tmp_path: Path, checkpoint: Path) -> 
     for embed, logits in zip(embeds[200:204], found, strict=True):
         np.testing.assert_array_equal(engine.decode_rows(embed[None], [1])[0], logits)
     np.testing.assert_array_equal(engine.prefill(embeds[:200], 1) if engine.cache.reset(0, 1) else alone, alone)
-    assert engine.grain == 64
 
 
 def test_an_interrupted_call_ends_and_the_next_one_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from internvl_edge.demo import CHECKPOINT
 
-    monkeypatch.setattr("internvl_edge.runtime.engines.onnxruntime.PREFILL_CHUNK", 4000)
+    monkeypatch.setattr("internvl_edge.runtime.engines.onnxruntime.PREFILL_SIZES", (4000,))
     opened = Bundle.open(export_bundle(CHECKPOINT, tmp_path / "bundle"))
     engine = OnnxRuntimeEngine(opened, capacity=4000, threads=1)
     embeds = embeds_of(engine, 4000, seed=0)

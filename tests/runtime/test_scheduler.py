@@ -18,6 +18,7 @@ from internvl_edge.base.errors import BusyError, EngineError
 from internvl_edge.checkpoint.config_reader import read_config
 from internvl_edge.demo import CHECKPOINT
 from internvl_edge.runtime.decoding import Decoding
+from internvl_edge.runtime.engines import finish
 from internvl_edge.runtime.lookup import PromptLookup
 from internvl_edge.runtime.prefixes import Prefixes, Prompt
 from internvl_edge.runtime.sampling import Sampler, Sampling
@@ -142,8 +143,7 @@ def test_the_row_with_the_longest_prefix_is_taken() -> None:
         row = prefixes.take(prompt)
         assert row is not None
         start = prefixes.begin(prompt, row)
-        for _ in engine.prefill_steps(np.array(prompt.keys[start:], np.float32)[:, None], row):
-            pass
+        finish(engine.prefill_steps(np.array(prompt.keys[start:], np.float32)[:, None], row))
         prefixes.hold(prompt, row)
     assert prefixes.take(held[0]) is None
     for row in range(3):

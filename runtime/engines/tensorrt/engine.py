@@ -25,6 +25,7 @@ from internvl_edge.model.rope import RotaryAngles
 
 from .. import Engine
 from ..rows import CacheRows
+from ..steps import steps, steps_from
 from .buffers import HALVES, Block
 from .cuda import Cuda
 from .flavour import Flavour, load_flavour
@@ -90,7 +91,6 @@ class TensorRTEngine(Engine):
         itemsize = np.dtype(opened.manifest.kv_cache or self._half.stored).itemsize
         chunk = record.options.chunk if NEW_ENTRIES in text.outputs() else 0
         self.cache = CacheRows(record.options.capacity)
-        self.grain = record.options.chunk
         self.tiles_at_once = record.options.tiles
         self._device_cache = DeviceCache(self._cuda, model.decoder, record.options.capacity, itemsize, chunk)
         shared = self._shared_addresses(record.options.capacity)
@@ -108,11 +108,15 @@ class TensorRTEngine(Engine):
         """Encode tiles [tiles, S, S, 3] to image tokens [tiles, tokens_per_tile, hidden]."""
         return self._vision.encode(pixels)
 
+    def steps(self, length: int) -> list[int]:
+        """Return the sizes of the steps of a prompt of `length` tokens."""
+        return steps(length, (self._options.chunk,))
+
     def prefill_steps(self, embeds: NDArray[np.float32], row: int = 0) -> Generator[None, None, NDArray[np.float32]]:
         """Append a prompt [seq, hidden] in chunks (see `Engine`)."""
         total = self.cache.room_for(len(embeds), row)
-        for start in range(0, len(embeds), self._options.chunk):
-            chunk = embeds[start : start + self._options.chunk]
+        sizes = steps_from(self.steps(total), self.cache.length()) or self.steps(len(embeds))
+        for chunk in np.split(embeds, np.cumsum(sizes)[:-1]):
             self._run(self._prefill, chunk, total, [len(chunk) - 1])
             yield
         logits: NDArray[np.float32] = self._logits(1)[0]
