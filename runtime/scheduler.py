@@ -97,6 +97,7 @@ class Scheduler:
         most_waiting: int = MOST_WAITING,
     ) -> None:
         self._engine = engine
+        self._decoder = decoder
         self._prefixes = Prefixes(engine, decoder)
         self._embed = embed
         self._most_waiting = most_waiting
@@ -154,14 +155,29 @@ class Scheduler:
             thread.join()
 
     def _work(self) -> None:
-        while self._admit():
-            wants_step = self._prompts and (not self._answers or self._decodes >= _DECODES_PER_PROMPT_STEP)
-            if wants_step:
-                self._decodes = 0
-                self._prompt_step(self._prompts[0])
-            else:
-                self._decodes += 1
-                self._decode_step()
+        try:
+            while self._admit():
+                wants_step = self._prompts and (not self._answers or self._decodes >= _DECODES_PER_PROMPT_STEP)
+                if wants_step:
+                    self._decodes = 0
+                    self._prompt_step(self._prompts[0])
+                else:
+                    self._decodes += 1
+                    self._decode_step()
+        except BaseException as error:
+            self._give_up(error)
+            raise
+
+    def _give_up(self, error: BaseException) -> None:
+        """End all tasks because of an error of the scheduler itself, so that nobody waits for ever."""
+        with self._lock:
+            for task in [*self._answers, *self._prompts, *(task for task, _ in self._waiting)]:
+                task.end(error)
+            self._answers.clear()
+            self._prompts.clear()
+            self._waiting.clear()
+            self._prefixes = Prefixes(self._engine, self._decoder)
+            self._thread = None
 
     def _admit(self) -> bool:
         """Drop cancelled tasks, give free rows to waiting ones, and return whether there is anything to do."""
@@ -266,8 +282,8 @@ class Scheduler:
                 group.remove(task)
         if task.steps is not None:
             task.steps.close()
-        self._prefixes.release(_row(task))
         task.end(error)
+        self._prefixes.release(_row(task))
 
 
 def _row(task: Task) -> int:

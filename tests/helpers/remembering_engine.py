@@ -31,7 +31,7 @@ def greedy(prompt: Sequence[int], count: int, stop: Sequence[int] = ()) -> list[
 class RememberingEngine(Engine):
     """Embeddings are the token itself, and each row remembers its tokens.
 
-    `failing` is an error that the next step raises. `steps` counts steps, `most` the rows of the largest one.
+    `failing` is an error that the next step raises. `calls` counts steps, `most` the rows of the largest one.
     """
 
     tiles_at_once = 1
@@ -40,7 +40,7 @@ class RememberingEngine(Engine):
     def __init__(self, rows: int = 1, capacity: int = 10_000, chunk: int = 16) -> None:
         self.cache = CacheRows(capacity, rows)
         self.tokens: list[list[int]] = [[] for _ in range(rows)]
-        self.steps = self.most = self.computed = self.copied = 0
+        self.calls = self.most = self.computed = self.copied = 0
         self.failing: BaseException | None = None
         self._chunk = chunk
         self._busy = threading.Lock()
@@ -86,7 +86,7 @@ class RememberingEngine(Engine):
             if (error := self.failing) is not None:
                 self.failing = None
                 raise error
-            self.steps += 1
+            self.calls += 1
             tokens = self.tokens[row]
             del tokens[self.cache.length(row) :]
             logits = []

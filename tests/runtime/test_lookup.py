@@ -18,7 +18,7 @@ def answer(prompt: list[int], count: int, stop: tuple[int, ...], guessing: bool)
     lookup = PromptLookup(prompt) if guessing else None
     decoding = Decoding(Sampler(Sampling()), stop, count, lambda _: False, lookup)
     decoding.begin(finish(engine.prefill_steps(np.array(prompt, np.float32)[:, None])))
-    engine.steps = 0
+    engine.calls = 0
     while not decoding.finished:
         start = engine.cache.length()
         tokens = decoding.next_tokens()
@@ -34,7 +34,7 @@ def test_an_answer_and_the_cache_after_it_are_the_same_with_guesses(prompt: list
     assert guessed == plain == greedy(prompt, count, (stop,))
     length = engine.cache.length()
     assert engine.tokens[0][:length] == (prompt + plain)[:length]
-    assert engine.steps <= without.steps
+    assert engine.calls <= without.calls
     assert length >= without.cache.length()
 
 
@@ -43,7 +43,7 @@ def test_repetition_saves_steps() -> None:
     plain, without = answer([1, 2, 3], 200, (), guessing=False)
     guessed, engine = answer([1, 2, 3], 200, (), guessing=True)
     assert guessed == plain
-    assert engine.steps < 0.4 * without.steps
+    assert engine.calls < 0.4 * without.calls
 
 
 def test_the_longest_and_latest_match_is_continued() -> None:

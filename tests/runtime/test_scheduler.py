@@ -136,7 +136,7 @@ def test_a_prefix_that_another_row_holds_is_copied() -> None:
 
 
 def test_the_row_with_the_longest_prefix_is_taken() -> None:
-    engine = RememberingEngine(rows=3)
+    engine = RememberingEngine(rows=3, chunk=4)
     prefixes = Prefixes(engine, DECODER)
     held = [prompt_of([1] * 9), prompt_of([1] * 6 + [2] * 10), prompt_of([2] * 9)]
     for prompt in held:
@@ -236,6 +236,26 @@ def test_a_chooser_that_fails_ends_its_own_answer_only() -> None:
     with pytest.raises(ZeroDivisionError):
         list(tasks[1].pieces())
     assert [int(piece) for piece in tasks[2].pieces()] == greedy([3], 50)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nobody_waits_for_ever_after_an_error_of_the_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = scheduler_for(RememberingEngine(rows=2))
+    tasks = [task_for([1], 2000), task_for([2], 2000), task_for([3], 5)]
+    take, calls = Prefixes.take, []
+
+    def failing(self: Prefixes, prompt: Prompt) -> int | None:
+        calls.append(1)
+        return take(self, prompt) if len(calls) < 3 else int(1 / 0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Prefixes, "take", failing)
+        for task in tasks:
+            scheduler.submit(task)
+        for task in tasks:
+            with pytest.raises(ZeroDivisionError):
+                list(task.pieces())
+    assert ask(scheduler, [2], 5) == greedy([2], 5)
 
 
 def test_a_closed_scheduler_ends_what_runs_and_waits_and_refuses_the_rest() -> None:
