@@ -5,6 +5,7 @@ What was downloaded is named by its commit, which never changes, also where a br
 
 from __future__ import annotations
 
+import importlib
 import logging
 import re
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from internvl_edge.base.errors import CheckpointError
 from internvl_edge.base.extras import requires
@@ -153,8 +155,7 @@ def _download(repo: str, revision: str | None, wanted: list[str]) -> Path:
 @contextmanager
 def _quiet_client() -> Iterator[None]:
     """Keep the client's own lines away: warnings about retries, and bars where nobody watches them."""
-    from huggingface_hub import utils
-
+    utils: Any = importlib.import_module("huggingface_hub.utils")
     logger = logging.getLogger("huggingface_hub")
     level, hidden = logger.level, utils.are_progress_bars_disabled()
     logger.setLevel(logging.ERROR)
