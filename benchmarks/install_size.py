@@ -68,7 +68,7 @@ def measure(scratch: Path, extra: str) -> dict[str, Any]:
 def install(environment: Path, what: str, *options: str) -> Path:
     """Make an environment with one package and what it requires, and return the folder of its packages."""
     run(sys.executable, "-m", "venv", str(environment))
-    run(str(environment / "bin" / "pip"), "install", *options, what)
+    run(str(environment / "bin" / "pip"), "install", *options, what, clean=True)
     (packages,) = (environment / "lib").glob("python*/site-packages")
     return packages
 
