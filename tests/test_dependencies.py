@@ -88,6 +88,14 @@ def test_no_release_with_an_advisory_is_accepted(name: str) -> None:
     assert accepted == []
 
 
+@pytest.mark.parametrize("extra", ["quantize", "bin", "autoawq", "optimum"])
+def test_an_extra_that_brings_torch_has_its_floor(extra: str) -> None:
+    """What a library requires of torch and transformers is less than what is safe."""
+    requirements = {Requirement(text).name for text in PYPROJECT["project"]["optional-dependencies"][extra]}
+    assert "torch" in requirements
+    assert "transformers" in requirements or not requirements & {"autoawq", "optimum"}
+
+
 def test_the_lock_names_versions_alone() -> None:
     """It has no index, no local path, no build such as +cpu: it must work with any index and on any system."""
     lines = [line for line in CONSTRAINTS if not line.startswith("#")]

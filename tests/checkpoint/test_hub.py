@@ -21,11 +21,12 @@ from helpers.commands import PROGRAM, assert_one_line, internvl_edge
 from helpers.fake_hub import COMMIT, PAGE, FakeHub, serving
 from helpers.reports import quantization_record
 from helpers.tiny import write_checkpoint
-from internvl_edge.base.errors import CheckpointError
+from internvl_edge.base.errors import CheckpointError, EdgeError
 from internvl_edge.base.jsonable import decode, encode
 from internvl_edge.bundle.manifest import Manifest
 from internvl_edge.checkpoint.hub import HubSource, hub_source, resolve_checkpoint, resolve_configuration
 from internvl_edge.checkpoint.record import QuantizationRecord, read_record
+from internvl_edge.evaluation import EvaluationSettings, reference_bundle
 from internvl_edge.export import export_bundle
 
 REPOSITORY = "org/model"
@@ -115,7 +116,7 @@ def test_bin_shards_come_from_the_same_commit(hub: FakeHub) -> None:
     hub.files["pytorch_model.bin"] = b"pickle"
     folder = resolve_checkpoint(REPOSITORY)
     assert (folder / "pytorch_model.bin").read_bytes() == b"pickle"
-    assert len([path for path in hub.asked if "/revision/" in path]) == 1
+    assert len([path for path in hub.asked if path.endswith("/revision/main")]) == 1
 
 
 def test_only_a_download_needs_the_package_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,8 +185,10 @@ WRONG: dict[str, tuple[Callable[[str], Any], tuple[str, ...]]] = {
     "a list": (always(200, {}, b"[]", "/api/"), ("did not answer as a hub does",)),
     "no commit": (always(200, {}, b'{"id": "org/model", "siblings": []}'), ("did not answer as a hub does",)),
     "a commit that is a path": (
-        lambda path: (200, {}, b'{"id": "org/model", "sha": "../../x"}') if "/revision/" in path else None,
-        ("did not answer as a hub does",),
+        lambda path: (
+            (200, {}, b'{"id": "org/model", "sha": "../../x", "siblings": []}') if "/revision/" in path else None
+        ),
+        (),
     ),
     "a gated model": (always(401, {"X-Error-Code": "GatedRepo"}), ("gated", "accept its terms", "HF_TOKEN")),
     "gated files": (always(403, {"X-Error-Code": "GatedRepo"}, b"", "/resolve/"), ("gated", "HF_TOKEN", "hf auth")),
@@ -289,6 +292,14 @@ def test_a_failed_download_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CheckpointError) as raised:
         resolve_checkpoint("OpenGVLab/InternVL2_5-1B")
     assert str(raised.value).endswith("could not be downloaded: no route")
+
+
+def test_a_reference_has_a_revision_only_where_there_is_one(tmp_path: Path) -> None:
+    with pytest.raises(EdgeError, match="give both or neither"):
+        EvaluationSettings(tmp_path, suite="reader", revision="main")
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="leave it out"), reference_bundle(str(tmp_path), revision="main"):
+        pass
 
 
 # ---- what is recorded ----
