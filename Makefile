@@ -2,12 +2,15 @@
 PYTHON ?= python3
 VENV := .venv
 DEMO_VENV := .venv-demo
+LOCK_VENV := .venv-lock
 BIN := $(VENV)/bin
+EXTRAS := cpu,export,openvino,quantize,report,rtx,video
+comma := ,
 JOBS ?= 2
 # ONNX Runtime and torch would each use all cores. One thread each lets JOBS tests run in parallel.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test slow gpu-acceptance lint format wheel clean help
+.PHONY: demo test slow gpu-acceptance lint format wheel lock clean help
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -37,16 +40,20 @@ format: $(VENV)/ready ## Apply the code style
 wheel: $(VENV)/ready ## Build the wheel, and check all four ways to install the package
 	.ci/check_install $(BIN)/python
 
-$(VENV)/ready: pyproject.toml
+# Newest versions that pyproject.toml allows, for every Python and system. `make test` then uses and thereby tests them.
+lock: ## Write constraints.txt, the versions that the checks use
+	$(PYTHON) -m venv $(LOCK_VENV) && $(LOCK_VENV)/bin/pip install --quiet --upgrade "pip>=25.1" && $(LOCK_VENV)/bin/pip install --quiet --group lock && $(LOCK_VENV)/bin/uv pip compile pyproject.toml --universal --upgrade --python-version 3.11 --group dev $(patsubst %,--extra %,$(subst $(comma), ,$(EXTRAS))) --no-annotate --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" --quiet --output-file constraints.txt
+
+$(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/pip install --quiet --group dev --editable ".[cpu,export,openvino,quantize,report,rtx,video]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --group dev --editable ".[$(EXTRAS)]"
 	touch $@
 
-$(DEMO_VENV)/ready: pyproject.toml
+$(DEMO_VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(DEMO_VENV)
-	$(DEMO_VENV)/bin/pip install --quiet --editable ".[cpu,export]"
+	$(DEMO_VENV)/bin/pip install --quiet --constraint constraints.txt --editable ".[cpu,export]"
 	touch $@
 
 clean: ## Remove environments and build outputs
-	rm -rf $(VENV) $(DEMO_VENV) build dist work *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(DEMO_VENV) $(LOCK_VENV) build dist work *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

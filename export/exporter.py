@@ -27,6 +27,7 @@ from internvl_edge.bundle.contents import bundle_files
 from internvl_edge.bundle.manifest import FileEntry, Manifest, SpecialTokens
 from internvl_edge.bundle.token_table import TYPES, int8_table, table_bytes
 from internvl_edge.checkpoint.chat_template import check_chat_template
+from internvl_edge.checkpoint.hub import hub_source
 from internvl_edge.checkpoint.layouts import linear_names
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.checkpoint.record import read_record
@@ -130,12 +131,13 @@ class _Export:
             ir.save(graph, self._folder / names.DECODERS[dialect])
         if int8_prompts:
             ir.save(build_prompts(self._checkpoint, self._types, prompts), self._folder / names.PROMPTS)
-        if record := read_record(self._checkpoint.folder):
+        hub, record = hub_source(self._checkpoint.folder), read_record(self._checkpoint.folder)
+        if record:
             (self._folder / names.QUANTIZATION).write_text(dumps(record), encoding="utf-8")
         self._write_weights([file for file in (vision, decoder, self._packed.blocks, prompts) if file.size])
         manifest = Manifest(
             producer=f"internvl-edge {__version__}",
-            source=self._checkpoint.folder.resolve().name,
+            source=hub.repository if hub else self._checkpoint.folder.resolve().name,
             model=config,
             template=template_for(config.template, config.system_message),
             tokens=SpecialTokens(*token_ids(tokenizer, end_tokens(self._checkpoint.folder, config))),
@@ -147,6 +149,7 @@ class _Export:
             linears=self._linears(),
             components=self._components(dtype),
             quantization=self._packed.summary(),
+            hub=hub or (record.hub if record else None),
         )
         manifest.write(self._folder)
 

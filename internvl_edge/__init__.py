@@ -7,6 +7,7 @@ reply = InternVL.load("bundle/").chat("What is the total?", images=["receipt.jpg
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,6 +31,11 @@ __all__ = [
     "export_bundle",
     "quantize_checkpoint",
 ]
+
+# Nothing about a user's models leaves the machine unasked. Since 1.29, ONNX Runtime for Linux sends names and hashes of
+# models to its maker as soon as it is imported, and the hub's client sends versions. A value that the user set stays.
+for _name in ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"):
+    os.environ.setdefault(_name, "1")
 
 # Loaded on first use: a device that only runs bundles has no export packages, and `--help` should be quick.
 _HOMES = {

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from internvl_edge.base.run_record import run_record
 from internvl_edge.calibration.dataset import CalibrationSet
+from internvl_edge.checkpoint.hub import hub_source
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.checkpoint.record import LinearReport, QuantizationRecord, TowerReport, weight_files
 from internvl_edge.model.components import bits_per_weight
@@ -40,8 +41,9 @@ def quantization_record(
         predicted_kl: predicted KL divergence in nats, or None where precision was not chosen by sensitivity.
         seconds: the duration of the quantization.
     """
+    hub = hub_source(source)
     return QuantizationRecord(
-        checkpoint=source.resolve().name,
+        checkpoint=hub.repository if hub else source.resolve().name,
         recipe=asdict(recipe),
         samples=len(calibration.names) if calibration else 0,
         tokens=calibration.total if calibration else 0,
@@ -57,6 +59,7 @@ def quantization_record(
         predicted_kl=predicted_kl,
         run=run_record(seconds),
         files=tuple(sorted(path.name for path in made.folder.iterdir() if path.suffix != ".safetensors")),
+        hub=hub,
     )
 
 

@@ -37,8 +37,8 @@ class InternVLExport:
         self.config = config
         self.task = task
 
-    def export(self, checkpoint: str | Path, out: str | Path, **options: Any) -> Path:
-        """Export a checkpoint folder or hub id to a bundle; `options` are those of `export_bundle`.
+    def export(self, checkpoint: str | Path, out: str | Path, *, revision: str | None = None, **options: Any) -> Path:
+        """Export a checkpoint folder or hub id to a bundle; `options` are those of `export_bundle`, and `revision`.
 
         Raises:
             EdgeError: as `export_bundle`.
@@ -47,7 +47,7 @@ class InternVLExport:
 
         with requires("export", "export"):
             from internvl_edge.export import export_bundle
-        return export_bundle(resolve_checkpoint(str(checkpoint)), out, **options)
+        return export_bundle(resolve_checkpoint(str(checkpoint), revision), out, **options)
 
     def __getattr__(self, name: str) -> Any:
         """Raise EdgeError: tracing exporters use inputs, outputs and patches, which do not exist here."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 from internvl_edge.base.errors import BundleError
 from internvl_edge.base.files import replace_text
 from internvl_edge.base.json_files import read_object
+from internvl_edge.base.user_folders import cache_folder
 
 from .manifest import Manifest
 from .names import EMBEDDINGS
@@ -94,8 +94,9 @@ def _verify(folder: Path, manifest: Manifest) -> None:
     _write_stamps(stamps | {_stamp(folder / name): digest for name, digest in digests.items()})
 
 
-def _stamp_file() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "internvl-edge" / "verified.json"
+def _stamp_file() -> Path | None:
+    folder = cache_folder()
+    return folder and folder / "verified.json"
 
 
 def _stamp(path: Path) -> str:
@@ -104,8 +105,9 @@ def _stamp(path: Path) -> str:
 
 
 def _read_stamps() -> dict[str, str]:
+    path = _stamp_file()
     try:
-        return read_object(_stamp_file(), BundleError, "verify again")
+        return read_object(path, BundleError, "verify again") if path else {}
     except BundleError:
         return {}
 
@@ -113,6 +115,8 @@ def _read_stamps() -> dict[str, str]:
 def _write_stamps(stamps: dict[str, str]) -> None:
     """Store the stamps of verified files. A device without a writable cache folder verifies every time."""
     path = _stamp_file()
+    if path is None:
+        return
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, json.dumps(dict(list(stamps.items())[-512:])))

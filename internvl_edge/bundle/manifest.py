@@ -18,6 +18,7 @@ from internvl_edge.base.folders import restore
 from internvl_edge.base.json_files import read_object
 from internvl_edge.base.jsonable import decode, dumps, encode
 from internvl_edge.base.text import shown
+from internvl_edge.checkpoint.hub import HubSource
 from internvl_edge.checkpoint.layouts import linear_names
 from internvl_edge.model.components import Component
 from internvl_edge.model.config import ModelConfig
@@ -73,7 +74,7 @@ class Manifest:
 
     Attributes:
         producer: name and version of the program that made it.
-        source: name of the checkpoint's folder, for information.
+        source: hub id of the checkpoint, or the name of its folder, for information.
         model: the configuration that the graphs were built from.
         template: the conversation template of the prompt.
         tokens: ids of the special tokens.
@@ -87,6 +88,7 @@ class Manifest:
         quantization: more about a quantized decoder; None for a decoder in floats.
         files: all files by name.
         quality: the results of evaluation; None where the bundle was not evaluated.
+        hub: where the checkpoint came from; of a quantized one, where its original did. None where nobody knows.
     """
 
     producer: str
@@ -103,6 +105,7 @@ class Manifest:
     components: tuple[Component, ...] = ()
     quantization: DecoderQuantization | None = None
     quality: Quality | None = None
+    hub: HubSource | None = None
 
     @property
     def fingerprint(self) -> str:

@@ -16,6 +16,8 @@ from internvl_edge.base.run_record import RunRecord
 from internvl_edge.model.components import Component
 from internvl_edge.model.linear import Scheme
 
+from .hub import HubSource
+
 RECORD = "quantization.json"
 # What `evaluation.report` adds to a quantized checkpoint.
 _REPORTS = ("report.json", "report.html")
@@ -89,7 +91,7 @@ class QuantizationRecord:
     """The record of how a checkpoint was quantized.
 
     Attributes:
-        checkpoint: name of the original folder.
+        checkpoint: hub id of the original, or the name of its folder.
         recipe: the recipe as JSON values.
         samples, tokens, image_tokens: sizes of the calibration set; 0 without data.
         broken: items of the data that were skipped.
@@ -101,6 +103,7 @@ class QuantizationRecord:
         predicted_kl: in nats, where precision was chosen by sensitivity.
         run: of the quantizer.
         files: names of all other files of the checkpoint, the record and reports not counted.
+        hub: where the original came from; None for a folder that nobody downloaded.
     """
 
     checkpoint: str
@@ -117,6 +120,7 @@ class QuantizationRecord:
     predicted_kl: float | None
     run: RunRecord
     files: tuple[str, ...] = ()
+    hub: HubSource | None = None
 
 
 def weight_files(checkpoint: Path) -> dict[str, int]:

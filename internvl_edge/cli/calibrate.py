@@ -12,6 +12,7 @@ import click
 from internvl_edge.base.extras import requires
 from internvl_edge.checkpoint.hub import resolve_checkpoint
 
+from .checkpoint_options import revision_option
 from .data_options import calibration_options, compute_options, data_options, resumable, wait_politely
 from .output import print_json
 
@@ -19,6 +20,7 @@ from .output import print_json
 @click.command("calibrate")
 @click.argument("checkpoint")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Calibration folder to make.")
+@revision_option
 @calibration_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @resumable()
@@ -34,7 +36,7 @@ def command(checkpoint: str, output: Path, as_json: bool, **values: Any) -> None
         from internvl_edge.calibration import calibrate
     options, compute = data_options(values), compute_options(values)
     made = calibrate(
-        resolve_checkpoint(checkpoint),
+        resolve_checkpoint(checkpoint, values["revision"]),
         output,
         options,
         compute,

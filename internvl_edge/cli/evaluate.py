@@ -29,6 +29,7 @@ from .output import evaluation_rows, evaluation_values, print_json, print_table,
 @click.command("evaluate", epilog=f"Metrics of --fail-if: {', '.join(METRICS)}.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--reference", help="Compare with this checkpoint (folder or hub id) or bundle.")
+@click.option("--revision", help="Branch, tag or commit of a hub id in --reference.  [default: main]")
 @click.option("--suite", type=click.Choice(list(SUITES)), help="Count exact answers to a suite's questions.")
 @click.option(
     "--data", type=click.Path(path_type=Path), help="Compare on these images or JSON Lines [default: the built-in set]."

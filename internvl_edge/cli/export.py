@@ -16,12 +16,14 @@ from internvl_edge.bundle.token_table import TYPES
 from internvl_edge.checkpoint.hub import resolve_checkpoint
 from internvl_edge.model.linear import count_schemes
 
+from .checkpoint_options import revision_option
 from .output import print_json
 
 
 @click.command("export")
 @click.argument("checkpoint")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Bundle folder to make.")
+@revision_option
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
@@ -61,6 +63,7 @@ from .output import print_json
 def command(
     checkpoint: str,
     output: Path,
+    revision: str | None,
     dtype: str,
     activations: str,
     dialects: tuple[str, ...],
@@ -77,7 +80,7 @@ def command(
     with requires("export", "export"):
         from internvl_edge.export import export_bundle
     folder = export_bundle(
-        resolve_checkpoint(checkpoint),
+        resolve_checkpoint(checkpoint, revision),
         output,
         dtype,
         activations,

@@ -14,23 +14,27 @@ from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.bundle.manifest import Manifest, is_bundle
 from internvl_edge.bundle.quality import figure_rows
 from internvl_edge.bundle.quality_record import quality_of
-from internvl_edge.checkpoint.hub import resolve_checkpoint
+from internvl_edge.checkpoint.hub import hub_source, refuse_revision, resolve_checkpoint
+from internvl_edge.checkpoint.record import read_record
 from internvl_edge.model.config import ModelConfig
 from internvl_edge.model.description import describe
 from internvl_edge.model.linear import count_schemes
 
+from .checkpoint_options import revision_option
 from .output import print_json, print_table
 
 
 @click.command("inspect")
 @click.argument("path")
+@revision_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(path: str, as_json: bool) -> None:
+def command(path: str, revision: str | None, as_json: bool) -> None:
     """Show what PATH is: a checkpoint folder, a hub id or a bundle. Everything in it is checked."""
     if is_bundle(Path(path)):
+        refuse_revision(path, revision)
         facts, config, cache = _bundle_facts(Path(path))
     else:
-        facts, config, cache = _checkpoint_facts(resolve_checkpoint(path))
+        facts, config, cache = _checkpoint_facts(resolve_checkpoint(path, revision))
     if as_json:
         print_json({**facts, "config": asdict(config)})
     else:
@@ -44,6 +48,7 @@ def _bundle_facts(folder: Path) -> tuple[dict[str, Any], ModelConfig, str]:
     facts = {
         "kind": "bundle",
         "made from": manifest.source,
+        **({"hub": str(manifest.hub)} if manifest.hub else {}),
         "made by": manifest.producer,
         "weights": manifest.dtype,
         "computes in": manifest.activations,
@@ -78,6 +83,9 @@ def _checkpoint_facts(folder: Path) -> tuple[dict[str, Any], ModelConfig, str]:
         "parameters": f"{checkpoint.parameters / 1e9:.3f} billion",
         "tensors": dtypes,
     }
+    record = read_record(folder)
+    if hub := hub_source(folder) or (record.hub if record else None):
+        facts["hub"] = str(hub)
     if checkpoint.quantization:
         facts["quantized"] = f"{checkpoint.quantization.method}: {count_schemes(checkpoint.schemes.values())}"
     return facts, checkpoint.config, "int8" if checkpoint.kv_scales else "float32"

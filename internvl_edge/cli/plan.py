@@ -13,7 +13,7 @@ from internvl_edge.base.units import size
 from internvl_edge.bundle.manifest import Manifest, is_bundle
 from internvl_edge.bundle.names import EMBEDDINGS
 from internvl_edge.checkpoint.config_reader import read_config
-from internvl_edge.checkpoint.hub import resolve_configuration
+from internvl_edge.checkpoint.hub import refuse_revision, resolve_configuration
 from internvl_edge.model.config import ModelConfig
 from internvl_edge.planning.devices import Device, Devices
 from internvl_edge.planning.footprint import RECIPES, Footprint, Storage
@@ -21,6 +21,7 @@ from internvl_edge.planning.planner import TILE_LIMITS, Plan, make_plan, predict
 from internvl_edge.planning.storage import bundle_storage, checkpoint_storage, recipe_storage
 from internvl_edge.recipe.files import make_recipe, presets, read_recipe
 
+from .checkpoint_options import revision_option
 from .output import print_columns, print_json
 
 DEFAULT_CONTEXT = 4096
@@ -28,6 +29,7 @@ DEFAULT_CONTEXT = 4096
 
 @click.command("plan")
 @click.argument("path")
+@revision_option
 @click.option(
     "--device", "name", help="Target device: a name from `internvl-edge devices`.  [default: all, in one table]"
 )
@@ -51,7 +53,14 @@ DEFAULT_CONTEXT = 4096
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
-    path: str, name: str | None, table: Path | None, recipe: str, max_tiles: int | None, context: int, as_json: bool
+    path: str,
+    revision: str | None,
+    name: str | None,
+    table: Path | None,
+    recipe: str,
+    max_tiles: int | None,
+    context: int,
+    as_json: bool,
 ) -> None:
     """Predict the memory and speed of PATH on a device: a bundle, a checkpoint, its config.json or a hub id.
 
@@ -60,7 +69,7 @@ def command(
     """
     devices = Devices(table)
     chosen = [devices.device(name)] if name else list(devices.all.values())
-    config, fixed, stored = _source(path)
+    config, fixed, stored = _source(path, revision)
     recipes = {"as it is": fixed} if fixed else RECIPES
     if recipe != "all":
         if fixed:
@@ -88,7 +97,7 @@ def command(
     click.echo("Speeds are predictions: bounds from nominal bandwidth and arithmetic (roofline), not measurements.")
 
 
-def _source(path: str) -> tuple[ModelConfig, Storage | None, dict[str, tuple[int, int]] | None]:
+def _source(path: str, revision: str | None) -> tuple[ModelConfig, Storage | None, dict[str, tuple[int, int]] | None]:
     """Return the model at a path, its storage, and the bytes by part of a bundle.
 
     The storage is None where any recipe can be planned, that is for a model in floats. The bytes by part are (stored,
@@ -96,6 +105,7 @@ def _source(path: str) -> tuple[ModelConfig, Storage | None, dict[str, tuple[int
     """
     folder = Path(path)
     if is_bundle(folder):
+        refuse_revision(path, revision)
         manifest = Manifest.read(folder)
         storage = bundle_storage(manifest)
         counted = Footprint(manifest.model, storage).weights
@@ -109,7 +119,7 @@ def _source(path: str) -> tuple[ModelConfig, Storage | None, dict[str, tuple[int
         quantized = storage.body or storage.head or storage.vision or manifest.kv_cache
         # TensorRT engines hold floats in 16 bits, whatever type the bundle stores.
         return manifest.model, replace(storage, dtype_bytes=2, vector_bytes=2) if quantized else None, stored
-    folder = resolve_configuration(path)
+    folder = resolve_configuration(path, revision)
     config = read_config(folder)
     return config, checkpoint_storage(folder, config), None
 

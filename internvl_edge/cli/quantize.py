@@ -15,6 +15,7 @@ from internvl_edge.base.extras import requires
 from internvl_edge.base.units import size
 from internvl_edge.checkpoint.hub import resolve_checkpoint
 
+from .checkpoint_options import revision_option
 from .data_options import calibration_options, compute_options, data_options, resumable, wait_politely
 from .output import print_json, say_written
 from .recipe_options import recipe_of, recipe_options
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 @click.command("quantize")
 @click.argument("checkpoint")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Checkpoint folder to make.")
+@revision_option
 @recipe_options
 @click.option(
     "--stats", type=click.Path(path_type=Path), help="Calibration folder that calibrate made, in place of --data."
@@ -51,7 +53,7 @@ def command(checkpoint: str, output: Path, stats: Path | None, as_json: bool, **
     if (stats or values["data"]) and not (recipe.needs_data or recipe.vision == "int8"):
         raise EdgeError("nothing in this recipe looks at data: it rounds to the nearest; leave out --data and --stats")
     options, compute = data_options(values), compute_options(values)
-    source = resolve_checkpoint(checkpoint)
+    source = resolve_checkpoint(checkpoint, values["revision"])
     report = quantize_checkpoint(
         source,
         output,

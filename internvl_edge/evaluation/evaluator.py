@@ -47,6 +47,7 @@ class EvaluationSettings:
         shown: of how many questions the comparison keeps both answers and small pictures.
         device, engine, dialect, context, threads: as `InternVL.load` takes them. The engine "auto" is ONNX Runtime
             here: figures are about the bundle, not about what this machine has installed.
+        revision: branch, tag or commit of a hub id in `reference`; None is its main branch.
 
     Raises:
         EdgeError: a suite or a metric that is not known, or settings that do not fit together.
@@ -68,6 +69,7 @@ class EvaluationSettings:
     dialect: str | None = None
     context: int = DEFAULT_CONTEXT
     threads: int | None = None
+    revision: str | None = None
 
     def __post_init__(self) -> None:
         conditions = self.conditions
@@ -77,6 +79,8 @@ class EvaluationSettings:
             raise EdgeError("--data is compared with a --reference; a --suite brings its own questions")
         if self.reference is None and self.suite is None and conditions:
             raise EdgeError("--fail-if needs figures; give --reference, --suite or both")
+        if self.reference is None and self.revision is not None:
+            raise EdgeError("--revision chooses a version of a hub id in --reference; give both or neither")
         if self.samples is not None and self.samples < 1:
             raise EdgeError(f"samples is {self.samples}, expected at least 1")
 
@@ -207,7 +211,7 @@ def _measure(
         return None, ask_suite()
     with load_bundle():
         pass  # whatever keeps it from being loaded is found out now, not after hours of the reference's answers
-    with reference_bundle(str(settings.reference), progress=shows_export) as folder:
+    with reference_bundle(str(settings.reference), shows_export, settings.revision) as folder:
         load_reference = partial(_load_reference, settings, folder)
         suite = ask_suite(load_reference=load_reference) if settings.suite else None
         data = Path(settings.data).name if settings.data else "built-in pictures and texts"

@@ -9,22 +9,24 @@ from pathlib import Path
 from internvl_edge.base.extras import requires
 from internvl_edge.base.folders import scratch_folder
 from internvl_edge.bundle.manifest import is_bundle
-from internvl_edge.checkpoint.hub import resolve_checkpoint
+from internvl_edge.checkpoint.hub import refuse_revision, resolve_checkpoint
 
 
 @contextmanager
-def reference_bundle(reference: str, progress: bool = False) -> Iterator[Path]:
+def reference_bundle(reference: str, progress: bool = False, revision: str | None = None) -> Iterator[Path]:
     """The folder of a bundle that says what the reference says.
 
-    A checkpoint (a folder or a hub id) becomes a temporary bundle of exact float32 weights, removed at the end.
+    A checkpoint (a folder or a hub id, in one of its revisions) becomes a temporary bundle of exact float32 weights,
+    removed at the end.
 
     Raises:
         EdgeError: neither a bundle nor a usable checkpoint, or the exporter's packages are missing.
     """
     if is_bundle(Path(reference)):
+        refuse_revision(reference, revision)
         yield Path(reference)
         return
-    checkpoint = resolve_checkpoint(reference)
+    checkpoint = resolve_checkpoint(reference, revision)
     with requires("export", "a checkpoint as reference, which is exported first,", advice="or give a bundle"):
         from internvl_edge.export import export_bundle
     with scratch_folder("reference") as folder:

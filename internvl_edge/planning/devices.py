@@ -8,7 +8,6 @@ GPU.
 from __future__ import annotations
 
 import math
-import os
 import re
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -21,6 +20,7 @@ from internvl_edge.base import toml
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.json_files import FILE_BYTES, read_bytes
 from internvl_edge.base.text import PLAIN_NAME, is_plain_name, shown
+from internvl_edge.base.user_folders import config_folder
 
 FLAVOURS = ("tensorrt", "tensorrt_rtx")
 _CAPABILITY = re.compile(r"\d{1,2}\.\d")
@@ -119,8 +119,9 @@ class Devices:
 
     def __init__(self, extra: Path | None = None) -> None:
         self._tables = [_parse(files(__package__).joinpath("devices.toml").read_text("utf-8"), "devices.toml")]
-        configured = _configured()
-        for path in [*([configured] if configured.is_file() else []), *([extra] if extra else [])]:
+        settings = config_folder()
+        configured = settings / "devices.toml" if settings else None
+        for path in [*([configured] if configured and configured.is_file() else []), *([extra] if extra else [])]:
             self._tables.append(_parse(_read_text(path), str(path)))
 
     @cached_property
@@ -153,10 +154,6 @@ class Devices:
         near = get_close_matches(name, names, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         return f"device {name!r} is not known; {hint}see internvl-edge devices, or add it with --devices FILE"
-
-
-def _configured() -> Path:
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "internvl-edge" / "devices.toml"
 
 
 def _read_text(path: Path) -> str:

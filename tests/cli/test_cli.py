@@ -7,17 +7,14 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-from click.testing import CliRunner
 from PIL import Image
 
 from helpers import tiny
 from helpers.commands import assert_one_line, internvl_edge
 from internvl_edge.bundle.names import MANIFEST
-from internvl_edge.cli import cli, doctor, main
+from internvl_edge.cli import cli, main
 
 
 def test_export_then_run_answers_with_the_promised_json(bundle: Path, photo: Path) -> None:
@@ -65,29 +62,6 @@ def test_inspect_shows_checkpoint_and_bundle(checkpoint: Path, bundle: Path) -> 
         facts = json.loads(internvl_edge("inspect", path, "--json").stdout)
         assert facts["kind"] == kind
         assert facts["config"]["decoder"]["hidden_size"] == 64
-
-
-def test_doctor_finds_this_installation_sound() -> None:
-    result = internvl_edge("doctor", "--json")
-    facts = json.loads(result.stdout)
-    assert (result.returncode, facts["problems"]) == (0, [])
-    assert "CPUExecutionProvider" in facts["onnxruntime providers"]
-    assert facts["packages"]["numpy"] == np.__version__
-
-
-@pytest.mark.parametrize(("tensorrt", "problems"), [(False, 1), (True, 0)])
-def test_a_board_that_answers_through_tensorrt_needs_no_onnxruntime(
-    tensorrt: bool, problems: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def missing(name: str) -> Any:
-        raise ImportError(name)
-
-    monkeypatch.setattr(doctor.importlib, "import_module", missing)
-    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: object() if tensorrt else None)
-    monkeypatch.setattr(doctor, "_version", lambda package: "1.0")
-    result = CliRunner().invoke(doctor.command, ["--json"])
-    found = [text for text in json.loads(result.stdout)["problems"] if "cannot be imported" in text]
-    assert len(found) == problems
 
 
 def test_no_command_shows_the_help() -> None:

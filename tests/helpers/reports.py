@@ -70,13 +70,13 @@ def full_report() -> Report:
             gate=(Verdict("kl>0.05", 0.0213, False), Verdict("exact_match<0.96", math.nan, True)),
             accepted=HOSTILE,
         ),
-        quantization=_quantization(),
+        quantization=quantization_record(),
         comparison=comparison,
         suite=SuiteResult(QuestionSettings("reader"), TaskResult(500, 0.95, 0.96), tasks, mistakes, RUN),
     )
 
 
-def _quantization() -> QuantizationRecord:
+def quantization_record() -> QuantizationRecord:
     return QuantizationRecord(
         checkpoint="internvl-1b",
         recipe={"decoder": "w4a16-awq", "layers": [[HOSTILE, "fp"]], "vision_int8": {"smoothing": True, "keep": []}},
