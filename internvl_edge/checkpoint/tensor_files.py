@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from internvl_edge.base.errors import CheckpointError
 from internvl_edge.base.extras import requires
 from internvl_edge.base.files import replacing
+from internvl_edge.base.progress import Advance
 from internvl_edge.base.text import one_line, shown
 
 from .json_files import read_json, refuse_pointer
@@ -39,8 +40,6 @@ DTYPES: dict[str, np.dtype[Any]] = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SHARD_BYTES = 4_000_000_000
 _BLOCK_BYTES = 64 << 20
-
-Progress = Callable[[int], object]
 
 
 @dataclass(frozen=True)
@@ -189,7 +188,7 @@ _FORMATS: dict[str, Callable[[Path], dict[str, StoredTensor]]] = {
 }
 
 
-def write_file(path: Path, tensors: Sequence[OutTensor], progress: Progress = lambda size: None) -> None:
+def write_file(path: Path, tensors: Sequence[OutTensor], progress: Advance = lambda size: None) -> None:
     """Write one safetensors file. It appears only when it is complete."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -208,7 +207,7 @@ def write_file(path: Path, tensors: Sequence[OutTensor], progress: Progress = la
                 progress(len(data[start : start + _BLOCK_BYTES]))
 
 
-def write_shards(folder: Path, tensors: Sequence[OutTensor], progress: Progress = lambda size: None) -> None:
+def write_shards(folder: Path, tensors: Sequence[OutTensor], progress: Advance = lambda size: None) -> None:
     """Write `model.safetensors`, or shards of at most `SHARD_BYTES` and their index.
 
     A larger tensor has its own shard.

@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from internvl_edge.base.errors import EdgeError, QualityWarning, RestoredWarning
+from internvl_edge.base.progress import note
 
 # Command -> one-line help. A command is imported only when it is called: `run` must not load what `export` needs.
 COMMANDS = {
@@ -144,7 +145,7 @@ def _one_line(others: Callable[..., None]) -> Callable[..., None]:
 
     def show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
         if issubclass(category, (QualityWarning, RestoredWarning)):
-            click.echo(f"internvl-edge: warning: {' '.join(str(message).split())}", err=True)
+            note(f"internvl-edge: warning: {' '.join(str(message).split())}")
         else:
             others(message, category, *rest)
 

@@ -16,7 +16,7 @@ from internvl_edge.base.units import size
 from internvl_edge.runtime.bench import BenchResult, bench
 
 from .options import loading_options
-from .output import print_json, print_table
+from .output import print_json, print_table, quiet_option, shown_progress
 
 
 @click.command("bench")
@@ -26,8 +26,9 @@ from .output import print_json, print_table
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write a bar plot to this PNG or SVG file.")
+@quiet_option
 @loading_options
-def command(bundle: Path, repeat: int, as_json: bool, plot: Path | None, **loading: Any) -> None:
+def command(bundle: Path, repeat: int, as_json: bool, plot: Path | None, quiet: bool, **loading: Any) -> None:
     """Measure BUNDLE on this machine, and print the figures.
 
     The figures are the load time, vision time per tile, prefill and decode rates, time to first token and peak RSS.
@@ -35,7 +36,8 @@ def command(bundle: Path, repeat: int, as_json: bool, plot: Path | None, **loadi
     """
     if plot is not None:
         _require_plottable(plot)
-    report = bench(bundle, repeat=repeat, **loading)
+    with shown_progress(quiet) as progress:
+        report = bench(bundle, repeat=repeat, progress=progress, **loading)
     if as_json:
         print_json(report.to_dict())
     else:

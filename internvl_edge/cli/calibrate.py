@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from internvl_edge.base.extras import requires
 from internvl_edge.checkpoint.hub import resolve_checkpoint
 
 from .data_options import calibration_options, compute_options, data_options, resumable, wait_politely
-from .output import print_json
+from .output import hint, print_json, quiet_option, shown_progress
 
 
 @click.command("calibrate")
@@ -21,8 +20,9 @@ from .output import print_json
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Calibration folder to make.")
 @calibration_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@quiet_option
 @resumable()
-def command(checkpoint: str, output: Path, as_json: bool, **values: Any) -> None:
+def command(checkpoint: str, output: Path, as_json: bool, quiet: bool, **values: Any) -> None:
     """Run calibration samples through CHECKPOINT, a folder or a hub id, and write a calibration folder.
 
     Many calls of quantize can use the folder with --stats. It holds the embeddings that the decoder receives (image
@@ -33,15 +33,17 @@ def command(checkpoint: str, output: Path, as_json: bool, **values: Any) -> None
     with requires("quantize", "calibrate"):
         from internvl_edge.calibration import calibrate
     options, compute = data_options(values), compute_options(values)
-    made = calibrate(
-        resolve_checkpoint(checkpoint),
-        output,
-        options,
-        compute,
-        restart=values["restart"],
-        force=values["force"],
-        progress=sys.stderr.isatty(),
-    )
+    source = resolve_checkpoint(checkpoint)
+    with shown_progress(quiet) as progress:
+        made = calibrate(
+            source,
+            output,
+            options,
+            compute,
+            restart=values["restart"],
+            force=values["force"],
+            progress=progress,
+        )
     facts = {
         "calibration": str(made.folder),
         "samples": len(made.names),
@@ -59,4 +61,5 @@ def command(checkpoint: str, output: Path, as_json: bool, **values: Any) -> None
         f"{made.folder}: {facts['samples']} samples, {facts['tokens']} tokens ({facts['image_tokens']} of images) "
         f"in {facts['seconds']:.1f} s{skipped}"
     )
-    click.echo(f"Next: internvl-edge quantize {checkpoint} --stats {made.folder} -o OUT")
+    if not quiet:
+        hint("quantize", checkpoint, "--stats", made.folder, "-o", "OUT")

@@ -6,9 +6,6 @@ Exit status 1 where a condition of --fail-if holds.
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +16,18 @@ from internvl_edge.base.errors import EdgeError
 from internvl_edge.bundle.gate import METRICS
 from internvl_edge.bundle.quality_record import accept_quality, record_quality
 from internvl_edge.evaluation import SUITES, EvaluationSettings, evaluate
-from internvl_edge.evaluation.compare import Progress
 from internvl_edge.evaluation.report import bundle_report, read_report, report_folder, require_own_report, write_report
 
 from .options import loading_options
-from .output import evaluation_rows, evaluation_values, print_json, print_table, say_written
+from .output import (
+    evaluation_rows,
+    evaluation_values,
+    print_json,
+    print_table,
+    quiet_option,
+    say_written,
+    shown_progress,
+)
 
 
 @click.command("evaluate", epilog=f"Metrics of --fail-if: {', '.join(METRICS)}.")
@@ -63,9 +67,17 @@ from .output import evaluation_rows, evaluation_values, print_json, print_table,
 )
 @click.option("--no-report", is_flag=True, help="Write no report.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@quiet_option
 @loading_options
 def command(
-    bundle: Path, accept: str | None, record: bool, report: Path | None, no_report: bool, as_json: bool, **values: Any
+    bundle: Path,
+    accept: str | None,
+    record: bool,
+    report: Path | None,
+    no_report: bool,
+    as_json: bool,
+    quiet: bool,
+    **values: Any,
 ) -> int:
     """Measure how good BUNDLE is.
 
@@ -81,7 +93,7 @@ def command(
         click.echo(f"{bundle}: accepted, {accepted.state}: {accepted.accepted}")
         return 0
     _require_writable(bundle if record else None, folder)
-    with _bars() as progress:
+    with shown_progress(quiet) as progress:
         result = evaluate(settings, progress)
     quality = replace(result.quality, accepted=accept or "")
     if as_json:
@@ -109,22 +121,3 @@ def _require_writable(bundle: Path | None, report: Path | None) -> None:
         there = next(folder for folder in (report, *report.absolute().parents) if folder.exists())
         if not os.access(there, os.W_OK):
             raise EdgeError(f"the report cannot be written to {report}; give another --report, or --no-report")
-
-
-@contextmanager
-def _bars() -> Iterator[Progress | None]:
-    """Show a bar for the suite and one for the comparison on a terminal's standard error; None where it is none."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    bars: list[Any] = []
-    with ExitStack() as shown:
-
-        def advance(done: int, total: int) -> None:
-            if not done:
-                shown.close()
-                bars.append(shown.enter_context(click.progressbar(length=total, label="evaluate", file=sys.stderr)))
-            else:
-                bars[-1].update(1)
-
-        yield advance

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from internvl_edge.bundle.token_table import TYPES
 from internvl_edge.checkpoint.hub import resolve_checkpoint
 from internvl_edge.model.linear import count_schemes
 
-from .output import print_json
+from .output import hint, print_json, quiet_option, shown_progress
 
 
 @click.command("export")
@@ -58,6 +57,7 @@ from .output import print_json
 )
 @click.option("--force", is_flag=True, help="Replace the bundle if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@quiet_option
 def command(
     checkpoint: str,
     output: Path,
@@ -68,6 +68,7 @@ def command(
     int8_prompts: bool,
     force: bool,
     as_json: bool,
+    quiet: bool,
 ) -> None:
     """Convert CHECKPOINT, a folder or a hub id, to a bundle.
 
@@ -76,17 +77,19 @@ def command(
     started = time.perf_counter()
     with requires("export", "export"):
         from internvl_edge.export import export_bundle
-    folder = export_bundle(
-        resolve_checkpoint(checkpoint),
-        output,
-        dtype,
-        activations,
-        dialects=dialects or tuple(DECODERS),
-        token_table=token_table,
-        int8_prompts=int8_prompts,
-        force=force,
-        progress=sys.stderr.isatty(),
-    )
+    source = resolve_checkpoint(checkpoint)
+    with shown_progress(quiet) as progress:
+        folder = export_bundle(
+            source,
+            output,
+            dtype,
+            activations,
+            dialects=dialects or tuple(DECODERS),
+            token_table=token_table,
+            int8_prompts=int8_prompts,
+            force=force,
+            progress=progress,
+        )
     seconds = time.perf_counter() - started
     total = sum(path.stat().st_size for path in folder.iterdir())
     manifest = Manifest.read(folder)
@@ -103,7 +106,8 @@ def command(
         click.echo(_tower(manifest))
     if manifest.quantization:
         click.echo(_decoder(manifest.quantization))
-    click.echo(f'Try: internvl-edge run {folder} --image PHOTO.jpg "What is this?"')
+    if not quiet:
+        hint("run", folder, "--image", "PHOTO.jpg", "What is this?", after="Try")
 
 
 def _tower(manifest: Manifest) -> str:

@@ -1,14 +1,17 @@
-"""Print what commands found: JSON objects, tables, where a report lies, and the figures of `evaluate`."""
+"""Print what commands find and do: JSON objects, tables, progress, hints, and the figures of `evaluate`."""
 
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from internvl_edge.base.jsonable import encode
+from internvl_edge.base.progress import Progress
 
 if TYPE_CHECKING:
     from internvl_edge.evaluation import Comparison, EvaluationResult, SuiteResult
@@ -21,6 +24,26 @@ _COMPARISON = (
     *("cases", "image_tokens", "greedy", "kinds"),
     *("same_answers", "same_prefix", "answers", "worst_case"),
 )
+
+
+quiet_option = click.option(
+    "-q", "--quiet", is_flag=True, help="Show no progress and no hints, only results, warnings and errors."
+)
+
+
+def shown_progress(quiet: bool) -> Progress:
+    """Return the progress to show on standard error, as a context; nothing is shown where the user wants quiet."""
+    return Progress(None if quiet else sys.stderr)
+
+
+def hint(*words: object, after: str = "Next") -> None:
+    """Print a command to run next. Its words are quoted for a shell, so that it can be copied."""
+    click.echo(f"{after}: {command_line(*words)}")
+
+
+def command_line(*words: object) -> str:
+    """Write a command of this program; its words are quoted for a shell. Words in capitals stand for the user's own."""
+    return shlex.join(["internvl-edge", *map(str, words)])
 
 
 def print_json(values: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -16,7 +15,7 @@ from internvl_edge.base.units import size
 from internvl_edge.checkpoint.hub import resolve_checkpoint
 
 from .data_options import calibration_options, compute_options, data_options, resumable, wait_politely
-from .output import print_json, say_written
+from .output import hint, print_json, quiet_option, say_written, shown_progress
 from .recipe_options import recipe_of, recipe_options
 
 if TYPE_CHECKING:
@@ -33,8 +32,9 @@ if TYPE_CHECKING:
 )
 @calibration_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@quiet_option
 @resumable()
-def command(checkpoint: str, output: Path, stats: Path | None, as_json: bool, **values: Any) -> None:
+def command(checkpoint: str, output: Path, stats: Path | None, as_json: bool, quiet: bool, **values: Any) -> None:
     """Quantize the decoder of CHECKPOINT (a folder or a hub id), its vision tower or both, into another checkpoint.
 
     The result is in the format of AutoAWQ or compressed-tensors, and export accepts it. To resume a killed run, repeat
@@ -52,17 +52,18 @@ def command(checkpoint: str, output: Path, stats: Path | None, as_json: bool, **
         raise EdgeError("nothing in this recipe looks at data: it rounds to the nearest; leave out --data and --stats")
     options, compute = data_options(values), compute_options(values)
     source = resolve_checkpoint(checkpoint)
-    report = quantize_checkpoint(
-        source,
-        output,
-        recipe,
-        data=options if stats is None else None,
-        stats=stats,
-        compute=compute,
-        restart=values["restart"],
-        force=values["force"],
-        progress=sys.stderr.isatty(),
-    )
+    with shown_progress(quiet) as progress:
+        report = quantize_checkpoint(
+            source,
+            output,
+            recipe,
+            data=options if stats is None else None,
+            stats=stats,
+            compute=compute,
+            restart=values["restart"],
+            force=values["force"],
+            progress=progress,
+        )
     seconds = time.perf_counter() - started
     record = report.record
     say_written(write_report(checkpoint_report(report.folder, record), report.folder))
@@ -93,7 +94,8 @@ def command(checkpoint: str, output: Path, stats: Path | None, as_json: bool, **
         click.echo(_precisions(record))
     if report.vision:
         click.echo(_tower(report.vision))
-    click.echo(f"Next: internvl-edge export {report.folder} -o BUNDLE")
+    if not quiet:
+        hint("export", report.folder, "-o", "BUNDLE")
 
 
 def _precisions(record: QuantizationRecord) -> str:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.folders import scratch_folder
+from internvl_edge.base.progress import SILENT, Progress
 from internvl_edge.base.run_record import RunRecord, run_record
 from internvl_edge.model.preprocess import load_image
 from internvl_edge.runtime.model import InternVL
@@ -29,7 +30,8 @@ from .cases import Case, QuestionSettings
 from .divergence import Divergence, DivergenceSummary, Histogram, divergence, histogram, summarise
 
 Load = Callable[[], InternVL]
-Progress = Callable[[int, int], object]
+# Phases of the progress that `compare` shows.
+COMPARISON_PHASES = 2
 
 # Small pictures of a question: at most so many, so many pixels wide or high, in this JPEG quality.
 _PICTURES = 3
@@ -116,7 +118,7 @@ def compare(
     load_reference: Load,
     cases: Sequence[Case],
     settings: QuestionSettings,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = SILENT,
     *,
     reference: str = "",
     shown: int = 0,
@@ -127,7 +129,7 @@ def compare(
         load_candidate, load_reference: load a model; each is closed before the other is loaded.
         cases: at least one.
         settings: the limits of each, and what the comparison says of them.
-        progress: called with the answers so far and those that are wanted in all, first with 0.
+        progress: shows the answers so far.
         reference: its name, for people.
         shown: of how many cases both answers are kept as samples.
 
@@ -136,20 +138,21 @@ def compare(
     """
     if not cases:
         raise EdgeError("there are no cases to compare with; give --samples 1 or more")
-    started, total, options = time.perf_counter(), 2 * len(cases), settings.options
+    started, total, options = time.perf_counter(), len(cases), settings.options
     expected: list[_ReferenceAnswer] = []
     followed: list[_CandidateAnswer] = []
-    progress(0, total)
     with scratch_folder("logits") as folder:
         store = _LogitStore(folder)
-        with load_reference() as model:
+        answering = progress.phase("answering with the reference", total, "questions")
+        with answering as advance, load_reference() as model:
             for index, case in enumerate(cases):
                 expected.append(_ask(model, case, options, store, index))
-                progress(len(expected), total)
-        with load_candidate() as model:
+                advance(1)
+        answering = progress.phase("answering with the bundle", total, "questions")
+        with answering as advance, load_candidate() as model:
             for index, case in enumerate(cases):
                 followed.append(_follow(model, case, options, store, index, expected[index]))
-                progress(len(cases) + len(followed), total)
+                advance(1)
             samples = [
                 _sample(model, cases[index], options, expected[index], followed[index])
                 for index in _chosen(cases, followed, shown)

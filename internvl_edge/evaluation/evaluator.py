@@ -13,15 +13,17 @@ from functools import partial
 from pathlib import Path
 
 from internvl_edge.base.errors import EdgeError, QualityWarning
+from internvl_edge.base.progress import Progress, as_progress
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.bundle.gate import METRICS, Condition, Verdict, parse_condition, require_measurable
+from internvl_edge.bundle.manifest import is_bundle
 from internvl_edge.bundle.quality import Measurement, Quality
 from internvl_edge.bundle.quality_record import quality_of
 from internvl_edge.runtime.model import DEFAULT_CONTEXT, InternVL
 
 from .cases import SUITES, Case, QuestionSettings, read_cases
-from .compare import Comparison, Progress, compare
-from .reference import reference_bundle
+from .compare import COMPARISON_PHASES, Comparison, compare
+from .reference import REFERENCE_PHASES, reference_bundle
 from .suite import SuiteResult, run_suite
 
 _CASES = 32
@@ -112,7 +114,7 @@ class EvaluationResult:
         return tuple(verdict for verdict in self.quality.failed if verdict.condition in stated)
 
 
-def evaluate(settings: EvaluationSettings, progress: Progress | None = None) -> EvaluationResult:
+def evaluate(settings: EvaluationSettings, progress: bool | Progress = False) -> EvaluationResult:
     """Measure how good a bundle is.
 
         from internvl_edge import evaluate
@@ -127,8 +129,7 @@ def evaluate(settings: EvaluationSettings, progress: Progress | None = None) -> 
 
     Args:
         settings: what to measure. A bundle that cannot be loaded is found out before the reference is exported.
-        progress: called with the answers so far and those that are wanted in all; with 0 where a suite or a comparison
-            begins. A checkpoint as reference then also shows the bar of its export on standard error.
+        progress: show the progress on standard error.
 
     Returns:
         The figures by metric, the comparison and the suite they come from, and the bundle's quality with the verdicts.
@@ -148,7 +149,7 @@ def evaluate(settings: EvaluationSettings, progress: Progress | None = None) -> 
         _require_no_larger(settings, cases, known)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", QualityWarning)
-        comparison, suite = _measure(settings, cases, progress or (lambda done, total: None), progress is not None)
+        comparison, suite = _measure(settings, cases, as_progress(progress))
     figures = {**(comparison.figures if comparison else {}), **(suite.figures if suite else {})}
     quality = known.with_figures(figures, _measurements(settings, comparison, suite), settings.conditions)
     return EvaluationResult(settings, comparison, suite, figures, quality, replaced=known.replaced(settings.conditions))
@@ -198,16 +199,17 @@ def _require_no_larger(settings: EvaluationSettings, cases: Sequence[Case], know
 
 
 def _measure(
-    settings: EvaluationSettings, cases: Sequence[Case], progress: Progress, shows_export: bool
+    settings: EvaluationSettings, cases: Sequence[Case], progress: Progress
 ) -> tuple[Comparison | None, SuiteResult | None]:
     load_bundle = partial(_load_bundle, settings)
     questions = QuestionSettings(settings.suite or "", settings.seed, settings.max_tiles, _SUITE_ANSWER_TOKENS)
     ask_suite = partial(run_suite, load_bundle, questions, settings.samples or _SUITE_QUESTIONS, progress=progress)
+    progress.expect(_phases(settings))
     if settings.reference is None:
         return None, ask_suite()
-    with load_bundle():
+    with progress.phase("loading the bundle"), load_bundle():
         pass  # whatever keeps it from being loaded is found out now, not after hours of the reference's answers
-    with reference_bundle(str(settings.reference), progress=shows_export) as folder:
+    with reference_bundle(str(settings.reference), progress) as folder:
         load_reference = partial(_load_reference, settings, folder)
         suite = ask_suite(load_reference=load_reference) if settings.suite else None
         data = Path(settings.data).name if settings.data else "built-in pictures and texts"
@@ -221,6 +223,14 @@ def _measure(
             shown=settings.shown,
         )
     return comparison, suite
+
+
+def _phases(settings: EvaluationSettings) -> int:
+    """The number of phases that the progress shows."""
+    if settings.reference is None:
+        return 1
+    export = 0 if is_bundle(Path(settings.reference)) else REFERENCE_PHASES
+    return 1 + export + (2 if settings.suite else 0) + COMPARISON_PHASES
 
 
 def _load_bundle(settings: EvaluationSettings) -> InternVL:

@@ -62,7 +62,7 @@ def render(report: Report) -> str:
         "share": lambda value: f"{value:.1%}",
         "number": number,
         "count": lambda value: f"{value:,}".replace(",", "\N{THIN SPACE}"),
-        "duration": duration,
+        "duration": units.duration,
         "difference": difference,
     }
     package = files(__package__)
@@ -89,14 +89,6 @@ def render(report: Report) -> str:
 def size(count: float) -> str:
     """Write bytes for people, never broken between number and unit."""
     return units.size(count).replace(" ", "\N{NO-BREAK SPACE}")
-
-
-def duration(seconds: float) -> str:
-    """Write seconds for people: "42 s", "3 min 20 s", "2 h 5 min"."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.3g} s"
-    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def number(value: float | None, digits: int = 3) -> str:
