@@ -97,9 +97,22 @@ def embedded_set(
     A killed run continues. For `replaced`, see `tower.embed`.
     """
     calibration = prepare(work, checkpoint, identity, options, progress)
+    return calibration, embed_images(work, checkpoint, calibration, compute, progress, replaced, gather)
+
+
+def embed_images(
+    work: WorkFolder,
+    checkpoint: Checkpoint,
+    calibration: CalibrationSet,
+    compute: Compute,
+    progress: Progress,
+    replaced: Replacements = no_replacements,
+    gather: bool = False,
+) -> Figures:
+    """Run `tower.embed` as one phase of the progress."""
     steps, tiles = tower_steps(calibration, checkpoint.config), sum(calibration.tiles)
     with progress.phase("encoding the images", steps, "tiles", tiles) as advance:
-        return calibration, embed(work, checkpoint, calibration, compute, advance, replaced, gather)
+        return embed(work, checkpoint, calibration, compute, advance, replaced, gather)
 
 
 def partial_path(target: Path) -> Path:

@@ -26,7 +26,7 @@ from internvl_edge.calibration.compute import Compute, choose_compute
 from internvl_edge.calibration.dataset import CalibrationSet, DataOptions, describe_files, prepare
 from internvl_edge.calibration.decoder_pass import DecoderPass, Statistics
 from internvl_edge.calibration.pipeline import (
-    embedded_set,
+    embed_images,
     partial_path,
     require_same_checkpoint,
     run_description,
@@ -184,10 +184,11 @@ class _Run:
             calibration = prepare(self._work, self._checkpoint, identity, options, self._progress)
             replaced = self._quantize_vision(calibration) if self._recipe.vision == "int8" else no_replacements
             if self._recipe.needs_data:  # so that image embeddings are those that the device will compute
-                embedded_set(self._work, self._checkpoint, identity, options, self._compute, self._progress, replaced)
+                parts = self._work, self._checkpoint, calibration, self._compute
+                embed_images(*parts, self._progress, replaced)
         if self._recipe.choice:
-            parts = self._work, self._checkpoint, calibration, self._compute, self._recipe
-            self._divergences = measure_divergences(*parts, self._progress)
+            parts = self._work, self._checkpoint, calibration, self._compute
+            self._divergences = measure_divergences(*parts, self._recipe, self._progress)
             self._follow(plan_by_divergence(self._checkpoint, self._recipe, self._divergences))
         if self._recipe.needs_data:
             self._with_data(calibration)

@@ -20,6 +20,7 @@ from internvl_edge.base.errors import EngineError, QualityWarning
 from internvl_edge.bundle import names
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.bundle.quality_record import quality_warning
+from internvl_edge.model.context import checked_context
 from internvl_edge.model.rope import RotaryAngles
 from internvl_edge.model.tokenizer import Tokenizer
 
@@ -42,8 +43,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 DEVICES = ("auto", "cpu", "cuda", "tensorrt")
-# Most tokens of prompt and answer together. Pages of the KV cache that are not touched use no memory.
-DEFAULT_CONTEXT = 32768
 
 
 class InternVL:
@@ -75,8 +74,9 @@ class InternVL:
         *,
         engine: str = "auto",
         dialect: str | None = None,
-        context: int = DEFAULT_CONTEXT,
+        context: int | None = None,
         threads: int | None = None,
+        exact: bool = False,
     ) -> InternVL:
         """Open, verify and load a bundle.
 
@@ -88,19 +88,23 @@ class InternVL:
                 "auto", which is the faster one.
             dialect: the decoder graph to run, "onnxruntime" or "standard"; the default is the fastest that the bundle
                 has.
-            context: the most tokens that prompt and answer may have together.
+            context: the most tokens that prompt and answer may have together; the default is 32768, or the most that
+                the model can have.
             threads: CPU threads; the default is all available cores.
+            exact: compute in the types of the bundle, as ONNX Runtime does. Without it, OpenVINO rounds a bundle that
+                computes in float16 to bfloat16 where the CPU is faster with it.
 
         Raises:
             BundleError: the bundle is damaged or too new.
-            EngineError: the device is not available.
+            EngineError: the device is not available, or the context is more than the model can use.
 
         Warns:
             QualityWarning: the bundle failed its quality gate.
+            ContextWarning: the context is more than the model was trained on.
         """
         if device not in DEVICES:
             raise EngineError(f"device {device!r} is not one of {', '.join(DEVICES)}")
-        if context < 2:
+        if context is not None and context < 2:
             raise EngineError(f"a context of {context} tokens has no room for a question and an answer; give more")
         most = max(64, 4 * machine.cores())
         if threads is not None and not 1 <= threads <= most:
@@ -109,14 +113,17 @@ class InternVL:
         if warning := quality_warning(Path(folder), opened.manifest):
             warnings.warn(warning, QualityWarning, stacklevel=2)
         if device == "tensorrt":
+            if exact:
+                raise EngineError("TensorRT engines compute in 16 bits; leave out --exact, or choose another --device")
             from .engines.tensorrt.engine import TensorRTEngine
 
             return cls(opened, TensorRTEngine(opened))
+        capacity = checked_context(opened.manifest.model.decoder, context)
         if device == "cuda":
             return cls(
-                opened, OnnxRuntimeEngine(opened, device=device, dialect=dialect, capacity=context, threads=threads)
+                opened, OnnxRuntimeEngine(opened, device=device, dialect=dialect, capacity=capacity, threads=threads)
             )
-        return cls(opened, cpu_engine(opened, engine, dialect=dialect, capacity=context, threads=threads))
+        return cls(opened, cpu_engine(opened, engine, dialect=dialect, capacity=capacity, threads=threads, exact=exact))
 
     def chat(self, question: str, images: Images = (), **options: Unpack[ChatOptions]) -> Reply:
         """Answer a question.

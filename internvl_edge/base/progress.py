@@ -161,14 +161,24 @@ class Progress:
                 self._steps.remove(step)
                 self._erase()
 
-    def note(self, line: str) -> None:
-        """Write one line that stays."""
+    def remark(self, line: str) -> None:
+        """Write one line that stays, as part of the progress: nothing where that is silent."""
         with self._lock:
-            if self._terminal or self._stream is None:
+            if self._terminal:
                 self._erase()
-                print(line, file=sys.stderr if self._stream is None else self._stream, flush=True)
-            else:
+                self._write(f"{line}\n")
+            elif self._stream is not None:
                 self._say(line)
+
+    def note(self, line: str) -> None:
+        """Write one line that matters, such as a warning, also where progress is silent."""
+        with self._lock:
+            if self._terminal:
+                self.remark(line)
+                return
+            self._release()
+            with suppress(AttributeError):  # there is no standard error under pythonw
+                print(line, file=self._stream or sys.stderr, flush=True)
 
     def __enter__(self) -> Progress:
         _active.append(self)
@@ -284,11 +294,7 @@ def as_progress(progress: bool | Progress) -> Progress:
 
 def note(line: str) -> None:
     """Write one line on standard error, beside the progress that a command may be showing."""
-    if _active:
-        _active[-1].note(line)
-    else:
-        with suppress(AttributeError):  # there is no standard error under pythonw
-            print(line, file=sys.stderr, flush=True)
+    (_active[-1] if _active else SILENT).note(line)
 
 
 def fitting(title: str, texts: list[str], columns: int) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from internvl_edge.base.errors import EdgeError, QualityWarning, RestoredWarning
+from internvl_edge.base.errors import ContextWarning, EdgeError, QualityWarning, RestoredWarning
 from internvl_edge.base.progress import note
 
 # Command -> one-line help. A command is imported only when it is called: `run` must not load what `export` needs.
@@ -141,10 +141,10 @@ def _drop_unwritten() -> None:
 
 
 def _one_line(others: Callable[..., None]) -> Callable[..., None]:
-    """Return a warning handler that prints quality warnings as one line and passes all others to `others`."""
+    """Return a warning handler that prints our own warnings as one line and passes all others to `others`."""
 
     def show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
-        if issubclass(category, (QualityWarning, RestoredWarning)):
+        if issubclass(category, (ContextWarning, QualityWarning, RestoredWarning)):
             note(f"internvl-edge: warning: {' '.join(str(message).split())}")
         else:
             others(message, category, *rest)

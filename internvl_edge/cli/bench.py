@@ -15,7 +15,7 @@ from internvl_edge.base.files import readable_disk_errors, replacing
 from internvl_edge.base.units import size
 from internvl_edge.runtime.bench import BenchResult, bench
 
-from .options import loading_options
+from .options import chosen_engine, loading_options
 from .output import print_json, print_table, quiet_option, shown_progress
 
 
@@ -37,6 +37,7 @@ def command(bundle: Path, repeat: int, as_json: bool, plot: Path | None, quiet: 
     if plot is not None:
         _require_plottable(plot)
     with shown_progress(quiet) as progress:
+        loading["engine"] = chosen_engine(bundle, loading, progress)
         report = bench(bundle, repeat=repeat, progress=progress, **loading)
     if as_json:
         print_json(report.to_dict())

@@ -94,6 +94,10 @@ def command(
         return 0
     _require_writable(bundle if record else None, folder)
     with shown_progress(quiet) as progress:
+        if settings.engine == "auto" and settings.device in ("auto", "cpu"):
+            progress.remark(
+                "engine: onnxruntime (figures are about the bundle; --engine openvino measures what it rounds)"
+            )
         result = evaluate(settings, progress)
     quality = replace(result.quality, accepted=accept or "")
     if as_json:

@@ -11,12 +11,16 @@ from typing import Any
 
 import click
 
+from internvl_edge.base.progress import Progress
+from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.bundle.names import DECODERS
-from internvl_edge.runtime.engines.choice import ENGINES
-from internvl_edge.runtime.model import DEFAULT_CONTEXT, DEVICES, InternVL
+from internvl_edge.model.context import DEFAULT_CONTEXT
+from internvl_edge.runtime.engines.choice import ENGINES, choose
+from internvl_edge.runtime.model import DEVICES, InternVL
 from internvl_edge.runtime.options import ChatOptions
 
 Command = Callable[..., Any]
+LOADING_NAMES = ("device", "engine", "dialect", "context", "threads", "exact")
 
 _LOADING = (
     click.option(
@@ -33,7 +37,7 @@ _LOADING = (
         default="auto",
         show_default=True,
         help="Engine on the CPU. openvino runs the vision tower and prefill, and ONNX Runtime decodes; onnxruntime "
-        "does both; auto takes the faster one.",
+        "does both; auto takes the faster one that the memory allows, and says which.",
     ),
     click.option(
         "--dialect",
@@ -43,11 +47,16 @@ _LOADING = (
     click.option(
         "--context",
         type=int,
-        default=DEFAULT_CONTEXT,
-        show_default=True,
-        help="Capacity of the KV cache: most tokens of prompt and answer together. TensorRT engines have their own.",
+        help="Capacity of the KV cache: most tokens of prompt and answer together. TensorRT engines have their own.  "
+        f"[default: {DEFAULT_CONTEXT}, or the most that the model can have]",
     ),
     click.option("--threads", type=click.IntRange(min=1), help="Number of CPU threads.  [default: all cores]"),
+    click.option(
+        "--exact",
+        is_flag=True,
+        help="Compute in the types of the bundle: OpenVINO does not round to bfloat16, and --engine auto takes ONNX "
+        "Runtime.",
+    ),
 )
 _ANSWERING = (
     click.option(
@@ -113,7 +122,7 @@ _ANSWERING = (
 
 
 def loading_options(command: Command) -> Command:
-    """Add --device, --engine, --dialect, --context and --threads to a command."""
+    """Add --device, --engine, --dialect, --context, --threads and --exact to a command."""
     return _apply(_LOADING, command)
 
 
@@ -122,10 +131,22 @@ def answering_options(command: Command) -> Command:
     return _apply(_ANSWERING, command)
 
 
-def load_model(folder: Path, values: dict[str, Any]) -> InternVL:
+def load_model(folder: Path, values: dict[str, Any], progress: Progress) -> InternVL:
     """Load a bundle as the options say. This removes the loading options from `values`."""
-    names = ("device", "engine", "dialect", "context", "threads")
-    return InternVL.load(folder, **{name: values.pop(name) for name in names})
+    options = {name: values.pop(name) for name in LOADING_NAMES}
+    with progress.phase(f"loading {folder}"):
+        options["engine"] = chosen_engine(folder, options, progress)
+        return InternVL.load(folder, **options)
+
+
+def chosen_engine(folder: Path, options: dict[str, Any], progress: Progress) -> str:
+    """Return the engine to load; say which one "auto" takes on the CPU, and why."""
+    name: str = options["engine"]
+    if name == "auto" and options["device"] in ("auto", "cpu"):
+        choice = choose(Bundle.open(folder), options["dialect"], options["exact"])
+        progress.remark(f"engine: {choice}")
+        return choice.engine
+    return name
 
 
 def chat_options(values: dict[str, Any]) -> ChatOptions:

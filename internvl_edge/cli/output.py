@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,10 +11,12 @@ import click
 
 from internvl_edge.base.jsonable import encode
 from internvl_edge.base.progress import Progress
+from internvl_edge.base.text import command_line
 
 if TYPE_CHECKING:
     from internvl_edge.evaluation import Comparison, EvaluationResult, SuiteResult
     from internvl_edge.evaluation.report.files import Written
+    from internvl_edge.runtime.reply import Reply
 
 Row = tuple[str, object]
 
@@ -36,14 +37,22 @@ def shown_progress(quiet: bool) -> Progress:
     return Progress(None if quiet else sys.stderr)
 
 
+def reading(images: int) -> str:
+    """Say what happens before the first token of an answer."""
+    return f"reading {images} image{'s' if images > 1 else ''} and the question" if images else "reading the question"
+
+
+def timing_line(reply: Reply) -> str:
+    """Say how fast an answer was."""
+    first, rate = reply.timings["first_token_s"], reply.timings["decode_tokens_per_s"]
+    tokens = len(reply.output_ids)
+    speed = f", then {rate:.3g} tokens/s" if tokens > 1 else ""
+    return f"first token after {first:.2g} s{speed}; {tokens} token{'s' if tokens > 1 else ''}"
+
+
 def hint(*words: object, after: str = "Next") -> None:
     """Print a command to run next. Its words are quoted for a shell, so that it can be copied."""
     click.echo(f"{after}: {command_line(*words)}")
-
-
-def command_line(*words: object) -> str:
-    """Write a command of this program; its words are quoted for a shell. Words in capitals stand for the user's own."""
-    return shlex.join(["internvl-edge", *map(str, words)])
 
 
 def print_json(values: Any) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from internvl_edge.model.prompt import video_question
 from internvl_edge.runtime.reply import Reply
 
 from .options import answering_options, chat_options, load_model, loading_options
-from .output import print_json
+from .output import print_json, quiet_option, reading, shown_progress, timing_line
 
 
 @click.command("run")
@@ -39,10 +41,18 @@ from .output import print_json
     is_flag=True,
     help="Print one JSON object with text, tokens and timings instead of streaming the text.",
 )
+@quiet_option
 @loading_options
 @answering_options
 def command(
-    bundle: Path, question: str, images: tuple[str, ...], video: Path | None, frames: int, as_json: bool, **values: Any
+    bundle: Path,
+    question: str,
+    images: tuple[str, ...],
+    video: Path | None,
+    frames: int,
+    as_json: bool,
+    quiet: bool,
+    **values: Any,
 ) -> None:
     """Ask BUNDLE one QUESTION about images or a video, and print the answer.
 
@@ -58,18 +68,21 @@ def command(
         question, values["max_tiles"] = video_question(question, len(sources)), (1,)
     if not question.strip():
         raise PromptError("the question is empty; ask something")
-    with load_model(bundle, values) as model:
-        stream = model.stream(question, sources, **chat_options(values))
+    with ExitStack() as stack:
+        with shown_progress(quiet) as progress:
+            progress.expect(2)
+            model = stack.enter_context(load_model(bundle, values, progress))
+            with progress.phase(reading(len(sources))):
+                stream = model.stream(question, sources, **chat_options(values))
+                first = [stream.reply.text] if as_json else list(islice(stream, 1))
         if as_json:
             print_json(_as_json(stream.reply))
             return
-        for piece in stream:
+        for piece in chain(first, stream):
             click.echo(piece, nl=False)
         click.echo()
-        if sys.stderr.isatty():
-            timings = stream.reply.timings
-            first, rate = timings["first_token_s"], timings["decode_tokens_per_s"]
-            click.secho(f"first token after {first:.2f} s, then {rate:.1f} tokens/s", dim=True, err=True)
+        if sys.stderr.isatty() and not quiet:
+            click.secho(timing_line(stream.reply), dim=True, err=True)
 
 
 def _as_json(reply: Reply) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from internvl_edge.bundle.gate import METRICS, Condition, Verdict, parse_conditi
 from internvl_edge.bundle.manifest import is_bundle
 from internvl_edge.bundle.quality import Measurement, Quality
 from internvl_edge.bundle.quality_record import quality_of
-from internvl_edge.runtime.model import DEFAULT_CONTEXT, InternVL
+from internvl_edge.runtime.model import InternVL
 
 from .cases import SUITES, Case, QuestionSettings, read_cases
 from .compare import COMPARISON_PHASES, Comparison, compare
@@ -47,8 +47,8 @@ class EvaluationSettings:
         fail_if: conditions, such as "kl>0.05", of which none may hold.
         replace_larger: whether figures may replace recorded ones that come from more questions or longer answers.
         shown: of how many questions the comparison keeps both answers and small pictures.
-        device, engine, dialect, context, threads: as `InternVL.load` takes them. The engine "auto" is ONNX Runtime
-            here: figures are about the bundle, not about what this machine has installed.
+        device, engine, dialect, context, threads, exact: as `InternVL.load` takes them. The engine "auto" is ONNX
+            Runtime here: figures are about the bundle, not about what this machine has installed.
 
     Raises:
         EdgeError: a suite or a metric that is not known, or settings that do not fit together.
@@ -68,8 +68,9 @@ class EvaluationSettings:
     device: str = "auto"
     engine: str = "auto"
     dialect: str | None = None
-    context: int = DEFAULT_CONTEXT
+    context: int | None = None
     threads: int | None = None
+    exact: bool = False
 
     def __post_init__(self) -> None:
         conditions = self.conditions
@@ -241,13 +242,16 @@ def _load_bundle(settings: EvaluationSettings) -> InternVL:
         dialect=settings.dialect,
         context=settings.context,
         threads=settings.threads,
+        exact=settings.exact,
     )
 
 
 def _load_reference(settings: EvaluationSettings, folder: Path) -> InternVL:
     """Load it for exact answers, whatever runs the bundle: what an engine rounds is part of the bundle's figures."""
     device = "cpu" if settings.device == "tensorrt" else settings.device
-    return _load_bundle(replace(settings, bundle=folder, device=device, engine="onnxruntime", dialect=None))
+    return _load_bundle(
+        replace(settings, bundle=folder, device=device, engine="onnxruntime", dialect=None, exact=False)
+    )
 
 
 def _measurements(

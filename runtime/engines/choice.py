@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from internvl_edge.base import machine
 from internvl_edge.base.errors import EngineError
+from internvl_edge.base.units import size
 from internvl_edge.bundle.bundle import Bundle
 
 from . import Engine
@@ -14,14 +17,55 @@ ENGINES = ("auto", "onnxruntime", "openvino")
 _OPENVINO_BYTES = 5
 
 
-def cpu_engine(
-    opened: Bundle, name: str = "auto", *, dialect: str | None = None, capacity: int, threads: int | None = None
-) -> Engine:
-    """Return the engine called `name`. "auto" takes OpenVINO for tiles and prompts where that is faster.
+@dataclass(frozen=True)
+class Choice:
+    """What the engine "auto" means for one bundle on this machine now: the engine's name, and why, in a few words."""
 
-    It is faster where OpenVINO is installed and the CPU multiplies bfloat16, which ONNX Runtime does not use
-    (docs/performance.md). "auto" does not take it for a float32 bundle, whose numbers must not be rounded, or where the
-    memory that is available may not suffice: both libraries hold the decoder's weights.
+    engine: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.engine} ({self.reason})"
+
+
+def choose(opened: Bundle, dialect: str | None = None, exact: bool = False) -> Choice:
+    """Choose what "auto" means: OpenVINO for tiles and prompts where that is faster, otherwise ONNX Runtime alone.
+
+    OpenVINO is faster where it is installed and the CPU multiplies bfloat16, which ONNX Runtime does not use
+    (docs/performance.md). It is not chosen for a float32 bundle, whose numbers must not be rounded, or where the memory
+    that is available may not suffice: both libraries hold the decoder's weights.
+    """
+    from .openvino import is_available
+
+    needed = _OPENVINO_BYTES * sum(entry.bytes for entry in opened.manifest.files.values())
+    available = machine.memory("MemAvailable")
+    if exact:
+        reason = "exact numbers"
+    elif dialect is not None:
+        reason = f"the dialect {dialect} was asked for"
+    elif opened.manifest.activations == "float32":
+        reason = "the bundle computes in float32, which OpenVINO would not make faster"
+    elif not machine.multiplies_bfloat16():
+        reason = "this CPU does not multiply bfloat16"
+    elif not is_available():
+        reason = "OpenVINO is not installed"
+    elif available is not None and needed >= available:
+        reason = f"OpenVINO may need {size(needed)} of memory, {size(available)} are available"
+    else:
+        return Choice("openvino", "faster images and prompts, in bfloat16; --exact avoids the rounding")
+    return Choice("onnxruntime", reason)
+
+
+def cpu_engine(
+    opened: Bundle,
+    name: str = "auto",
+    *,
+    dialect: str | None = None,
+    capacity: int,
+    threads: int | None = None,
+    exact: bool = False,
+) -> Engine:
+    """Return the engine called `name`; for "auto", see `choose`. `exact` keeps OpenVINO from rounding to bfloat16.
 
     Raises:
         EngineError: the engine does not exist, is not installed, or cannot run this dialect.
@@ -30,21 +74,10 @@ def cpu_engine(
         raise EngineError(f"engine {name!r} is not one of {', '.join(ENGINES)}")
     if name == "openvino" and dialect == "standard":
         raise EngineError("the openvino engine runs the onnxruntime dialect alone; leave out one of the two options")
-    from .openvino import OpenVinoEngine, is_available
+    if name == "auto":
+        name = choose(opened, dialect, exact).engine
+    if name == "openvino":
+        from .openvino import OpenVinoEngine
 
-    takes_openvino = name == "openvino" or (
-        name == "auto" and dialect is None and _gains_from_bfloat16(opened) and is_available() and _has_room(opened)
-    )
-    if takes_openvino:
-        return OpenVinoEngine(opened, capacity=capacity, threads=threads)
+        return OpenVinoEngine(opened, capacity=capacity, threads=threads, exact=exact)
     return OnnxRuntimeEngine(opened, dialect=dialect, capacity=capacity, threads=threads)
-
-
-def _gains_from_bfloat16(opened: Bundle) -> bool:
-    return machine.multiplies_bfloat16() and opened.manifest.activations != "float32"
-
-
-def _has_room(opened: Bundle) -> bool:
-    available = machine.memory("MemAvailable")
-    needed = _OPENVINO_BYTES * sum(entry.bytes for entry in opened.manifest.files.values())
-    return available is None or needed < available

@@ -49,13 +49,15 @@ class OpenVinoEngine(OnnxRuntimeEngine):
         opened: the bundle.
         capacity: tokens in the KV cache.
         threads: CPU threads; the default is all available cores.
+        exact: do not round to bfloat16.
 
     Raises:
         EngineError: OpenVINO or ONNX Runtime is missing or too old, or cannot read the graphs.
     """
 
-    def __init__(self, opened: Bundle, *, capacity: int, threads: int | None = None) -> None:
+    def __init__(self, opened: Bundle, *, capacity: int, threads: int | None = None, exact: bool = False) -> None:
         self._core = _import_openvino().Core()
+        self._exact = exact
         super().__init__(opened, capacity=capacity, threads=threads)
         self._requests: list[Any] = []
         has_graph = names.DECODERS["onnxruntime"] in opened.manifest.files and self._cache_dtype == self._dtype
@@ -110,7 +112,7 @@ class OpenVinoEngine(OnnxRuntimeEngine):
         return self._compiled(opened, names.VISION, threads).create_infer_request()
 
     def _compiled(self, opened: Bundle, name: str, threads: int | None) -> Any:
-        rounds = machine.multiplies_bfloat16() and opened.manifest.activations != "float32"
+        rounds = not self._exact and machine.multiplies_bfloat16() and opened.manifest.activations != "float32"
         properties = {
             "INFERENCE_NUM_THREADS": threads or machine.cores(),
             "NUM_STREAMS": 1,
