@@ -21,6 +21,7 @@ from internvl_edge.bundle import names
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.bundle.quality_record import quality_warning
 from internvl_edge.model.context import checked_context
+from internvl_edge.model.prompt import Text
 from internvl_edge.model.rope import RotaryAngles
 from internvl_edge.model.tokenizer import Tokenizer
 
@@ -125,11 +126,11 @@ class InternVL:
             )
         return cls(opened, cpu_engine(opened, engine, dialect=dialect, capacity=capacity, threads=threads, exact=exact))
 
-    def chat(self, question: str, images: Images = (), **options: Unpack[ChatOptions]) -> Reply:
+    def chat(self, question: Text, images: Images = (), **options: Unpack[ChatOptions]) -> Reply:
         """Answer a question.
 
         Args:
-            question: it may have `<image>` marks; without marks, images go in front of it.
+            question: it may have `<image>` marks, or be a list of texts and `IMAGE`; without marks, images go in front.
             images: paths, bytes or Pillow images, one per `<image>` mark of history and question, in order; a list of
                 images shares one mark.
             options: see `ChatOptions`.
@@ -140,7 +141,7 @@ class InternVL:
         """
         return self.stream(question, images, **options).reply
 
-    def stream(self, question: str, images: Images = (), **options: Unpack[ChatOptions]) -> ReplyStream:
+    def stream(self, question: Text, images: Images = (), **options: Unpack[ChatOptions]) -> ReplyStream:
         """Answer a question as `chat` does, and return an iterator over pieces of the text.
 
         Its `reply` is the finished answer. The request is checked at once; vision and prefill run when the first piece
@@ -160,7 +161,7 @@ class InternVL:
         return self._session.engine
 
     def trace(
-        self, question: str, images: Images = (), answer: Sequence[int] | None = None, **options: Unpack[ChatOptions]
+        self, question: Text, images: Images = (), answer: Sequence[int] | None = None, **options: Unpack[ChatOptions]
     ) -> Trace:
         """Answer greedily, or follow the tokens of a given answer, and keep the logits before each token.
 

@@ -201,8 +201,7 @@ class Progress:
     def _begin(self, step: Step) -> None:
         if self._stream is None:
             return
-        if self._began is None:
-            self._began = time.monotonic()
+        self._began = self._began or time.monotonic()
         if self._ticker is None:
             self._ticker = threading.Thread(target=self._tick, name="progress", daemon=True)
             self._ticker.start()
@@ -219,7 +218,8 @@ class Progress:
     def _say(self, line: str) -> None:
         self._held.append(line)
         self._spoke = time.monotonic()
-        if self._began is None or self._spoke - self._began >= _PATIENCE:
+        self._began = self._began or self._spoke
+        if self._spoke - self._began >= _PATIENCE:
             self._release()
 
     def _release(self) -> None:

@@ -17,6 +17,7 @@ import click
 
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.model.preprocess import load_image
+from internvl_edge.model.prompt import marked_text
 from internvl_edge.runtime.conversation import Conversation
 
 from .options import answering_options, chat_options, load_model, loading_options
@@ -181,7 +182,7 @@ class _Terminal:
 
     def _show_history(self) -> None:
         for question, answer in self._conversation.history:
-            click.echo(f"> {question}\n{answer}")
+            click.echo(f"> {marked_text(question)}\n{answer}")
 
     def _answer(self, question: str) -> None:
         images, self._images = self._images, []

@@ -114,6 +114,12 @@ _ANSWERING = (
         "the original model code, which usually leaves black]",
     ),
     click.option(
+        "--plain-text",
+        is_flag=True,
+        help="Read special tokens such as <|im_end|>, and <image> marks, in texts as plain text. The original model "
+        "code does not.",
+    ),
+    click.option(
         "--keep-special",
         is_flag=True,
         help="Keep special tokens such as <box> in the answer. The original model code drops them.",

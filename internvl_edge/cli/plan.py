@@ -15,6 +15,7 @@ from internvl_edge.bundle.names import EMBEDDINGS
 from internvl_edge.checkpoint.config_reader import read_config
 from internvl_edge.checkpoint.hub import resolve_configuration
 from internvl_edge.model.config import ModelConfig
+from internvl_edge.model.context import checked_context
 from internvl_edge.planning.devices import Device, Devices
 from internvl_edge.planning.footprint import RECIPES, Footprint, Storage
 from internvl_edge.planning.planner import TILE_LIMITS, Plan, make_plan, predict, tile_table, tiles_of
@@ -67,6 +68,7 @@ def command(
             raise EdgeError(f"{path} is quantized already; leave out --recipe, or plan the original checkpoint")
         recipes = {recipe: RECIPES.get(recipe) or recipe_storage(make_recipe(read_recipe(recipe)))}
     limit = max_tiles or config.max_tiles
+    checked_context(config.decoder, context)
     plans = [
         make_plan(config, device, label, storage, context=context, max_tiles=limit)
         for device in chosen

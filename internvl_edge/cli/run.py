@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from internvl_edge.base.errors import PromptError
-from internvl_edge.model.prompt import video_question
+from internvl_edge.model.prompt import Text, video_parts
 from internvl_edge.runtime.reply import Reply
 
 from .options import answering_options, chat_options, load_model, loading_options
@@ -65,15 +65,16 @@ def command(
         from internvl_edge.model.video import load_video
 
         sources = list(load_video(video, frames))
-        question, values["max_tiles"] = video_question(question, len(sources)), (1,)
+        values["max_tiles"] = (1,)
     if not question.strip():
         raise PromptError("the question is empty; ask something")
+    asked: Text = question if video is None else video_parts(question, len(sources))
     with ExitStack() as stack:
         with shown_progress(quiet) as progress:
             progress.expect(2)
             model = stack.enter_context(load_model(bundle, values, progress))
             with progress.phase(reading(len(sources))):
-                stream = model.stream(question, sources, **chat_options(values))
+                stream = model.stream(asked, sources, **chat_options(values))
                 first = [stream.reply.text] if as_json else list(islice(stream, 1))
         if as_json:
             print_json(_as_json(stream.reply))

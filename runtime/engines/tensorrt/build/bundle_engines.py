@@ -16,6 +16,7 @@ from internvl_edge.bundle import names
 from internvl_edge.bundle.bundle import Bundle, sha256
 from internvl_edge.bundle.contents import engine_files
 from internvl_edge.model.config import ModelConfig
+from internvl_edge.model.context import checked_context
 from internvl_edge.planning.devices import Target
 from internvl_edge.base.errors import EngineError
 from internvl_edge.base.extras import requires
@@ -183,6 +184,7 @@ def _check_options(config: ModelConfig, target: Target, options: BuildOptions) -
             f"a context of {options.capacity} tokens has no room for one tile ({config.tokens_per_tile} tokens) and an "
             "answer; give more --context"
         )
+    checked_context(config.decoder, options.capacity)
     if options.tiles < 1:
         raise EngineError(f"{options.tiles} tiles encoded together, expected at least 1")
 
