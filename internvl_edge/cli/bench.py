@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import click
 
 from internvl_edge.base.errors import EdgeError
-from internvl_edge.base.extras import install
+from internvl_edge.base.extras import require_extras
 from internvl_edge.base.files import readable_disk_errors, replacing
 from internvl_edge.base.units import size
 from internvl_edge.runtime.bench import BenchResult, bench
 
-from .options import chosen_engine, loading_options
+from .options import chosen_engine, engine_extra, loading_options
 from .output import print_json, print_table, quiet_option, shown_progress
 
 
@@ -36,6 +35,8 @@ def command(bundle: Path, repeat: int, as_json: bool, plot: Path | None, quiet: 
     """
     if plot is not None:
         _require_plottable(plot)
+    plot_extra = () if plot is None else ("report",)
+    require_extras("bench", *engine_extra(loading["device"], loading["engine"]), *plot_extra)
     with shown_progress(quiet) as progress:
         loading["engine"] = chosen_engine(bundle, loading, progress)
         report = bench(bundle, repeat=repeat, progress=progress, **loading)
@@ -74,8 +75,6 @@ def _require_plottable(path: Path) -> None:
         raise EdgeError(f"--plot {path}: there is no folder {path.parent}; make it first")
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise EdgeError(f"--plot {path}: it cannot be written; give another file")
-    if find_spec("matplotlib") is None:
-        raise EdgeError(f"--plot needs the package matplotlib: {install('report')}")
 
 
 def _plot(report: BenchResult, path: Path) -> None:

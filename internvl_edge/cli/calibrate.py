@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from internvl_edge.base.extras import requires
+from internvl_edge.base.extras import require_extras, requires
 from internvl_edge.checkpoint.hub import resolve_checkpoint
 
 from .data_options import calibration_options, compute_options, data_options, resumable, wait_politely
@@ -30,6 +30,7 @@ def command(checkpoint: str, output: Path, as_json: bool, quiet: bool, **values:
     """
     started = time.perf_counter()
     wait_politely()
+    require_extras("calibrate", "quantize", *(() if values["data"] else ("synthetic",)))
     with requires("quantize", "calibrate"):
         from internvl_edge.calibration import calibrate
     options, compute = data_options(values), compute_options(values)

@@ -16,11 +16,12 @@ from typing import Any
 import click
 
 from internvl_edge.base.errors import EdgeError
+from internvl_edge.base.extras import require_extras
 from internvl_edge.model.preprocess import load_image
 from internvl_edge.model.prompt import marked_text
 from internvl_edge.runtime.conversation import Conversation
 
-from .options import answering_options, chat_options, load_model, loading_options
+from .options import answering_options, chat_options, engine_extra, load_model, loading_options
 from .output import quiet_option, reading, shown_progress, timing_line
 
 _HELP = "/image FILE adds an image to the next question, /clear forgets the turns, /history shows them, /quit ends"
@@ -40,6 +41,7 @@ def command(bundle: Path, quiet: bool, **values: Any) -> None:
     Lines that start with / are commands: /image FILE, /clear, /history, /quit. Ctrl-C stops an answer or clears the
     line; a second Ctrl-C or Ctrl-D ends.
     """
+    require_extras("chat", *engine_extra(values["device"], values["engine"]))
     _edit_lines()
     with contextlib.suppress(AttributeError):  # a byte that is not UTF-8 is an error of one line, not of the program
         sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]

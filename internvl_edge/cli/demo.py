@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from internvl_edge.base.extras import install, requires
+from internvl_edge.base.extras import install, require_extras, requires
 from internvl_edge.base.folders import scratch_folder
 from internvl_edge.base.progress import Progress
 from internvl_edge.demo import CHECKPOINT, Question, demo_questions
@@ -37,6 +37,7 @@ def command(checkpoint: Path | None, output: Path | None, as_json: bool, quiet: 
     Each line of the output shows an image, a question, the answer and the expected answer.
     """
     checkpoint = checkpoint or CHECKPOINT
+    require_extras("the demo", "cpu", "export")
     questions = demo_questions()
     with _folder(output) as folder, shown_progress(quiet) as progress:
         progress.expect(3)

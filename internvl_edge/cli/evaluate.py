@@ -13,18 +13,21 @@ from typing import Any
 import click
 
 from internvl_edge.base.errors import EdgeError
+from internvl_edge.base.extras import require_extras
 from internvl_edge.bundle.gate import METRICS
+from internvl_edge.bundle.manifest import is_bundle
 from internvl_edge.bundle.quality_record import accept_quality, record_quality
 from internvl_edge.evaluation import SUITES, EvaluationSettings, evaluate
 from internvl_edge.evaluation.report import bundle_report, read_report, report_folder, require_own_report, write_report
 
-from .options import loading_options
+from .options import engine_extra, loading_options
 from .output import (
     evaluation_rows,
     evaluation_values,
     print_json,
     print_table,
     quiet_option,
+    say_missing_page,
     say_written,
     shown_progress,
 )
@@ -92,7 +95,10 @@ def command(
         accepted = accept_quality(bundle, accept)
         click.echo(f"{bundle}: accepted, {accepted.state}: {accepted.accepted}")
         return 0
+    require_extras("evaluate", *_extras(settings), *(("report",) if report else ()))
     _require_writable(bundle if record else None, folder)
+    if folder:
+        say_missing_page(quiet)
     with shown_progress(quiet) as progress:
         if settings.engine == "auto" and settings.device in ("auto", "cpu"):
             progress.remark(
@@ -114,6 +120,16 @@ def command(
         found = bundle_report(bundle, quality, result.comparison, result.suite)
         say_written(write_report(found.completed_by(read_report(folder)), folder))
     return 1 if result.failed else 0
+
+
+def _extras(settings: EvaluationSettings) -> list[str]:
+    """List the extras that an evaluation needs."""
+    extras = [*engine_extra(settings.device, settings.engine)]
+    if settings.reference is not None and not is_bundle(Path(settings.reference)):
+        extras.append("export")
+    if settings.suite is not None or (settings.reference is not None and settings.data is None):
+        extras.append("synthetic")
+    return extras
 
 
 def _require_writable(bundle: Path | None, report: Path | None) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from internvl_edge.base.extras import requires
+from internvl_edge.base.extras import require_extras, requires
 from internvl_edge.base.units import size
 from internvl_edge.bundle.manifest import DecoderQuantization, Manifest
 from internvl_edge.bundle.names import DECODERS
@@ -75,6 +75,7 @@ def command(
     A bundle is one folder with ONNX graphs, weights, tokenizer and a manifest. CHECKPOINT may be quantized.
     """
     started = time.perf_counter()
+    require_extras("export", "export")
     with requires("export", "export"):
         from internvl_edge.export import export_bundle
     source = resolve_checkpoint(checkpoint)

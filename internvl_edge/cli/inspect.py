@@ -8,13 +8,13 @@ from typing import Any
 
 import click
 
-from internvl_edge.base.extras import requires
 from internvl_edge.base.units import size
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.bundle.manifest import Manifest, is_bundle
 from internvl_edge.bundle.quality import figure_rows
 from internvl_edge.bundle.quality_record import quality_of
 from internvl_edge.checkpoint.hub import resolve_checkpoint
+from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.model.config import ModelConfig
 from internvl_edge.model.description import describe
 from internvl_edge.model.linear import count_schemes
@@ -68,8 +68,6 @@ def _quality(manifest: Manifest) -> dict[str, Any]:
 
 
 def _checkpoint_facts(folder: Path) -> tuple[dict[str, Any], ModelConfig, str]:
-    with requires("export", "reading a checkpoint"):
-        from internvl_edge.checkpoint.reader import Checkpoint
     checkpoint = Checkpoint(folder)
     dtypes = ", ".join(f"{dtype} x {count}" for dtype, count in checkpoint.stored_dtypes().items())
     facts = {

@@ -145,6 +145,13 @@ def load_model(folder: Path, values: dict[str, Any], progress: Progress) -> Inte
         return InternVL.load(folder, **options)
 
 
+def engine_extra(device: str, engine: str) -> tuple[str, ...]:
+    """Return the extra that runs bundles on a device; TensorRT says itself what it needs."""
+    if device == "tensorrt":
+        return ()
+    return ("gpu" if device == "cuda" else "openvino" if engine == "openvino" else "cpu",)
+
+
 def chosen_engine(folder: Path, options: dict[str, Any], progress: Progress) -> str:
     """Return the engine to load; say which one "auto" takes on the CPU, and why."""
     name: str = options["engine"]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from internvl_edge.base.extras import install, missing_modules
 from internvl_edge.base.jsonable import encode
 from internvl_edge.base.progress import Progress
 from internvl_edge.base.text import command_line
@@ -82,6 +83,15 @@ def print_columns(heading: Sequence[str], rows: Sequence[Sequence[object]]) -> N
             for cell, width, is_right in zip(row, widths, right, strict=True)
         )
         click.echo(line.rstrip())
+
+
+def say_missing_page(quiet: bool) -> None:
+    """Say before hours of work that there will be no page, and how to get one."""
+    if (missing := missing_modules("report")) and not quiet:
+        click.echo(
+            f"report.html will not be written, report.json will: it needs {', '.join(missing)}: {install('report')}",
+            err=True,
+        )
 
 
 def say_written(written: Written) -> None:

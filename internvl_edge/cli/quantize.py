@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from internvl_edge.base.errors import EdgeError
-from internvl_edge.base.extras import requires
+from internvl_edge.base.extras import require_extras, requires
 from internvl_edge.base.units import size
 from internvl_edge.checkpoint.hub import resolve_checkpoint
 
 from .data_options import calibration_options, compute_options, data_options, resumable, wait_politely
-from .output import hint, print_json, quiet_option, say_written, shown_progress
+from .output import hint, print_json, quiet_option, say_missing_page, say_written, shown_progress
 from .recipe_options import recipe_of, recipe_options
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ def command(checkpoint: str, output: Path, stats: Path | None, as_json: bool, qu
     started = time.perf_counter()
     recipe = recipe_of(values)
     wait_politely()
+    draws = stats is None and values["data"] is None and (recipe.needs_data or recipe.vision == "int8")
+    require_extras("quantize", "quantize", *(("synthetic",) if draws else ()))
     with requires("quantize", "quantize"):
         from internvl_edge.evaluation.report import checkpoint_report, write_report
         from internvl_edge.quantize import quantize_checkpoint
@@ -52,6 +54,7 @@ def command(checkpoint: str, output: Path, stats: Path | None, as_json: bool, qu
         raise EdgeError("nothing in this recipe looks at data: it rounds to the nearest; leave out --data and --stats")
     options, compute = data_options(values), compute_options(values)
     source = resolve_checkpoint(checkpoint)
+    say_missing_page(quiet)
     with shown_progress(quiet) as progress:
         report = quantize_checkpoint(
             source,

@@ -11,10 +11,11 @@ from typing import Any
 import click
 
 from internvl_edge.base.errors import PromptError
+from internvl_edge.base.extras import require_extras
 from internvl_edge.model.prompt import Text, video_parts
 from internvl_edge.runtime.reply import Reply
 
-from .options import answering_options, chat_options, load_model, loading_options
+from .options import answering_options, chat_options, engine_extra, load_model, loading_options
 from .output import print_json, quiet_option, reading, shown_progress, timing_line
 
 
@@ -58,6 +59,8 @@ def command(
 
     An image takes the place of its <image> mark in QUESTION. Without marks, images go in front of QUESTION.
     """
+    video_extra = () if video is None else ("video",)
+    require_extras("run", *engine_extra(values["device"], values["engine"]), *video_extra)
     sources: list[Any] = list(images)
     if video is not None:
         if sources:
