@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 
 def size(count: float) -> str:
     """Return a number of bytes as text, such as "1.88 GB". Units are powers of ten."""
@@ -10,6 +12,21 @@ def size(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.2f} GB"
+
+
+def rounded(number: float, digits: int = 3) -> str:
+    """Return a number with so many digits that count, never with an exponent: "0.0123", "84.3", "25,200"."""
+    if not math.isfinite(number) or not number:
+        return f"{number:g}"
+    places = digits - 1 - math.floor(math.log10(abs(number)))
+    return f"{round(number, places):,.{max(0, places)}f}"
+
+
+def short_time(seconds: float) -> str:
+    """Return a short time with its unit: "<1 ms", "35 ms", "1.2 s", "12 s"."""
+    if seconds < 0.001:
+        return "<1 ms"
+    return f"{rounded(1000 * seconds, 2)} ms" if seconds < 0.9995 else f"{rounded(seconds, 2)} s"
 
 
 def duration(seconds: float) -> str:

@@ -12,6 +12,7 @@ from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.planning.devices import Devices
 from internvl_edge.runtime.engines.tensorrt.record import EngineRecord, engine_folder
 
+from . import completion
 from .output import print_json, quiet_option, shown_progress
 
 
@@ -22,7 +23,9 @@ from .output import print_json, quiet_option, shown_progress
     "name",
     default="rtx",
     show_default=True,
-    help="Target device: a name from `internvl-edge devices`, or rtx, which builds one file for RTX cards.",
+    shell_complete=completion.targets,
+    help="Device to build engines for: a name from `internvl-edge devices`, or rtx, which builds one file for RTX "
+    "cards.",
 )
 @click.option("--devices", "table", type=click.Path(path_type=Path), help="A TOML file with more devices.")
 @click.option(

@@ -16,7 +16,7 @@ from .output import hint, print_json, quiet_option, shown_progress
 
 
 @click.command("calibrate")
-@click.argument("checkpoint")
+@click.argument("checkpoint", type=click.Path())
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Calibration folder to make.")
 @calibration_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")

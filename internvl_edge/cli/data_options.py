@@ -13,6 +13,8 @@ import click
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.signals import terminating_as_interrupt
 
+from . import completion
+
 if TYPE_CHECKING:
     from internvl_edge.calibration import DataOptions
     from internvl_edge.calibration.compute import Compute
@@ -50,7 +52,9 @@ _OPTIONS = (
         "--device",
         default="auto",
         show_default=True,
-        help="Device that computes: cpu, cuda, or auto, which takes CUDA where it is present.",
+        shell_complete=completion.of(["auto", "cpu", "cuda"]),
+        help="Where this command computes: cpu, cuda, or auto, which takes CUDA where it is present. The target device "
+        "of the model is chosen by the recipe.",
     ),
     click.option(
         "--dtype",

@@ -20,6 +20,7 @@ from internvl_edge.bundle.quality_record import accept_quality, record_quality
 from internvl_edge.evaluation import SUITES, EvaluationSettings, evaluate
 from internvl_edge.evaluation.report import bundle_report, read_report, report_folder, require_own_report, write_report
 
+from . import completion
 from .options import engine_extra, loading_options
 from .output import (
     evaluation_rows,
@@ -35,7 +36,7 @@ from .output import (
 
 @click.command("evaluate", epilog=f"Metrics of --fail-if: {', '.join(METRICS)}.")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--reference", help="Compare with this checkpoint (folder or hub id) or bundle.")
+@click.option("--reference", type=click.Path(), help="Compare with this checkpoint (folder or hub id) or bundle.")
 @click.option("--suite", type=click.Choice(list(SUITES)), help="Count exact answers to a suite's questions.")
 @click.option(
     "--data", type=click.Path(path_type=Path), help="Compare on these images or JSON Lines [default: the built-in set]."
@@ -55,6 +56,7 @@ from .output import (
     "fail_if",
     multiple=True,
     metavar="CONDITION",
+    shell_complete=completion.of(METRICS),
     help='Fail if a condition such as "kl>0.05" or "exact_match<0.95" holds (repeatable).',
 )
 @click.option(

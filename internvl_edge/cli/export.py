@@ -19,7 +19,7 @@ from .output import hint, print_json, quiet_option, shown_progress
 
 
 @click.command("export")
-@click.argument("checkpoint")
+@click.argument("checkpoint", type=click.Path())
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Bundle folder to make.")
 @click.option(
     "--dtype",

@@ -23,7 +23,7 @@ from .output import print_json, print_table
 
 
 @click.command("inspect")
-@click.argument("path")
+@click.argument("path", type=click.Path())
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(path: str, as_json: bool) -> None:
     """Show what PATH is: a checkpoint folder, a hub id or a bundle. Everything in it is checked."""

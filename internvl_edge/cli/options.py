@@ -28,7 +28,7 @@ _LOADING = (
         type=click.Choice(DEVICES),
         default="auto",
         show_default=True,
-        help="Device that runs the bundle. auto is cpu; cuda runs ONNX Runtime on the GPU; tensorrt runs the engines "
+        help="Where the bundle runs. auto is cpu; cuda runs ONNX Runtime on the GPU; tensorrt runs the engines "
         "that build made.",
     ),
     click.option(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -69,15 +69,25 @@ def print_table(rows: Iterable[Row]) -> None:
         click.echo(f"{name:<{width}}  {value}")
 
 
-def print_columns(heading: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table; columns of numbers and their units line up at the right, text at the left."""
+def print_columns(
+    heading: Sequence[str], rows: Sequence[Sequence[object]], groups: Mapping[int, str] | None = None
+) -> None:
+    """Print a table; columns of numbers and their units line up at the right, text at the left.
+
+    Args:
+        heading: names of the columns.
+        rows: the cells of each row.
+        groups: number of a row -> a line to print before it, which begins a group of rows.
+    """
     cells = [list(heading), *([str(cell) for cell in row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(heading))]
     right = [
-        all(row[column][:1].isdecimal() or row[column] in ("", "-") for row in cells[1:])
+        all(row[column][:1].isdecimal() or row[column][:1] in ("", "-", "<") for row in cells[1:])
         for column in range(len(widths))
     ]
-    for row in cells:
+    for number, row in enumerate(cells):
+        if groups and number - 1 in groups:
+            click.echo(groups[number - 1])
         line = "  ".join(
             cell.rjust(width) if is_right else cell.ljust(width)
             for cell, width, is_right in zip(row, widths, right, strict=True)

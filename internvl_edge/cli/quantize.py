@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @click.command("quantize")
-@click.argument("checkpoint")
+@click.argument("checkpoint", type=click.Path())
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Checkpoint folder to make.")
 @recipe_options
 @click.option(

@@ -19,20 +19,26 @@ from internvl_edge.recipe.recipe import (
     VisionInt8,
 )
 
+from . import completion
+
 Command = Callable[..., Any]
 
 _OPTIONS = (
     click.option(
         "--recipe",
-        help=f"A preset ({', '.join(presets())}) or a TOML file. The options below replace single fields of it.",
+        shell_complete=completion.recipes,
+        help=f"Recipe: a preset ({', '.join(presets())}) or a TOML file. The options below replace single fields "
+        "of it.",
     ),
     click.option(
         "--scheme",
+        shell_complete=completion.of(DECODER_SCHEMES),
         help=f"Scheme of the decoder's linears: {', '.join(DECODER_SCHEMES)}.  [default: {DECODER_SCHEMES[0]}; with "
         "--vision int8: fp]",
     ),
     click.option(
         "--group-size",
+        shell_complete=completion.of(["32", "64", "128"]),
         type=int,
         help=f"Group size of 4-bit weights, in inputs per scale: 32, 64 or 128.  [default: {Recipe.group_size}]",
     ),
@@ -82,6 +88,7 @@ _OPTIONS = (
     ),
     click.option(
         "--vision",
+        shell_complete=completion.of(["fp", "int8"]),
         help=f"Scheme of the vision tower and projector: fp, or int8 weights and inputs.  [default: {Recipe.vision}]",
     ),
     click.option(

@@ -25,6 +25,7 @@ from .output import print_json, quiet_option, reading, shown_progress, timing_li
 @click.option(
     "--image",
     "images",
+    type=click.Path(),
     multiple=True,
     help="An image file (repeatable; images take the <image> marks of QUESTION in order).",
 )
