@@ -15,7 +15,7 @@ from internvl_edge.bundle.token_table import TYPES
 from internvl_edge.checkpoint.hub import resolve_checkpoint
 from internvl_edge.model.linear import count_schemes
 
-from .output import hint, print_json, quiet_option, shown_progress
+from .output import hint, print_json, quiet_option, shown_progress, tower_text
 
 
 @click.command("export")
@@ -104,17 +104,11 @@ def command(
     if manifest.linears:
         click.echo(f"quantized: {count_schemes(manifest.linears.values())}")
     if manifest.schemes("vision."):
-        click.echo(_tower(manifest))
+        click.echo(tower_text(manifest))
     if manifest.quantization:
         click.echo(_decoder(manifest.quantization))
     if not quiet:
         hint("run", folder, "--image", "PHOTO.jpg", "What is this?", after="Try")
-
-
-def _tower(manifest: Manifest) -> str:
-    count = len(manifest.schemes("vision.")) + len(manifest.schemes("projector."))
-    floats = manifest.floats("vision.", "projector.")
-    return f"{count} linears of the tower in int8" + (f"; floats in {', '.join(floats)}" if floats else "")
 
 
 def _decoder(quantization: DecoderQuantization) -> str:

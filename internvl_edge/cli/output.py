@@ -15,6 +15,7 @@ from internvl_edge.base.progress import Progress
 from internvl_edge.base.text import command_line
 
 if TYPE_CHECKING:
+    from internvl_edge.bundle.manifest import Manifest
     from internvl_edge.evaluation import Comparison, EvaluationResult, SuiteResult
     from internvl_edge.evaluation.report.files import Written
     from internvl_edge.runtime.reply import Reply
@@ -36,6 +37,13 @@ quiet_option = click.option(
 def shown_progress(quiet: bool) -> Progress:
     """Return the progress to show on standard error, as a context; nothing is shown where the user wants quiet."""
     return Progress(None if quiet else sys.stderr)
+
+
+def tower_text(manifest: Manifest) -> str:
+    """Say how many linears of an int8 vision tower are int8, and which are not."""
+    count = len(manifest.schemes("vision.")) + len(manifest.schemes("projector."))
+    floats = manifest.floats("vision.", "projector.")
+    return f"{count} linears of the tower in int8" + (f"; floats in {', '.join(floats)}" if floats else "")
 
 
 def reading(images: int) -> str:

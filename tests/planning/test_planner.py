@@ -35,6 +35,7 @@ from internvl_edge.planning.devices import Device, Devices
 from internvl_edge.planning.footprint import INT4, RECIPES, Footprint, Storage
 from internvl_edge.planning.planner import IMAGE_SIZES, TILE_LIMITS, make_plan, memory_of, predict, tile_table, tiles_of
 from internvl_edge.planning.storage import bundle_storage
+from internvl_edge.recipe.files import read_recipe
 
 # The published configurations, sizes alone: variant -> fields of the decoder. The tower is InternViT-300M.
 PUBLISHED = {
