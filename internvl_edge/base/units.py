@@ -22,6 +22,11 @@ def rounded(number: float, digits: int = 3) -> str:
     return f"{round(number, places):,.{max(0, places)}f}"
 
 
+def share(value: float) -> str:
+    """Return a share from 0 to 1 in percent: "98.3 %"; exactly 0 and 1 without a digit after the point."""
+    return f"{value:.0%}" if value in (0, 1) else f"{min(max(value, 0.001), 0.999):.1%}"
+
+
 def short_time(seconds: float) -> str:
     """Return a short time with its unit: "<1 ms", "35 ms", "1.2 s", "12 s"."""
     if seconds < 0.001:

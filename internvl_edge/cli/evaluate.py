@@ -31,6 +31,7 @@ from .output import (
     say_missing_page,
     say_written,
     shown_progress,
+    typed_command,
 )
 
 
@@ -119,7 +120,7 @@ def command(
     if record:
         record_quality(bundle, quality)
     if folder:
-        found = bundle_report(bundle, quality, result.comparison, result.suite)
+        found = bundle_report(bundle, quality, result.comparison, result.suite, typed_command())
         say_written(write_report(found.completed_by(read_report(folder)), folder))
     return 1 if result.failed else 0
 

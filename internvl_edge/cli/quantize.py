@@ -15,7 +15,7 @@ from internvl_edge.base.units import size
 from internvl_edge.checkpoint.hub import resolve_checkpoint
 
 from .data_options import calibration_options, compute_options, data_options, resumable, wait_politely
-from .output import hint, print_json, quiet_option, say_missing_page, say_written, shown_progress
+from .output import hint, print_json, quiet_option, say_missing_page, say_written, shown_progress, typed_command
 from .recipe_options import recipe_of, recipe_options
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def command(checkpoint: str, output: Path, stats: Path | None, as_json: bool, qu
         )
     seconds = time.perf_counter() - started
     record = report.record
-    say_written(write_report(checkpoint_report(report.folder, record), report.folder))
+    say_written(write_report(checkpoint_report(report.folder, record, typed_command()), report.folder))
     if as_json:
         facts = {
             "checkpoint": str(report.folder),

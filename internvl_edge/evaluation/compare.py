@@ -79,7 +79,7 @@ class Comparison:
         answers: figures along the given answers (perplexity among them); None where the data has none.
         worst_case: name of the case with the largest divergence at a token.
         histogram: of the divergence at each token of the greedy answers.
-        samples: some cases with both answers: the worst, and others at even distances, pictures first.
+        samples: some cases with both answers: first those that differ, then the worst and evenly spaced others.
         run: of the whole comparison.
     """
 
@@ -108,7 +108,7 @@ class Comparison:
             "same_answers": self.same_answers,
             "same_tokens": self.same_prefix,
         }
-        if self.answers:
+        if self.answers and self.answers.has_perplexity:
             figures["perplexity_ratio"] = self.answers.candidate_perplexity / self.answers.reference_perplexity
         return figures
 
@@ -230,21 +230,30 @@ def _follow(
 
 
 def _chosen(cases: Sequence[Case], followed: Sequence[_CandidateAnswer], count: int) -> list[int]:
-    """Choose the cases to show: of those with pictures (of all, without any) the worst and evenly spaced ones."""
-    pool = [index for index, case in enumerate(cases) if case.images] or list(range(len(cases)))
-    if not count:
-        return []
-    worst = max(pool, key=lambda index: followed[index].greedy.kl.mean())
+    """Choose the cases to show. Cases whose answers differ come first, of these pictures and large divergences.
+
+    What is left of `count` goes to the others with pictures (to all others, without any): the one with the largest
+    divergence, and evenly spaced ones.
+    """
+    divergences = [float(part.greedy.kl.mean()) for part in followed]
+    different = [index for index, part in enumerate(followed) if not part.greedy.same_answer]
+    different = sorted(different, key=lambda index: (not cases[index].images, -divergences[index]))[:count]
+    same = [index for index in range(len(cases)) if index not in different]
+    pool = [index for index in same if cases[index].images] or same
+    left = count - len(different)
+    if not left or not pool:
+        return different
+    worst = max(pool, key=lambda index: divergences[index])
     others = [index for index in pool if index != worst]
-    step = max(1.0, len(others) / max(1, count - 1))
-    return sorted([worst, *(others[int(n * step)] for n in range(min(count - 1, len(others))))])
+    step = max(1.0, len(others) / max(1, left - 1))
+    return [*different, *sorted([worst, *(others[int(n * step)] for n in range(min(left - 1, len(others))))])]
 
 
 def _sample(
     model: InternVL, case: Case, options: ChatOptions, expected: _ReferenceAnswer, followed: _CandidateAnswer
 ) -> AnswerPair:
     """Let the candidate answer by itself; where every most probable token was the reference's, that is its answer."""
-    same = followed.greedy.same_prefix == len(followed.greedy.kl)
+    same = followed.greedy.same_answer
     return AnswerPair(
         name=case.name,
         question=case.question,
@@ -294,7 +303,7 @@ def _joined(
         image_tokens=sum(part.image_tokens for part in followed),
         greedy=summarise(greedy),
         kinds={kind: summarise(parts) for kind, parts in kinds.items()},
-        same_answers=sum(part.same_prefix == len(part.kl) for part in greedy) / len(greedy),
+        same_answers=sum(part.same_answer for part in greedy) / len(greedy),
         same_prefix=sum(part.same_prefix for part in greedy) / sum(len(part.kl) for part in greedy),
         answers=summarise(answers) if answers else None,
         worst_case=cases[worst].name,

@@ -17,8 +17,9 @@ from internvl_edge.base import units
 from internvl_edge.base.run_record import RunRecord
 from internvl_edge.bundle.gate import METRICS, Verdict, parse_condition
 from internvl_edge.checkpoint.record import LinearReport
-from internvl_edge.model.components import Stored
+from internvl_edge.model.components import Stored, weights_text
 
+from ..divergence import MEANINGFUL_PERPLEXITY
 from .plots import Plot, divergence_plot, layers_plot, ranges_plot
 from .report import Report
 
@@ -82,6 +83,7 @@ def render(report: Report) -> str:
         runs=_runs(report),
         machines=_machines(_runs(report)),
         summary=_summary(report),
+        meaningful_perplexity=int(MEANINGFUL_PERPLEXITY),
         recipe=_flat(report.quantization.recipe) if report.quantization else [],
     )
 
@@ -112,9 +114,8 @@ def _figures(report: Report) -> dict[str, float]:
 
 
 def _headlines(report: Report) -> list[tuple[str, str]]:
-    bits = 8 * sum(part.bytes for part in report.components)
-    weights = sum(part.parameters for part in report.components)
-    rows = [(size(report.bytes), f"{bits / weights:.2f} bits per weight" if weights else "all files")]
+    alone = f"; weights alone {weights_text(report.components)}" if report.components else ""
+    rows = [(size(report.bytes), f"all files{alone}")]
     figures = _figures(report)
     known = [name for name in _HEADLINES if name in figures][:_MOST_HEADLINES]
     rows += [(METRICS[name].show(figures[name]), _LABELS[name]) for name in known]
