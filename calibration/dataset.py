@@ -203,9 +203,14 @@ def prepare(
     ids: list[NDArray[np.int32]] = []
     manifest: dict[str, Any] = {"checkpoint": identity, "names": [], "lengths": [], "tiles": [], "broken": []}
 
+    noted: set[str] = set()
+
     def skipped(line: str) -> None:
         manifest["broken"].append(line)
-        progress.note(f"skipped {line}")
+        problem = line.partition(": ")[2]
+        if problem not in noted:  # a form that is not known has as many lines as the file
+            noted.add(problem)
+            progress.note(f"skipped {line}")
 
     items = read_items(options.source, options.seed)
     preparing = progress.phase("preparing the calibration data", options.samples, "samples")

@@ -11,8 +11,8 @@ import click
 from internvl_edge.base.extras import require_extras, requires
 from internvl_edge.checkpoint.hub import resolve_checkpoint
 
-from .data_options import calibration_options, compute_options, data_options, resumable, wait_politely
-from .output import hint, print_json, quiet_option, shown_progress
+from .data_options import calibration_options, compute_options, data_options, wait_politely
+from .output import hint, print_json, quiet_option, shown_progress, stoppable
 
 
 @click.command("calibrate")
@@ -21,7 +21,7 @@ from .output import hint, print_json, quiet_option, shown_progress
 @calibration_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @quiet_option
-@resumable()
+@stoppable("repeat the command to continue")
 def command(checkpoint: str, output: Path, as_json: bool, quiet: bool, **values: Any) -> None:
     """Run calibration samples through CHECKPOINT, a folder or a hub id, and write a calibration folder.
 

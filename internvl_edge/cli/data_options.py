@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from internvl_edge.base.errors import EdgeError
-from internvl_edge.base.signals import terminating_as_interrupt
 
 from . import completion
 
@@ -26,7 +24,8 @@ _OPTIONS = (
         "--data",
         type=click.Path(path_type=Path),
         help='Calibration data: a folder of images, or a .jsonl file of {"images": [...], "prompt": ..., "answer": '
-        "...}.  [default: built-in documents, charts, signs, scenes and texts]",
+        '...}, of InternVL "conversations" or of ms-swift "messages".  [default: built-in documents, charts, signs, '
+        "scenes and texts]",
     ),
     click.option(
         "--samples", type=click.IntRange(min=1), default=64, show_default=True, help="Most calibration samples."
@@ -66,16 +65,6 @@ _OPTIONS = (
     click.option("--restart", is_flag=True, help="Discard an unfinished run instead of continuing it."),
     click.option("--force", is_flag=True, help="Replace what an earlier run made at --output, at the end."),
 )
-
-
-@contextmanager
-def resumable() -> Iterator[None]:
-    """Around a command that continues where it was when it is repeated: Ctrl-C and SIGTERM say so."""
-    with terminating_as_interrupt():
-        try:
-            yield
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt("repeat the command to continue") from None
 
 
 def wait_politely() -> None:

@@ -31,6 +31,7 @@ from .output import (
     say_missing_page,
     say_written,
     shown_progress,
+    stoppable,
     typed_command,
 )
 
@@ -75,6 +76,7 @@ from .output import (
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @quiet_option
 @loading_options
+@stoppable("nothing is recorded; repeat the command to measure again")
 def command(
     bundle: Path,
     accept: str | None,

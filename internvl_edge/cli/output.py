@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from click.core import ParameterSource
 from internvl_edge.base.extras import install, missing_modules
 from internvl_edge.base.jsonable import encode
 from internvl_edge.base.progress import Progress
+from internvl_edge.base.signals import terminating_as_interrupt
 from internvl_edge.base.text import command_line
 from internvl_edge.base.units import rounded, share
 
@@ -32,6 +34,16 @@ _COMPARISON = (
     *("cases", "image_tokens", "greedy", "kinds"),
     *("same_answers", "same_prefix", "answers", "worst_case"),
 )
+
+
+@contextmanager
+def stoppable(advice: str) -> Iterator[None]:
+    """Around a long command: Ctrl-C and SIGTERM end it cleanly and say what becomes of its work."""
+    with terminating_as_interrupt():
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(advice) from None
 
 
 quiet_option = click.option(

@@ -14,8 +14,17 @@ from internvl_edge.base.extras import require_extras, requires
 from internvl_edge.base.units import size
 from internvl_edge.checkpoint.hub import resolve_checkpoint
 
-from .data_options import calibration_options, compute_options, data_options, resumable, wait_politely
-from .output import hint, print_json, quiet_option, say_missing_page, say_written, shown_progress, typed_command
+from .data_options import calibration_options, compute_options, data_options, wait_politely
+from .output import (
+    hint,
+    print_json,
+    quiet_option,
+    say_missing_page,
+    say_written,
+    shown_progress,
+    stoppable,
+    typed_command,
+)
 from .recipe_options import recipe_of, recipe_options
 
 if TYPE_CHECKING:
@@ -33,7 +42,7 @@ if TYPE_CHECKING:
 @calibration_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @quiet_option
-@resumable()
+@stoppable("repeat the command to continue")
 def command(checkpoint: str, output: Path, stats: Path | None, as_json: bool, quiet: bool, **values: Any) -> None:
     """Quantize the decoder of CHECKPOINT (a folder or a hub id), its vision tower or both, into another checkpoint.
 

@@ -259,7 +259,7 @@ def _sample(
         question=case.question,
         pictures=tuple(small_picture(image) for image in case.images[:_PICTURES]),
         reference=expected.text,
-        candidate=expected.text if same else model.chat(case.question, list(case.images), **options).text,
+        candidate=expected.text if same else model.chat(case.question, list(case.images), **case.options(options)).text,
         expected=case.answer,
         kl=float(followed.greedy.kl.mean()),
         same=same,
@@ -277,7 +277,7 @@ def small_picture(source: Path | Image.Image) -> str:
 
 def _trace(model: InternVL, case: Case, answer: list[int] | None, options: ChatOptions) -> Trace:
     try:
-        return model.trace(case.question, list(case.images), answer, **options)
+        return model.trace(case.question, list(case.images), answer, **case.options(options))
     except EdgeError as error:
         raise EdgeError(f"{case.name}: {error}") from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import re
 import shlex
@@ -25,6 +26,7 @@ from helpers import tiny, tiny_quantized
 from helpers.commands import PROGRAM, assert_one_line, internvl_edge
 from helpers.reference import Reference, tile_image
 from internvl_edge import EdgeError, InternVL, evaluate, export_bundle
+from internvl_edge.base.progress import Progress
 from internvl_edge.base.units import share
 from internvl_edge.bundle.gate import judge, parse_condition
 from internvl_edge.bundle.manifest import Manifest
@@ -232,14 +234,15 @@ def test_a_suite_counts_exact_answers_per_task(pair: Pair, monkeypatch: pytest.M
         said = model.chat("What is this?", max_new_tokens=4).text
     right, wrong = (Case(name, "What is this?", answer=said + end, task=name) for name, end in (("a", ""), ("b", "?")))
     monkeypatch.setitem(SUITES, "three", lambda seed: iter([right, right, wrong]))
-    steps: list[tuple[int, int]] = []
-    score = run_suite(
-        lambda: InternVL.load(pair.reference, threads=1),
-        QuestionSettings("three", max_new_tokens=4),
-        3,
-        lambda: InternVL.load(pair.candidate, threads=1),
-        lambda done, total: steps.append((done, total)),
-    )
+    log = io.StringIO()
+    with Progress(log) as progress:
+        score = run_suite(
+            lambda: InternVL.load(pair.reference, threads=1),
+            QuestionSettings("three", max_new_tokens=4),
+            3,
+            lambda: InternVL.load(pair.candidate, threads=1),
+            progress,
+        )
     shares = [task.exact_match for task in (score.tasks["a"], score.tasks["b"], score.total)]
     assert shares == [1, 0, 2 / 3]
     assert [task.asked for task in (score.tasks["a"], score.tasks["b"], score.total)] == [2, 1, 3]
@@ -249,7 +252,8 @@ def test_a_suite_counts_exact_answers_per_task(pair: Pair, monkeypatch: pytest.M
     expected = [float(other == said), float(other == said + "?")]
     assert [score.tasks["a"].reference, score.tasks["b"].reference] == expected
     assert score.figures["exact_match_loss"] == pytest.approx((2 * expected[0] + expected[1]) / 3 - 2 / 3)
-    assert steps == [(done, 6) for done in range(7)]
+    shown = [f"internvl-edge: answering the suite with the {who}, 3 questions" for who in ("bundle", "reference")]
+    assert [line for line in log.getvalue().splitlines() if ", 3 questions" in line] == shown
 
 
 # ---- the command ----
@@ -401,18 +405,8 @@ def test_the_report_says_how_to_repeat_it(pair: Pair, tmp_path: Path) -> None:
     (tmp_path / "my bundle").symlink_to(pair.candidate)
     (tmp_path / "q.jsonl").write_text('{"prompt": "Why?", "answer": "So."}\n')
     words = ("evaluate", "my bundle", "--reference", str(pair.reference), "--data", str(tmp_path / "q.jsonl"))
-    words = (
-        *words,
-        "--max-new-tokens",
-        "2",
-        "--no-record",
-        "--fail-if",
-        "kl<0",
-        "--fail-if",
-        "top1<0",
-        "--report",
-        "r",
-    )
+    words = (*words, "--max-new-tokens", "2", "--no-record", "--fail-if", "kl<0", "--fail-if", "top1<0")
+    words = (*words, "--report", "r")
     run = partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True, check=True)
     run([*PROGRAM, *words, "--json", "--quiet"])
     (command,) = json.loads((tmp_path / "r" / "report.json").read_text())["commands"]
