@@ -37,14 +37,18 @@ from .output import print_json, quiet_option, shown_progress
     "--context",
     "capacity",
     type=click.IntRange(min=2),
-    help="Capacity of the KV cache: most tokens of prompt and answer together.  [default: 4096]",
+    help="Capacity of the KV cache: maximum number of tokens of prompt and answer together.  [default: 4096]",
 )
-@click.option("--chunk", type=click.IntRange(min=1), help="Most prompt tokens per prefill step.  [default: 512]")
-@click.option("--tiles", type=click.IntRange(min=1), help="Most tiles that are encoded together.  [default: 4]")
+@click.option(
+    "--chunk", type=click.IntRange(min=1), help="Maximum number of prompt tokens per prefill step.  [default: 512]"
+)
+@click.option(
+    "--tiles", type=click.IntRange(min=1), help="Maximum number of tiles that are encoded together.  [default: 4]"
+)
 @click.option(
     "--profiles",
     type=click.IntRange(1, 2),
-    help="Optimisation profiles of the decoder: 1 for prefill and decode together, or 2, one for each. 2 holds 16-bit "
+    help="Optimization profiles of the decoder: 1 for prefill and decode together, or 2, one for each. 2 holds 16-bit "
     "weights twice.  [default: 1]",
 )
 @click.option("--force", is_flag=True, help="Build again even if nothing changed.")

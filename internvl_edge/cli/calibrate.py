@@ -25,8 +25,8 @@ from .output import hint, print_json, quiet_option, shown_progress, stoppable
 def command(checkpoint: str, output: Path, as_json: bool, quiet: bool, **values: Any) -> None:
     """Run calibration samples through CHECKPOINT, a folder or a hub id, and write a calibration folder.
 
-    Many calls of quantize can use the folder with --stats. It holds the embeddings that the decoder receives (image
-    tokens included) and statistics of the inputs of every linear. To resume a killed run, repeat the command.
+    The folder holds the embeddings that the decoder receives (image tokens included) and statistics of the inputs of
+    every linear. Any number of quantize commands can use it with --stats. To resume a stopped run, repeat the command.
     """
     started = time.perf_counter()
     wait_politely()

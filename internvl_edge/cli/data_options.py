@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from internvl_edge.base.errors import EdgeError
+from internvl_edge.model.preprocess import MAX_TILES
 
 from . import completion
 
@@ -28,24 +29,28 @@ _OPTIONS = (
         "scenes and texts]",
     ),
     click.option(
-        "--samples", type=click.IntRange(min=1), default=64, show_default=True, help="Most calibration samples."
+        "--samples",
+        type=click.IntRange(min=1),
+        default=64,
+        show_default=True,
+        help="Maximum number of calibration samples.",
     ),
     click.option(
         "--seed", type=int, default=0, show_default=True, help="Seed that chooses the samples and their order."
     ),
     click.option(
         "--max-tiles",
-        type=click.IntRange(min=1),
+        type=click.IntRange(min=1, max=MAX_TILES),
         default=4,
         show_default=True,
-        help="Most tiles of an image, without its thumbnail.",
+        help="Maximum number of tiles per image, without its thumbnail.",
     ),
     click.option(
         "--max-broken",
         type=click.IntRange(min=0),
         default=8,
         show_default=True,
-        help="Number of broken items to skip; one more is an error.",
+        help="Number of broken items that are skipped; one more is an error.",
     ),
     click.option(
         "--device",
@@ -60,10 +65,12 @@ _OPTIONS = (
         type=click.Choice(["auto", "bfloat16", "float32"]),
         default="auto",
         show_default=True,
-        help="Type of the matrix products. auto is bfloat16 where the device multiplies it, otherwise float32.",
+        help="Type of the matrix products. auto is bfloat16 where the device computes in it, otherwise float32.",
     ),
     click.option("--restart", is_flag=True, help="Discard an unfinished run instead of continuing it."),
-    click.option("--force", is_flag=True, help="Replace what an earlier run made at --output, at the end."),
+    click.option(
+        "--force", is_flag=True, help="Replace the result of an earlier run at --output, when this run is complete."
+    ),
 )
 
 

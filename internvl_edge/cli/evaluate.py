@@ -19,6 +19,7 @@ from internvl_edge.bundle.manifest import is_bundle
 from internvl_edge.bundle.quality_record import accept_quality, record_quality
 from internvl_edge.evaluation import SUITES, EvaluationSettings, evaluate
 from internvl_edge.evaluation.report import bundle_report, read_report, report_folder, require_own_report, write_report
+from internvl_edge.model.preprocess import MAX_TILES
 
 from . import completion
 from .options import engine_extra, loading_options
@@ -38,20 +39,28 @@ from .output import (
 
 @click.command("evaluate", epilog=f"Metrics of --fail-if: {', '.join(METRICS)}.")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--reference", type=click.Path(), help="Compare with this checkpoint (folder or hub id) or bundle.")
-@click.option("--suite", type=click.Choice(list(SUITES)), help="Count exact answers to a suite's questions.")
+@click.option("--reference", type=click.Path(), help="Checkpoint (folder or hub id) or bundle to compare with.")
 @click.option(
-    "--data", type=click.Path(path_type=Path), help="Compare on these images or JSON Lines [default: the built-in set]."
+    "--suite", type=click.Choice(list(SUITES)), help="Suite of questions with known answers; exact answers are counted."
 )
-@click.option("--samples", type=click.IntRange(min=1), help="Ask so many questions [default: 32, of a suite 500].")
-@click.option("--seed", type=int, default=0, show_default=True, help="Choose the questions and their order.")
-@click.option("--max-tiles", type=click.IntRange(min=1), help="Cut an image into at most so many tiles.")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="Images or JSON Lines to compare on, as of calibrate.  [default: the built-in set]",
+)
+@click.option("--samples", type=click.IntRange(min=1), help="Number of questions.  [default: 32; 500 with --suite]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed that chooses the questions and their order.")
+@click.option(
+    "--max-tiles",
+    type=click.IntRange(min=1, max=MAX_TILES),
+    help="Maximum number of tiles per image.  [default: the checkpoint's limit]",
+)
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(min=1),
     default=64,
     show_default=True,
-    help="Compare at most so many tokens of an answer.",
+    help="Maximum number of tokens of an answer that are compared.",
 )
 @click.option(
     "--fail-if",
@@ -59,18 +68,26 @@ from .output import (
     multiple=True,
     metavar="CONDITION",
     shell_complete=completion.of(METRICS),
-    help='Fail if a condition such as "kl>0.05" or "exact_match<0.95" holds (repeatable).',
+    help='Exit with status 1 if this condition is true, such as "kl>0.05" or "exact_match<0.95" (repeatable).',
 )
 @click.option(
     "--replace",
     "replace_larger",
     is_flag=True,
-    help="Replace recorded figures also if they come from more questions or longer answers.",
+    help="Replace recorded figures even if they come from more questions or longer answers.",
 )
-@click.option("--accept", metavar="REASON", help="Use the bundle although its gate failed: no warnings.")
-@click.option("--record/--no-record", default=True, show_default=True, help="Put the figures into the manifest.")
 @click.option(
-    "--report", type=click.Path(path_type=Path), help="Write report.json and report.html here [default: BUNDLE.report]."
+    "--accept",
+    metavar="REASON",
+    help="Accept a bundle that failed its conditions: loading it gives no warning. The reason is stored in the bundle.",
+)
+@click.option(
+    "--record/--no-record", default=True, show_default=True, help="Store the figures in the bundle's manifest."
+)
+@click.option(
+    "--report",
+    type=click.Path(path_type=Path),
+    help="Folder for report.json and report.html.  [default: BUNDLE.report]",
 )
 @click.option("--no-report", is_flag=True, help="Write no report.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -87,11 +104,12 @@ def command(
     quiet: bool,
     **values: Any,
 ) -> int:
-    """Measure how good BUNDLE is.
+    """Measure the quality of BUNDLE's answers.
 
-    With --reference, both answer the same questions: how far do predictions and answers differ? With --suite, answers
-    are compared with the right ones; with both, those of the reference too. Figures and conditions go into the bundle's
-    manifest and into a report. ONNX Runtime computes them unless --engine or --device says otherwise.
+    With --reference, predictions and answers are compared with those of the reference on the same questions. With
+    --suite, answers are compared with known answers; with both, those of the reference are too. Figures and conditions
+    are stored in the bundle's manifest and in a report. ONNX Runtime computes them unless --engine or --device says
+    otherwise.
     """
     folder = None if no_report else report or report_folder(bundle)
     values["replace_larger"] |= not record

@@ -113,5 +113,5 @@ def command(
 
 def _decoder(quantization: DecoderQuantization) -> str:
     error = quantization.weight_error
-    lost = f"off by {error:.1e} in the standard dialect" if error else "those of the checkpoint"
-    return f"decoder: {quantization.bits_per_weight:.2f} bits per weight, weights {lost}"
+    lost = f"RMS weight error {error:.1e} in the standard dialect" if error else "weights equal to the checkpoint's"
+    return f"decoder: {quantization.bits_per_weight:.2f} bits per weight, {lost}"

@@ -47,7 +47,8 @@ _LOADING = (
     click.option(
         "--context",
         type=int,
-        help="Capacity of the KV cache: most tokens of prompt and answer together. TensorRT engines have their own.  "
+        help="Capacity of the KV cache: maximum number of tokens of prompt and answer together. TensorRT engines have "
+        "their own.  "
         f"[default: {DEFAULT_CONTEXT}, or the most that the model can have]",
     ),
     click.option("--threads", type=click.IntRange(min=1), help="Number of CPU threads.  [default: all cores]"),
@@ -63,14 +64,16 @@ _ANSWERING = (
         "--max-tiles",
         type=int,
         multiple=True,
-        help="Most tiles of an image. Give it once for all images, or once for each image.  [default: the checkpoint's "
-        "limit]",
+        help="Maximum number of tiles per image. Give it once for all images, or once for each image.  [default: the "
+        "checkpoint's limit]",
     ),
     click.option(
         "--system",
         help="System text of the prompt; an empty text leaves the system turn out.  [default: the checkpoint's]",
     ),
-    click.option("--max-new-tokens", type=int, default=1024, show_default=True, help="Most tokens of the answer."),
+    click.option(
+        "--max-new-tokens", type=int, default=1024, show_default=True, help="Maximum number of tokens of the answer."
+    ),
     click.option(
         "--temperature",
         type=float,

