@@ -34,6 +34,7 @@ CONTEXTS = (300, 2000)
 QUESTIONS = (1, 7)
 QUESTION_TEXT = 300
 _DECODED = 16
+_MOST_RUNS = 1000
 # Phases of the progress that `bench` shows.
 _PHASES = 6
 
@@ -77,10 +78,10 @@ def bench(
 
     Raises:
         BundleError, EngineError: as `InternVL.load`.
-        EngineError: `repeat` is less than 1, or the context has no room for what is measured.
+        EngineError: `repeat` is not from 1 to 1000, or the context has no room for what is measured.
     """
-    if repeat < 1:
-        raise EngineError(f"repeat is {repeat}, expected at least 1")
+    if not 1 <= repeat <= _MOST_RUNS:
+        raise EngineError(f"repeat is {repeat}, expected 1 to {_MOST_RUNS}")
     threads = threads or cores()
     # Verify first: only the first load of a bundle hashes its files, and the figure `load` is for all later loads.
     progress = as_progress(progress)

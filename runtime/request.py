@@ -6,6 +6,7 @@ This module finds every error in a request, before any work starts.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_edge.base.errors import PromptError
+from internvl_edge.base.errors import ContextWarning, PromptError
 from internvl_edge.base.text import shown
 from internvl_edge.model.config import ModelConfig
+from internvl_edge.model.context import trained_context
 from internvl_edge.model.preprocess import ImageSource, is_image_source, load_image, tile_image
 from internvl_edge.model.prompt import Segment, Text, build_segments
 from internvl_edge.model.template import PromptTemplate
@@ -57,6 +59,7 @@ class RequestBuilder:
         self._tokenizer = tokenizer
         self._image_token = image_token
         self._capacity = capacity
+        self._warned = False
 
     def build(self, question: Text, images: Images, options: Mapping[str, Any]) -> Request:
         """Check and prepare one request.
@@ -121,6 +124,15 @@ class RequestBuilder:
         found = int(np.count_nonzero(ids == self._image_token))
         if found != image_tokens:
             raise PromptError(f"the prompt holds {found} image tokens for {tiles} tiles, which need {image_tokens}")
+        trained = trained_context(self._config.decoder)
+        if len(ids) > trained and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"a prompt of {len(ids)} tokens is longer than the {trained} that the model was trained on "
+                "(max_position_embeddings); the answer can be wrong",
+                ContextWarning,
+                stacklevel=2,
+            )
         if len(ids) + max_new_tokens > self._capacity:
             raise PromptError(
                 f"prompt {len(ids)} tokens ({image_tokens} of images) + answer up to {max_new_tokens} exceed the "

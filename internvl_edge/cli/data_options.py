@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from internvl_edge.calibration import DataOptions
     from internvl_edge.calibration.compute import Compute
 
+# The built-in set is endless, and so would be a run that asks for it.
+MOST_SAMPLES = 1_000_000
 Command = Callable[..., Any]
 
 _OPTIONS = (
@@ -30,7 +32,7 @@ _OPTIONS = (
     ),
     click.option(
         "--samples",
-        type=click.IntRange(min=1),
+        type=click.IntRange(min=1, max=MOST_SAMPLES),
         default=64,
         show_default=True,
         help="Maximum number of calibration samples.",

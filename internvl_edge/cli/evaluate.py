@@ -22,6 +22,7 @@ from internvl_edge.evaluation.report import bundle_report, read_report, report_f
 from internvl_edge.model.preprocess import MAX_TILES
 
 from . import completion
+from .data_options import MOST_SAMPLES
 from .options import engine_extra, loading_options
 from .output import (
     evaluation_rows,
@@ -48,7 +49,11 @@ from .output import (
     type=click.Path(path_type=Path),
     help="Images or JSON Lines to compare on, as of calibrate.  [default: the built-in set]",
 )
-@click.option("--samples", type=click.IntRange(min=1), help="Number of questions.  [default: 32; 500 with --suite]")
+@click.option(
+    "--samples",
+    type=click.IntRange(min=1, max=MOST_SAMPLES),
+    help="Number of questions.  [default: 32; 500 with --suite]",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed that chooses the questions and their order.")
 @click.option(
     "--max-tiles",

@@ -11,7 +11,7 @@ import pytest
 from helpers import tiny
 from helpers.commands import assert_one_line, internvl_edge
 from internvl_edge import InternVL, export_bundle
-from internvl_edge.base.errors import ContextWarning, EngineError
+from internvl_edge.base.errors import ContextWarning, EngineError, PromptError
 from internvl_edge.checkpoint.config_reader import read_config
 from internvl_edge.demo import CHECKPOINT
 from internvl_edge.model.config import DecoderConfig, RopeConfig
@@ -53,3 +53,16 @@ def test_commands_warn_and_refuse_in_one_line(tmp_path: Path) -> None:
     assert warned.stderr.startswith("internvl-edge: warning: a context of 600 tokens is more than the 512")
     with InternVL.load(bundle) as model:
         assert model.engine.capacity == 2048
+
+
+def test_a_prompt_beyond_what_was_trained_warns_once(tmp_path: Path) -> None:
+    checkpoint = tiny.write_checkpoint(tmp_path / "checkpoint", max_position_embeddings=200)
+    with InternVL.load(export_bundle(checkpoint, tmp_path / "bundle"), threads=1) as model:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model.chat("Hello", max_new_tokens=1)
+        with pytest.warns(ContextWarning, match=r"a prompt of \d+ tokens is longer than the 200") as caught:
+            _ = [model.chat("Hello " * 30, max_new_tokens=1) for _ in range(3)]
+        assert len(caught) == 1
+        with pytest.raises(PromptError, match="exceed the context of 800"):
+            model.chat("Hello", max_new_tokens=900)

@@ -17,6 +17,7 @@ from internvl_edge.bundle.bundle import Bundle, sha256
 from internvl_edge.bundle.contents import engine_files
 from internvl_edge.model.config import ModelConfig
 from internvl_edge.model.context import checked_context
+from internvl_edge.model.preprocess import MAX_TILES
 from internvl_edge.planning.devices import Target
 from internvl_edge.base.errors import EngineError
 from internvl_edge.base.extras import requires
@@ -185,8 +186,8 @@ def _check_options(config: ModelConfig, target: Target, options: BuildOptions) -
             "answer; give more --context"
         )
     checked_context(config.decoder, options.capacity)
-    if options.tiles < 1:
-        raise EngineError(f"{options.tiles} tiles encoded together, expected at least 1")
+    if not 1 <= options.tiles <= MAX_TILES:
+        raise EngineError(f"{options.tiles} tiles encoded together, expected 1 to {MAX_TILES}")
 
 
 def _check_device(target: Target) -> None:
