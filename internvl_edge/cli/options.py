@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from internvl_edge.base.progress import Progress
-from internvl_edge.bundle.bundle import Bundle
+from internvl_edge.bundle.manifest import Manifest
 from internvl_edge.bundle.names import DECODERS
 from internvl_edge.model.context import DEFAULT_CONTEXT
 from internvl_edge.runtime.engines.choice import ENGINES, choose
@@ -159,7 +159,7 @@ def chosen_engine(folder: Path, options: dict[str, Any], progress: Progress) -> 
     """Return the engine to load; say which one "auto" takes on the CPU, and why."""
     name: str = options["engine"]
     if name == "auto" and options["device"] in ("auto", "cpu"):
-        choice = choose(Bundle.open(folder), options["dialect"], options["exact"])
+        choice = choose(Manifest.read(folder), options["dialect"], options["exact"])
         progress.remark(f"engine: {choice}")
         return choice.engine
     return name

@@ -8,6 +8,7 @@ from internvl_edge.base import machine
 from internvl_edge.base.errors import EngineError
 from internvl_edge.base.units import size
 from internvl_edge.bundle.bundle import Bundle
+from internvl_edge.bundle.manifest import Manifest
 
 from . import Engine
 from .onnxruntime import OnnxRuntimeEngine
@@ -28,7 +29,7 @@ class Choice:
         return f"{self.engine} ({self.reason})"
 
 
-def choose(opened: Bundle, dialect: str | None = None, exact: bool = False) -> Choice:
+def choose(manifest: Manifest, dialect: str | None = None, exact: bool = False) -> Choice:
     """Choose what "auto" means: OpenVINO for tiles and prompts where that is faster, otherwise ONNX Runtime alone.
 
     OpenVINO is faster where it is installed and the CPU multiplies bfloat16, which ONNX Runtime does not use
@@ -37,13 +38,13 @@ def choose(opened: Bundle, dialect: str | None = None, exact: bool = False) -> C
     """
     from .openvino import is_available
 
-    needed = _OPENVINO_BYTES * sum(entry.bytes for entry in opened.manifest.files.values())
+    needed = _OPENVINO_BYTES * sum(entry.bytes for entry in manifest.files.values())
     available = machine.memory("MemAvailable")
     if exact:
         reason = "exact numbers"
     elif dialect is not None:
         reason = f"the dialect {dialect} was asked for"
-    elif opened.manifest.activations == "float32":
+    elif manifest.activations == "float32":
         reason = "the bundle computes in float32, which OpenVINO would not make faster"
     elif not machine.multiplies_bfloat16():
         reason = "this CPU does not multiply bfloat16"
@@ -75,7 +76,7 @@ def cpu_engine(
     if name == "openvino" and dialect == "standard":
         raise EngineError("the openvino engine runs the onnxruntime dialect alone; leave out one of the two options")
     if name == "auto":
-        name = choose(opened, dialect, exact).engine
+        name = choose(opened.manifest, dialect, exact).engine
     if name == "openvino":
         from .openvino import OpenVinoEngine
 

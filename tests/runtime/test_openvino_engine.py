@@ -209,7 +209,7 @@ def test_the_choice_comes_with_its_reason(
     monkeypatch.setattr(machine, "memory", lambda *fields: memory)
     monkeypatch.setattr(machine, "multiplies_bfloat16", lambda: bfloat16)
     monkeypatch.setattr(openvino, "is_available", lambda: installed)
-    found = str(choice.choose(opened, **options))
+    found = str(choice.choose(opened.manifest, **options))
     assert found.startswith(expected)
     assert "\n" not in found
 
