@@ -161,6 +161,18 @@ class Progress:
                 self._steps.remove(step)
                 self._erase()
 
+    @contextmanager
+    def waiting(self, label: str) -> Iterator[None]:
+        """Say on a terminal what is waited for before the work begins, such as a large library.
+
+        In a log this is no line: a mistake that is found next is then the only one.
+        """
+        if not self._terminal:
+            yield
+            return
+        with self.phase(label):
+            yield
+
     def remark(self, line: str) -> None:
         """Write one line that stays, as part of the progress: nothing where that is silent."""
         with self._lock:

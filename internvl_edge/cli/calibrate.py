@@ -31,7 +31,7 @@ def command(checkpoint: str, output: Path, as_json: bool, quiet: bool, **values:
     started = time.perf_counter()
     wait_politely()
     require_extras("calibrate", "quantize", *(() if values["data"] else ("synthetic",)))
-    with requires("quantize", "calibrate"):
+    with shown_progress(quiet) as progress, progress.waiting("loading torch"), requires("quantize", "calibrate"):
         from internvl_edge.calibration import calibrate
     options, compute = data_options(values), compute_options(values)
     source = resolve_checkpoint(checkpoint)

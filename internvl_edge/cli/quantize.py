@@ -54,7 +54,7 @@ def command(checkpoint: str, output: Path, stats: Path | None, as_json: bool, qu
     wait_politely()
     draws = stats is None and values["data"] is None and (recipe.needs_data or recipe.vision == "int8")
     require_extras("quantize", "quantize", *(("synthetic",) if draws else ()))
-    with requires("quantize", "quantize"):
+    with shown_progress(quiet) as progress, progress.waiting("loading torch"), requires("quantize", "quantize"):
         from internvl_edge.evaluation.report import checkpoint_report, write_report
         from internvl_edge.quantize import quantize_checkpoint
     if stats is not None and values["data"] is not None:

@@ -221,3 +221,10 @@ def test_units_for_people() -> None:
         "2 h 5 min",
     ]
     assert [size(count) for count in (12, 999_700, 999_999_999, 1.88e9)] == ["12 B", "1 MB", "1.00 GB", "1.88 GB"]
+
+
+def test_what_is_waited_for_is_said_on_a_terminal_alone(clock: Clock) -> None:
+    for stream, expected in ((Terminal(), "\r\x1b[Kloading torch\r\x1b[K"), (io.StringIO(), "")):
+        with Progress(stream) as progress, progress.waiting("loading torch"):
+            clock.now += 9
+        assert stream.getvalue() == expected
