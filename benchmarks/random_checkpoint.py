@@ -25,6 +25,7 @@ import numpy as np
 from checkpoint_variants import VARIANTS, Tensor, Variant, json_files, tensors
 
 from internvl_edge.base.errors import EdgeError
+from internvl_edge.base.progress import Progress
 
 SHARD_BYTES = 4_000_000_000
 # Odd, so that rows of a table never line up with the block they are cut from.
@@ -170,8 +171,8 @@ def command(variant: str, out: Path, seed: int, layers: int | None) -> None:
         chosen = replace(chosen, layers=min(layers, chosen.layers), vision=vision)
     check(chosen, out)
     begun, size = time.monotonic(), total_bytes(chosen)
-    with click.progressbar(length=size, label=f"writing {size / 1e9:.1f} GB", file=sys.stderr) as bar:
-        write(chosen, out, seed, advance=bar.update)
+    with Progress(sys.stderr) as progress, progress.phase("writing", size, "bytes") as advance:
+        write(chosen, out, seed, advance=advance)
     seconds = time.monotonic() - begun
     click.echo(f"{out}: {size / 1e9:.2f} GB in {seconds:.1f} s, {size / 1e6 / seconds:.0f} MB/s")
 

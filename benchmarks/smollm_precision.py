@@ -22,8 +22,8 @@ from record import run_measured, write_results
 from smollm_awq import HERE, VOCABULARY, Bench, Method, _versions
 from smollm_forward import figures_of, read_weights, write_logits
 
+from internvl_edge.base.progress import Progress
 from internvl_edge.calibration import choose_compute, dataset
-from internvl_edge.calibration.pipeline import progress_bar
 from internvl_edge.calibration.work import WorkFolder
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.evaluation.divergence import divergence
@@ -122,7 +122,7 @@ class PrecisionBench(Bench):
                 dataset.CalibrationSet.open(self.work / "calibration"),
                 choose_compute("cpu", "float32"),
                 make_recipe(_SYMMETRIC | among),
-                lambda label, steps: progress_bar(label, steps, shown=True),
+                Progress(sys.stderr),
             )
             path.write_text(json.dumps(found, indent=1), encoding="utf-8")
         made: Divergences = json.loads(path.read_text(encoding="utf-8"))

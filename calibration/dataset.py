@@ -25,6 +25,7 @@ from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.folders import put_in_place, restore
 from internvl_edge.base.json_files import read_object
 from internvl_edge.base.jsonable import decode
+from internvl_edge.base.progress import Progress
 from internvl_edge.checkpoint.reader import Checkpoint
 
 from .compute import to_torch
@@ -181,7 +182,7 @@ def prepare(
     checkpoint: Checkpoint,
     identity: str,
     options: DataOptions,
-    report: Callable[[str], None],
+    progress: Progress,
 ) -> CalibrationSet:
     """Tokenise and tile the samples into the work folder; `tower.embed` makes the embeddings.
 
@@ -191,6 +192,7 @@ def prepare(
         EdgeError: no data, too many broken items.
     """
     if (values := work.read_json(MANIFEST)) is not None:
+        progress.skip(1)
         return CalibrationSet(work.path, **values)
     # The same code builds the tokenizer of an exported bundle.
     from internvl_edge.checkpoint.tokenizer_files import build_tokenizer
@@ -201,18 +203,25 @@ def prepare(
     ids: list[NDArray[np.int32]] = []
     manifest: dict[str, Any] = {"checkpoint": identity, "names": [], "lengths": [], "tiles": [], "broken": []}
 
+    noted: set[str] = set()
+
     def skipped(line: str) -> None:
         manifest["broken"].append(line)
-        report(f"skipped {line}")
+        problem = line.partition(": ")[2]
+        if problem not in noted:  # a form that is not known has as many lines as the file
+            noted.add(problem)
+            progress.note(f"skipped {line}")
 
     items = read_items(options.source, options.seed)
-    with work.writing(TILES) as new, new.open("wb") as file:
+    preparing = progress.phase("preparing the calibration data", options.samples, "samples")
+    with preparing as advance, work.writing(TILES) as new, new.open("wb") as file:
         for sample in good_samples(items, builder, options.samples, options.max_broken, skipped):
             file.write(sample.tiles.tobytes())
             ids.append(sample.ids)
             manifest["names"].append(sample.name)
             manifest["lengths"].append(len(sample.ids))
             manifest["tiles"].append(len(sample.tiles))
+            advance(1)
     with work.writing(TOKENS) as new, new.open("wb") as file:
         np.save(file, np.concatenate(ids))
     manifest |= {"image_token": builder.image_token, "hidden_size": checkpoint.config.decoder.hidden_size}

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from internvl_edge.base.progress import Advance
 from internvl_edge.checkpoint.kv_scales import KvScales
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.model.rope import RotaryAngles
@@ -34,7 +35,6 @@ Statistics = Mapping[str, InputStatistics]
 # Takes a layer and the statistics of its inputs, and returns the tensors that replace the layer's own in the rest of
 # the pass, or None. It stores its own results. It can be called again for a layer whose results it has stored already.
 LayerHandler = Callable[[int, Statistics], Mapping[str, Tensor] | None]
-Progress = Callable[[int], object]
 
 
 class DecoderPass:
@@ -50,7 +50,7 @@ class DecoderPass:
         checkpoint: Checkpoint,
         calibration: CalibrationSet,
         compute: Compute,
-        progress: Progress,
+        progress: Advance,
         label: str = "",
         held_out: Collection[int] = (),
     ) -> None:

@@ -18,6 +18,7 @@ from PIL import Image
 from internvl_edge.base import json_files
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.text import shown
+from internvl_edge.model.prompt import IMAGE_MARK
 
 from .texts import IMAGE_PROMPTS, TEXTS
 
@@ -28,13 +29,16 @@ _TEXT_EVERY = 4
 _DATA_BYTES = 1 << 30
 _LINE_BYTES = json_files.FILE_BYTES
 _ADVICE = "expected UTF-8 JSON Lines"
+# Who speaks, in the words of InternVL's "conversations" and of ms-swift's "messages".
+_ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 
 
 @dataclass(frozen=True)
 class CalibrationItem:
     """The source of one calibration sample. `prompt` can hold `<image>` marks. An answer is part of the token sequence.
 
-    `problem` is set instead where the source's entry is not valid.
+    `history` holds earlier questions and answers, whose marks take the first images; `system` replaces the checkpoint's
+    system text. `problem` is set instead where the source's entry is not valid.
     """
 
     name: str
@@ -42,6 +46,8 @@ class CalibrationItem:
     images: tuple[Path | Image.Image, ...] = ()
     answer: str = ""
     problem: str = ""
+    history: tuple[tuple[str, str], ...] = ()
+    system: str | None = None
 
 
 def read_items(source: Path | None, seed: int = 0) -> Iterator[CalibrationItem]:
@@ -86,14 +92,81 @@ def _one_line(path: Path, number: int, line: bytes) -> CalibrationItem:
         return CalibrationItem(name, problem=f"not JSON ({error})")
     if not isinstance(values, dict):
         return CalibrationItem(name, problem=f"a {type(values).__name__}, expected an object")
-    images, prompt, answer = values.get("images", []), values.get("prompt"), values.get("answer", "")
+    try:
+        return _item(path, name, values)
+    except ValueError as problem:
+        return CalibrationItem(name, problem=str(problem))
+
+
+def _item(path: Path, name: str, values: dict[str, Any]) -> CalibrationItem:
+    """Read one object in any of the three forms.
+
+    Raises:
+        ValueError: it is of none of them.
+    """
+    for form in ("conversations", "messages"):
+        if form in values:
+            return _conversation(path, name, values, form)
+    prompt, answer = values.get("prompt"), values.get("answer", "")
     if unknown := sorted(set(values) - {"images", "prompt", "answer"}):
-        return CalibrationItem(name, problem=f"unknown field {shown(unknown[0])}, expected images, prompt, answer")
+        raise ValueError(
+            f"unknown field {shown(unknown[0])}, expected images, prompt and answer; or conversations or messages"
+        )
     if not isinstance(prompt, str) or not isinstance(answer, str):
-        return CalibrationItem(name, problem="prompt or answer is not a text")
-    if not isinstance(images, list) or not all(isinstance(image, str) and "\0" not in image for image in images):
-        return CalibrationItem(name, problem="images is not a list of file names")
-    return CalibrationItem(name, prompt, tuple(path.parent / image for image in images), answer)
+        raise ValueError("prompt or answer is not a text")
+    images = values.get("images", [])
+    return CalibrationItem(name, prompt, _images(path, images if isinstance(images, list) else None), answer)
+
+
+def _conversation(path: Path, name: str, values: dict[str, Any], form: str) -> CalibrationItem:
+    """Read a conversation: the last question and its answer, and the turns before them as history."""
+    if other := next((key for key in ("video", "videos", "audio", "audios") if values.get(key)), None):
+        raise ValueError(f"{other} is not read, only images are")
+    images = _images(path, values.get("image") or values.get("images") or [])
+    system: str | None = None
+    turns: list[list[str]] = []
+    for number, message in enumerate(values[form] if isinstance(values[form], list) else [None], start=1):
+        role, text = _message(message, form, number)
+        if role == "system" and number == 1:
+            system = text
+        elif role == "user" and (not turns or len(turns[-1]) == 2):
+            turns.append([text])
+        elif role == "assistant" and turns and len(turns[-1]) == 1:
+            turns[-1].append(text)
+        else:
+            raise ValueError(f"{form}[{number - 1}] is of {role} out of turn, expected user and assistant in turns")
+    if not turns:
+        raise ValueError(f"{form} holds no question")
+    if images and not any(IMAGE_MARK in turn[0] for turn in turns):  # as in the training of the model
+        turns[0][0] = f"{IMAGE_MARK}\n" * len(images) + turns[0][0]
+    *earlier, last = turns
+    history = tuple((asked, answered) for asked, answered in earlier)
+    return CalibrationItem(name, last[0], images, last[1] if len(last) == 2 else "", history=history, system=system)
+
+
+def _message(message: Any, form: str, number: int) -> tuple[str, str]:
+    """Return role (user, assistant or system) and text of one message."""
+    role_name, text_name = ("from", "value") if form == "conversations" else ("role", "content")
+    role = message.get(role_name) if isinstance(message, dict) else None
+    text = message.get(text_name) if isinstance(message, dict) else None
+    if not isinstance(role, str) or role not in _ROLES or not isinstance(text, str):
+        raise ValueError(
+            f"{form}[{number - 1}] is {shown(message)}, expected {role_name} (one of {', '.join(_ROLES)}) and "
+            f"{text_name}, a text"
+        )
+    return _ROLES[role], text
+
+
+def _images(path: Path, value: Any) -> tuple[Path, ...]:
+    """Return the image files that one entry names, one or several. They are relative to the file of the data."""
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list):
+        raise ValueError("images is not a list of file names")
+    names: list[Any] = [each.get("path") if isinstance(each, dict) else each for each in value]
+    if not all(isinstance(each, str) and each and "\0" not in each for each in names):
+        raise ValueError("images is not a list of file names")
+    return tuple(path.parent / each for each in names)
 
 
 def _built_in(seed: int) -> Iterator[CalibrationItem]:

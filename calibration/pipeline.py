@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -12,11 +10,11 @@ from typing import Any
 
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.files import readable_disk_errors
 from internvl_edge.base.folders import writing
+from internvl_edge.base.progress import SILENT, Progress, as_progress
 from internvl_edge.base.replaceable import require_replaceable
 from internvl_edge.checkpoint.reader import Checkpoint
 
@@ -38,7 +36,7 @@ def calibrate(
     *,
     restart: bool = False,
     force: bool = False,
-    progress: bool = False,
+    progress: bool | Progress = False,
 ) -> CalibrationSet:
     """Embed a calibration set and collect the activation statistics of a checkpoint.
 
@@ -51,7 +49,7 @@ def calibrate(
         compute: device and type; default: the best of this machine.
         restart: discard an unfinished run.
         force: replace an existing calibration set at `out`, if nothing else lies in it; at the end, in one step.
-        progress: bars with the time left, on standard error.
+        progress: show the progress on standard error.
 
     Raises:
         EdgeError: the checkpoint or the data is not usable, `out` exists, another process makes it, or activations are
@@ -65,21 +63,23 @@ def calibrate(
         permit()
         identity = checkpoint_identity(source.folder)
         with WorkFolder(partial_path(place), run_description(identity, options, compute), restart) as work:
-            figures = _gather(work, source, identity, options, compute, progress)
+            figures = _gather(work, source, identity, options, compute, as_progress(progress))
             finish(work, figures, place, permit)
     return CalibrationSet.open(target)
 
 
 def _gather(
-    work: WorkFolder, source: Checkpoint, identity: str, options: DataOptions, compute: Compute, progress: bool
+    work: WorkFolder, source: Checkpoint, identity: str, options: DataOptions, compute: Compute, progress: Progress
 ) -> Figures:
     """The statistics of all linears; the work folder then holds the set."""
+    progress.expect(3)
     calibration, figures = embedded_set(work, source, identity, options, compute, progress, gather=True)
     handler = _Gatherer(work)
-    steps = DecoderPass.steps(calibration, source.config.decoder.num_hidden_layers)
-    with progress_bar("decoder", steps, progress) as advance:
+    layers = source.config.decoder.num_hidden_layers
+    steps = DecoderPass.steps(calibration, layers)
+    with progress.phase("measuring the decoder", steps, "layers", layers) as advance:
         DecoderPass(work, source, calibration, compute, advance).run(StatisticsRequest(), handler)
-    return figures | handler.all_layers(source.config.decoder.num_hidden_layers)
+    return figures | handler.all_layers(layers)
 
 
 def embedded_set(
@@ -88,7 +88,7 @@ def embedded_set(
     identity: str,
     options: DataOptions,
     compute: Compute,
-    progress: bool = False,
+    progress: Progress = SILENT,
     replaced: Replacements = no_replacements,
     gather: bool = False,
 ) -> tuple[CalibrationSet, Figures]:
@@ -96,9 +96,23 @@ def embedded_set(
 
     A killed run continues. For `replaced`, see `tower.embed`.
     """
-    calibration = prepare(work, checkpoint, identity, options, log_line)
-    with progress_bar("vision", tower_steps(calibration, checkpoint.config), progress) as advance:
-        return calibration, embed(work, checkpoint, calibration, compute, advance, replaced, gather)
+    calibration = prepare(work, checkpoint, identity, options, progress)
+    return calibration, embed_images(work, checkpoint, calibration, compute, progress, replaced, gather)
+
+
+def embed_images(
+    work: WorkFolder,
+    checkpoint: Checkpoint,
+    calibration: CalibrationSet,
+    compute: Compute,
+    progress: Progress,
+    replaced: Replacements = no_replacements,
+    gather: bool = False,
+) -> Figures:
+    """Run `tower.embed` as one phase of the progress."""
+    steps, tiles = tower_steps(calibration, checkpoint.config), sum(calibration.tiles)
+    with progress.phase("encoding the images", steps, "tiles", tiles) as advance:
+        return embed(work, checkpoint, calibration, compute, advance, replaced, gather)
 
 
 def partial_path(target: Path) -> Path:
@@ -122,18 +136,6 @@ def require_same_checkpoint(calibration: CalibrationSet, identity: str) -> None:
         raise EdgeError(
             f"{calibration.folder} was made with another checkpoint; make it again with internvl-edge calibrate"
         )
-
-
-@contextmanager
-def progress_bar(label: str, total: int, shown: bool) -> Iterator[Callable[[int], object]]:
-    """Show a bar with the time left. The context manager yields the function that advances it."""
-    with tqdm(total=total, desc=label, disable=not shown, leave=False, unit_scale=True, smoothing=0.05) as bar:
-        yield bar.update
-
-
-def log_line(line: str) -> None:
-    """Print one line on standard error."""
-    print(line, file=sys.stderr)
 
 
 class _Gatherer:

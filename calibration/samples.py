@@ -69,7 +69,14 @@ class SampleBuilder:
             raise EdgeError(item.problem)
         images = [self._tile(image) for image in item.images]
         counts = [len(tiles) for tiles in images]
-        text = build_prompt(self._template, item.prompt, counts, tokens_per_tile=self._config.tokens_per_tile)
+        text = build_prompt(
+            self._template,
+            item.prompt,
+            counts,
+            tokens_per_tile=self._config.tokens_per_tile,
+            history=item.history,
+            system=item.system,
+        )
         if item.answer:
             if self._template.image_context in item.answer:
                 raise EdgeError(f"the answer holds {self._template.image_context}, which only images may become")

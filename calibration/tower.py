@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from internvl_edge.base.progress import Advance
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.model.config import ModelConfig
 
@@ -27,7 +28,6 @@ from .work import WorkFolder
 _STATE = "vision.npz"
 _WAVE_BYTES = 128 << 20
 _BATCH = 4
-Progress = Callable[[int], object]
 Replacements = Callable[[str], Mapping[str, Tensor]]
 
 
@@ -47,7 +47,7 @@ def embed(
     checkpoint: Checkpoint,
     calibration: CalibrationSet,
     compute: Compute,
-    progress: Progress,
+    progress: Advance,
     replaced: Replacements = no_replacements,
     gather: bool = True,
 ) -> dict[str, NDArray[Any]]:
@@ -76,7 +76,7 @@ class _Tower:
         checkpoint: Checkpoint,
         calibration: CalibrationSet,
         compute: Compute,
-        progress: Progress,
+        progress: Advance,
         replaced: Replacements,
         gather: bool,
     ) -> None:

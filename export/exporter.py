@@ -6,20 +6,20 @@ The bundle is written to a temporary sibling folder, which is renamed at the end
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import tokenizers
-from tqdm import tqdm
 
 from internvl_edge import __version__
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.files import readable_disk_errors, require_space
 from internvl_edge.base.folders import new_folder
 from internvl_edge.base.jsonable import dumps
+from internvl_edge.base.progress import Advance, Progress, as_progress
 from internvl_edge.base.replaceable import require_replaceable
 from internvl_edge.bundle import names
 from internvl_edge.bundle.bundle import sha256
@@ -48,6 +48,8 @@ DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat1
 # device when they are built.
 ACTIVATIONS = ("float32", "float16")
 _EMBED_TOKENS = "decoder.embed_tokens.weight"
+# Phases of the progress that an export shows.
+EXPORT_PHASES = 2
 
 
 def export_bundle(
@@ -60,7 +62,7 @@ def export_bundle(
     token_table: str = "float",
     int8_prompts: bool = False,
     force: bool = False,
-    progress: bool = False,
+    progress: bool | Progress = False,
 ) -> Path:
     """Export an InternVL 2.5 checkpoint folder to a bundle folder.
 
@@ -74,7 +76,7 @@ def export_bundle(
         int8_prompts: add a graph that computes long prompts in int8, for CPUs and decoders with 4-bit weights: faster,
             at the price of a second copy of the weights in 8 bits (see `prompts`).
         force: replace an existing bundle at `out`, if nothing else lies in it.
-        progress: show a bar on standard error.
+        progress: show the progress on standard error.
 
     Returns:
         The bundle's folder.
@@ -98,7 +100,7 @@ def export_bundle(
         types = Types(DTYPES[dtype], DTYPES[activations])
         packed = PackedWeights(source, types)
         table = dtype if token_table == "float" else token_table
-        export = _Export(source, folder, types, packed, table, progress)
+        export = _Export(source, folder, types, packed, table, as_progress(progress))
         export.run(dtype, activations, dialects, int8_prompts)
     return target
 
@@ -107,7 +109,7 @@ class _Export:
     """One export in progress. It collects the SHA-256 of each file that it writes."""
 
     def __init__(
-        self, checkpoint: Checkpoint, folder: Path, types: Types, packed: PackedWeights, table: str, progress: bool
+        self, checkpoint: Checkpoint, folder: Path, types: Types, packed: PackedWeights, table: str, progress: Progress
     ) -> None:
         self._checkpoint = checkpoint
         self._folder = folder
@@ -118,6 +120,14 @@ class _Export:
         self._digests: dict[str, str] = {}
 
     def run(self, dtype: str, activations: str, dialects: Sequence[str], int8_prompts: bool) -> None:
+        self._progress.expect(EXPORT_PHASES)
+        with self._progress.phase("writing the graphs"):
+            files = self._write_graphs(dialects, int8_prompts)
+        self._write_weights(files)
+        self._write_manifest(dtype, activations)
+
+    def _write_graphs(self, dialects: Sequence[str], int8_prompts: bool) -> list[WeightFile]:
+        """Write graphs and tokenizer, and return the files of weights that the graphs refer to."""
         config = self._checkpoint.config
         if config.layout == "native":
             check_chat_template(self._checkpoint.folder)
@@ -131,10 +141,14 @@ class _Export:
             ir.save(graph, self._folder / names.DECODERS[dialect])
         if int8_prompts:
             ir.save(build_prompts(self._checkpoint, self._types, prompts), self._folder / names.PROMPTS)
-        hub, record = hub_source(self._checkpoint.folder), read_record(self._checkpoint.folder)
-        if record:
+        if record := read_record(self._checkpoint.folder):
             (self._folder / names.QUANTIZATION).write_text(dumps(record), encoding="utf-8")
-        self._write_weights([file for file in (vision, decoder, self._packed.blocks, prompts) if file.size])
+        return [file for file in (vision, decoder, self._packed.blocks, prompts) if file.size]
+
+    def _write_manifest(self, dtype: str, activations: str) -> None:
+        config, record = self._checkpoint.config, read_record(self._checkpoint.folder)
+        hub = hub_source(self._checkpoint.folder)
+        tokenizer = (self._folder / names.TOKENIZER).read_bytes()
         manifest = Manifest(
             producer=f"internvl-edge {__version__}",
             source=hub.repository if hub else self._checkpoint.folder.resolve().name,
@@ -168,13 +182,12 @@ class _Export:
         vocabulary, width = self._checkpoint.shapes[_EMBED_TOKENS]
         total = sum(file.size for file in files) + table_bytes((vocabulary, width), self._table)
         require_space(self._folder, total, "the bundle", "make room, choose another disk or a 16-bit --dtype")
-        bar = tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=not self._progress, leave=False)
-        with bar:
+        with self._progress.phase("writing the weights", total, "bytes") as advance:
             for file in files:
-                self._digests[file.name] = file.write(self._folder, bar.update)
-            self._digests[names.EMBEDDINGS] = self._write_embeddings(bar.update)
+                self._digests[file.name] = file.write(self._folder, advance)
+            self._digests[names.EMBEDDINGS] = self._write_embeddings(advance)
 
-    def _write_embeddings(self, progress: Callable[[int], object]) -> str:
+    def _write_embeddings(self, progress: Advance) -> str:
         digest = hashlib.sha256()
         table = self._checkpoint.tensor(_EMBED_TOKENS)
         rounded = self._table == "int8"

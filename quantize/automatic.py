@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import prod
 
 from internvl_edge.base.errors import EdgeError
+from internvl_edge.base.progress import Progress
 from internvl_edge.calibration.compute import Compute
 from internvl_edge.calibration.dataset import CalibrationSet
 from internvl_edge.calibration.work import WorkFolder
@@ -17,9 +18,10 @@ from .layer import BlockQuantizer
 from .output import OutputLayout, scale_dtype
 from .plan import Choice, Plan, plan_decoder, units
 from .sensitivity_decoder import DecoderSensitivity, Divergences
-from .vision import Bars
 
 _STATE = "decoder-divergences.json"
+# Phases of the progress that `measure_divergences` shows.
+DIVERGENCE_PHASES = 2
 
 
 def measure_divergences(
@@ -28,7 +30,7 @@ def measure_divergences(
     calibration: CalibrationSet,
     compute: Compute,
     recipe: Recipe,
-    bars: Bars,
+    progress: Progress,
 ) -> Divergences:
     """Measure the divergence that each candidate precision of a recipe causes in each unit. A killed run continues.
 
@@ -44,8 +46,10 @@ def measure_divergences(
             for precision in recipe.candidates
             if precision.scheme is not None
         }
-        divergences = DecoderSensitivity(work, checkpoint, calibration, compute, quantizers).run(bars)
+        divergences = DecoderSensitivity(work, checkpoint, calibration, compute, quantizers).run(progress)
         work.write_json(_STATE, divergences)
+    else:
+        progress.skip(DIVERGENCE_PHASES)
     return divergences
 
 

@@ -21,7 +21,7 @@ from internvl_edge.checkpoint import layouts
 from internvl_edge.checkpoint.codecs import autoawq, compressed_tensors
 from internvl_edge.checkpoint.json_files import read_json
 from internvl_edge.checkpoint.reader import Checkpoint
-from internvl_edge.checkpoint.tensor_files import DTYPES, OutTensor, open_tensor_files
+from internvl_edge.checkpoint.tensor_files import OutTensor, numpy_dtype, open_tensor_files
 from internvl_edge.model.config import DecoderConfig
 from internvl_edge.model.linear import W8A8, PackedLinear, Scheme, concatenate
 from internvl_edge.recipe.recipe import Recipe
@@ -60,7 +60,7 @@ class OutputLayout:
         self._stored = open_tensor_files(checkpoint.folder)
         self._disk = {self._table_name(name): name for name in self._stored}
         weight = self._stored[self._disk[self._source("decoder.layers.0.mlp.up_proj.weight").names[0]]]
-        self.float_dtype = DTYPES[weight.dtype]
+        self.float_dtype = numpy_dtype(weight.dtype)
 
     def tensors(self, block: QuantizedBlock) -> list[OutTensor]:
         """Return the tensors of one quantized block as they will be stored."""

@@ -9,7 +9,6 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,15 +20,14 @@ from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.files import readable_disk_errors, replace_text, require_space
 from internvl_edge.base.folders import put_in_place, writing
 from internvl_edge.base.jsonable import decode, dumps, encode
+from internvl_edge.base.progress import Advance, Progress, as_progress
 from internvl_edge.base.replaceable import require_replaceable
 from internvl_edge.calibration.compute import Compute, choose_compute
 from internvl_edge.calibration.dataset import CalibrationSet, DataOptions, describe_files, prepare
 from internvl_edge.calibration.decoder_pass import DecoderPass, Statistics
 from internvl_edge.calibration.pipeline import (
-    embedded_set,
-    log_line,
+    embed_images,
     partial_path,
-    progress_bar,
     require_same_checkpoint,
     run_description,
 )
@@ -40,14 +38,14 @@ from internvl_edge.checkpoint.record import RECORD, LinearReport, QuantizationRe
 from internvl_edge.checkpoint.tensor_files import OutTensor, open_tensor_files, write_file, write_shards
 from internvl_edge.recipe.recipe import Recipe
 
-from .automatic import average_bits, measure_divergences, plan_by_divergence, predicted_divergence
+from .automatic import DIVERGENCE_PHASES, average_bits, measure_divergences, plan_by_divergence, predicted_divergence
 from .block import QuantizedBlock
 from .layer import BlockQuantizer
 from .output import OutputLayout, scale_dtype
 from .plan import Plan, check_recipe, kept_vision, plan_decoder
 from .record import quantization_record
 from .sensitivity_decoder import Divergences
-from .vision import VisionQuantizer, VisionReport
+from .vision import VISION_PHASES, VisionQuantizer, VisionReport
 
 _REPORTS = "linears.json"
 _WEIGHTS = "model.safetensors"
@@ -96,7 +94,7 @@ def quantize_checkpoint(
     compute: Compute | None = None,
     restart: bool = False,
     force: bool = False,
-    progress: bool = False,
+    progress: bool | Progress = False,
 ) -> QuantizationReport:
     """Quantize a checkpoint folder into another folder.
 
@@ -112,7 +110,7 @@ def quantize_checkpoint(
         compute: device and type of the calibration; default: the best of this machine.
         restart: discard an unfinished run.
         force: replace an existing quantized checkpoint at `out`, if nothing else lies in it; at the end, in one step.
-        progress: bars with the time left, on standard error.
+        progress: show the progress on standard error.
 
     Raises:
         EdgeError: checkpoint, data or recipe do not fit, `out` exists, another process makes it, or values are not
@@ -131,7 +129,7 @@ def quantize_checkpoint(
     check_recipe(source, recipe)
     with readable_disk_errors(target, CONTINUES), writing(target) as place:
         permit()
-        run = _Run(source, recipe, compute, progress)
+        run = _Run(source, recipe, compute, as_progress(progress))
         with run.work_folder(place, data, None if stats is None else Path(stats), restart):
             folder, report = run.checkpoint(run.quantize())
             permit()
@@ -143,7 +141,7 @@ def quantize_checkpoint(
 class _Run:
     """One quantization in progress."""
 
-    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, compute: Compute, progress: bool) -> None:
+    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, compute: Compute, progress: Progress) -> None:
         self._checkpoint = checkpoint
         self._recipe = recipe
         self._compute = compute
@@ -174,6 +172,7 @@ class _Run:
     def quantize(self) -> CalibrationSet | None:
         """All blocks into the work folder; returns the calibration set where one was used."""
         identity, options = self._identity, self._options
+        self._progress.expect(self._phases())
         if not self._needed:
             self._without_data()
             return None
@@ -182,13 +181,14 @@ class _Run:
             require_same_checkpoint(calibration, identity)
         else:
             assert options is not None
-            calibration = prepare(self._work, self._checkpoint, identity, options, log_line)
+            calibration = prepare(self._work, self._checkpoint, identity, options, self._progress)
             replaced = self._quantize_vision(calibration) if self._recipe.vision == "int8" else no_replacements
             if self._recipe.needs_data:  # so that image embeddings are those that the device will compute
-                embedded_set(self._work, self._checkpoint, identity, options, self._compute, self._progress, replaced)
+                parts = self._work, self._checkpoint, calibration, self._compute
+                embed_images(*parts, self._progress, replaced)
         if self._recipe.choice:
-            parts = self._work, self._checkpoint, calibration, self._compute, self._recipe
-            self._divergences = measure_divergences(*parts, self._bars)
+            parts = self._work, self._checkpoint, calibration, self._compute
+            self._divergences = measure_divergences(*parts, self._recipe, self._progress)
             self._follow(plan_by_divergence(self._checkpoint, self._recipe, self._divergences))
         if self._recipe.needs_data:
             self._with_data(calibration)
@@ -218,7 +218,7 @@ class _Run:
         (folder / "config.json").write_text(config + "\n", encoding="utf-8")
         if self._recipe.kv_cache == "int8":
             self._decoder_pass(calibration).kv_scales().write(folder)
-        with progress_bar("write", total, self._progress) as advance:
+        with self._progress.phase("writing the checkpoint", total, "bytes") as advance:
             write_shards(folder, tensors, progress=advance)
         record = quantization_record(
             Checkpoint(folder),
@@ -238,18 +238,26 @@ class _Run:
         how = self._recipe.vision_int8
         how = replace(how, keep=(*how.keep, *kept_vision(self._checkpoint, self._recipe)))
         quantizer = VisionQuantizer(self._work, self._checkpoint, calibration, self._compute, how)
-        self._vision = quantizer.run(self._bars)
+        self._vision = quantizer.run(self._progress)
         for block in quantizer.blocks:
             self._once(f"block-{block}", partial(quantizer.block, block))
         return quantizer.replacements
 
-    def _bars(self, label: str, steps: int) -> AbstractContextManager[Callable[[int], object]]:
-        return progress_bar(label, steps, self._progress)
+    def _phases(self) -> int:
+        """The number of phases that the progress shows; what is there already is counted too."""
+        recipe, makes_set = self._recipe, self._options is not None
+        return (
+            makes_set
+            + (VISION_PHASES if makes_set and recipe.vision == "int8" else 0)
+            + (makes_set and recipe.needs_data)
+            + (DIVERGENCE_PHASES if recipe.choice else 0)
+            + 2  # quantizing and writing
+        )
 
     def _without_data(self) -> None:
         rounded = any(choice.precision.scheme for choice in self._plan.values())
         layers = self._checkpoint.config.decoder.num_hidden_layers if rounded else 0
-        with self._bars("quantize", layers) as advance:
+        with self._progress.phase("quantizing the decoder", layers, "layers") as advance:
             for layer in range(layers):
                 self._once(_block(layer), partial(self._quantizer.layer, layer, None))
                 advance(1)
@@ -258,7 +266,8 @@ class _Run:
 
     def _with_data(self, calibration: CalibrationSet) -> None:
         layers = self._checkpoint.config.decoder.num_hidden_layers
-        with self._bars("quantize", DecoderPass.steps(calibration, layers)) as advance:
+        steps = DecoderPass.steps(calibration, layers)
+        with self._progress.phase("quantizing the decoder", steps, "layers", layers) as advance:
             decoder = self._decoder_pass(calibration, advance)
             decoder.run(self._quantizer.wanted, self._handle)
         self._blocks += [_block(layer) for layer in range(layers)]
@@ -266,9 +275,7 @@ class _Run:
             inputs = decoder.observe_head(self._quantizer.head_request)
             self._once("block-head", lambda: self._quantizer.head(inputs))
 
-    def _decoder_pass(
-        self, calibration: CalibrationSet | None, advance: Callable[[int], object] = lambda steps: None
-    ) -> DecoderPass:
+    def _decoder_pass(self, calibration: CalibrationSet | None, advance: Advance = lambda steps: None) -> DecoderPass:
         assert calibration is not None
         return DecoderPass(self._work, self._checkpoint, calibration, self._compute, advance)
 

@@ -19,13 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from internvl_edge.base.progress import Advance
 from internvl_edge.calibration.block_weights import load_block
 from internvl_edge.calibration.blocks import Weights, no_observer
 from internvl_edge.calibration.compute import Compute
 from internvl_edge.calibration.work import WorkFolder
 from internvl_edge.checkpoint.reader import Checkpoint
 
-from .vision_pass import PROJECTOR, Progress, VisionPass, blocks_of, run_block
+from .vision_pass import PROJECTOR, VisionPass, blocks_of, run_block
 
 # The number of gradients per probe tile. With four tiles, an error is known to about a quarter.
 DIRECTIONS = 8
@@ -39,7 +40,7 @@ class SensitivityPass:
     """A resumable backward pass over the blocks, for the probe tiles that a finished float `VisionPass` has kept."""
 
     def __init__(
-        self, work: WorkFolder, checkpoint: Checkpoint, forward: VisionPass, compute: Compute, progress: Progress
+        self, work: WorkFolder, checkpoint: Checkpoint, forward: VisionPass, compute: Compute, progress: Advance
     ) -> None:
         self._work = work
         self._checkpoint = checkpoint

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from internvl_edge.base.progress import Progress
 from internvl_edge.calibration.block_weights import load_block, load_tensor
 from internvl_edge.calibration.blocks import decoder_block, no_observer, rms_norm
 from internvl_edge.calibration.compute import Compute, to_torch
@@ -36,7 +37,6 @@ from internvl_edge.recipe.recipe import Precision
 
 from .folding import SCALE_GROUPS
 from .layer import BlockQuantizer
-from .vision import Bars
 
 # The number of tokens in the samples of the backward stage, and the number of draws for each sample.
 _PROBE_TOKENS = 2048
@@ -80,19 +80,20 @@ class DecoderSensitivity:
         self._groups = SCALE_GROUPS[self._decoder.architecture]
         self._samples = probe_samples(calibration.lengths)
 
-    def run(self, bars: Bars) -> Divergences:
+    def run(self, progress: Progress) -> Divergences:
         """Run both stages. A killed run continues.
 
         Raises:
             EdgeError: NaN or infinity; the message names layer, tensor and sample.
         """
         layers = self._decoder.num_hidden_layers
-        with bars("candidates", DecoderPass.steps(self._calibration, layers)) as advance:
+        steps = DecoderPass.steps(self._calibration, layers)
+        with progress.phase("trying precisions in the decoder", steps, "layers", layers) as advance:
             self._pass = DecoderPass(
                 self._work, self._checkpoint, self._calibration, self._compute, advance, _LABEL, self._held_out()
             )
             self._pass.run(self._wanted(), self._candidates)
-        with bars("sensitivity", layers) as advance:
+        with progress.phase("measuring the sensitivity of the decoder", layers, "layers") as advance:
             state = self._work.read_json(_STATE) or {"left": layers, "divergences": {}}
             found: Divergences = state["divergences"]
             advance(layers - state["left"])

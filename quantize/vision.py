@@ -10,8 +10,7 @@ The work has four resumable stages over some of the calibration set's tiles, wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.jsonable import decode
+from internvl_edge.base.progress import Progress
 from internvl_edge.calibration.block_weights import require_finite
 from internvl_edge.calibration.compute import Compute, to_numpy, to_torch
 from internvl_edge.calibration.dataset import CalibrationSet
@@ -47,8 +47,9 @@ _MOST_TILES = 64
 _PROBES = 4
 _CHOICE = "vision-choice.json"
 
-# Takes a label and the number of steps, and returns a progress bar. Entering it gives the function that advances it.
-Bars = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
+
+# Phases of the progress that `VisionQuantizer.run` shows.
+VISION_PHASES = 3
 
 
 @dataclass(frozen=True)
@@ -93,22 +94,22 @@ class VisionQuantizer:
         if not len(self._tiles.pixels):
             raise EdgeError("int8 vision needs images, the calibration data holds none; give --data with images")
 
-    def run(self, bars: Bars) -> VisionReport:
+    def run(self, progress: Progress) -> VisionReport:
         """Run all stages. A killed run continues.
 
         Raises:
             EdgeError: NaN or infinity; the message names block, tensor and sample.
         """
-        steps = len(self._blocks) * len(self._tiles.pixels)
-        with bars("vision, float", steps) as advance:
+        blocks, steps = len(self._blocks), len(self._blocks) * len(self._tiles.pixels)
+        with progress.phase("measuring the vision tower", steps, "blocks", blocks) as advance:
             forward = VisionPass(self._work, "float", self._checkpoint, self._tiles, self._compute, advance)
             forward.run(StatisticsRequest(tokens=_SUBSET_TOKENS), self._round)
-        with bars("vision, sensitivity", len(self._blocks)) as advance:
+        with progress.phase("measuring the sensitivity of the vision tower", blocks, "blocks") as advance:
             back = SensitivityPass(self._work, self._checkpoint, forward, self._compute, advance)
             parts = back.run(self._one_by_one)
         forward.remove_probes()
         self._work.write_json(_CHOICE, self._choose(parts))
-        with bars("vision, int8", steps) as advance:
+        with progress.phase("checking the int8 vision tower", steps, "blocks", blocks) as advance:
             rounded = VisionPass(
                 self._work, "int8", self._checkpoint, self._tiles, self._compute, advance, self.replacements
             )

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from internvl_edge.base.progress import Advance
 from internvl_edge.calibration.block_weights import load_block, load_vision_embedding
 from internvl_edge.calibration.blocks import Observe, Weights, embed_pixels, no_observer, project, vision_block
 from internvl_edge.calibration.compute import Compute
@@ -30,7 +31,6 @@ from internvl_edge.model.config import ModelConfig
 PROJECTOR = "projector"
 _BATCH = 4
 
-Progress = Callable[[int], object]
 # Takes a block and the statistics of its inputs, and stores its own results. It can be called again for a block that it
 # has stored already.
 BlockHandler = Callable[[str, Mapping[str, InputStatistics]], None]
@@ -98,7 +98,7 @@ class VisionPass:
         checkpoint: Checkpoint,
         tiles: TileSample,
         compute: Compute,
-        progress: Progress,
+        progress: Advance,
         replaced: Replacements = no_replacements,
     ) -> None:
         self._work = work

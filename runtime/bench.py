@@ -19,6 +19,7 @@ import numpy as np
 
 from internvl_edge.base.errors import EngineError
 from internvl_edge.base.machine import cores, peak_memory
+from internvl_edge.base.progress import Progress, as_progress
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.bundle.manifest import Manifest
 from internvl_edge.planning.footprint import Footprint
@@ -36,6 +37,9 @@ QUESTION_TEXT = 300
 ROWS = (1, 2, 4, 8)
 SAMPLE_TOKENS = 32
 _DECODED = 16
+_MOST_RUNS = 1000
+# Phases of the progress that `bench` shows.
+_PHASES = 7
 
 
 @dataclass(frozen=True)
@@ -70,35 +74,50 @@ class BenchResult:
         return asdict(self)
 
 
-def bench(folder: Path, *, repeat: int = 3, threads: int | None = None, **loading: Any) -> BenchResult:
+def bench(
+    folder: Path, *, repeat: int = 3, threads: int | None = None, progress: bool | Progress = False, **loading: Any
+) -> BenchResult:
     """Measure a bundle. `loading` holds further arguments of `InternVL.load`; with `rows`, rows are measured too.
+
+    `progress` is shown on standard error.
 
     Raises:
         BundleError, EngineError: as `InternVL.load`.
-        EngineError: `repeat` is less than 1, or the context has no room for what is measured.
+        EngineError: `repeat` is not from 1 to 1000, or the context has no room for what is measured.
     """
-    if repeat < 1:
-        raise EngineError(f"repeat is {repeat}, expected at least 1")
+    if not 1 <= repeat <= _MOST_RUNS:
+        raise EngineError(f"repeat is {repeat}, expected 1 to {_MOST_RUNS}")
     threads = threads or cores()
     # Verify first: only the first load of a bundle hashes its files, and the figure `load` is for all later loads.
-    manifest = Bundle.open(folder).manifest
+    progress = as_progress(progress)
+    progress.expect(_PHASES)
+    with progress.phase("verifying the bundle"):
+        manifest = Bundle.open(folder).manifest
     started = time.perf_counter()
-    with InternVL.load(folder, threads=threads, **loading) as model:
+    with progress.phase("loading the bundle"):
+        model = InternVL.load(folder, threads=threads, **loading)
+    with model:
         load_s = time.perf_counter() - started
         runs = _Runs(model, repeat)
-        decode = runs.decode()
+        with progress.phase("measuring the decoding of answers"):
+            decode = runs.decode()
         dialect = model.engine.dialect
-        answers = [*decode.values(), *runs.first_token(), runs.second_question()]
-        figures = [Figure("load", load_s, "s"), *runs.vision(), *runs.prefill(), *answers, *runs.rows()]
+        with progress.phase("measuring whole questions"):
+            answers = [*decode.values(), *runs.first_token(), runs.second_question()]
+        with progress.phase("measuring images and prompts"):
+            figures = [Figure("load", load_s, "s"), *runs.vision(), *runs.prefill(), *answers]
+        with progress.phase("measuring rows"):
+            figures += runs.rows()
     peak_rss = peak_memory()
     # Measured last, so that its arrays do not count in the peak RSS of the model.
-    bandwidth = limits.read_bandwidth(threads)
+    with progress.phase("measuring the limits of this machine"):
+        bandwidth, matrix_rate = limits.read_bandwidth(threads), limits.matrix_rate()
     footprint = _footprint(manifest, dialect)
     return BenchResult(
         bundle=folder.name,
         threads=threads,
         bandwidth=bandwidth,
-        matrix_rate=limits.matrix_rate(),
+        matrix_rate=matrix_rate,
         disk_bytes=sum(entry.bytes for entry in manifest.files.values()),
         peak_rss_bytes=peak_rss,
         figures=figures,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from internvl_edge.model.preprocess import ImageSource
-from internvl_edge.model.prompt import IMAGE_MARK
+from internvl_edge.model.prompt import IMAGE, IMAGE_MARK, ImagePlace, Text
 
 from .model import InternVL
 from .options import ChatOptions, checked_options
@@ -24,7 +24,7 @@ class Conversation:
     """
 
     def __init__(self, model: InternVL, **options: Unpack[ChatOptions]) -> None:
-        self.history: list[tuple[str, str]] = []
+        self.history: list[tuple[Text, str]] = []
         self.images: list[ImageSource] = []
         self.reply: Reply | None = None
         self._model = model
@@ -41,24 +41,29 @@ class Conversation:
         """Ask the next question, and yield pieces of the answer. The history receives the turn when it is complete.
 
         New images go in front of the question, unless the question has `<image>` marks. Where the conversation has
-        several images, each new one gets a number (`Image-1: <image>`), as in the training of the model.
+        several images, each new one gets a number (`Image-1: <image>`), as in the training of the model. With
+        `plain_text`, marks in the question are text.
         """
-        if images and IMAGE_MARK not in question:
-            question = self._marks(len(images)) + question
+        asked: Text = question
+        if self._options.get("plain_text"):
+            asked = [*self._places(len(images)), question]
+        elif images and IMAGE_MARK not in question:
+            marks = (IMAGE_MARK if isinstance(part, ImagePlace) else part for part in self._places(len(images)))
+            asked = "".join(marks) + question
         all_images = [*self.images, *images]
-        answer = self._model.stream(question, all_images, **(self._options | {"history": self.history}))
+        answer = self._model.stream(asked, all_images, **(self._options | {"history": self.history}))
         yield from answer
         self.reply = answer.reply
         self.images = all_images
-        self.history.append((question, self.reply.text))
+        self.history.append((asked, self.reply.text))
 
     def clear(self) -> None:
         """Forget all turns and images."""
         self.history.clear()
         self.images.clear()
 
-    def _marks(self, count: int) -> str:
+    def _places(self, count: int) -> list[str | ImagePlace]:
         if count == 1 and not self.images:
-            return f"{IMAGE_MARK}\n"
+            return [IMAGE, "\n"]
         first = len(self.images) + 1
-        return "".join(f"Image-{number}: {IMAGE_MARK}\n" for number in range(first, first + count))
+        return [part for number in range(first, first + count) for part in (f"Image-{number}: ", IMAGE, "\n")]

@@ -20,6 +20,8 @@ from internvl_edge.base.errors import EngineError, PromptError, QualityWarning
 from internvl_edge.bundle import names
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.bundle.quality_record import quality_warning
+from internvl_edge.model.context import checked_context
+from internvl_edge.model.prompt import Text
 from internvl_edge.model.rope import RotaryAngles
 from internvl_edge.model.tokenizer import Tokenizer
 
@@ -44,8 +46,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 DEVICES = ("auto", "cpu", "cuda", "tensorrt")
-# Most tokens of prompt and answer together. Pages of the KV cache that are not touched use no memory.
-DEFAULT_CONTEXT = 32768
 MOST_ROWS = 64
 MOST_SAMPLES = 64
 
@@ -79,9 +79,10 @@ class InternVL:
         *,
         engine: str = "auto",
         dialect: str | None = None,
-        context: int = DEFAULT_CONTEXT,
+        context: int | None = None,
         rows: int = 1,
         threads: int | None = None,
+        exact: bool = False,
     ) -> InternVL:
         """Open, verify and load a bundle.
 
@@ -93,22 +94,26 @@ class InternVL:
                 "auto", which is the faster one.
             dialect: the decoder graph to run, "onnxruntime" or "standard"; the default is the fastest that the bundle
                 has.
-            context: the most tokens that prompt and answer may have together.
+            context: the most tokens that prompt and answer may have together; the default is 32768, or the most that
+                the model can have.
             rows: the most answers that are computed together. Each has a KV cache of `context` tokens, whose unused
                 part takes no memory on a CPU. A model with several rows decodes at least two at a time, so that an
                 answer does not depend on what else is asked; this makes a lone answer slower (docs/performance.md).
             threads: CPU threads; the default is all available cores.
+            exact: compute in the types of the bundle, as ONNX Runtime does. Without it, OpenVINO rounds a bundle that
+                computes in float16 to bfloat16 where the CPU is faster with it.
 
         Raises:
             BundleError: the bundle is damaged or too new.
-            EngineError: the device is not available.
+            EngineError: the device is not available, or the context is more than the model can use.
 
         Warns:
             QualityWarning: the bundle failed its quality gate.
+            ContextWarning: the context is more than the model was trained on.
         """
         if device not in DEVICES:
             raise EngineError(f"device {device!r} is not one of {', '.join(DEVICES)}")
-        if context < 2:
+        if context is not None and context < 2:
             raise EngineError(f"a context of {context} tokens has no room for a question and an answer; give more")
         if not 1 <= rows <= MOST_ROWS:
             raise EngineError(f"rows is {rows}, expected 1 to {MOST_ROWS}")
@@ -121,21 +126,27 @@ class InternVL:
         if device == "tensorrt":
             if rows > 1:
                 raise EngineError(f"TensorRT engines have one row, {rows} were asked for; leave out rows")
+            if exact:
+                raise EngineError("TensorRT engines compute in 16 bits; leave out --exact, or choose another --device")
             from .engines.tensorrt.engine import TensorRTEngine
 
             return cls(opened, TensorRTEngine(opened))
+        capacity = checked_context(opened.manifest.model.decoder, context)
         if device == "cuda":
             return cls(
                 opened,
-                OnnxRuntimeEngine(opened, device=device, dialect=dialect, capacity=context, rows=rows, threads=threads),
+                OnnxRuntimeEngine(
+                    opened, device=device, dialect=dialect, capacity=capacity, rows=rows, threads=threads
+                ),
             )
-        return cls(opened, cpu_engine(opened, engine, dialect=dialect, capacity=context, rows=rows, threads=threads))
+        chosen = cpu_engine(opened, engine, dialect=dialect, capacity=capacity, rows=rows, threads=threads, exact=exact)
+        return cls(opened, chosen)
 
-    def chat(self, question: str, images: Images = (), **options: Unpack[ChatOptions]) -> Reply:
+    def chat(self, question: Text, images: Images = (), **options: Unpack[ChatOptions]) -> Reply:
         """Answer a question.
 
         Args:
-            question: it may have `<image>` marks; without marks, images go in front of it.
+            question: it may have `<image>` marks, or be a list of texts and `IMAGE`; without marks, images go in front.
             images: paths, bytes or Pillow images, one per `<image>` mark of history and question, in order; a list of
                 images shares one mark.
             options: see `ChatOptions`.
@@ -146,7 +157,7 @@ class InternVL:
         """
         return self.stream(question, images, **options).reply
 
-    def stream(self, question: str, images: Images = (), **options: Unpack[ChatOptions]) -> ReplyStream:
+    def stream(self, question: Text, images: Images = (), **options: Unpack[ChatOptions]) -> ReplyStream:
         """Answer a question as `chat` does, and return an iterator over pieces of the text.
 
         Its `reply` is the finished answer. The request is checked at once; the computation begins when the first piece
@@ -155,7 +166,7 @@ class InternVL:
         return self.sample_streams(question, images, 1, **options)[0]
 
     def samples(
-        self, question: str, images: Images = (), count: int = 8, **options: Unpack[ChatOptions]
+        self, question: Text, images: Images = (), count: int = 8, **options: Unpack[ChatOptions]
     ) -> list[Reply]:
         """Answer a question several times. The images and the prompt are computed once.
 
@@ -176,7 +187,7 @@ class InternVL:
 
     def vote(
         self,
-        question: str,
+        question: Text,
         images: Images = (),
         votes: int = 8,
         *,
@@ -206,7 +217,7 @@ class InternVL:
 
     def sample_streams(
         self,
-        question: str,
+        question: Text,
         images: Images = (),
         count: int = 8,
         *,
@@ -250,7 +261,7 @@ class InternVL:
         return self._engine
 
     def trace(
-        self, question: str, images: Images = (), answer: Sequence[int] | None = None, **options: Unpack[ChatOptions]
+        self, question: Text, images: Images = (), answer: Sequence[int] | None = None, **options: Unpack[ChatOptions]
     ) -> Trace:
         """Answer greedily, or follow the tokens of a given answer, and keep the logits before each token.
 

@@ -9,10 +9,11 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeGuard
 
 from internvl_edge.base.errors import PromptError
 from internvl_edge.base.text import shown
+from internvl_edge.model.prompt import ImagePlace, Text
 
 
 class ChatOptions(TypedDict, total=False):
@@ -32,11 +33,14 @@ class ChatOptions(TypedDict, total=False):
         exif: rotate images as their EXIF orientation says. By default they are not rotated, as in the original code.
         background: a colour to put behind transparent pixels ("white", "#fafafa"). By default transparency is dropped,
             as in the original code, which usually leaves black.
+        plain_text: read special tokens (`<|im_end|>`) and `<image>` marks in question, history and system text as plain
+            text, for texts that somebody else writes. The places of images are then `IMAGE` in a list (see
+            `model.prompt`). By default they keep their meaning, as in the original code.
         keep_special: keep special tokens such as `<box>` in the text of the answer. The original code drops them.
     """
 
     max_tiles: int | Sequence[int] | None
-    history: Sequence[tuple[str, str]] | None
+    history: Sequence[tuple[Text, str]] | None
     system: str | None
     max_new_tokens: int | None
     temperature: float | None
@@ -55,6 +59,7 @@ class ChatOptions(TypedDict, total=False):
     exif: bool | None
     background: str | None
     keep_special: bool | None
+    plain_text: bool | None
 
 
 # How other programs name our options, or what to use instead of theirs.
@@ -149,12 +154,19 @@ def _biases(name: str, value: Any) -> dict[int, float]:
     return {whole_number(f"{name}: a token id", token): _number(f"{name}: a bias", bias) for token, bias in pairs}
 
 
-def _history(name: str, value: Any) -> list[tuple[str, str]]:
+def is_text(value: Any) -> TypeGuard[Text]:
+    """Whether a value is a text, or a list of texts and places of images."""
+    if isinstance(value, (tuple, list)):
+        return all(isinstance(part, (str, ImagePlace)) for part in value)
+    return isinstance(value, str)
+
+
+def _history(name: str, value: Any) -> list[tuple[Text, str]]:
     if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__iter__"):
         raise PromptError(f"{name} is a {type(value).__name__}, expected a list of (question, answer) pairs")
     turns = list(value)
     for turn in turns:
-        if not isinstance(turn, (tuple, list)) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+        if not isinstance(turn, (tuple, list)) or len(turn) != 2 or not (is_text(turn[0]) and isinstance(turn[1], str)):
             raise PromptError(
                 f"{name} has a turn that is no pair of texts (question, answer) but {shown(turn)}; "
                 "write earlier turns as [(question, answer), ...]"
@@ -183,4 +195,5 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "exif": _flag,
     "background": _text,
     "keep_special": _flag,
+    "plain_text": _flag,
 }

@@ -6,6 +6,7 @@ This module finds every error in a request, before any work starts.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,13 +14,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_edge.base.errors import PromptError
+from internvl_edge.base.errors import ContextWarning, PromptError
 from internvl_edge.base.text import shown
 from internvl_edge.model.config import ModelConfig
+from internvl_edge.model.context import trained_context
 from internvl_edge.model.preprocess import ImageSource, is_image_source, load_image, tile_image
-from internvl_edge.model.prompt import build_prompt
+from internvl_edge.model.prompt import Segment, Text, build_segments
 from internvl_edge.model.template import PromptTemplate
 from internvl_edge.model.tokenizer import Tokenizer
+
+from .options import is_text
 
 # One image, or one entry per `<image>` mark; a list of images shares one mark.
 Images = ImageSource | Sequence[ImageSource | Sequence[ImageSource]] | None
@@ -55,8 +59,9 @@ class RequestBuilder:
         self._tokenizer = tokenizer
         self._image_token = image_token
         self._capacity = capacity
+        self._warned = False
 
-    def build(self, question: str, images: Images, options: Mapping[str, Any]) -> Request:
+    def build(self, question: Text, images: Images, options: Mapping[str, Any]) -> Request:
         """Check and prepare one request.
 
         Raises:
@@ -64,24 +69,31 @@ class RequestBuilder:
             ImageError: an image cannot be read or exceeds a limit.
         """
         started = time.perf_counter()
-        if not isinstance(question, str):
+        if not is_text(question):
             raise PromptError(f"the question is a {type(question).__name__}, expected a text")
         self._check_biases(options)
         groups = _groups(images)
         tiles = self._tile([source for group in groups for source in group], options)
         per_image = iter(len(image) for image in tiles)
-        prompt = build_prompt(
+        plain = options.get("plain_text", False)
+        segments = build_segments(
             self._template,
             question,
             [sum(next(per_image) for _ in group) for group in groups],
             tokens_per_tile=self._config.tokens_per_tile,
             history=options.get("history", ()),
             system=options.get("system"),
+            plain=plain,
         )
-        ids = np.array(self._tokenizer.encode(prompt), np.int64)
+        ids = self._ids(segments, plain)
         max_new_tokens = options.get("max_new_tokens", 1024)
         self._check(ids, max_new_tokens, sum(map(len, tiles)))
         return Request(ids, ids == self._image_token, tiles, max_new_tokens, time.perf_counter() - started)
+
+    def _ids(self, segments: list[Segment], plain: bool) -> NDArray[np.int64]:
+        if plain:
+            return np.array(self._tokenizer.encode_segments(segments), np.int64)
+        return np.array(self._tokenizer.encode("".join(segment.text for segment in segments)), np.int64)
 
     def _tile(self, sources: list[ImageSource], options: Mapping[str, Any]) -> list[NDArray[np.uint8]]:
         limits = options.get("max_tiles")
@@ -113,6 +125,15 @@ class RequestBuilder:
         found = int(np.count_nonzero(ids == self._image_token))
         if found != image_tokens:
             raise PromptError(f"the prompt holds {found} image tokens for {tiles} tiles, which need {image_tokens}")
+        trained = trained_context(self._config.decoder)
+        if len(ids) > trained and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"a prompt of {len(ids)} tokens is longer than the {trained} that the model was trained on "
+                "(max_position_embeddings); the answer can be wrong",
+                ContextWarning,
+                stacklevel=2,
+            )
         if len(ids) + max_new_tokens > self._capacity:
             raise PromptError(
                 f"prompt {len(ids)} tokens ({image_tokens} of images) + answer up to {max_new_tokens} exceed the "

@@ -16,6 +16,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from internvl_edge.base.errors import PromptError
+from internvl_edge.model.prompt import Text
 
 from .options import whole_number
 from .reply import Reply
@@ -29,7 +30,7 @@ MOST_VOTES = 64
 SAMPLING = {"temperature": 0.6, "top_p": 0.95}
 _REASONING = (
     "Your task is to answer the question below. Give step by step reasoning before you answer, and when you're ready "
-    'to answer, please use the format "Final answer: .."\n\nQuestion:\n\n{question}'
+    'to answer, please use the format "Final answer: .."\n\nQuestion:\n\n'
 )
 _MARKS = (
     re.compile(r"\\boxed\{(.*)\}"),
@@ -63,7 +64,7 @@ class Vote:
 
 def vote(
     model: InternVL,
-    question: str,
+    question: Text,
     images: Images,
     votes: int,
     reason: bool,
@@ -94,9 +95,9 @@ def vote(
     return ballot.outcome()
 
 
-def reasoning_question(question: str) -> str:
+def reasoning_question(question: Text) -> Text:
     """Return a question that asks for reasoning before the answer."""
-    return _REASONING.format(question=question)
+    return _REASONING + question if isinstance(question, str) else [_REASONING, *question]
 
 
 def checked_choices(choices: Sequence[str] | None) -> tuple[str, ...] | None:

@@ -46,5 +46,9 @@ class QualityWarning(UserWarning):
     """A bundle is used that failed its quality gate."""
 
 
+class ContextWarning(UserWarning):
+    """More tokens are asked for than the model was trained on."""
+
+
 class RestoredWarning(UserWarning):
     """A folder was missing because a process was killed while it replaced it; the old one was put back."""

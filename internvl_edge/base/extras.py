@@ -4,8 +4,52 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 from .errors import EdgeError
+
+# Extra -> modules that it installs, one for each package that is imported. `export` is in `quantize` too.
+_EXPORT = ("ml_dtypes", "onnx", "onnx_ir", "google.protobuf", "sentencepiece")
+_MODULES = {
+    "cpu": ("onnxruntime",),
+    "gpu": ("onnxruntime",),
+    "openvino": ("onnxruntime", "openvino"),
+    "export": _EXPORT,
+    "quantize": (*_EXPORT, "torch"),
+    "report": ("jinja2", "matplotlib"),
+    "synthetic": ("fontpkg_arimo", "cvttf_NotoSansCJK_Medium"),
+    "video": ("av",),
+}
+
+
+def require_extras(what: str, *extras: str, advice: str = "") -> None:
+    """Check that all packages of some extras are installed, without importing them, before any work starts.
+
+    Args:
+        what: what needs the packages, such as "quantize".
+        extras: names of extras of internvl-edge.
+        advice: what else the user can do, such as "or give --data".
+
+    Raises:
+        EdgeError: the message names every package that is missing, and the one command that installs all of them.
+    """
+    missing = {extra: absent for extra in extras if (absent := missing_modules(extra))}
+    if missing:
+        packages = list(dict.fromkeys(module for absent in missing.values() for module in absent))
+        some = f"the package{'s' if len(packages) > 1 else ''} {', '.join(packages)}"
+        raise EdgeError(f"{what} needs {some}: {install(','.join(missing))}{f', {advice}' if advice else ''}")
+
+
+def missing_modules(extra: str) -> list[str]:
+    """Return the modules of an extra that are not installed."""
+    return [module for module in _MODULES[extra] if not _is_installed(module)]
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except (ImportError, ValueError):  # the package around it is missing, or was made unimportable
+        return False
 
 
 @contextmanager

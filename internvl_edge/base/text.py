@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shlex
 import unicodedata
+from pathlib import PurePath
 from typing import Any
 
 # Longer than any message of ours; what is echoed in one can be of any length.
@@ -35,6 +37,15 @@ def shown(value: Any, length: int = _VALUE_LENGTH) -> str:
         return one_line(repr(value), length)
     except (ValueError, RecursionError):  # an integer of thousands of digits; containers too deep
         return f"a {type(value).__name__} too large to show"
+
+
+def command_line(*words: object) -> str:
+    """A command of this program, for people to copy: its words are quoted for a shell.
+
+    A path that begins with a dash is written so that it is no option. Words in capitals stand for the user's own.
+    """
+    texts = [f"./{word}" if isinstance(word, PurePath) and str(word).startswith("-") else str(word) for word in words]
+    return shlex.join(["internvl-edge", *texts])
 
 
 def is_plain_name(name: object) -> bool:

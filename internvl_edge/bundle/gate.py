@@ -35,6 +35,8 @@ class Metric:
 
     def show(self, value: float) -> str:
         """The value for people: as many digits as make a difference."""
+        if math.isnan(value):
+            return "not measured"
         if self.is_share:
             return f"{value:.2%}"
         return f"{value:.3g}" if abs(value) < 1 else f"{value:.4g}"

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from internvl_edge.base.errors import BundleError, EdgeError
+from internvl_edge.base.text import command_line
 
 from .bundle import Bundle
 from .manifest import Manifest
@@ -63,5 +64,5 @@ def quality_warning(folder: Path, manifest: Manifest) -> str | None:
     failed = "; ".join(map(str, quality.failed))
     return (
         f"{folder} failed its quality gate: {failed}; use another bundle, or accept it: "
-        f'internvl-edge evaluate {folder} --accept "REASON"'
+        f"{command_line('evaluate', folder, '--accept', 'REASON')}"
     )

@@ -13,22 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.base.errors import CheckpointError
 from internvl_edge.base.extras import requires
 from internvl_edge.base.files import replacing
+from internvl_edge.base.progress import Advance
 from internvl_edge.base.text import one_line, shown
 
 from .json_files import read_json, refuse_pointer
-from .safetensors_header import HeaderEntry, read_header
+from .safetensors_header import BITS, HeaderEntry, read_header
 
-DTYPES: dict[str, np.dtype[Any]] = {
+# Beside bfloat16, which numpy has from another package (`numpy_dtype`).
+_DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
     "I32": np.dtype(np.int32),
     "I64": np.dtype(np.int64),
     "I16": np.dtype(np.int16),
@@ -36,11 +36,24 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+# The types that can be read.
+STORED_DTYPES = frozenset([*_DTYPES, "BF16"])
 SHARD_BYTES = 4_000_000_000
 _BLOCK_BYTES = 64 << 20
 
-Progress = Callable[[int], object]
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """Return the numpy type of a stored type.
+
+    A device that only looks at a checkpoint has no package for bfloat16, and needs none to read names and shapes.
+    """
+    if name != "BF16":
+        return _DTYPES[name]
+    with requires("export", "reading bfloat16 weights", CheckpointError):
+        import ml_dtypes
+    dtype: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    return dtype
 
 
 @dataclass(frozen=True)
@@ -125,9 +138,9 @@ def _mapped_tensor(
     path: Path, name: str, entry: HeaderEntry, data: np.ndarray[Any, np.dtype[np.uint8]]
 ) -> StoredTensor:
     def read() -> np.ndarray[Any, Any]:
-        if entry.dtype not in DTYPES:
+        if entry.dtype not in STORED_DTYPES:
             raise CheckpointError(f"{path.name}: tensor {name} has the unsupported dtype {entry.dtype}")
-        return data[entry.begin : entry.end].view(DTYPES[entry.dtype]).reshape(entry.shape)
+        return data[entry.begin : entry.end].view(numpy_dtype(entry.dtype)).reshape(entry.shape)
 
     return StoredTensor(path.name, entry.dtype, entry.shape, read)
 
@@ -148,7 +161,7 @@ def _read_bin(path: Path) -> dict[str, StoredTensor]:
 
     def reader(tensor: torch.Tensor) -> Callable[[], np.ndarray[Any, Any]]:
         if tensor.dtype == torch.bfloat16:
-            return lambda: tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+            return lambda: tensor.contiguous().view(torch.int16).numpy().view(numpy_dtype("BF16"))
         return lambda: np.asarray(tensor.numpy())
 
     return {
@@ -170,7 +183,7 @@ class OutTensor:
     @staticmethod
     def of(name: str, array: NDArray[Any]) -> OutTensor:
         """Return an OutTensor for an array in memory."""
-        return OutTensor(name, _NAMES[array.dtype], array.shape, lambda: array)
+        return OutTensor(name, _NAMES.get(array.dtype) or "BF16", array.shape, lambda: array)
 
     @staticmethod
     def stored(name: str, tensor: StoredTensor) -> OutTensor:
@@ -180,7 +193,7 @@ class OutTensor:
     @property
     def nbytes(self) -> int:
         """Size in the file, in bytes."""
-        return DTYPES[self.dtype].itemsize * int(np.prod(self.shape, dtype=np.int64))
+        return BITS[self.dtype] // 8 * int(np.prod(self.shape, dtype=np.int64))
 
 
 _FORMATS: dict[str, Callable[[Path], dict[str, StoredTensor]]] = {
@@ -189,7 +202,7 @@ _FORMATS: dict[str, Callable[[Path], dict[str, StoredTensor]]] = {
 }
 
 
-def write_file(path: Path, tensors: Sequence[OutTensor], progress: Progress = lambda size: None) -> None:
+def write_file(path: Path, tensors: Sequence[OutTensor], progress: Advance = lambda size: None) -> None:
     """Write one safetensors file. It appears only when it is complete."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -208,7 +221,7 @@ def write_file(path: Path, tensors: Sequence[OutTensor], progress: Progress = la
                 progress(len(data[start : start + _BLOCK_BYTES]))
 
 
-def write_shards(folder: Path, tensors: Sequence[OutTensor], progress: Progress = lambda size: None) -> None:
+def write_shards(folder: Path, tensors: Sequence[OutTensor], progress: Advance = lambda size: None) -> None:
     """Write `model.safetensors`, or shards of at most `SHARD_BYTES` and their index.
 
     A larger tensor has its own shard.

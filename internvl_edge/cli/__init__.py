@@ -12,11 +12,14 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from typing import Any
 
 import click
 
-from internvl_edge.base.errors import EdgeError, QualityWarning, RestoredWarning
+from internvl_edge.base.errors import ContextWarning, EdgeError, QualityWarning, RestoredWarning
+from internvl_edge.base.progress import note
+from internvl_edge.base.text import shown
 
 # Command -> one-line help. A command is imported only when it is called: `run` must not load what `export` needs.
 COMMANDS = {
@@ -76,6 +79,15 @@ class _Commands(click.Group):
             return None
         command: click.Command = importlib.import_module(f"{__name__}.{cmd_name}").command
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in COMMANDS and not args[0].startswith("-") and not ctx.resilient_parsing:
+            near = get_close_matches(args[0], COMMANDS, n=2)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"commands are {', '.join(COMMANDS)}"
+            raise click.UsageError(f"there is no command {shown(args[0])}; {hint}", ctx)
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -140,11 +152,11 @@ def _drop_unwritten() -> None:
 
 
 def _one_line(others: Callable[..., None]) -> Callable[..., None]:
-    """Return a warning handler that prints quality warnings as one line and passes all others to `others`."""
+    """Return a warning handler that prints our own warnings as one line and passes all others to `others`."""
 
     def show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
-        if issubclass(category, (QualityWarning, RestoredWarning)):
-            click.echo(f"internvl-edge: warning: {' '.join(str(message).split())}", err=True)
+        if issubclass(category, (ContextWarning, QualityWarning, RestoredWarning)):
+            note(f"internvl-edge: warning: {' '.join(str(message).split())}")
         else:
             others(message, category, *rest)
 

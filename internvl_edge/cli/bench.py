@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import os
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import click
 
 from internvl_edge.base.errors import EdgeError
-from internvl_edge.base.extras import install
+from internvl_edge.base.extras import require_extras
 from internvl_edge.base.files import readable_disk_errors, replacing
-from internvl_edge.base.units import size
-from internvl_edge.runtime.bench import BenchResult, bench
+from internvl_edge.base.machine import processor
+from internvl_edge.base.units import rounded, size
+from internvl_edge.runtime.bench import BenchResult, Figure, bench
 from internvl_edge.runtime.model import MOST_ROWS
 
-from .options import loading_options
-from .output import print_json, print_table
+from .options import chosen_engine, engine_extra, loading_options
+from .output import print_json, print_table, quiet_option, shown_progress
 
 
 @click.command("bench")
@@ -33,8 +33,11 @@ from .output import print_json, print_table
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write a bar plot to this PNG or SVG file.")
+@quiet_option
 @loading_options
-def command(bundle: Path, repeat: int, rows: int, as_json: bool, plot: Path | None, **loading: Any) -> None:
+def command(
+    bundle: Path, repeat: int, rows: int, as_json: bool, plot: Path | None, quiet: bool, **loading: Any
+) -> None:
     """Measure BUNDLE on this machine, and print the figures.
 
     The figures are the load time, vision time per tile, prefill and decode rates, time to first token and peak RSS.
@@ -42,7 +45,11 @@ def command(bundle: Path, repeat: int, rows: int, as_json: bool, plot: Path | No
     """
     if plot is not None:
         _require_plottable(plot)
-    report = bench(bundle, repeat=repeat, rows=rows, **loading)
+    plot_extra = () if plot is None else ("report",)
+    require_extras("bench", *engine_extra(loading["device"], loading["engine"]), *plot_extra)
+    with shown_progress(quiet) as progress:
+        loading["engine"] = chosen_engine(bundle, loading, progress)
+        report = bench(bundle, repeat=repeat, rows=rows, progress=progress, **loading)
     if as_json:
         print_json(report.to_dict())
     else:
@@ -56,7 +63,7 @@ def _print(report: BenchResult) -> None:
         limit = report.decode_limit.get(figure.name)
         share = "" if limit is None else f"{limit:.0%} of what memory allows"
         spread = f"± {figure.spread:.0%}" if figure.spread else ""
-        click.echo(f"{figure.name:<26} {figure.value:10.2f} {figure.unit:<9} {spread:<6} {share}".rstrip())
+        click.echo(f"{figure.name:<29} {rounded(figure.value):>8} {figure.unit:<9} {spread:<6} {share}".rstrip())
     print_table(
         [
             ("peak memory", size(report.peak_rss_bytes)),
@@ -78,8 +85,6 @@ def _require_plottable(path: Path) -> None:
         raise EdgeError(f"--plot {path}: there is no folder {path.parent}; make it first")
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise EdgeError(f"--plot {path}: it cannot be written; give another file")
-    if find_spec("matplotlib") is None:
-        raise EdgeError(f"--plot needs the package matplotlib: {install('report')}")
 
 
 def _plot(report: BenchResult, path: Path) -> None:
@@ -88,17 +93,21 @@ def _plot(report: BenchResult, path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    units = list(dict.fromkeys(figure.unit for figure in report.figures))
-    chart, axes = pyplot.subplots(1, len(units), figsize=(4 * len(units), 3.2), layout="constrained")
-    for axis, unit in zip(axes, units, strict=True):
-        figures = [figure for figure in report.figures if figure.unit == unit]
+    groups: dict[tuple[str, str], list[Figure]] = {}
+    for figure in report.figures:  # prompts and answers differ by powers of ten, although their unit is the same
+        kind = figure.name.split()[0] if figure.unit == "tokens/s" else ""
+        groups.setdefault((kind, figure.unit), []).append(figure)
+    chart, axes = pyplot.subplots(1, len(groups), figsize=(4.5 * len(groups), 3.2), layout="constrained")
+    for axis, ((kind, unit), figures) in zip(axes, groups.items(), strict=True):
         values = [figure.value for figure in figures]
         errors = [figure.value * figure.spread for figure in figures]
         bars = axis.barh([figure.name for figure in figures], values, xerr=errors, color="#4878a8")
-        axis.bar_label(bars, fmt="%.3g", padding=4)
+        labels = [rounded(value) for value in values]
+        axis.bar_label(bars, labels, padding=4, fontsize=8)
         axis.invert_yaxis()
-        axis.margins(x=0.2)
-        axis.set_xlabel(unit)
-    chart.suptitle(f"{report.bundle}, {report.threads} threads")
+        # Room for the labels inside the frame.
+        axis.set_xlim(0, 1.35 * max(value + error for value, error in zip(values, errors, strict=True)))
+        axis.set_xlabel(f"{kind} {unit}".strip())
+    chart.suptitle(f"{report.bundle}: {processor()}, {report.threads} threads", fontsize=10)
     with readable_disk_errors(path, "make room", "give another file"), replacing(path) as temporary:
         chart.savefig(temporary, dpi=150, format=path.suffix[1:].lower())

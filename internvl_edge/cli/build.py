@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,7 +12,8 @@ from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.planning.devices import Devices
 from internvl_edge.runtime.engines.tensorrt.record import EngineRecord, engine_folder
 
-from .output import print_json
+from . import completion
+from .output import print_json, quiet_option, shown_progress
 
 
 @click.command("build")
@@ -23,7 +23,9 @@ from .output import print_json
     "name",
     default="rtx",
     show_default=True,
-    help="Target device: a name from `internvl-edge devices`, or rtx, which builds one file for RTX cards.",
+    shell_complete=completion.targets,
+    help="Device to build engines for: a name from `internvl-edge devices`, or rtx, which builds one file for RTX "
+    "cards.",
 )
 @click.option("--devices", "table", type=click.Path(path_type=Path), help="A TOML file with more devices.")
 @click.option(
@@ -35,20 +37,32 @@ from .output import print_json
     "--context",
     "capacity",
     type=click.IntRange(min=2),
-    help="Capacity of the KV cache: most tokens of prompt and answer together.  [default: 4096]",
+    help="Capacity of the KV cache: maximum number of tokens of prompt and answer together.  [default: 4096]",
 )
-@click.option("--chunk", type=click.IntRange(min=1), help="Most prompt tokens per prefill step.  [default: 512]")
-@click.option("--tiles", type=click.IntRange(min=1), help="Most tiles that are encoded together.  [default: 4]")
+@click.option(
+    "--chunk", type=click.IntRange(min=1), help="Maximum number of prompt tokens per prefill step.  [default: 512]"
+)
+@click.option(
+    "--tiles", type=click.IntRange(min=1), help="Maximum number of tiles that are encoded together.  [default: 4]"
+)
 @click.option(
     "--profiles",
     type=click.IntRange(1, 2),
-    help="Optimisation profiles of the decoder: 1 for prefill and decode together, or 2, one for each. 2 holds 16-bit "
+    help="Optimization profiles of the decoder: 1 for prefill and decode together, or 2, one for each. 2 holds 16-bit "
     "weights twice.  [default: 1]",
 )
 @click.option("--force", is_flag=True, help="Build again even if nothing changed.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@quiet_option
 def command(
-    bundle: Path, name: str, table: Path | None, dtype: str | None, force: bool, as_json: bool, **sizes: int | None
+    bundle: Path,
+    name: str,
+    table: Path | None,
+    dtype: str | None,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+    **sizes: int | None,
 ) -> None:
     """Build TensorRT engines from BUNDLE for a device, into BUNDLE/engines/DEVICE.
 
@@ -58,11 +72,9 @@ def command(
     from internvl_edge.runtime.engines.tensorrt.build.bundle_engines import build_engines, options_for
 
     opened = Bundle.open(bundle)
-    line = _Line()
-    try:
-        record, built = build_engines(opened, target, options_for(target, dtype, **sizes), force=force, progress=line)
-    finally:
-        line.clear()
+    options = options_for(target, dtype, **sizes)
+    with shown_progress(quiet) as progress:
+        record, built = build_engines(opened, target, options, force=force, progress=progress)
     folder = engine_folder(opened, name)
     if as_json:
         print_json({"engines": str(folder), "built": built, **asdict(record)})
@@ -79,19 +91,3 @@ def _summary(record: EngineRecord) -> str:
         f"{size(total)} for compute capability {devices} ({record.flavour} {record.version}, {record.options.dtype}), "
         f"{seconds:.0f} s, at most {size(peak)} of memory"
     )
-
-
-class _Line:
-    """A progress line on the terminal that is rewritten in place."""
-
-    def __init__(self) -> None:
-        self._shown = sys.stderr.isatty()
-
-    def __call__(self, phase: str, done: int, total: int) -> None:
-        if self._shown:
-            sys.stderr.write(f"\r\x1b[K{phase} {done}/{total}")
-            sys.stderr.flush()
-
-    def clear(self) -> None:
-        if self._shown:
-            sys.stderr.write("\r\x1b[K")

@@ -2,48 +2,51 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import click
 
-from internvl_edge.base.extras import requires
+from internvl_edge.base.extras import require_extras, requires
 from internvl_edge.checkpoint.hub import resolve_checkpoint
 
 from .checkpoint_options import revision_option
-from .data_options import calibration_options, compute_options, data_options, resumable, wait_politely
-from .output import print_json
+from .data_options import calibration_options, compute_options, data_options, wait_politely
+from .output import hint, print_json, quiet_option, shown_progress, stoppable
 
 
 @click.command("calibrate")
-@click.argument("checkpoint")
+@click.argument("checkpoint", type=click.Path())
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Calibration folder to make.")
 @revision_option
 @calibration_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@resumable()
-def command(checkpoint: str, output: Path, as_json: bool, **values: Any) -> None:
+@quiet_option
+@stoppable("repeat the command to continue")
+def command(checkpoint: str, output: Path, as_json: bool, quiet: bool, **values: Any) -> None:
     """Run calibration samples through CHECKPOINT, a folder or a hub id, and write a calibration folder.
 
-    Many calls of quantize can use the folder with --stats. It holds the embeddings that the decoder receives (image
-    tokens included) and statistics of the inputs of every linear. To resume a killed run, repeat the command.
+    The folder holds the embeddings that the decoder receives (image tokens included) and statistics of the inputs of
+    every linear. Any number of quantize commands can use it with --stats. To resume a stopped run, repeat the command.
     """
     started = time.perf_counter()
     wait_politely()
-    with requires("quantize", "calibrate"):
+    require_extras("calibrate", "quantize", *(() if values["data"] else ("synthetic",)))
+    with shown_progress(quiet) as progress, progress.waiting("loading torch"), requires("quantize", "calibrate"):
         from internvl_edge.calibration import calibrate
     options, compute = data_options(values), compute_options(values)
-    made = calibrate(
-        resolve_checkpoint(checkpoint, values["revision"]),
-        output,
-        options,
-        compute,
-        restart=values["restart"],
-        force=values["force"],
-        progress=sys.stderr.isatty(),
-    )
+    source = resolve_checkpoint(checkpoint, values["revision"])
+    with shown_progress(quiet) as progress:
+        made = calibrate(
+            source,
+            output,
+            options,
+            compute,
+            restart=values["restart"],
+            force=values["force"],
+            progress=progress,
+        )
     facts = {
         "calibration": str(made.folder),
         "samples": len(made.names),
@@ -61,4 +64,5 @@ def command(checkpoint: str, output: Path, as_json: bool, **values: Any) -> None
         f"{made.folder}: {facts['samples']} samples, {facts['tokens']} tokens ({facts['image_tokens']} of images) "
         f"in {facts['seconds']:.1f} s{skipped}"
     )
-    click.echo(f"Next: internvl-edge quantize {checkpoint} --stats {made.folder} -o OUT")
+    if not quiet:
+        hint("quantize", checkpoint, "--stats", made.folder, "-o", "OUT")

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from internvl_edge.base.errors import EdgeError
-from internvl_edge.base.signals import terminating_as_interrupt
+from internvl_edge.model.preprocess import MAX_TILES
+
+from . import completion
 
 if TYPE_CHECKING:
     from internvl_edge.calibration import DataOptions
     from internvl_edge.calibration.compute import Compute
 
+# The built-in set is endless, and so would be a run that asks for it.
+MOST_SAMPLES = 1_000_000
 Command = Callable[..., Any]
 
 _OPTIONS = (
@@ -24,54 +27,53 @@ _OPTIONS = (
         "--data",
         type=click.Path(path_type=Path),
         help='Calibration data: a folder of images, or a .jsonl file of {"images": [...], "prompt": ..., "answer": '
-        "...}.  [default: built-in documents, charts, signs, scenes and texts]",
+        '...}, of InternVL "conversations" or of ms-swift "messages".  [default: built-in documents, charts, signs, '
+        "scenes and texts]",
     ),
     click.option(
-        "--samples", type=click.IntRange(min=1), default=64, show_default=True, help="Most calibration samples."
+        "--samples",
+        type=click.IntRange(min=1, max=MOST_SAMPLES),
+        default=64,
+        show_default=True,
+        help="Maximum number of calibration samples.",
     ),
     click.option(
         "--seed", type=int, default=0, show_default=True, help="Seed that chooses the samples and their order."
     ),
     click.option(
         "--max-tiles",
-        type=click.IntRange(min=1),
+        type=click.IntRange(min=1, max=MAX_TILES),
         default=4,
         show_default=True,
-        help="Most tiles of an image, without its thumbnail.",
+        help="Maximum number of tiles per image, without its thumbnail.",
     ),
     click.option(
         "--max-broken",
         type=click.IntRange(min=0),
         default=8,
         show_default=True,
-        help="Number of broken items to skip; one more is an error.",
+        help="Number of broken items that are skipped; one more is an error.",
     ),
     click.option(
         "--device",
         default="auto",
         show_default=True,
-        help="Device that computes: cpu, cuda, or auto, which takes CUDA where it is present.",
+        shell_complete=completion.of(["auto", "cpu", "cuda"]),
+        help="Where this command computes: cpu, cuda, or auto, which takes CUDA where it is present. The target device "
+        "of the model is chosen by the recipe.",
     ),
     click.option(
         "--dtype",
         type=click.Choice(["auto", "bfloat16", "float32"]),
         default="auto",
         show_default=True,
-        help="Type of the matrix products. auto is bfloat16 where the device multiplies it, otherwise float32.",
+        help="Type of the matrix products. auto is bfloat16 where the device computes in it, otherwise float32.",
     ),
     click.option("--restart", is_flag=True, help="Discard an unfinished run instead of continuing it."),
-    click.option("--force", is_flag=True, help="Replace what an earlier run made at --output, at the end."),
+    click.option(
+        "--force", is_flag=True, help="Replace the result of an earlier run at --output, when this run is complete."
+    ),
 )
-
-
-@contextmanager
-def resumable() -> Iterator[None]:
-    """Around a command that continues where it was when it is repeated: Ctrl-C and SIGTERM say so."""
-    with terminating_as_interrupt():
-        try:
-            yield
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt("repeat the command to continue") from None
 
 
 def wait_politely() -> None:

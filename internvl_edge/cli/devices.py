@@ -20,7 +20,8 @@ def command(table: Path | None, as_json: bool) -> None:
     devices = Devices(table)
     if as_json:
         every = {name: asdict(device) | {"formats": device.formats} for name, device in devices.all.items()}
-        print_json({"devices": every, "groups": {name: asdict(group) for name, group in devices.groups.items()}})
+        groups = {name: asdict(group) for name, group in devices.groups.items()}
+        print_json({"devices": every, "groups": groups, "families": devices.families})
         return
     print_columns(
         ["name", "memory", "bandwidth", "compute", "TensorRT", "formats", "title"],
@@ -37,5 +38,7 @@ def command(table: Path | None, as_json: bool) -> None:
             for device in devices.all.values()
         ],
     )
+    for name, members in devices.families.items():
+        click.echo(f"plan --device {name}: {len(members)} devices, {members[0]} to {members[-1]}")
     for group in devices.groups.values():
         click.echo(f"build --device {group.name}: {group.title} ({', '.join(group.compute_capabilities)})")

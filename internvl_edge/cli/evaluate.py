@@ -6,9 +6,6 @@ Exit status 1 where a condition of --fail-if holds.
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,63 +13,109 @@ from typing import Any
 import click
 
 from internvl_edge.base.errors import EdgeError
+from internvl_edge.base.extras import require_extras
 from internvl_edge.bundle.gate import METRICS
+from internvl_edge.bundle.manifest import is_bundle
 from internvl_edge.bundle.quality_record import accept_quality, record_quality
 from internvl_edge.evaluation import SUITES, EvaluationSettings, evaluate
-from internvl_edge.evaluation.compare import Progress
 from internvl_edge.evaluation.report import bundle_report, read_report, report_folder, require_own_report, write_report
+from internvl_edge.model.preprocess import MAX_TILES
 
-from .options import loading_options
-from .output import evaluation_rows, evaluation_values, print_json, print_table, say_written
+from . import completion
+from .data_options import MOST_SAMPLES
+from .options import engine_extra, loading_options
+from .output import (
+    evaluation_rows,
+    evaluation_values,
+    print_json,
+    print_table,
+    quiet_option,
+    say_missing_page,
+    say_written,
+    shown_progress,
+    stoppable,
+    typed_command,
+)
 
 
 @click.command("evaluate", epilog=f"Metrics of --fail-if: {', '.join(METRICS)}.")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--reference", help="Compare with this checkpoint (folder or hub id) or bundle.")
+@click.option("--reference", type=click.Path(), help="Checkpoint (folder or hub id) or bundle to compare with.")
 @click.option("--revision", help="Branch, tag or commit of a hub id in --reference.  [default: main]")
-@click.option("--suite", type=click.Choice(list(SUITES)), help="Count exact answers to a suite's questions.")
 @click.option(
-    "--data", type=click.Path(path_type=Path), help="Compare on these images or JSON Lines [default: the built-in set]."
+    "--suite", type=click.Choice(list(SUITES)), help="Suite of questions with known answers; exact answers are counted."
 )
-@click.option("--samples", type=click.IntRange(min=1), help="Ask so many questions [default: 32, of a suite 500].")
-@click.option("--seed", type=int, default=0, show_default=True, help="Choose the questions and their order.")
-@click.option("--max-tiles", type=click.IntRange(min=1), help="Cut an image into at most so many tiles.")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="Images or JSON Lines to compare on, as of calibrate.  [default: the built-in set]",
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(min=1, max=MOST_SAMPLES),
+    help="Number of questions.  [default: 32; 500 with --suite]",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed that chooses the questions and their order.")
+@click.option(
+    "--max-tiles",
+    type=click.IntRange(min=1, max=MAX_TILES),
+    help="Maximum number of tiles per image.  [default: the checkpoint's limit]",
+)
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(min=1),
     default=64,
     show_default=True,
-    help="Compare at most so many tokens of an answer.",
+    help="Maximum number of tokens of an answer that are compared.",
 )
 @click.option(
     "--fail-if",
     "fail_if",
     multiple=True,
     metavar="CONDITION",
-    help='Fail if a condition such as "kl>0.05" or "exact_match<0.95" holds (repeatable).',
+    shell_complete=completion.of(METRICS),
+    help='Exit with status 1 if this condition is true, such as "kl>0.05" or "exact_match<0.95" (repeatable).',
 )
 @click.option(
     "--replace",
     "replace_larger",
     is_flag=True,
-    help="Replace recorded figures also if they come from more questions or longer answers.",
+    help="Replace recorded figures even if they come from more questions or longer answers.",
 )
-@click.option("--accept", metavar="REASON", help="Use the bundle although its gate failed: no warnings.")
-@click.option("--record/--no-record", default=True, show_default=True, help="Put the figures into the manifest.")
 @click.option(
-    "--report", type=click.Path(path_type=Path), help="Write report.json and report.html here [default: BUNDLE.report]."
+    "--accept",
+    metavar="REASON",
+    help="Accept a bundle that failed its conditions: loading it gives no warning. The reason is stored in the bundle.",
+)
+@click.option(
+    "--record/--no-record", default=True, show_default=True, help="Store the figures in the bundle's manifest."
+)
+@click.option(
+    "--report",
+    type=click.Path(path_type=Path),
+    help="Folder for report.json and report.html.  [default: BUNDLE.report]",
 )
 @click.option("--no-report", is_flag=True, help="Write no report.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@quiet_option
 @loading_options
+@stoppable("nothing is recorded; repeat the command to measure again")
 def command(
-    bundle: Path, accept: str | None, record: bool, report: Path | None, no_report: bool, as_json: bool, **values: Any
+    bundle: Path,
+    accept: str | None,
+    record: bool,
+    report: Path | None,
+    no_report: bool,
+    as_json: bool,
+    quiet: bool,
+    **values: Any,
 ) -> int:
-    """Measure how good BUNDLE is.
+    """Measure the quality of BUNDLE's answers.
 
-    With --reference, both answer the same questions: how far do predictions and answers differ? With --suite, answers
-    are compared with the right ones; with both, those of the reference too. Figures and conditions go into the bundle's
-    manifest and into a report. ONNX Runtime computes them unless --engine or --device says otherwise.
+    With --reference, predictions and answers are compared with those of the reference on the same questions. With
+    --suite, answers are compared with known answers; with both, those of the reference are too. Figures and conditions
+    are stored in the bundle's manifest and in a report. ONNX Runtime computes them unless --engine or --device says
+    otherwise.
     """
     folder = None if no_report else report or report_folder(bundle)
     values["replace_larger"] |= not record
@@ -81,8 +124,15 @@ def command(
         accepted = accept_quality(bundle, accept)
         click.echo(f"{bundle}: accepted, {accepted.state}: {accepted.accepted}")
         return 0
+    require_extras("evaluate", *_extras(settings), *(("report",) if report else ()))
     _require_writable(bundle if record else None, folder)
-    with _bars() as progress:
+    if folder:
+        say_missing_page(quiet)
+    with shown_progress(quiet) as progress:
+        if settings.engine == "auto" and settings.device in ("auto", "cpu"):
+            progress.remark(
+                "engine: onnxruntime (figures are about the bundle; --engine openvino measures what it rounds)"
+            )
         result = evaluate(settings, progress)
     quality = replace(result.quality, accepted=accept or "")
     if as_json:
@@ -96,9 +146,19 @@ def command(
     if record:
         record_quality(bundle, quality)
     if folder:
-        found = bundle_report(bundle, quality, result.comparison, result.suite)
+        found = bundle_report(bundle, quality, result.comparison, result.suite, typed_command())
         say_written(write_report(found.completed_by(read_report(folder)), folder))
     return 1 if result.failed else 0
+
+
+def _extras(settings: EvaluationSettings) -> list[str]:
+    """List the extras that an evaluation needs."""
+    extras = [*engine_extra(settings.device, settings.engine)]
+    if settings.reference is not None and not is_bundle(Path(settings.reference)):
+        extras.append("export")
+    if settings.suite is not None or (settings.reference is not None and settings.data is None):
+        extras.append("synthetic")
+    return extras
 
 
 def _require_writable(bundle: Path | None, report: Path | None) -> None:
@@ -110,22 +170,3 @@ def _require_writable(bundle: Path | None, report: Path | None) -> None:
         there = next(folder for folder in (report, *report.absolute().parents) if folder.exists())
         if not os.access(there, os.W_OK):
             raise EdgeError(f"the report cannot be written to {report}; give another --report, or --no-report")
-
-
-@contextmanager
-def _bars() -> Iterator[Progress | None]:
-    """Show a bar for the suite and one for the comparison on a terminal's standard error; None where it is none."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    bars: list[Any] = []
-    with ExitStack() as shown:
-
-        def advance(done: int, total: int) -> None:
-            if not done:
-                shown.close()
-                bars.append(shown.enter_context(click.progressbar(length=total, label="evaluate", file=sys.stderr)))
-            else:
-                bars[-1].update(1)
-
-        yield advance

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 
 import click
 
-from internvl_edge.base.extras import requires
+from internvl_edge.base.extras import require_extras, requires
 from internvl_edge.base.units import size
 from internvl_edge.bundle.manifest import DecoderQuantization, Manifest
 from internvl_edge.bundle.names import DECODERS
@@ -17,11 +16,11 @@ from internvl_edge.checkpoint.hub import resolve_checkpoint
 from internvl_edge.model.linear import count_schemes
 
 from .checkpoint_options import revision_option
-from .output import print_json
+from .output import hint, print_json, quiet_option, shown_progress, tower_text
 
 
 @click.command("export")
-@click.argument("checkpoint")
+@click.argument("checkpoint", type=click.Path())
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Bundle folder to make.")
 @revision_option
 @click.option(
@@ -60,6 +59,7 @@ from .output import print_json
 )
 @click.option("--force", is_flag=True, help="Replace the bundle if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@quiet_option
 def command(
     checkpoint: str,
     output: Path,
@@ -71,25 +71,29 @@ def command(
     int8_prompts: bool,
     force: bool,
     as_json: bool,
+    quiet: bool,
 ) -> None:
     """Convert CHECKPOINT, a folder or a hub id, to a bundle.
 
     A bundle is one folder with ONNX graphs, weights, tokenizer and a manifest. CHECKPOINT may be quantized.
     """
     started = time.perf_counter()
+    require_extras("export", "export")
     with requires("export", "export"):
         from internvl_edge.export import export_bundle
-    folder = export_bundle(
-        resolve_checkpoint(checkpoint, revision),
-        output,
-        dtype,
-        activations,
-        dialects=dialects or tuple(DECODERS),
-        token_table=token_table,
-        int8_prompts=int8_prompts,
-        force=force,
-        progress=sys.stderr.isatty(),
-    )
+    source = resolve_checkpoint(checkpoint, revision)
+    with shown_progress(quiet) as progress:
+        folder = export_bundle(
+            source,
+            output,
+            dtype,
+            activations,
+            dialects=dialects or tuple(DECODERS),
+            token_table=token_table,
+            int8_prompts=int8_prompts,
+            force=force,
+            progress=progress,
+        )
     seconds = time.perf_counter() - started
     total = sum(path.stat().st_size for path in folder.iterdir())
     manifest = Manifest.read(folder)
@@ -103,19 +107,14 @@ def command(
     if manifest.linears:
         click.echo(f"quantized: {count_schemes(manifest.linears.values())}")
     if manifest.schemes("vision."):
-        click.echo(_tower(manifest))
+        click.echo(tower_text(manifest))
     if manifest.quantization:
         click.echo(_decoder(manifest.quantization))
-    click.echo(f'Try: internvl-edge run {folder} --image PHOTO.jpg "What is this?"')
-
-
-def _tower(manifest: Manifest) -> str:
-    count = len(manifest.schemes("vision.")) + len(manifest.schemes("projector."))
-    floats = manifest.floats("vision.", "projector.")
-    return f"{count} linears of the tower in int8" + (f"; floats in {', '.join(floats)}" if floats else "")
+    if not quiet:
+        hint("run", folder, "--image", "PHOTO.jpg", "What is this?", after="Try")
 
 
 def _decoder(quantization: DecoderQuantization) -> str:
     error = quantization.weight_error
-    lost = f"off by {error:.1e} in the standard dialect" if error else "those of the checkpoint"
-    return f"decoder: {quantization.bits_per_weight:.2f} bits per weight, weights {lost}"
+    lost = f"RMS weight error {error:.1e} in the standard dialect" if error else "weights equal to the checkpoint's"
+    return f"decoder: {quantization.bits_per_weight:.2f} bits per weight, {lost}"

@@ -11,12 +11,16 @@ from typing import Any
 
 import click
 
+from internvl_edge.base.progress import Progress
+from internvl_edge.bundle.manifest import Manifest
 from internvl_edge.bundle.names import DECODERS
-from internvl_edge.runtime.engines.choice import ENGINES
-from internvl_edge.runtime.model import DEFAULT_CONTEXT, DEVICES, InternVL
+from internvl_edge.model.context import DEFAULT_CONTEXT
+from internvl_edge.runtime.engines.choice import ENGINES, choose
+from internvl_edge.runtime.model import DEVICES, InternVL
 from internvl_edge.runtime.options import ChatOptions
 
 Command = Callable[..., Any]
+LOADING_NAMES = ("device", "engine", "dialect", "context", "threads", "exact")
 
 _LOADING = (
     click.option(
@@ -24,7 +28,7 @@ _LOADING = (
         type=click.Choice(DEVICES),
         default="auto",
         show_default=True,
-        help="Device that runs the bundle. auto is cpu; cuda runs ONNX Runtime on the GPU; tensorrt runs the engines "
+        help="Where the bundle runs. auto is cpu; cuda runs ONNX Runtime on the GPU; tensorrt runs the engines "
         "that build made.",
     ),
     click.option(
@@ -33,7 +37,7 @@ _LOADING = (
         default="auto",
         show_default=True,
         help="Engine on the CPU. openvino runs the vision tower and prefill, and ONNX Runtime decodes; onnxruntime "
-        "does both; auto takes the faster one.",
+        "does both; auto takes the faster one that the memory allows, and says which.",
     ),
     click.option(
         "--dialect",
@@ -43,25 +47,33 @@ _LOADING = (
     click.option(
         "--context",
         type=int,
-        default=DEFAULT_CONTEXT,
-        show_default=True,
-        help="Capacity of the KV cache: most tokens of prompt and answer together. TensorRT engines have their own.",
+        help="Capacity of the KV cache: maximum number of tokens of prompt and answer together. TensorRT engines have "
+        "their own.  "
+        f"[default: {DEFAULT_CONTEXT}, or the most that the model can have]",
     ),
     click.option("--threads", type=click.IntRange(min=1), help="Number of CPU threads.  [default: all cores]"),
+    click.option(
+        "--exact",
+        is_flag=True,
+        help="Compute in the types of the bundle: OpenVINO does not round to bfloat16, and --engine auto takes ONNX "
+        "Runtime.",
+    ),
 )
 _ANSWERING = (
     click.option(
         "--max-tiles",
         type=int,
         multiple=True,
-        help="Most tiles of an image. Give it once for all images, or once for each image.  [default: the checkpoint's "
-        "limit]",
+        help="Maximum number of tiles per image. Give it once for all images, or once for each image.  [default: the "
+        "checkpoint's limit]",
     ),
     click.option(
         "--system",
         help="System text of the prompt; an empty text leaves the system turn out.  [default: the checkpoint's]",
     ),
-    click.option("--max-new-tokens", type=int, default=1024, show_default=True, help="Most tokens of the answer."),
+    click.option(
+        "--max-new-tokens", type=int, default=1024, show_default=True, help="Maximum number of tokens of the answer."
+    ),
     click.option(
         "--temperature",
         type=float,
@@ -124,6 +136,12 @@ _ANSWERING = (
         "the original model code, which usually leaves black]",
     ),
     click.option(
+        "--plain-text",
+        is_flag=True,
+        help="Read special tokens such as <|im_end|>, and <image> marks, in texts as plain text. The original model "
+        "code does not.",
+    ),
+    click.option(
         "--keep-special",
         is_flag=True,
         help="Keep special tokens such as <box> in the answer. The original model code drops them.",
@@ -132,7 +150,7 @@ _ANSWERING = (
 
 
 def loading_options(command: Command) -> Command:
-    """Add --device, --engine, --dialect, --context and --threads to a command."""
+    """Add --device, --engine, --dialect, --context, --threads and --exact to a command."""
     return _apply(_LOADING, command)
 
 
@@ -141,11 +159,29 @@ def answering_options(command: Command) -> Command:
     return _apply(_ANSWERING, command)
 
 
-def load_model(folder: Path, values: dict[str, Any], rows: int = 1) -> InternVL:
+def load_model(folder: Path, values: dict[str, Any], progress: Progress, rows: int = 1) -> InternVL:
     """Load a bundle as the options say. This removes the loading options from `values`. On a GPU there is one row."""
-    names = ("device", "engine", "dialect", "context", "threads")
-    loading = {name: values.pop(name) for name in names}
-    return InternVL.load(folder, rows=rows if loading["device"] in ("auto", "cpu") else 1, **loading)
+    options = {name: values.pop(name) for name in LOADING_NAMES}
+    with progress.phase(f"loading {folder}"):
+        options["engine"] = chosen_engine(folder, options, progress)
+        return InternVL.load(folder, rows=rows if options["device"] in ("auto", "cpu") else 1, **options)
+
+
+def engine_extra(device: str, engine: str) -> tuple[str, ...]:
+    """Return the extra that runs bundles on a device; TensorRT says itself what it needs."""
+    if device == "tensorrt":
+        return ()
+    return ("gpu" if device == "cuda" else "openvino" if engine == "openvino" else "cpu",)
+
+
+def chosen_engine(folder: Path, options: dict[str, Any], progress: Progress) -> str:
+    """Return the engine to load; say which one "auto" takes on the CPU, and why."""
+    name: str = options["engine"]
+    if name == "auto" and options["device"] in ("auto", "cpu"):
+        choice = choose(Manifest.read(folder), options["dialect"], options["exact"])
+        progress.remark(f"engine: {choice}")
+        return choice.engine
+    return name
 
 
 def chat_options(values: dict[str, Any]) -> ChatOptions:

@@ -9,47 +9,59 @@ from typing import Any
 import click
 
 from internvl_edge.base.errors import EdgeError
-from internvl_edge.base.units import size
+from internvl_edge.base.units import rounded, short_time, size
 from internvl_edge.bundle.manifest import Manifest, is_bundle
 from internvl_edge.bundle.names import EMBEDDINGS
 from internvl_edge.checkpoint.config_reader import read_config
 from internvl_edge.checkpoint.hub import refuse_revision, resolve_configuration
 from internvl_edge.model.config import ModelConfig
-from internvl_edge.planning.devices import Device, Devices
+from internvl_edge.model.context import checked_context
+from internvl_edge.planning.devices import FLAVOURS, Device, Devices
 from internvl_edge.planning.footprint import RECIPES, Footprint, Storage
 from internvl_edge.planning.planner import TILE_LIMITS, Plan, make_plan, predict, tile_table, tiles_of
 from internvl_edge.planning.storage import bundle_storage, checkpoint_storage, recipe_storage
 from internvl_edge.recipe.files import make_recipe, presets, read_recipe
 
+from . import completion
 from .checkpoint_options import revision_option
 from .output import print_columns, print_json
 
 DEFAULT_CONTEXT = 4096
+_GROUPS = {
+    "tensorrt": "Jetson, with the TensorRT of JetPack:",
+    "tensorrt_rtx": "RTX cards and workstations, with TensorRT for RTX:",
+}
 
 
 @click.command("plan")
-@click.argument("path")
+@click.argument("path", type=click.Path())
 @revision_option
 @click.option(
-    "--device", "name", help="Target device: a name from `internvl-edge devices`.  [default: all, in one table]"
+    "--device",
+    "name",
+    shell_complete=completion.devices,
+    help="Device to predict for: a name from `internvl-edge devices`, or a family (jetson, orin, rtx).  [default: all "
+    "devices, in one table]",
 )
 @click.option("--devices", "table", type=click.Path(path_type=Path), help="A TOML file with more devices.")
 @click.option(
     "--recipe",
     default="all",
     show_default=True,
+    shell_complete=completion.planned_recipes,
     help=f"Recipe to predict for: a preset ({', '.join(presets())}), a recipe file, or one of [{'; '.join(RECIPES)}]. "
     "all compares the recipes in brackets.",
 )
 @click.option(
-    "--max-tiles", type=click.IntRange(min=1, max=128), help="Most tiles of an image.  [default: the model's limit]"
+    "--max-tiles",
+    type=click.IntRange(min=1, max=128),
+    help="Maximum number of tiles per image.  [default: the model's limit]",
 )
 @click.option(
     "--context",
     type=click.IntRange(min=2),
-    default=DEFAULT_CONTEXT,
-    show_default=True,
-    help="Capacity of the KV cache: most tokens of prompt and answer together.",
+    help="Capacity of the KV cache: maximum number of tokens of prompt and answer together.  "
+    f"[default: {DEFAULT_CONTEXT}, or the most that the model can have]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
@@ -59,7 +71,7 @@ def command(
     table: Path | None,
     recipe: str,
     max_tiles: int | None,
-    context: int,
+    context: int | None,
     as_json: bool,
 ) -> None:
     """Predict the memory and speed of PATH on a device: a bundle, a checkpoint, its config.json or a hub id.
@@ -68,7 +80,7 @@ def command(
     bandwidth and arithmetic rate. Advice follows for a model that does not fit.
     """
     devices = Devices(table)
-    chosen = [devices.device(name)] if name else list(devices.all.values())
+    chosen = devices.family(name) if name else list(devices.all.values())
     config, fixed, stored = _source(path, revision)
     recipes = {"as it is": fixed} if fixed else RECIPES
     if recipe != "all":
@@ -76,8 +88,9 @@ def command(
             raise EdgeError(f"{path} is quantized already; leave out --recipe, or plan the original checkpoint")
         recipes = {recipe: RECIPES.get(recipe) or recipe_storage(make_recipe(read_recipe(recipe)))}
     limit = max_tiles or config.max_tiles
+    capacity = checked_context(config.decoder, context, DEFAULT_CONTEXT)
     plans = [
-        make_plan(config, device, label, storage, context=context, max_tiles=limit)
+        make_plan(config, device, label, storage, context=capacity, max_tiles=limit)
         for device in chosen
         for label, storage in recipes.items()
     ]
@@ -90,11 +103,16 @@ def command(
     if stored:
         print_columns(["bundle", "stored", "counted"], [[part, size(a), size(b)] for part, (a, b) in stored.items()])
         click.echo()
-    _print_plans(plans)
-    if name:
+    if len(chosen) > 1:
+        _print_overview(plans)
+    else:
+        _print_plans(plans)
         _print_details(plans[-1])
         _print_tiles(config, chosen[0], list(recipes.values())[-1])
-    click.echo("Speeds are predictions: bounds from nominal bandwidth and arithmetic (roofline), not measurements.")
+    click.echo(
+        "Speeds are predictions and not measurements: upper bounds from nominal\n"
+        "bandwidth and arithmetic rates (roofline)."
+    )
 
 
 def _source(path: str, revision: str | None) -> tuple[ModelConfig, Storage | None, dict[str, tuple[int, int]] | None]:
@@ -124,31 +142,76 @@ def _source(path: str, revision: str | None) -> tuple[ModelConfig, Storage | Non
     return config, checkpoint_storage(folder, config), None
 
 
-def _print_plans(plans: list[Plan]) -> None:
+def _print_overview(plans: list[Plan]) -> None:
+    """Print one line for each device: the recipe with the least loss that fits it."""
+    best: dict[str, Plan] = {}
+    for plan in plans:
+        if plan.device.name not in best or (plan.fits and not best[plan.device.name].fits):
+            best[plan.device.name] = plan
+    shown = sorted(best.values(), key=lambda plan: FLAVOURS.index(plan.device.flavour))
+    groups: dict[int, str] = {}
+    for number, plan in enumerate(shown):
+        if _GROUPS[plan.device.flavour] not in groups.values():
+            groups[number] = _GROUPS[plan.device.flavour]
     print_columns(
-        ["device", "recipe", "weights", "KV cache", "in all", "usable", "", "first token", "tokens/s"],
+        ["device", "fits with", "needs", "of", "first", "tokens/s"],
         [
             [
                 plan.device.name,
+                plan.recipe if plan.fits else "too large",
+                _gigabytes(plan.memory.total),
+                _gigabytes(plan.device.usable_memory),
+                short_time(plan.speed.first_token_s),
+                _rate(plan.speed.decode_tokens_per_s),
+            ]
+            for plan in shown
+        ],
+        groups,
+    )
+    first = shown[0]
+    click.echo(
+        f"GB of memory for a context of {first.context} tokens; time to the first token of an\n"
+        f"answer about an image of {first.speed.tiles} tiles. --device NAME shows all recipes of one."
+    )
+
+
+def _print_plans(plans: list[Plan]) -> None:
+    """Print one line for each recipe on one device, and advice."""
+    device = plans[0].device
+    click.echo(f"{device.title}: {size(device.usable_memory)} of {size(device.memory)} are usable")
+    print_columns(
+        ["recipe", "weights", "KV cache", "in all", "", "first", "tokens/s"],
+        [
+            [
                 plan.recipe,
                 size(plan.memory.vision + plan.memory.decoder + plan.memory.head),
                 size(plan.memory.kv_cache),
                 size(plan.memory.total),
-                size(plan.device.usable_memory),
                 "fits" if plan.fits else "too large",
-                f"{plan.speed.first_token_s:.2f} s",
-                f"{plan.speed.decode_tokens_per_s:.0f}",
+                short_time(plan.speed.first_token_s),
+                _rate(plan.speed.decode_tokens_per_s),
             ]
             for plan in plans
         ],
     )
+    advised: dict[str, list[str]] = {}
     for plan in plans:
         for advice in plan.advice:
-            click.echo(f"{plan.device.name}, {plan.recipe}: {advice}")
+            advised.setdefault(advice, []).append(plan.recipe)
+    for advice, recipes in advised.items():
+        click.echo(f"{'; '.join(recipes)}: {advice}")
+
+
+def _gigabytes(count: int) -> str:
+    return rounded(count / 1e9, 3)
+
+
+def _rate(tokens_per_s: float) -> str:
+    return "over 9999" if tokens_per_s > 9999 else rounded(tokens_per_s, 3)
 
 
 def _print_details(plan: Plan) -> None:
-    click.echo(f"\n{plan.device.title}, {plan.recipe}, context {plan.context}:")
+    click.echo(f"\nMemory with {plan.recipe}, context {plan.context}:")
     for part, count in asdict(plan.memory).items():
         click.echo(f"  {part.replace('_', ' '):<20} {size(count):>10}")
 
@@ -161,12 +224,12 @@ def _print_tiles(config: ModelConfig, device: Device, storage: Storage) -> None:
     )
     footprint = Footprint(config, storage)
     speeds = [predict(footprint, device, tiles_of(config, limit)) for limit in TILE_LIMITS]
-    click.echo(f"\nAt most so fast on {device.title}, for images that use the whole limit:")
+    click.echo(f"\nTheoretical upper bound on {device.title} when an image uses the full tile limit:")
     rows: list[tuple[str, list[Any]]] = [
         ("tiles", [speed.tiles for speed in speeds]),
         ("prompt tokens", [speed.prompt_tokens for speed in speeds]),
-        ("vision", [f"{speed.vision_s:.2f} s" for speed in speeds]),
-        ("first token", [f"{speed.first_token_s:.2f} s" for speed in speeds]),
-        ("tokens/s", [f"{speed.decode_tokens_per_s:.0f}" for speed in speeds]),
+        ("vision", [short_time(speed.vision_s) for speed in speeds]),
+        ("first token", [short_time(speed.first_token_s) for speed in speeds]),
+        ("tokens/s", [_rate(speed.decode_tokens_per_s) for speed in speeds]),
     ]
     print_columns(["limit", *(str(limit) for limit in TILE_LIMITS)], [[label, *cells] for label, cells in rows])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -11,13 +10,22 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from internvl_edge.base.errors import EdgeError
-from internvl_edge.base.extras import requires
-from internvl_edge.base.units import size
+from internvl_edge.base.extras import require_extras, requires
+from internvl_edge.base.units import rounded, size
 from internvl_edge.checkpoint.hub import resolve_checkpoint
 
 from .checkpoint_options import revision_option
-from .data_options import calibration_options, compute_options, data_options, resumable, wait_politely
-from .output import print_json, say_written
+from .data_options import calibration_options, compute_options, data_options, wait_politely
+from .output import (
+    hint,
+    print_json,
+    quiet_option,
+    say_missing_page,
+    say_written,
+    shown_progress,
+    stoppable,
+    typed_command,
+)
 from .recipe_options import recipe_of, recipe_options
 
 if TYPE_CHECKING:
@@ -26,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @click.command("quantize")
-@click.argument("checkpoint")
+@click.argument("checkpoint", type=click.Path())
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Checkpoint folder to make.")
 @revision_option
 @recipe_options
@@ -35,17 +43,20 @@ if TYPE_CHECKING:
 )
 @calibration_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@resumable()
-def command(checkpoint: str, output: Path, stats: Path | None, as_json: bool, **values: Any) -> None:
+@quiet_option
+@stoppable("repeat the command to continue")
+def command(checkpoint: str, output: Path, stats: Path | None, as_json: bool, quiet: bool, **values: Any) -> None:
     """Quantize the decoder of CHECKPOINT (a folder or a hub id), its vision tower or both, into another checkpoint.
 
-    The result is in the format of AutoAWQ or compressed-tensors, and export accepts it. To resume a killed run, repeat
+    The result is in the format of AutoAWQ or compressed-tensors, and export accepts it. To resume a stopped run, repeat
     the command.
     """
     started = time.perf_counter()
     recipe = recipe_of(values)
     wait_politely()
-    with requires("quantize", "quantize"):
+    draws = stats is None and values["data"] is None and (recipe.needs_data or recipe.vision == "int8")
+    require_extras("quantize", "quantize", *(("synthetic",) if draws else ()))
+    with shown_progress(quiet) as progress, progress.waiting("loading torch"), requires("quantize", "quantize"):
         from internvl_edge.evaluation.report import checkpoint_report, write_report
         from internvl_edge.quantize import quantize_checkpoint
     if stats is not None and values["data"] is not None:
@@ -54,20 +65,22 @@ def command(checkpoint: str, output: Path, stats: Path | None, as_json: bool, **
         raise EdgeError("nothing in this recipe looks at data: it rounds to the nearest; leave out --data and --stats")
     options, compute = data_options(values), compute_options(values)
     source = resolve_checkpoint(checkpoint, values["revision"])
-    report = quantize_checkpoint(
-        source,
-        output,
-        recipe,
-        data=options if stats is None else None,
-        stats=stats,
-        compute=compute,
-        restart=values["restart"],
-        force=values["force"],
-        progress=sys.stderr.isatty(),
-    )
+    say_missing_page(quiet)
+    with shown_progress(quiet) as progress:
+        report = quantize_checkpoint(
+            source,
+            output,
+            recipe,
+            data=options if stats is None else None,
+            stats=stats,
+            compute=compute,
+            restart=values["restart"],
+            force=values["force"],
+            progress=progress,
+        )
     seconds = time.perf_counter() - started
     record = report.record
-    say_written(write_report(checkpoint_report(report.folder, record), report.folder))
+    say_written(write_report(checkpoint_report(report.folder, record, typed_command()), report.folder))
     if as_json:
         facts = {
             "checkpoint": str(report.folder),
@@ -95,7 +108,8 @@ def command(checkpoint: str, output: Path, stats: Path | None, as_json: bool, **
         click.echo(_precisions(record))
     if report.vision:
         click.echo(_tower(report.vision))
-    click.echo(f"Next: internvl-edge export {report.folder} -o BUNDLE")
+    if not quiet:
+        hint("export", report.folder, "-o", "BUNDLE")
 
 
 def _precisions(record: QuantizationRecord) -> str:
@@ -103,15 +117,15 @@ def _precisions(record: QuantizationRecord) -> str:
     counts = Counter(linear.stored for linear in layers)
     said = ", ".join(f"{count} {scheme}" for scheme, count in counts.most_common())
     return (
-        f"decoder: {record.bits_per_weight:.3f} bits per weight, a divergence of {record.predicted_kl:.2e} nats is "
-        f"predicted; linears: {said}"
+        f"decoder: {record.bits_per_weight:.2f} bits per weight, predicted KL divergence "
+        f"{rounded(record.predicted_kl or 0)} nats; linears: {said}"
     )
 
 
 def _tower(vision: VisionReport) -> str:
     lines = [
-        f"int8 vision: cosine of the image embeddings to the float tower's {vision.cosine:.5f}, worst of "
-        f"{vision.tiles} tiles {vision.lowest_cosine:.5f}; {len(vision.layers) - len(vision.floats)} of "
-        f"{len(vision.layers)} linears are int8"
+        f"int8 vision tower: cosine between its image embeddings and those of the float tower: mean "
+        f"{vision.cosine:.5f}, lowest of {vision.tiles} tiles {vision.lowest_cosine:.5f}; "
+        f"{len(vision.layers) - len(vision.floats)} of {len(vision.layers)} linears are int8"
     ]
-    return "\n".join(lines + [f"  {name} keeps floats: {vision.layers[name]['reason']}" for name in vision.floats])
+    return "\n".join(lines + [f"  {name} stays in float: {vision.layers[name]['reason']}" for name in vision.floats])

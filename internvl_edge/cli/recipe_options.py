@@ -19,20 +19,26 @@ from internvl_edge.recipe.recipe import (
     VisionInt8,
 )
 
+from . import completion
+
 Command = Callable[..., Any]
 
 _OPTIONS = (
     click.option(
         "--recipe",
-        help=f"A preset ({', '.join(presets())}) or a TOML file. The options below replace single fields of it.",
+        shell_complete=completion.recipes,
+        help=f"Recipe: a preset ({', '.join(presets())}) or a TOML file. The options below replace single fields "
+        "of it.",
     ),
     click.option(
         "--scheme",
+        shell_complete=completion.of(DECODER_SCHEMES),
         help=f"Scheme of the decoder's linears: {', '.join(DECODER_SCHEMES)}.  [default: {DECODER_SCHEMES[0]}; with "
         "--vision int8: fp]",
     ),
     click.option(
         "--group-size",
+        shell_complete=completion.of(["32", "64", "128"]),
         type=int,
         help=f"Group size of 4-bit weights, in inputs per scale: 32, 64 or 128.  [default: {Recipe.group_size}]",
     ),
@@ -70,18 +76,19 @@ _OPTIONS = (
     click.option(
         "--target-bits",
         type=float,
-        help="Choose the precision of each decoder linear: the least divergence at this average of bits per weight, "
-        "scales and zero points included.",
+        help="Choose the precision of each decoder linear so that the predicted divergence is lowest at this average "
+        "number of bits per weight, scales and zero points included.",
     ),
     click.option(
         "--max-kl",
         type=float,
-        help="Choose the precision of each decoder linear: the fewest bits whose predicted KL divergence (mean, in "
-        "nats) is at most this; 0 sets no limit.  "
+        help="Choose the precision of each decoder linear with the fewest bits that keep the predicted KL divergence "
+        "(mean, in nats) at or below this value; 0 sets no limit.  "
         f"[default: none; with w8a8: {DecoderInt8.max_kl}]",
     ),
     click.option(
         "--vision",
+        shell_complete=completion.of(["fp", "int8"]),
         help=f"Scheme of the vision tower and projector: fp, or int8 weights and inputs.  [default: {Recipe.vision}]",
     ),
     click.option(
@@ -97,14 +104,14 @@ _OPTIONS = (
     click.option(
         "--vision-cosine",
         type=float,
-        help="Keep linears of the vision tower in floats, the most harmful first, until the predicted cosine between "
-        "int8 and float image embeddings reaches this; 0 keeps none.  "
+        help="Keep vision layers in float, the most harmful first, until the predicted cosine between int8 and float "
+        "image embeddings reaches this value; 0 disables.  "
         f"[default: {VisionInt8.cosine}]",
     ),
     click.option(
         "--vision-float",
         multiple=True,
-        help="Pattern (* and ?) of vision or projector linears that keep their floats (repeatable).",
+        help="Pattern (* and ?) of vision or projector linears that stay in float (repeatable).",
     ),
 )
 # Option -> the fields of a recipe that receive its value.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,14 @@ import click
 from click.core import ParameterSource
 
 from internvl_edge.base.errors import PromptError
+from internvl_edge.base.extras import require_extras
 from internvl_edge.base.text import shown
-from internvl_edge.model.prompt import video_question
+from internvl_edge.model.prompt import Text, video_parts
 from internvl_edge.runtime.reply import Reply
 from internvl_edge.runtime.voting import MOST_VOTES, SAMPLING, reasoning_question
 
-from .options import answering_options, chat_options, load_model, loading_options
-from .output import print_json
+from .options import answering_options, chat_options, engine_extra, load_model, loading_options
+from .output import print_json, quiet_option, reading, shown_progress, timing_line
 
 # More rows would not be much faster on a CPU.
 _MOST_ROWS = 8
@@ -28,6 +31,7 @@ _MOST_ROWS = 8
 @click.option(
     "--image",
     "images",
+    type=click.Path(),
     multiple=True,
     help="An image file (repeatable; images take the <image> marks of QUESTION in order).",
 )
@@ -58,6 +62,7 @@ _MOST_ROWS = 8
     is_flag=True,
     help="Print one JSON object with text, tokens and timings instead of streaming the text.",
 )
+@quiet_option
 @loading_options
 @answering_options
 def command(
@@ -70,12 +75,15 @@ def command(
     sure: float | None,
     reason: bool,
     as_json: bool,
+    quiet: bool,
     **values: Any,
 ) -> None:
     """Ask BUNDLE one QUESTION about images or a video, and print the answer.
 
     An image takes the place of its <image> mark in QUESTION. Without marks, images go in front of QUESTION.
     """
+    video_extra = () if video is None else ("video",)
+    require_extras("run", *engine_extra(values["device"], values["engine"]), *video_extra)
     sources: list[Any] = list(images)
     if video is not None:
         if sources:
@@ -83,44 +91,52 @@ def command(
         from internvl_edge.model.video import load_video
 
         sources = list(load_video(video, frames))
-        question, values["max_tiles"] = video_question(question, len(sources)), (1,)
+        values["max_tiles"] = (1,)
     if not question.strip():
         raise PromptError("the question is empty; ask something")
+    asked: Text = question if video is None else video_parts(question, len(sources))
     if votes is not None:
-        _vote(bundle, question, sources, votes, sure, reason, as_json, values)
+        _vote(bundle, asked, sources, votes, sure, reason, as_json, quiet, values)
         return
     if sure is not None:
         raise PromptError("--sure is for votes; give --votes too, or leave it out")
     if reason:
-        question = reasoning_question(question)
-    with load_model(bundle, values) as model:
-        stream = model.stream(question, sources, **chat_options(values))
+        asked = reasoning_question(asked)
+    with ExitStack() as stack:
+        with shown_progress(quiet) as progress:
+            progress.expect(2)
+            model = stack.enter_context(load_model(bundle, values, progress))
+            with progress.phase(reading(len(sources))):
+                stream = model.stream(asked, sources, **chat_options(values))
+                first = [stream.reply.text] if as_json else list(islice(stream, 1))
         if as_json:
             print_json(_as_json(stream.reply))
             return
-        for piece in stream:
+        for piece in chain(first, stream):
             click.echo(piece, nl=False)
         click.echo()
-        if sys.stderr.isatty():
-            timings = stream.reply.timings
-            first, rate = timings["first_token_s"], timings["decode_tokens_per_s"]
-            click.secho(f"first token after {first:.2f} s, then {rate:.1f} tokens/s", dim=True, err=True)
+        if sys.stderr.isatty() and not quiet:
+            click.secho(timing_line(stream.reply), dim=True, err=True)
 
 
 def _vote(
     bundle: Path,
-    question: str,
+    question: Text,
     images: list[Any],
     votes: int,
     sure: float | None,
     reason: bool,
     as_json: bool,
+    quiet: bool,
     values: dict[str, Any],
 ) -> None:
     given = {name for name in SAMPLING if _is_given(name)}
-    with load_model(bundle, values, rows=min(votes, _MOST_ROWS)) as model:
+    with ExitStack() as stack, shown_progress(quiet) as progress:
+        progress.expect(2)
+        model = stack.enter_context(load_model(bundle, values, progress, rows=min(votes, _MOST_ROWS)))
         options = {name: value for name, value in chat_options(values).items() if name not in SAMPLING.keys() - given}
-        outcome = model.vote(question, images, votes, reason=reason, sure=sure, **options)  # type: ignore[arg-type]
+        with progress.phase(f"{votes} votes, {reading(len(images))}"):
+            outcome = model.vote(question, images, votes, reason=reason, sure=sure, **options)  # type: ignore[arg-type]
     if as_json:
         print_json(
             {

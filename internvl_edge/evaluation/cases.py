@@ -33,6 +33,8 @@ class Case:
         images: paths or pictures, in the order of the marks.
         answer: the right answer, "" where none is known.
         task: what kind of question it is; suites count right answers per task.
+        history: earlier questions and answers, whose marks take the first images.
+        system: system text; None is the checkpoint's own.
     """
 
     name: str
@@ -40,6 +42,12 @@ class Case:
     images: tuple[Path | Image.Image, ...] = ()
     answer: str = ""
     task: str = ""
+    history: tuple[tuple[str, str], ...] = ()
+    system: str | None = None
+
+    def options(self, limits: ChatOptions) -> ChatOptions:
+        """Return the limits together with what goes before the question, as a model takes them."""
+        return {**limits, "history": self.history, "system": self.system}
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,7 @@ def read_cases(source: Path | None, count: int, seed: int = 0) -> list[Case]:
     for item in itertools.islice(read_items(source, seed), count):
         if item.problem:
             raise EdgeError(f"{item.name}: {item.problem}; mend or remove it")
-        cases.append(Case(item.name, item.prompt, item.images, item.answer))
+        cases.append(Case(item.name, item.prompt, item.images, item.answer, history=item.history, system=item.system))
     return cases
 
 

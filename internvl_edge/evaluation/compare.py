@@ -19,6 +19,7 @@ from PIL import Image
 
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.folders import scratch_folder
+from internvl_edge.base.progress import SILENT, Progress
 from internvl_edge.base.run_record import RunRecord, run_record
 from internvl_edge.model.preprocess import load_image
 from internvl_edge.runtime.model import InternVL
@@ -29,7 +30,8 @@ from .cases import Case, QuestionSettings
 from .divergence import Divergence, DivergenceSummary, Histogram, divergence, histogram, summarise
 
 Load = Callable[[], InternVL]
-Progress = Callable[[int, int], object]
+# Phases of the progress that `compare` shows.
+COMPARISON_PHASES = 2
 
 # Small pictures of a question: at most so many, so many pixels wide or high, in this JPEG quality.
 _PICTURES = 3
@@ -77,7 +79,7 @@ class Comparison:
         answers: figures along the given answers (perplexity among them); None where the data has none.
         worst_case: name of the case with the largest divergence at a token.
         histogram: of the divergence at each token of the greedy answers.
-        samples: some cases with both answers: the worst, and others at even distances, pictures first.
+        samples: some cases with both answers: first those that differ, then the worst and evenly spaced others.
         run: of the whole comparison.
     """
 
@@ -106,7 +108,7 @@ class Comparison:
             "same_answers": self.same_answers,
             "same_tokens": self.same_prefix,
         }
-        if self.answers:
+        if self.answers and self.answers.has_perplexity:
             figures["perplexity_ratio"] = self.answers.candidate_perplexity / self.answers.reference_perplexity
         return figures
 
@@ -116,7 +118,7 @@ def compare(
     load_reference: Load,
     cases: Sequence[Case],
     settings: QuestionSettings,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = SILENT,
     *,
     reference: str = "",
     shown: int = 0,
@@ -127,7 +129,7 @@ def compare(
         load_candidate, load_reference: load a model; each is closed before the other is loaded.
         cases: at least one.
         settings: the limits of each, and what the comparison says of them.
-        progress: called with the answers so far and those that are wanted in all, first with 0.
+        progress: shows the answers so far.
         reference: its name, for people.
         shown: of how many cases both answers are kept as samples.
 
@@ -136,20 +138,21 @@ def compare(
     """
     if not cases:
         raise EdgeError("there are no cases to compare with; give --samples 1 or more")
-    started, total, options = time.perf_counter(), 2 * len(cases), settings.options
+    started, total, options = time.perf_counter(), len(cases), settings.options
     expected: list[_ReferenceAnswer] = []
     followed: list[_CandidateAnswer] = []
-    progress(0, total)
     with scratch_folder("logits") as folder:
         store = _LogitStore(folder)
-        with load_reference() as model:
+        answering = progress.phase("answering with the reference", total, "questions")
+        with answering as advance, load_reference() as model:
             for index, case in enumerate(cases):
                 expected.append(_ask(model, case, options, store, index))
-                progress(len(expected), total)
-        with load_candidate() as model:
+                advance(1)
+        answering = progress.phase("answering with the bundle", total, "questions")
+        with answering as advance, load_candidate() as model:
             for index, case in enumerate(cases):
                 followed.append(_follow(model, case, options, store, index, expected[index]))
-                progress(len(cases) + len(followed), total)
+                advance(1)
             samples = [
                 _sample(model, cases[index], options, expected[index], followed[index])
                 for index in _chosen(cases, followed, shown)
@@ -227,27 +230,36 @@ def _follow(
 
 
 def _chosen(cases: Sequence[Case], followed: Sequence[_CandidateAnswer], count: int) -> list[int]:
-    """Choose the cases to show: of those with pictures (of all, without any) the worst and evenly spaced ones."""
-    pool = [index for index, case in enumerate(cases) if case.images] or list(range(len(cases)))
-    if not count:
-        return []
-    worst = max(pool, key=lambda index: followed[index].greedy.kl.mean())
+    """Choose the cases to show. Cases whose answers differ come first, of these pictures and large divergences.
+
+    What is left of `count` goes to the others with pictures (to all others, without any): the one with the largest
+    divergence, and evenly spaced ones.
+    """
+    divergences = [float(part.greedy.kl.mean()) for part in followed]
+    different = [index for index, part in enumerate(followed) if not part.greedy.same_answer]
+    different = sorted(different, key=lambda index: (not cases[index].images, -divergences[index]))[:count]
+    same = [index for index in range(len(cases)) if index not in different]
+    pool = [index for index in same if cases[index].images] or same
+    left = count - len(different)
+    if not left or not pool:
+        return different
+    worst = max(pool, key=lambda index: divergences[index])
     others = [index for index in pool if index != worst]
-    step = max(1.0, len(others) / max(1, count - 1))
-    return sorted([worst, *(others[int(n * step)] for n in range(min(count - 1, len(others))))])
+    step = max(1.0, len(others) / max(1, left - 1))
+    return [*different, *sorted([worst, *(others[int(n * step)] for n in range(min(left - 1, len(others))))])]
 
 
 def _sample(
     model: InternVL, case: Case, options: ChatOptions, expected: _ReferenceAnswer, followed: _CandidateAnswer
 ) -> AnswerPair:
     """Let the candidate answer by itself; where every most probable token was the reference's, that is its answer."""
-    same = followed.greedy.same_prefix == len(followed.greedy.kl)
+    same = followed.greedy.same_answer
     return AnswerPair(
         name=case.name,
         question=case.question,
         pictures=tuple(small_picture(image) for image in case.images[:_PICTURES]),
         reference=expected.text,
-        candidate=expected.text if same else model.chat(case.question, list(case.images), **options).text,
+        candidate=expected.text if same else model.chat(case.question, list(case.images), **case.options(options)).text,
         expected=case.answer,
         kl=float(followed.greedy.kl.mean()),
         same=same,
@@ -265,7 +277,7 @@ def small_picture(source: Path | Image.Image) -> str:
 
 def _trace(model: InternVL, case: Case, answer: list[int] | None, options: ChatOptions) -> Trace:
     try:
-        return model.trace(case.question, list(case.images), answer, **options)
+        return model.trace(case.question, list(case.images), answer, **case.options(options))
     except EdgeError as error:
         raise EdgeError(f"{case.name}: {error}") from None
 
@@ -291,7 +303,7 @@ def _joined(
         image_tokens=sum(part.image_tokens for part in followed),
         greedy=summarise(greedy),
         kinds={kind: summarise(parts) for kind, parts in kinds.items()},
-        same_answers=sum(part.same_prefix == len(part.kl) for part in greedy) / len(greedy),
+        same_answers=sum(part.same_answer for part in greedy) / len(greedy),
         same_prefix=sum(part.same_prefix for part in greedy) / sum(len(part.kl) for part in greedy),
         answers=summarise(answers) if answers else None,
         worst_case=cases[worst].name,

@@ -14,6 +14,10 @@ from numpy.typing import NDArray
 # Divergences are counted on a logarithmic axis, four bins for each power of ten.
 _EDGES = tuple(float(edge) for edge in np.logspace(-7, 2, 37))
 
+# Above this, the reference gives each token of a text less than one chance in a thousand on average. The text is then
+# nothing that this model would say, and how much less probable another model finds it tells nothing of its quality.
+MEANINGFUL_PERPLEXITY = 1000.0
+
 
 @dataclass(frozen=True)
 class Divergence:
@@ -29,6 +33,11 @@ class Divergence:
     same_top: NDArray[np.bool_]
     reference_nll: NDArray[np.float64]
     candidate_nll: NDArray[np.float64]
+
+    @property
+    def same_answer(self) -> bool:
+        """Whether the most probable tokens are the same at every position."""
+        return bool(self.same_top.all())
 
     @property
     def same_prefix(self) -> int:
@@ -83,6 +92,11 @@ class DivergenceSummary:
     top1_agreement: float
     reference_perplexity: float
     candidate_perplexity: float
+
+    @property
+    def has_perplexity(self) -> bool:
+        """Whether the perplexities say anything: the reference finds the targets probable at all."""
+        return self.reference_perplexity <= MEANINGFUL_PERPLEXITY
 
 
 def summarise(parts: Iterable[Divergence]) -> DivergenceSummary:

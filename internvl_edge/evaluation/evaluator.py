@@ -13,15 +13,17 @@ from functools import partial
 from pathlib import Path
 
 from internvl_edge.base.errors import EdgeError, QualityWarning
+from internvl_edge.base.progress import Progress, as_progress
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.bundle.gate import METRICS, Condition, Verdict, parse_condition, require_measurable
+from internvl_edge.bundle.manifest import is_bundle
 from internvl_edge.bundle.quality import Measurement, Quality
 from internvl_edge.bundle.quality_record import quality_of
-from internvl_edge.runtime.model import DEFAULT_CONTEXT, InternVL
+from internvl_edge.runtime.model import InternVL
 
 from .cases import SUITES, Case, QuestionSettings, read_cases
-from .compare import Comparison, Progress, compare
-from .reference import reference_bundle
+from .compare import COMPARISON_PHASES, Comparison, compare
+from .reference import REFERENCE_PHASES, reference_bundle
 from .suite import SuiteResult, run_suite
 
 _CASES = 32
@@ -45,8 +47,8 @@ class EvaluationSettings:
         fail_if: conditions, such as "kl>0.05", of which none may hold.
         replace_larger: whether figures may replace recorded ones that come from more questions or longer answers.
         shown: of how many questions the comparison keeps both answers and small pictures.
-        device, engine, dialect, context, threads: as `InternVL.load` takes them. The engine "auto" is ONNX Runtime
-            here: figures are about the bundle, not about what this machine has installed.
+        device, engine, dialect, context, threads, exact: as `InternVL.load` takes them. The engine "auto" is ONNX
+            Runtime here: figures are about the bundle, not about what this machine has installed.
         revision: branch, tag or commit of a hub id in `reference`; None is its main branch.
 
     Raises:
@@ -67,9 +69,10 @@ class EvaluationSettings:
     device: str = "auto"
     engine: str = "auto"
     dialect: str | None = None
-    context: int = DEFAULT_CONTEXT
+    context: int | None = None
     threads: int | None = None
     revision: str | None = None
+    exact: bool = False
 
     def __post_init__(self) -> None:
         conditions = self.conditions
@@ -116,7 +119,7 @@ class EvaluationResult:
         return tuple(verdict for verdict in self.quality.failed if verdict.condition in stated)
 
 
-def evaluate(settings: EvaluationSettings, progress: Progress | None = None) -> EvaluationResult:
+def evaluate(settings: EvaluationSettings, progress: bool | Progress = False) -> EvaluationResult:
     """Measure how good a bundle is.
 
         from internvl_edge import evaluate
@@ -131,8 +134,7 @@ def evaluate(settings: EvaluationSettings, progress: Progress | None = None) -> 
 
     Args:
         settings: what to measure. A bundle that cannot be loaded is found out before the reference is exported.
-        progress: called with the answers so far and those that are wanted in all; with 0 where a suite or a comparison
-            begins. A checkpoint as reference then also shows the bar of its export on standard error.
+        progress: show the progress on standard error.
 
     Returns:
         The figures by metric, the comparison and the suite they come from, and the bundle's quality with the verdicts.
@@ -152,7 +154,7 @@ def evaluate(settings: EvaluationSettings, progress: Progress | None = None) -> 
         _require_no_larger(settings, cases, known)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", QualityWarning)
-        comparison, suite = _measure(settings, cases, progress or (lambda done, total: None), progress is not None)
+        comparison, suite = _measure(settings, cases, as_progress(progress))
     figures = {**(comparison.figures if comparison else {}), **(suite.figures if suite else {})}
     quality = known.with_figures(figures, _measurements(settings, comparison, suite), settings.conditions)
     return EvaluationResult(settings, comparison, suite, figures, quality, replaced=known.replaced(settings.conditions))
@@ -202,16 +204,17 @@ def _require_no_larger(settings: EvaluationSettings, cases: Sequence[Case], know
 
 
 def _measure(
-    settings: EvaluationSettings, cases: Sequence[Case], progress: Progress, shows_export: bool
+    settings: EvaluationSettings, cases: Sequence[Case], progress: Progress
 ) -> tuple[Comparison | None, SuiteResult | None]:
     load_bundle = partial(_load_bundle, settings)
     questions = QuestionSettings(settings.suite or "", settings.seed, settings.max_tiles, _SUITE_ANSWER_TOKENS)
     ask_suite = partial(run_suite, load_bundle, questions, settings.samples or _SUITE_QUESTIONS, progress=progress)
+    progress.expect(_phases(settings))
     if settings.reference is None:
         return None, ask_suite()
-    with load_bundle():
+    with progress.phase("loading the bundle"), load_bundle():
         pass  # whatever keeps it from being loaded is found out now, not after hours of the reference's answers
-    with reference_bundle(str(settings.reference), shows_export, settings.revision) as folder:
+    with reference_bundle(str(settings.reference), progress, settings.revision) as folder:
         load_reference = partial(_load_reference, settings, folder)
         suite = ask_suite(load_reference=load_reference) if settings.suite else None
         data = Path(settings.data).name if settings.data else "built-in pictures and texts"
@@ -227,6 +230,14 @@ def _measure(
     return comparison, suite
 
 
+def _phases(settings: EvaluationSettings) -> int:
+    """The number of phases that the progress shows."""
+    if settings.reference is None:
+        return 1
+    export = 0 if is_bundle(Path(settings.reference)) else REFERENCE_PHASES
+    return 1 + export + (2 if settings.suite else 0) + COMPARISON_PHASES
+
+
 def _load_bundle(settings: EvaluationSettings) -> InternVL:
     return InternVL.load(
         settings.bundle,
@@ -235,13 +246,16 @@ def _load_bundle(settings: EvaluationSettings) -> InternVL:
         dialect=settings.dialect,
         context=settings.context,
         threads=settings.threads,
+        exact=settings.exact,
     )
 
 
 def _load_reference(settings: EvaluationSettings, folder: Path) -> InternVL:
     """Load it for exact answers, whatever runs the bundle: what an engine rounds is part of the bundle's figures."""
     device = "cpu" if settings.device == "tensorrt" else settings.device
-    return _load_bundle(replace(settings, bundle=folder, device=device, engine="onnxruntime", dialect=None))
+    return _load_bundle(
+        replace(settings, bundle=folder, device=device, engine="onnxruntime", dialect=None, exact=False)
+    )
 
 
 def _measurements(

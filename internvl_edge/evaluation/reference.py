@@ -8,12 +8,16 @@ from pathlib import Path
 
 from internvl_edge.base.extras import requires
 from internvl_edge.base.folders import scratch_folder
+from internvl_edge.base.progress import SILENT, Progress
 from internvl_edge.bundle.manifest import is_bundle
 from internvl_edge.checkpoint.hub import refuse_revision, resolve_checkpoint
 
+# Phases of the progress that the export of a checkpoint shows.
+REFERENCE_PHASES = 2
+
 
 @contextmanager
-def reference_bundle(reference: str, progress: bool = False, revision: str | None = None) -> Iterator[Path]:
+def reference_bundle(reference: str, progress: Progress = SILENT, revision: str | None = None) -> Iterator[Path]:
     """The folder of a bundle that says what the reference says.
 
     A checkpoint (a folder or a hub id, in one of its revisions) becomes a temporary bundle of exact float32 weights,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
+from internvl_edge.base.progress import SILENT, Advance, Progress
 from internvl_edge.base.run_record import RunRecord, run_record
 from internvl_edge.runtime.model import InternVL
 
 from .cases import SUITES, QuestionSettings
-from .compare import Load, Progress
+from .compare import Load
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def run_suite(
     settings: QuestionSettings,
     questions: int,
     load_reference: Load | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = SILENT,
 ) -> SuiteResult:
     """Ask every question and compare whole answers, character for character after stripping.
 
@@ -78,19 +78,18 @@ def run_suite(
         load_candidate, load_reference: load a model; the candidate is closed before the reference is loaded.
         settings: the suite, by its name in `SUITES` (`data`), its seed, and the limits of each question.
         questions: how many.
-        progress: called with the answers so far and those that are wanted in all, first with 0.
+        progress: shows the answers so far.
 
     Raises:
         EdgeError: as `InternVL.chat`.
     """
     started = time.perf_counter()
     loads = [load_candidate] if load_reference is None else [load_candidate, load_reference]
-    answers, total = itertools.count(1), len(loads) * questions
-    progress(0, total)
     found = []
-    for load in loads:
-        with load() as model:
-            found.append(_ask(model, settings, questions, lambda: progress(next(answers), total)))
+    for load, who in zip(loads, ("bundle", "reference"), strict=False):
+        label = f"answering the suite with the {who}"
+        with progress.phase(label, questions, "questions") as advance, load() as model:
+            found.append(_ask(model, settings, questions, advance))
     right, mistakes = found[0]
     reference = found[1][0] if load_reference else {}
     return SuiteResult(
@@ -103,7 +102,7 @@ def run_suite(
 
 
 def _ask(
-    model: InternVL, settings: QuestionSettings, questions: int, advance: Callable[[], object]
+    model: InternVL, settings: QuestionSettings, questions: int, advance: Advance
 ) -> tuple[dict[str, list[bool]], list[Mistake]]:
     """Return whether each answer is right, by task, and what was answered where it is not."""
     right: dict[str, list[bool]] = {}
@@ -114,7 +113,7 @@ def _ask(
         right.setdefault(case.task, []).append(exact)
         if not exact:
             mistakes.append(Mistake(case.name, case.answer, text))
-        advance()
+        advance(1)
     return right, mistakes
 
 

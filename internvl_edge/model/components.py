@@ -7,9 +7,11 @@ of the given width. Padding in a file, or a second dialect's copy of quantized w
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+
+from internvl_edge.base.units import size
 
 from .linear import Scheme
 
@@ -102,3 +104,12 @@ def components(
             kinds = tuple(Stored(count, float_name, scheme) for scheme, count in stored.most_common())
             found.append(Component(part, parameters, round(bits / 8), average, kinds))
     return tuple(found)
+
+
+def weights_text(parts: Sequence[Component]) -> str:
+    """Say how large the weights are: "5.03 GB, 4.43 bits per weight, each counted once".
+
+    Files are larger where they hold quantized weights a second time for another kind of engine, and padding.
+    """
+    stored, weights = sum(part.bytes for part in parts), sum(part.parameters for part in parts)
+    return f"{size(stored)}, {8 * stored / max(1, weights):.2f} bits per weight, each counted once"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import codecs
 import re
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ import tokenizers
 from internvl_edge.base.errors import BundleError, PromptError
 from internvl_edge.base.json_files import TOKENIZER_BYTES, parse, read_bytes
 from internvl_edge.base.jsonable import decode
+
+from .prompt import Segment
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{1,2})>")
 _ADVICE = "export the checkpoint again"
@@ -93,6 +96,9 @@ class Tokenizer:
         self._byte_level = _is_byte_level(path, values.get("decoder"))
         self._added = {token.id: token.content.encode() for token in added}
         self._special = {token.id for token in added if token.special}
+        longest_first = sorted((token.content for token in added if token.special), key=len, reverse=True)
+        self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._lock = threading.Lock()
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text. Special tokens are recognised, and InternLM2's `<s>` is put in front.
@@ -100,8 +106,39 @@ class Tokenizer:
         Raises:
             PromptError: half of a surrogate pair, which is not text.
         """
+        return self._encode(text, plain=False)
+
+    def encode_segments(self, segments: Iterable[Segment]) -> list[int]:
+        """Return the token ids of a prompt in which special tokens count only where the template wrote them.
+
+        In typed text, `<|im_end|>` is nothing but these characters. Where no typed text holds a special token, the ids
+        are those of `encode`.
+
+        Raises:
+            PromptError: as `encode`.
+        """
+        segments = list(segments)
+        if self.special_token_in(segment.text for segment in segments if not segment.is_template) is None:
+            return self.encode("".join(segment.text for segment in segments))
+        ids = self.encode("")  # what the tokenizer puts in front
+        between = ""  # a tokenizer looks at the text between two special tokens as a whole
+        for segment in segments:
+            if not segment.is_template:
+                between += segment.text
+                continue
+            start = 0
+            for found in self._special_pattern.finditer(segment.text):
+                ids += self._encode(between + segment.text[start : found.start()], plain=True)
+                ids.append(self.token_id(found[0]))
+                between, start = "", found.end()
+            between += segment.text[start:]
+        return ids + self._encode(between, plain=True)
+
+    def _encode(self, text: str, plain: bool) -> list[int]:
         try:
-            return list(self._tokenizer.encode(text).ids)
+            with self._lock:
+                self._tokenizer.encode_special_tokens = plain
+                return list(self._tokenizer.encode(text, add_special_tokens=not plain).ids)
         except TypeError:
             broken = next(character for character in text if 0xD800 <= ord(character) <= 0xDFFF)
             raise PromptError(

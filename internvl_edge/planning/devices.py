@@ -11,6 +11,7 @@ import math
 import re
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -127,12 +128,21 @@ class Devices:
     @cached_property
     def all(self) -> dict[str, Device]:
         """All devices by name, in the order of the tables."""
-        return {name: device for devices, _ in self._tables for name, device in devices.items()}
+        return {name: device for devices, _, _ in self._tables for name, device in devices.items()}
 
     @cached_property
     def groups(self) -> dict[str, Target]:
         """All groups of devices that share one engine file, by name."""
-        return {name: group for _, groups in self._tables for name, group in groups.items()}
+        return {name: group for _, groups, _ in self._tables for name, group in groups.items()}
+
+    @cached_property
+    def families(self) -> dict[str, list[str]]:
+        """The names of the devices of each family, such as all Jetson Orin, those of the user included."""
+        patterns = {name: family for _, _, families in self._tables for name, family in families.items()}
+        return {
+            name: [device for device in self.all if any(fnmatchcase(device, pattern) for pattern in family)]
+            for name, family in patterns.items()
+        }
 
     def device(self, name: str) -> Device:
         """Return one device. Raise DeviceError, with similar names, where there is no such device."""
@@ -140,10 +150,21 @@ class Devices:
             raise DeviceError(self._unknown(name, list(self.all)))
         return self.all[name]
 
+    def family(self, name: str) -> list[Device]:
+        """Return the device of this name, or the devices of a family. Raise DeviceError as `device` does."""
+        if name in self.all or name not in self.families:
+            if name not in self.all:
+                raise DeviceError(self._unknown(name, [*self.families, *self.all]))
+            return [self.all[name]]
+        return [self.all[member] for member in self.families[name]]
+
     def target(self, name: str) -> Target:
         """Return the target of this name, a group or a device. Raise DeviceError as `device` does."""
         if name in self.groups:
             return self.groups[name]
+        if name in self.families:
+            members = ", ".join(self.families[name])
+            raise DeviceError(f"{name} is a family, and its devices need engines of their own; choose one of {members}")
         if name not in self.all:
             raise DeviceError(self._unknown(name, [*self.groups, *self.all]))
         device = self.all[name]
@@ -153,7 +174,7 @@ class Devices:
     def _unknown(name: str, names: list[str]) -> str:
         near = get_close_matches(name, names, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
-        return f"device {name!r} is not known; {hint}see internvl-edge devices, or add it with --devices FILE"
+        return f"device {shown(name)} is not known; {hint}see internvl-edge devices, or add it with --devices FILE"
 
 
 def _read_text(path: Path) -> str:
@@ -163,9 +184,9 @@ def _read_text(path: Path) -> str:
         raise DeviceError(f"{path} is not UTF-8 ({error}), expected a table of devices") from None
 
 
-def _parse(text: str, where: str) -> tuple[dict[str, Device], dict[str, Target]]:
+def _parse(text: str, where: str) -> tuple[dict[str, Device], dict[str, Target], dict[str, list[str]]]:
     values = toml.parse(text, where, DeviceError)
-    if unknown := set(values) - {"devices", "groups"}:
+    if unknown := set(values) - {"devices", "groups", "families"}:
         raise DeviceError(f"{where}: table {shown(sorted(unknown)[0])} is not known, expected [devices.NAME]")
     for table in ("devices", "groups"):
         if not isinstance(names := values.get(table, {}), dict):
@@ -175,7 +196,14 @@ def _parse(text: str, where: str) -> tuple[dict[str, Device], dict[str, Target]]
                 raise DeviceError(f"{where}: {table}: the name {shown(name)} is not of {PLAIN_NAME}")
     devices = {name: _device(name, entry, where) for name, entry in values.get("devices", {}).items()}
     groups = {name: _group(name, entry, where) for name, entry in values.get("groups", {}).items()}
-    return devices, groups
+    families = values.get("families", {})
+    if not isinstance(families, dict) or not all(map(_is_family, families.values())):
+        raise DeviceError(f'{where}: families is no table of name = ["device", "pattern-*", ...]')
+    return devices, groups, families
+
+
+def _is_family(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(pattern, str) for pattern in value)
 
 
 def _device(name: str, entry: Any, where: str) -> Device:

@@ -35,6 +35,17 @@ _FIELD_KINDS = {
     "tuple[str, ...]": "a list of text",
 }
 
+# What people call a preset, or look for under another name.
+_MEANT = {
+    "jetson": "orin (for Jetson Orin) or thor (for Jetson Thor)",
+    "gpu": "rtx",
+    "cuda": "rtx",
+    "nvidia": "rtx, orin or thor",
+    "laptop": "cpu or rtx",
+    "x86": "cpu",
+    "arm": "cpu",
+}
+
 
 def presets() -> dict[str, dict[str, Any]]:
     """Return the shipped recipes by name, as plain fields."""
@@ -58,9 +69,9 @@ def read_recipe(name: str) -> dict[str, Any]:
         return shipped[name]
     path = Path(name)
     if not (path.suffix or path.exists() or len(path.parts) > 1):
-        near = get_close_matches(name, shipped, n=2, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise EdgeError(f"recipe {name!r} is not known; {hint}presets: {', '.join(shipped)}, or give a file.toml")
+        near = _MEANT.get(name.lower()) or " or ".join(get_close_matches(name, shipped, n=2, cutoff=0.4))
+        hint = f"did you mean {near}? " if near else ""
+        raise EdgeError(f"recipe {shown(name)} is not known; {hint}presets: {', '.join(shipped)}, or give a file.toml")
     try:
         text = read_bytes(path, EdgeError, "expected a recipe in TOML", limit=FILE_BYTES).decode("utf-8")
     except UnicodeDecodeError as error:

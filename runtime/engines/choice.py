@@ -81,5 +81,5 @@ def cpu_engine(
     if name == "openvino":
         from .openvino import OpenVinoEngine
 
-        return OpenVinoEngine(opened, capacity=capacity, rows=rows, threads=threads)
+        return OpenVinoEngine(opened, capacity=capacity, rows=rows, threads=threads, exact=exact)
     return OnnxRuntimeEngine(opened, dialect=dialect, capacity=capacity, rows=rows, threads=threads)

@@ -53,13 +53,17 @@ class OpenVinoEngine(OnnxRuntimeEngine):
         capacity: tokens in each row of the KV cache.
         rows: sequences that the KV cache holds side by side.
         threads: CPU threads; the default is all available cores.
+        exact: do not round to bfloat16.
 
     Raises:
         EngineError: OpenVINO or ONNX Runtime is missing or too old, or cannot read the graphs.
     """
 
-    def __init__(self, opened: Bundle, *, capacity: int, rows: int = 1, threads: int | None = None) -> None:
+    def __init__(
+        self, opened: Bundle, *, capacity: int, rows: int = 1, threads: int | None = None, exact: bool = False
+    ) -> None:
         self._core = _import_openvino().Core()
+        self._exact = exact
         self._requests: list[Any] = []
         super().__init__(opened, capacity=capacity, rows=rows, threads=threads)
         self.tiles_at_once = 1
@@ -124,7 +128,7 @@ class OpenVinoEngine(OnnxRuntimeEngine):
         return self._compiled(opened, names.VISION, threads).create_infer_request()
 
     def _compiled(self, opened: Bundle, name: str, threads: int | None) -> Any:
-        rounds = machine.multiplies_bfloat16() and opened.manifest.activations != "float32"
+        rounds = not self._exact and machine.multiplies_bfloat16() and opened.manifest.activations != "float32"
         properties = {
             "INFERENCE_NUM_THREADS": threads or machine.cores(),
             "NUM_STREAMS": 1,

@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from helpers.cpu_time import cpu_time_below
 from internvl_edge.base.errors import CheckpointError
 from internvl_edge.checkpoint.safetensors_header import BITS, MAX_HEADER_BYTES, read_header
-from internvl_edge.checkpoint.tensor_files import DTYPES, OutTensor, open_tensor_files, write_file
+from internvl_edge.checkpoint.tensor_files import STORED_DTYPES, OutTensor, open_tensor_files, write_file
 
 MUTATIONS = int(os.environ.get("INTERNVL_EDGE_MUTATIONS", "4000"))
 # Where the library reads more than the format's description allows.
@@ -223,7 +223,7 @@ def test_every_type_of_the_format_is_read_and_those_of_no_weights_are_named(tmp_
     assert library_accepts(framed(header))
     assert refusal(path, framed(header)) is None
     tensor = open_tensor_files(tmp_path)["a"]
-    if dtype in DTYPES:
+    if dtype in STORED_DTYPES:
         assert tensor.read().shape == (count,)
     else:
         with pytest.raises(CheckpointError, match=f"tensor a has the unsupported dtype {dtype}"):

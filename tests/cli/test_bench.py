@@ -11,9 +11,10 @@ from click.testing import CliRunner
 from helpers import tiny
 from internvl_edge import export_bundle
 from internvl_edge.base.errors import EdgeError, EngineError
+from internvl_edge.cli import bench as bench_command
 from internvl_edge.cli.bench import command
 from internvl_edge.runtime import limits
-from internvl_edge.runtime.bench import BenchResult, bench
+from internvl_edge.runtime.bench import BenchResult, Figure, bench
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +101,26 @@ def test_a_context_that_is_too_short_is_found_before_measuring(bundle: Path) -> 
 
 def test_spread_is_half_the_range() -> None:
     assert limits.median_and_spread([1.0, 2.0, 4.0]) == (2.0, 0.75)
+
+
+def test_a_plot_has_readable_labels_an_axis_for_each_kind_and_the_processor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import matplotlib as mpl
+
+    mpl.rcParams["svg.fonttype"] = "none"  # text stays text in the file
+    monkeypatch.setattr(bench_command, "processor", lambda: "Some CPU of Mine")
+    figures = [
+        Figure("load", 1.234567, "s"),
+        Figure("prefill 300", 2271.4, "tokens/s", 0.4),
+        Figure("prefill 1800", 22714.0, "tokens/s"),
+        Figure("decode at 300", 84.26, "tokens/s"),
+    ]
+    report = BenchResult("my-bundle", 2, 1e10, 1e11, 10, 10, figures, {})
+    bench_command._plot(report, tmp_path / "plot.svg")
+    text = (tmp_path / "plot.svg").read_text()
+    for label in ("1.23", "2,270", "22,700", "84.3", "my-bundle: Some CPU of Mine, 2 threads"):
+        assert f">{label}<" in text
+    assert ">prefill tokens/s<" in text
+    assert ">decode tokens/s<" in text
+    assert "e+0" not in text

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from helpers.commands import internvl_edge
-from internvl_edge.cli.chat import typed_paths
+from internvl_edge.cli.chat import completions, typed_paths
 from internvl_edge.cli.run import command as run_command
 from internvl_edge.runtime.options import ChatOptions
 
@@ -59,7 +61,7 @@ def test_chat_keeps_history_and_survives_mistakes(bundle: Path, photo: Path) -> 
 
 def test_bytes_that_are_not_text_and_unknown_commands_do_not_end_the_conversation(bundle: Path) -> None:
     lines = b"caf\xe9\n/imgae x.png\n/image 'nowhere at all.png'\nHello\n/history\n/quit\n"
-    command = [sys.executable, "-m", "internvl_edge", "chat", str(bundle), "--max-new-tokens", "2"]
+    command = [sys.executable, "-m", "internvl_edge", "chat", str(bundle), "--max-new-tokens", "2", "--quiet"]
     result = subprocess.run(command, input=lines, capture_output=True, timeout=120)
     errors, printed = result.stderr.decode(), result.stdout.decode()
     assert result.returncode == 0, errors
@@ -73,3 +75,99 @@ def test_bytes_that_are_not_text_and_unknown_commands_do_not_end_the_conversatio
 def test_every_option_of_an_answer_is_on_the_command_line() -> None:
     for_programs = {"history", "logit_bias", "logprobs", "top_logprobs"}
     assert set(ChatOptions.__annotations__) - for_programs <= {option.name for option in run_command.params}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell's rules differ there")
+def test_commands_and_file_names_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "pictures").mkdir()
+    for name in ("photo.png", "my photo (1).png", ".hidden.png", "pictures/cat.png"):
+        (tmp_path / name).touch()
+    assert completions("/im") == ("/im", ["/image "])
+    assert completions("/") == ("/", ["/image ", "/clear ", "/history ", "/quit "])
+    assert completions("/image p") == ("p", ["photo.png", "pictures/"])
+    assert completions("/image pictures/") == ("pictures/", ["pictures/cat.png"])
+    assert completions("/image ~/ph") == ("~/ph", ["~/photo.png"])
+    assert completions(r"/image photo.png my\ ph") == (r"my\ ph", [r"my\ photo\ \(1\).png"])
+    assert completions("/image .h") == (".h", [".hidden.png"])
+    assert ".hidden.png" not in completions("/image ")[1]
+    assert completions("/image nowhere/x") == ("nowhere/x", [])
+    assert completions("What is p") == ("", [])
+    for typed in ("/image ", "/image pictures/"):  # what is completed is what the command reads
+        word, whole = completions(typed)
+        assert all(os.path.exists(typed_paths(each)[0]) for each in whole)
+        assert all(each.startswith(word) for each in whole)
+
+
+# Waits at the first token of an answer, having said so, until it is interrupted.
+SLOW_ANSWERS = """
+import sys, time
+from internvl_edge.cli import main
+from internvl_edge.runtime import conversation
+stream = conversation.Conversation.stream
+
+def slow(self, question, *images):
+    pieces = stream(self, question, *images)
+    yield next(pieces)
+    if "slowly" in question:
+        print("half way", file=sys.stderr, flush=True)
+        time.sleep(60)
+    yield from pieces
+
+conversation.Conversation.stream = slow
+main()
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals differ there")
+def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(bundle: Path, photo: Path) -> None:
+    command = [sys.executable, "-c", SLOW_ANSWERS, "chat", str(bundle), "--quiet", "--max-new-tokens", "3"]
+    with subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-1, text=True) as process:
+        assert process.stdin is not None
+        assert process.stderr is not None
+        process.stdin.write(f"/image {photo}\nTell it slowly\n")
+        process.stdin.flush()
+        assert process.stderr.readline() == "half way\n"
+        process.send_signal(signal.SIGINT)
+        printed, errors = process.communicate("And now?\n/history\n/quit\n", timeout=60)
+    assert (process.returncode, errors) == (0, "")
+    assert "(stopped; question and answer are not kept)" in printed
+    history = printed.rpartition("> And now?")
+    assert "> <image>\n" in printed  # the image waits for the next question
+    assert "slowly" not in history[0].partition("stopped")[2]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no pseudo-terminal")
+def test_ctrl_c_clears_the_line_and_a_second_one_ends(bundle: Path) -> None:
+    import pty
+
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "internvl_edge", "chat", str(bundle), "--max-new-tokens", "2"]
+    environment = {**os.environ, "TERM": "xterm"}
+    with subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True, close_fds=True
+    ) as process:
+        os.close(theirs)
+        written = b""
+
+        def until(text: bytes, count: int = 1) -> None:
+            nonlocal written
+            while written.count(text) < count:
+                written += os.read(ours, 65536)
+
+        until(b"> ")
+        os.write(ours, b"a line that nobody wants")
+        until(b"nobody wants")
+        process.send_signal(signal.SIGINT)
+        until(b"Ctrl-C again")
+        os.write(ours, b"Hello\n")
+        until(b"first token after")
+        until(b"> ", 3)
+        for number in (2, 3):
+            process.send_signal(signal.SIGINT)
+            if number == 2:
+                until(b"Ctrl-C again", 2)
+        assert process.wait(timeout=60) == 0
+    os.close(ours)
+    assert re.search(rb"first token after [\d.]+ s(, then [\d.]+ tokens/s)?; \d tokens?", written)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
+import re
+import shlex
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -17,12 +23,16 @@ from PIL import Image
 
 import internvl_edge as package
 from helpers import tiny, tiny_quantized
-from helpers.commands import assert_one_line, internvl_edge
+from helpers.commands import PROGRAM, assert_one_line, internvl_edge
 from helpers.reference import Reference, tile_image
 from internvl_edge import EdgeError, InternVL, evaluate, export_bundle
+from internvl_edge.base.progress import Progress
+from internvl_edge.base.units import share
+from internvl_edge.bundle.gate import judge, parse_condition
 from internvl_edge.bundle.manifest import Manifest
 from internvl_edge.bundle.quality import Quality
 from internvl_edge.bundle.quality_record import quality_of, record_quality
+from internvl_edge.cli import output
 from internvl_edge.evaluation import (
     SUITES,
     Case,
@@ -34,7 +44,7 @@ from internvl_edge.evaluation import (
     reference_bundle,
     run_suite,
 )
-from internvl_edge.evaluation.divergence import divergence, summarise
+from internvl_edge.evaluation.divergence import Divergence, divergence, summarise
 from internvl_edge.evaluation.report import read_report
 
 
@@ -224,14 +234,15 @@ def test_a_suite_counts_exact_answers_per_task(pair: Pair, monkeypatch: pytest.M
         said = model.chat("What is this?", max_new_tokens=4).text
     right, wrong = (Case(name, "What is this?", answer=said + end, task=name) for name, end in (("a", ""), ("b", "?")))
     monkeypatch.setitem(SUITES, "three", lambda seed: iter([right, right, wrong]))
-    steps: list[tuple[int, int]] = []
-    score = run_suite(
-        lambda: InternVL.load(pair.reference, threads=1),
-        QuestionSettings("three", max_new_tokens=4),
-        3,
-        lambda: InternVL.load(pair.candidate, threads=1),
-        lambda done, total: steps.append((done, total)),
-    )
+    log = io.StringIO()
+    with Progress(log) as progress:
+        score = run_suite(
+            lambda: InternVL.load(pair.reference, threads=1),
+            QuestionSettings("three", max_new_tokens=4),
+            3,
+            lambda: InternVL.load(pair.candidate, threads=1),
+            progress,
+        )
     shares = [task.exact_match for task in (score.tasks["a"], score.tasks["b"], score.total)]
     assert shares == [1, 0, 2 / 3]
     assert [task.asked for task in (score.tasks["a"], score.tasks["b"], score.total)] == [2, 1, 3]
@@ -241,7 +252,8 @@ def test_a_suite_counts_exact_answers_per_task(pair: Pair, monkeypatch: pytest.M
     expected = [float(other == said), float(other == said + "?")]
     assert [score.tasks["a"].reference, score.tasks["b"].reference] == expected
     assert score.figures["exact_match_loss"] == pytest.approx((2 * expected[0] + expected[1]) / 3 - 2 / 3)
-    assert steps == [(done, 6) for done in range(7)]
+    shown = [f"internvl-edge: answering the suite with the {who}, 3 questions" for who in ("bundle", "reference")]
+    assert [line for line in log.getvalue().splitlines() if ", 3 questions" in line] == shown
 
 
 # ---- the command ----
@@ -259,7 +271,7 @@ def test_the_command_prints_figures_of_users_data(pair: Pair, cases: list[Case],
     assert printed["greedy"]["kl_mean"] > 0
     table = internvl_edge("evaluate", pair.candidate, "--reference", pair.original, *common)
     assert table.returncode == 0, table.stderr
-    assert f"{printed['greedy']['top1_agreement']:.2%}" in table.stdout
+    assert f"same most probable token  {share(printed['greedy']['top1_agreement'])}" in table.stdout
 
 
 def test_the_figures_are_those_of_the_manifest_the_report_and_the_library(pair: Pair, tmp_path: Path) -> None:
@@ -340,3 +352,67 @@ def test_mistakes_are_one_line(pair: Pair, tmp_path: Path) -> None:
     missing = tmp_path / "missing.jsonl"
     missing.write_text('{"images": ["none.png"], "prompt": "What?"}\n', encoding="utf-8")
     assert_one_line(internvl_edge(*compared, missing), "missing.jsonl:1", "none.png")
+
+
+def _compare_module() -> Any:
+    """The module; its name in the package is that of the function."""
+    return sys.modules["internvl_edge.evaluation.compare"]
+
+
+def _followed(kl: list[float], same: bool) -> Any:
+    same_top = np.ones(len(kl), bool)
+    same_top[-1] = same
+    part = Divergence(np.array(kl), same_top, np.zeros(len(kl)), np.zeros(len(kl)))
+    return _compare_module()._CandidateAnswer(part, None, 0)
+
+
+def test_cases_whose_answers_differ_are_shown_first() -> None:
+    picture = (Image.new("RGB", (8, 8)),)
+    cases = [Case(f"{index}", "q", picture if index % 2 else ()) for index in range(20)]
+    followed = [_followed([0.01 * index], True) for index in range(20)]
+    for index, kl in ((4, 9.0), (7, 0.5), (13, 0.6)):  # of the text (4), the divergence is the largest
+        followed[index] = _followed([kl], False)
+    assert _compare_module()._chosen(cases, followed, 2) == [13, 7]
+    assert _compare_module()._chosen(cases, followed, 3) == [13, 7, 4]
+    chosen = _compare_module()._chosen(cases, followed, 6)
+    assert chosen[:3] == [13, 7, 4]
+    assert chosen[3:] == sorted(chosen[3:])
+    assert 19 in chosen[3:]  # the largest divergence of those that are the same
+    assert all(index % 2 for index in chosen[3:])
+    assert len(set(chosen)) == 6
+    assert _compare_module()._chosen(cases, followed, 0) == []
+    assert len(_compare_module()._chosen(cases, followed, 50)) == 3 + 8
+
+
+@pytest.mark.parametrize(("nll", "meaningful"), [(np.log(999), True), (np.log(1001), False), (12.0, False)])
+def test_perplexity_of_what_the_reference_would_not_say_is_left_out(
+    comparison: Comparison, nll: float, meaningful: bool
+) -> None:
+    part = Divergence(np.zeros(4), np.ones(4, bool), np.full(4, nll), np.full(4, nll + 0.1))
+    found = replace(comparison, answers=summarise([part]))
+    assert ("perplexity_ratio" in found.figures) == meaningful
+    rows = {str(name): str(value) for name, value in output._comparison_rows(found)}
+    said = rows["perplexity of the answers"]
+    assert said.startswith("left out: the reference's is ") != meaningful
+    assert not re.search(r"\d{6}|\.\d{5}", " ".join(rows.values()))
+    if not meaningful:
+        assert "above 1,000" in said
+        verdict = judge([parse_condition("perplexity_ratio>1.2")], found.figures)[0]
+        assert str(verdict) == "perplexity_ratio is not measured (perplexity_ratio>1.2)"
+
+
+def test_the_report_says_how_to_repeat_it(pair: Pair, tmp_path: Path) -> None:
+    (tmp_path / "my bundle").symlink_to(pair.candidate)
+    (tmp_path / "q.jsonl").write_text('{"prompt": "Why?", "answer": "So."}\n')
+    words = ("evaluate", "my bundle", "--reference", str(pair.reference), "--data", str(tmp_path / "q.jsonl"))
+    words = (*words, "--max-new-tokens", "2", "--no-record", "--fail-if", "kl<0", "--fail-if", "top1<0")
+    words = (*words, "--report", "r")
+    run = partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True, check=True)
+    run([*PROGRAM, *words, "--json", "--quiet"])
+    (command,) = json.loads((tmp_path / "r" / "report.json").read_text())["commands"]
+    repeated = [pair.reference.name if word == str(pair.reference) else word for word in words]
+    repeated = ["q.jsonl" if word == str(tmp_path / "q.jsonl") else word for word in repeated]
+    assert sorted(shlex.split(command)[1:]) == sorted(repeated)
+    assert "evaluate &#39;my bundle&#39; --reference" in (tmp_path / "r" / "report.html").read_text()
+    (tmp_path / pair.reference.name).symlink_to(pair.reference)
+    run([*PROGRAM, *shlex.split(command)[1:]])

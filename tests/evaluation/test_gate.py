@@ -297,20 +297,21 @@ def test_a_failed_condition_is_a_line_and_exit_status_1(
     assert quality_of(Manifest.read(quantized)).figures == pytest.approx(printed["figures"])
 
     run = ("run", quantized, "What is rain?", "--max-new-tokens", 2)
-    warned = internvl_edge(*run)
+    warned = internvl_edge(*run, "--quiet")
     assert warned.returncode == 0
     assert warned.stderr.count("\n") == 1
     assert warned.stderr.startswith("internvl-edge: warning: ")
     assert "failed its quality gate" in warned.stderr
     shown = internvl_edge("inspect", quantized, "--json")
     facts = json.loads(shown.stdout)
-    assert facts["gate"].startswith("failed: kl is ")
-    assert "kl " in facts["quality"]
+    assert facts["quality"]["state"] == "failed"
+    assert [verdict["failed"] for verdict in facts["quality"]["gate"]] == [True, False, True]
+    assert facts["quality"]["figures"]["kl"] == pytest.approx(printed["figures"]["kl"])
 
     accepted = internvl_edge("evaluate", quantized, "--accept", "a test")
     assert accepted.returncode == 0, accepted.stderr
-    assert internvl_edge(*run).stderr == ""
-    assert json.loads(internvl_edge("inspect", quantized, "--json").stdout)["accepted"] == "a test"
+    assert internvl_edge(*run, "--quiet").stderr == ""
+    assert json.loads(internvl_edge("inspect", quantized, "--json").stdout)["quality"]["accepted"] == "a test"
 
 
 def test_a_passed_gate_is_exit_status_0_and_silence(made: tuple[Path, Path], quantized: Path, questions: Path) -> None:
@@ -318,7 +319,7 @@ def test_a_passed_gate_is_exit_status_0_and_silence(made: tuple[Path, Path], qua
     passed = internvl_edge(*evaluate, "--fail-if", "top1<0")
     assert passed.returncode == 0, passed.stderr
     assert "top1 is" in passed.stdout
-    assert internvl_edge("run", quantized, "What is rain?", "--max-new-tokens", 2).stderr == ""
+    assert internvl_edge("run", quantized, "What is rain?", "--max-new-tokens", 2, "--quiet").stderr == ""
     unrecorded = internvl_edge(*evaluate, "--fail-if", "kl>=0", "--no-record", "--no-report")
     assert unrecorded.returncode == 1
     assert quality_of(Manifest.read(quantized)).state == "passed"

@@ -309,7 +309,7 @@ def test_the_command_prints_what_was_quantized_and_what_it_cost(
     with pytest.raises(SystemExit, match="0"):
         cli.main()
     assert "14 x int4 in groups of 32, with zero points" in (printed := capsys.readouterr().out)
-    assert "bits per weight, weights those of the checkpoint" in printed
+    assert "bits per weight, weights equal to the checkpoint's" in printed
     monkeypatch.setattr("sys.argv", [*common, "-o", str(tmp_path / "json"), "--json"])
     with pytest.raises(SystemExit, match="0"):
         cli.main()

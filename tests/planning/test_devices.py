@@ -146,3 +146,18 @@ def test_a_table_that_is_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_bytes(b"\xff")
     with pytest.raises(DeviceError, match="is not UTF-8"):
         Devices(tmp_path / "mine.toml")
+
+
+def test_families_hold_the_users_devices_too_and_are_no_targets(tmp_path: Path) -> None:
+    table = tmp_path / "more.toml"
+    table.write_text(MINE.replace("my-board", "orin-mine") + '[families]\nmine = ["orin-m*"]\n')
+    devices = Devices(table)
+    assert devices.families["mine"] == ["orin-mine"]
+    assert "orin-mine" in devices.families["orin"]
+    assert [device.name for device in devices.family("mine")] == ["orin-mine"]
+    with pytest.raises(DeviceError, match="orin is a family, and its devices need engines of their own; choose one of"):
+        devices.target("orin")
+    assert devices.target("rtx").sms == (86, 89, 120)  # a group of devices that share one file
+    table.write_text("[families]\nmine = 3\n")
+    with pytest.raises(DeviceError, match="families is no table of name ="):
+        Devices(table)

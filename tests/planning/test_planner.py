@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -24,6 +26,7 @@ from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.bundle.names import EMBEDDINGS
 from internvl_edge.checkpoint.config_reader import read_config
 from internvl_edge.checkpoint.reader import Checkpoint
+from internvl_edge.cli import plan as plan_cli
 from internvl_edge.cli.plan import command
 from internvl_edge.model.config import ModelConfig
 from internvl_edge.model.linear import Scheme
@@ -32,6 +35,7 @@ from internvl_edge.planning.devices import Device, Devices
 from internvl_edge.planning.footprint import INT4, RECIPES, Footprint, Storage
 from internvl_edge.planning.planner import IMAGE_SIZES, TILE_LIMITS, make_plan, memory_of, predict, tile_table, tiles_of
 from internvl_edge.planning.storage import bundle_storage
+from internvl_edge.recipe.files import read_recipe
 
 # The published configurations, sizes alone: variant -> fields of the decoder. The tower is InternViT-300M.
 PUBLISHED = {
@@ -231,3 +235,49 @@ def test_presets_and_recipe_files_can_be_planned(checkpoint: Path, tmp_path: Pat
         planned(str(own))
     with pytest.raises(EdgeError, match="did you mean orin"):
         planned("oron")
+
+
+def test_the_overview_is_one_screen_with_figures_for_people(
+    published: dict[str, ModelConfig], checkpoint: Path
+) -> None:
+    for config in (*published.values(), read_config(checkpoint)):
+        plans = [
+            make_plan(config, board, label, storage, context=4096, max_tiles=12)
+            for board in Devices().all.values()
+            for label, storage in RECIPES.items()
+        ]
+        for shown in (plans, [plan for plan in plans if plan.device.name == "orin-nano-8gb"]):
+            text = capture(plan_cli._print_overview if shown is plans else plan_cli._print_plans, shown)
+            assert "0.00" not in text
+            assert not re.search(r"\d{6}|e[+-]\d\d", text)
+            if shown is plans:
+                lines = text.splitlines()
+                assert len(lines) < 40
+                assert max(map(len, lines)) <= 80
+                assert "Jetson, with the TensorRT of JetPack:" in lines
+                assert sum(line.split()[0] in Devices().all for line in lines) == len(Devices().all)
+    board = next(line for line in capture(plan_cli._print_overview, plans).splitlines() if line.startswith("rtx-4060 "))
+    assert board.split()[1] == "fp16"  # the first recipe that fits
+
+
+def capture(show: Any, plans: list[Any]) -> str:
+    return CliRunner().invoke(click.Command("show", callback=lambda: show(plans)), []).output
+
+
+def test_a_family_of_devices_is_planned_together(checkpoint: Path) -> None:
+    def planned(name: str) -> set[str]:
+        result = CliRunner().invoke(command, [str(checkpoint), "--device", name, "--json"], catch_exceptions=False)
+        return {plan["device"] for plan in json.loads(result.output)["plans"]}
+
+    assert planned("rtx") == {name for name in Devices().all if name.startswith("rtx-")}
+    assert planned("orin") == {name for name in Devices().all if "orin-" in name}
+    assert planned("jetson") == planned("orin") | {"thor", "thor-t4000"}
+    assert planned("thor") == {"thor"}
+    with pytest.raises(EdgeError, match="did you mean orin"):
+        planned("orinn")
+
+
+def test_a_recipe_of_another_name_is_pointed_to_the_preset() -> None:
+    for name, meant in (("jetson", r"orin \(for Jetson Orin\) or thor"), ("GPU", "rtx"), ("orin-nano-8gb", "orin")):
+        with pytest.raises(EdgeError, match=f"did you mean {meant}"):
+            read_recipe(name)

@@ -17,6 +17,7 @@ from helpers.calibration_data import FLOAT32, write_data
 from helpers.killed_runs import contents, run_and_be_killed
 from helpers.tiny import write_checkpoint
 from internvl_edge.base.errors import EdgeError
+from internvl_edge.base.progress import SILENT
 from internvl_edge.calibration import DataOptions
 from internvl_edge.calibration.block_weights import load_block
 from internvl_edge.calibration.blocks import decoder_block, no_observer, rms_norm
@@ -124,7 +125,7 @@ def measured(checkpoint: Path, tmp_path: Path, recipe: Recipe) -> tuple[dict[str
     made: dict[tuple[int, str], dict[str, dict[str, Tensor]]] = {}
     found = {}
     sensitivity = DecoderSensitivity(work, source, calibration, FLOAT32, quantizers)
-    predicted = sensitivity.run(lambda label, steps: NoBar())
+    predicted = sensitivity.run(SILENT)
 
     groups = SCALE_GROUPS[source.config.decoder.architecture]
     run = DecoderPass(work, source, calibration, FLOAT32, lambda count: None, "again-")
@@ -178,14 +179,6 @@ def test_statistics_do_not_know_the_samples_held_out(tmp_path: Path) -> None:
     assert inputs.count == len(kept)
     torch.testing.assert_close(symmetrize(inputs.gram), kept.T @ kept, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(inputs.subset, kept[np.arange(7) * len(kept) // 7], rtol=1e-4, atol=1e-4)
-
-
-class NoBar:
-    def __enter__(self) -> Any:
-        return lambda count: None
-
-    def __exit__(self, *ignored: Any) -> None:
-        return None
 
 
 @pytest.mark.parametrize("kind", [{}, {"text": "internlm2", "bias": True, "num_key_value_heads": 1}], ids=str)

@@ -180,3 +180,57 @@ def test_what_cannot_be_is_one_line(bundle: Path, monkeypatch: pytest.MonkeyPatc
     assert not openvino.is_available()
     with pytest.raises(EngineError, match=r"pip install 'internvl-edge\[openvino\]'"):
         choice.cpu_engine(opened, "openvino", capacity=8)
+
+
+@pytest.mark.parametrize(
+    ("bfloat16", "installed", "activations", "memory", "options", "expected"),
+    [
+        (True, True, "float16", 10**12, {}, "openvino (faster images and prompts, in bfloat16; --exact avoids"),
+        (True, True, "float16", 10**12, {"exact": True}, "onnxruntime (exact numbers)"),
+        (True, True, "float16", 10**12, {"dialect": "standard"}, "onnxruntime (the dialect standard was asked for)"),
+        (True, True, "float32", 10**12, {}, "onnxruntime (the bundle computes in float32"),
+        (False, True, "float16", 10**12, {}, "onnxruntime (this CPU does not multiply bfloat16)"),
+        (True, False, "float16", 10**12, {}, "onnxruntime (OpenVINO is not installed)"),
+        (True, True, "float16", 10**6, {}, "onnxruntime (OpenVINO may need "),
+    ],
+)
+def test_the_choice_comes_with_its_reason(
+    bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    bfloat16: bool,
+    installed: bool,
+    activations: str,
+    memory: int,
+    options: dict[str, Any],
+    expected: str,
+) -> None:
+    opened = Bundle.open(bundle)
+    opened = replace(opened, manifest=replace(opened.manifest, activations=activations))
+    monkeypatch.setattr(machine, "memory", lambda *fields: memory)
+    monkeypatch.setattr(machine, "multiplies_bfloat16", lambda: bfloat16)
+    monkeypatch.setattr(openvino, "is_available", lambda: installed)
+    found = str(choice.choose(opened.manifest, **options))
+    assert found.startswith(expected)
+    assert "\n" not in found
+
+
+@needs_openvino
+def test_exact_does_not_round_to_bfloat16(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(machine, "multiplies_bfloat16", lambda: True)
+    opened = Bundle.open(bundle)
+    for exact in (False, True):
+        engine = openvino.OpenVinoEngine(opened, capacity=CAPACITY, threads=1, exact=exact)
+        core = SimpleNamespace(compile_model=lambda path, device, properties: asked.append(properties))
+        monkeypatch.setattr(engine, "_core", core)
+        engine._compiled(replace(opened, manifest=replace(opened.manifest, activations="float16")), "vision.onnx", 1)
+    assert [properties["INFERENCE_PRECISION_HINT"] for properties in asked] == ["bf16", "f32"]
+
+
+def test_exact_takes_onnx_runtime_and_no_tensorrt(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(openvino, "is_available", lambda: True)
+    with InternVL.load(bundle, exact=True, threads=1) as model:
+        assert type(model.engine) is OnnxRuntimeEngine
+    with pytest.raises(EngineError, match="leave out --exact"):
+        InternVL.load(bundle, "tensorrt", exact=True)

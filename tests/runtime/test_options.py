@@ -33,6 +33,7 @@ def test_every_option_that_is_documented_is_checked() -> None:
         "exif": False,
         "background": "white",
         "keep_special": True,
+        "plain_text": True,
     }
     assert set(given) == set(ChatOptions.__annotations__)
     assert checked_options(given) == given

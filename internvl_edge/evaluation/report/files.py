@@ -38,7 +38,7 @@ def report_folder(bundle: Path) -> Path:
 def write_report(report: Report, folder: Path) -> Written:
     """Write both files into a folder, which is made where it is missing; each is replaced in one step.
 
-    Without the packages of the extra `report` there is no page, and an older one, with other figures, is removed.
+    Without the packages of the extra `report` there is no new page; an older one stays, and the hint says so.
 
     Raises:
         EdgeError: the folder cannot be written.
@@ -51,8 +51,8 @@ def write_report(report: Report, folder: Path) -> Written:
         except ModuleNotFoundError as error:
             if error.name not in _PACKAGES:
                 raise
-            (folder / HTML).unlink(missing_ok=True)
-            return Written(folder / JSON, None, missing_package(error, "report", HTML))
+            older = f"; {folder / HTML} is of an earlier run" if (folder / HTML).exists() else ""
+            return Written(folder / JSON, None, missing_package(error, "report", HTML) + older)
         replace_text(folder / HTML, render(report))
     except OSError as error:
         raise EdgeError(f"the report cannot be written to {folder} ({error.strerror}); choose another folder") from None

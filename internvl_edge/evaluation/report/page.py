@@ -17,8 +17,9 @@ from internvl_edge.base import units
 from internvl_edge.base.run_record import RunRecord
 from internvl_edge.bundle.gate import METRICS, Verdict, parse_condition
 from internvl_edge.checkpoint.record import LinearReport
-from internvl_edge.model.components import Stored
+from internvl_edge.model.components import Stored, weights_text
 
+from ..divergence import MEANINGFUL_PERPLEXITY
 from .plots import Plot, divergence_plot, layers_plot, ranges_plot
 from .report import Report
 
@@ -62,7 +63,7 @@ def render(report: Report) -> str:
         "share": lambda value: f"{value:.1%}",
         "number": number,
         "count": lambda value: f"{value:,}".replace(",", "\N{THIN SPACE}"),
-        "duration": duration,
+        "duration": units.duration,
         "difference": difference,
     }
     package = files(__package__)
@@ -82,6 +83,7 @@ def render(report: Report) -> str:
         runs=_runs(report),
         machines=_machines(_runs(report)),
         summary=_summary(report),
+        meaningful_perplexity=int(MEANINGFUL_PERPLEXITY),
         recipe=_flat(report.quantization.recipe) if report.quantization else [],
     )
 
@@ -89,14 +91,6 @@ def render(report: Report) -> str:
 def size(count: float) -> str:
     """Write bytes for people, never broken between number and unit."""
     return units.size(count).replace(" ", "\N{NO-BREAK SPACE}")
-
-
-def duration(seconds: float) -> str:
-    """Write seconds for people: "42 s", "3 min 20 s", "2 h 5 min"."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.3g} s"
-    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -120,9 +114,8 @@ def _figures(report: Report) -> dict[str, float]:
 
 
 def _headlines(report: Report) -> list[tuple[str, str]]:
-    bits = 8 * sum(part.bytes for part in report.components)
-    weights = sum(part.parameters for part in report.components)
-    rows = [(size(report.bytes), f"{bits / weights:.2f} bits per weight" if weights else "all files")]
+    alone = f"; weights alone {weights_text(report.components)}" if report.components else ""
+    rows = [(size(report.bytes), f"all files{alone}")]
     figures = _figures(report)
     known = [name for name in _HEADLINES if name in figures][:_MOST_HEADLINES]
     rows += [(METRICS[name].show(figures[name]), _LABELS[name]) for name in known]

@@ -39,6 +39,7 @@ class Report:
         quality: of a bundle: its figures and its gate.
         quantization: how it was quantized.
         comparison, suite: what evaluation found.
+        commands: what repeats the runs, as typed in a shell.
     """
 
     kind: str
@@ -52,6 +53,7 @@ class Report:
     quantization: QuantizationRecord | None = None
     comparison: Comparison | None = None
     suite: SuiteResult | None = None
+    commands: tuple[str, ...] = ()
     format_version: int = FORMAT_VERSION
 
     @property
@@ -63,11 +65,19 @@ class Report:
         """Take the older report's sections where this one has none, if both are about the same files."""
         if older is None or not self.files or older.files != self.files:
             return self
-        return replace(self, comparison=self.comparison or older.comparison, suite=self.suite or older.suite)
+        if (self.comparison or not older.comparison) and (self.suite or not older.suite):
+            return self
+        commands = tuple(dict.fromkeys((*self.commands, *older.commands)))
+        comparison, suite = self.comparison or older.comparison, self.suite or older.suite
+        return replace(self, comparison=comparison, suite=suite, commands=commands)
 
 
 def bundle_report(
-    folder: Path, quality: Quality, comparison: Comparison | None = None, suite: SuiteResult | None = None
+    folder: Path,
+    quality: Quality,
+    comparison: Comparison | None = None,
+    suite: SuiteResult | None = None,
+    command: str = "",
 ) -> Report:
     """Collect everything that is known of a bundle.
 
@@ -75,6 +85,7 @@ def bundle_report(
         folder: the bundle.
         quality: its figures and its gate, the newest included.
         comparison, suite: what was just measured.
+        command: what measures it again, for people.
 
     Raises:
         BundleError: the folder is no bundle.
@@ -92,11 +103,12 @@ def bundle_report(
         quantization=_quantization(folder, manifest),
         comparison=comparison,
         suite=suite,
+        commands=(command,) if command else (),
     )
 
 
-def checkpoint_report(folder: Path, record: QuantizationRecord) -> Report:
-    """Collect everything that is known of a quantized checkpoint: its files, and how it was made.
+def checkpoint_report(folder: Path, record: QuantizationRecord, command: str = "") -> Report:
+    """Collect everything that is known of a quantized checkpoint: its files, how it was made, and what repeats it.
 
     Raises:
         CheckpointError: the folder is no checkpoint.
@@ -113,6 +125,7 @@ def checkpoint_report(folder: Path, record: QuantizationRecord) -> Report:
         bytes=sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
         components=record.components,
         quantization=record,
+        commands=(command,) if command else (),
     )
 
 

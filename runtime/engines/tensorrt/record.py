@@ -163,7 +163,7 @@ def find_engines(opened: Bundle, sm: int, target: str | None = None) -> EngineRe
     """
     found: list[EngineRecord] = []
     unreadable: list[EngineError] = []
-    for folder in _engine_folders(opened, target):
+    for folder in engine_folders(opened, target):
         try:
             found.append(EngineRecord.read(folder))
         except EngineError as error:  # engines in other folders may still be valid
@@ -185,8 +185,11 @@ def find_engines(opened: Bundle, sm: int, target: str | None = None) -> EngineRe
     )
 
 
-def _engine_folders(opened: Bundle, target: str | None) -> list[Path]:
-    """By name; without the hidden ones, in which builds were interrupted."""
+def engine_folders(opened: Bundle, target: str | None = None) -> list[Path]:
+    """Return the folders of a bundle's engines, or of those for one target, by name.
+
+    Hidden folders, in which builds were interrupted, are left out.
+    """
     engines = opened.folder / names.ENGINES
     restore_inside(engines)
     folders = sorted(path.parent for path in engines.glob(f"*/{RECORD}"))

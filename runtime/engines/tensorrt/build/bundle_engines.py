@@ -16,24 +16,27 @@ from internvl_edge.bundle import names
 from internvl_edge.bundle.bundle import Bundle, sha256
 from internvl_edge.bundle.contents import engine_files
 from internvl_edge.model.config import ModelConfig
+from internvl_edge.model.context import checked_context
+from internvl_edge.model.preprocess import MAX_TILES
 from internvl_edge.planning.devices import Target
 from internvl_edge.base.errors import EngineError
 from internvl_edge.base.extras import requires
 from internvl_edge.base.files import readable_disk_errors
 from internvl_edge.base.folders import new_folder
 from internvl_edge.base.machine import memory
+from internvl_edge.base.progress import Progress, as_progress
 from internvl_edge.base.replaceable import require_replaceable
 
 from ..flavour import Flavour, load_flavour
 from ..record import ENGINES, TIMING_CACHE, BuildOptions, EngineRecord, engine_folder, graph_inputs
 from internvl_edge.planning.footprint import builder_bytes
-from .engine import Build, Built, Profile, Progress, build_engine, interruptible
+from .engine import Build, Built, Profile, build_engine, interruptible
 
 _ADVICE = "build for another --device"
 
 
 def build_engines(
-    opened: Bundle, target: Target, options: BuildOptions, *, force: bool = False, progress: Progress | None = None
+    opened: Bundle, target: Target, options: BuildOptions, *, force: bool = False, progress: bool | Progress = False
 ) -> tuple[EngineRecord, bool]:
     """Build a bundle's engines for a target, unless the same build exists already.
 
@@ -42,7 +45,7 @@ def build_engines(
         target: a device, or a group of devices that share one file.
         options: sizes that are fixed in engines.
         force: build again even if the same build exists.
-        progress: called with the name of the graph file and the phase, the steps done, and all steps of the phase.
+        progress: show the progress on standard error.
 
     Returns:
         The record of the engines in the folder, and whether this call built them.
@@ -61,6 +64,8 @@ def build_engines(
         _check_device(target)
     _check_memory(opened)
     permit = partial(require_replaceable, folder, True, "a folder of engines", engine_files, _ADVICE)
+    progress = as_progress(progress)
+    progress.expect(len(ENGINES))
     refusals = readable_disk_errors(folder, "make room", "check its rights", EngineError)
     with refusals, new_folder(folder, permit, _ADVICE) as made, interruptible() as stop:
         if (folder / TIMING_CACHE).is_file():
@@ -133,14 +138,10 @@ def _build(
     record: EngineRecord,
     graph: str,
     folder: Path,
-    progress: Progress | None,
+    progress: Progress,
     stop: threading.Event,
 ) -> Built:
     header, path = headers(opened, record.options, decomposed=not flavour.has_attention)[graph]
-
-    def show(phase: str, done: int, total: int) -> None:
-        if progress:
-            progress(f"{path.name}: {phase}", done, total)
 
     build = Build(
         header=header,
@@ -150,7 +151,8 @@ def _build(
         output=folder / ENGINES[graph],
         timing_cache=folder / TIMING_CACHE,
     )
-    made = build_engine(flavour, build, show, stop)
+    with progress.phase(f"building {ENGINES[graph]}") as step:
+        made = build_engine(flavour, build, lambda phase, done, total: step.at(done, total, phase), stop)
     if stop.is_set():
         raise KeyboardInterrupt
     return made
@@ -183,8 +185,9 @@ def _check_options(config: ModelConfig, target: Target, options: BuildOptions) -
             f"a context of {options.capacity} tokens has no room for one tile ({config.tokens_per_tile} tokens) and an "
             "answer; give more --context"
         )
-    if options.tiles < 1:
-        raise EngineError(f"{options.tiles} tiles encoded together, expected at least 1")
+    checked_context(config.decoder, options.capacity)
+    if not 1 <= options.tiles <= MAX_TILES:
+        raise EngineError(f"{options.tiles} tiles encoded together, expected 1 to {MAX_TILES}")
 
 
 def _check_device(target: Target) -> None:

@@ -23,7 +23,7 @@ Shape = tuple[int, ...]
 # Input -> smallest, optimal and largest shape.
 Profile = dict[str, tuple[Shape, Shape, Shape]]
 # Called with a phase, the number of steps done, and the number of all its steps.
-Progress = Callable[[str, int, int], None]
+Report = Callable[[str, int, int], None]
 # Bytes of device memory that a kernel may use as scratch, both while it is selected and while it runs.
 WORKSPACE = 1 << 30
 
@@ -58,7 +58,7 @@ class Build:
     timing_cache: Path | None = None
 
 
-def build_engine(flavour: Flavour, build: Build, progress: Progress, stop: threading.Event) -> Built:
+def build_engine(flavour: Flavour, build: Build, progress: Report, stop: threading.Event) -> Built:
     """Parse the graph, build the engine and write it.
 
     Raises:
@@ -92,7 +92,7 @@ def build_engine(flavour: Flavour, build: Build, progress: Progress, stop: threa
         return Built(len(data), hashlib.sha256(data).hexdigest(), round(seconds, 2), peak, network.num_layers)
 
 
-def make_monitor(api: Any, progress: Progress, stop: threading.Event) -> Any:
+def make_monitor(api: Any, progress: Report, stop: threading.Event) -> Any:
     """Return a progress monitor for TensorRT. It reports the innermost phase, and stops the build once `stop` is set."""
 
     class Monitor(api.IProgressMonitor):  # type: ignore[misc]

@@ -1,0 +1,144 @@
+"""Training data of InternVL ("conversations") and of ms-swift ("messages") as calibration data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from helpers import tiny
+from helpers.commands import internvl_edge
+from internvl_edge.calibration.items import CalibrationItem, read_items
+from internvl_edge.calibration.samples import SampleBuilder
+from internvl_edge.checkpoint.reader import Checkpoint
+from internvl_edge.checkpoint.tokenizer_files import build_tokenizer
+from internvl_edge.evaluation import read_cases
+
+
+def human(text: str) -> dict[str, str]:
+    return {"from": "human", "value": text}
+
+
+def gpt(text: str) -> dict[str, str]:
+    return {"from": "gpt", "value": text}
+
+
+def said(role: str, text: str) -> dict[str, str]:
+    return {"role": role, "content": text}
+
+
+def item(tmp_path: Path, values: Any) -> CalibrationItem:
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(values) + "\n", encoding="utf-8")
+    (found,) = read_items(path)
+    return found
+
+
+# What a training file holds -> prompt, images, answer, history, system text.
+READ: list[tuple[dict[str, Any], tuple[str, list[str], str, list[tuple[str, str]], str | None]]] = [
+    (
+        {"id": 0, "image": "a.png", "width": 3, "height": 4, "conversations": [human("<image>\nWhat?"), gpt("A cat.")]},
+        ("<image>\nWhat?", ["a.png"], "A cat.", [], None),
+    ),
+    ({"image": "a.png", "conversations": [human("What?"), gpt("X")]}, ("<image>\nWhat?", ["a.png"], "X", [], None)),
+    (
+        {"image": ["a.png", "b/c.png"], "conversations": [human("Compare <image> with <image>."), gpt("Equal.")]},
+        ("Compare <image> with <image>.", ["a.png", "b/c.png"], "Equal.", [], None),
+    ),
+    (
+        {"image": ["a.png", "b.png"], "conversations": [human("Both?"), gpt("Yes."), human("Why?"), gpt("So.")]},
+        ("Why?", ["a.png", "b.png"], "So.", [("<image>\n<image>\nBoth?", "Yes.")], None),
+    ),
+    ({"id": 1, "conversations": [human("Hello"), gpt("Hi")]}, ("Hello", [], "Hi", [], None)),
+    ({"image": None, "images": None, "conversations": [human("Hello")]}, ("Hello", [], "", [], None)),
+    (
+        {
+            "messages": [said("system", "Be short."), said("user", "<image>Q"), said("assistant", "A")],
+            "images": ["a.png"],
+        },
+        ("<image>Q", ["a.png"], "A", [], "Be short."),
+    ),
+    (
+        {"messages": [said("user", "<image>1"), said("assistant", "a"), said("user", "<image>2")]}
+        | {"images": [{"path": "a.png", "bytes": None}, "b.png"]},
+        ("<image>2", ["a.png", "b.png"], "", [("<image>1", "a")], None),
+    ),
+]
+
+
+@pytest.mark.parametrize(("values", "expected"), READ)
+def test_both_forms_are_read(tmp_path: Path, values: dict[str, Any], expected: Any) -> None:
+    prompt, images, answer, history, system = expected
+    found = item(tmp_path, values)
+    assert not found.problem
+    assert (found.prompt, found.answer, list(found.history), found.system) == (prompt, answer, history, system)
+    assert list(found.images) == [tmp_path / name for name in images]
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"conversations": []}, "conversations holds no question"),
+        ({"conversations": "x"}, "conversations[0] is None"),
+        ({"conversations": [gpt("x")]}, "conversations[0] is of assistant out of turn"),
+        ({"messages": [said("user", "a"), said("user", "b")]}, "messages[1] is of user out of turn"),
+        ({"messages": [said("tool", "a")]}, "messages[0] is {'role': 'tool'"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "content, a text"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, "one of user, human, assistant, gpt, system"),
+        ({"messages": [said("user", "a"), said("system", "b")]}, "messages[1] is of system out of turn"),
+        ({"video": "a.mp4", "conversations": [human("x")]}, "video is not read"),
+        ({"image": 3, "conversations": [human("x")]}, "images is not a list of file names"),
+        ({"image": ["a", 3], "conversations": [human("x")]}, "images is not a list of file names"),
+        (
+            {"query": "x", "response": "y"},
+            "unknown field 'query', expected images, prompt and answer; or ",
+        ),
+    ],
+)
+def test_what_is_of_no_form_is_a_problem(tmp_path: Path, values: dict[str, Any], problem: str) -> None:
+    found = item(tmp_path, values)
+    assert problem in found.problem
+    assert "\n" not in found.problem
+    assert len(found.problem) < 400
+
+
+def test_a_sample_is_the_whole_conversation_as_the_model_sees_it(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tiny.write_checkpoint(tmp_path / "checkpoint"))
+    (tmp_path / "tokenizer.json").write_bytes(build_tokenizer(checkpoint.folder, checkpoint.config))
+    Image.fromarray(np.zeros((56, 56, 3), np.uint8)).save(tmp_path / "a.png")
+    builder = SampleBuilder(checkpoint.config, tmp_path / "tokenizer.json", max_tiles=1)
+    turns = [human("One?"), gpt("1."), human("Two?"), gpt("2.")]
+    sample = builder.build(item(tmp_path, {"image": "a.png", "conversations": turns}))
+    text = builder._tokenizer.decode(sample.ids.tolist(), skip_special=False)
+    head, _, rest = text.partition("<img>")
+    assert head.endswith("<|im_start|>user\n")
+    assert rest.partition("</img>")[2] == (
+        "\nOne?<|im_end|>\n<|im_start|>assistant\n1.<|im_end|>\n<|im_start|>user\nTwo?<|im_end|>\n"
+        "<|im_start|>assistant\n2.<|im_end|>\n"
+    )
+    assert len(sample.tiles) == 1
+
+
+def test_calibrate_and_evaluate_take_such_files_and_an_unknown_form_is_said_once(tmp_path: Path) -> None:
+    checkpoint = tiny.write_checkpoint(tmp_path / "checkpoint")
+    Image.fromarray(np.zeros((56, 56, 3), np.uint8)).save(tmp_path / "a.png")
+    lines: list[dict[str, Any]] = [
+        {"image": "a.png", "conversations": [human("One?"), gpt("1."), human("Two?"), gpt("2.")]},
+        {"messages": [said("user", "Hello"), said("assistant", "Hi")]},
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    (first,) = (case for case in read_cases(data, 2) if case.images)
+    history = (("<image>\nOne?", "1."),)
+    assert first.options({"max_tiles": 1}) == {"max_tiles": 1, "history": history, "system": None}
+    with data.open("a") as file:
+        file.write(5 * (json.dumps({"query": "x"}) + "\n"))
+    made = internvl_edge("calibrate", checkpoint, "--data", data, "--max-tiles", 1, "-o", tmp_path / "set", "--json")
+    assert made.returncode == 0, made.stderr
+    facts = json.loads(made.stdout)
+    assert (facts["samples"], len(facts["broken"])) == (2, 5)
+    assert made.stderr.count("skipped data.jsonl") == 1
