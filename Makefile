@@ -40,7 +40,7 @@ wheel: $(VENV)/ready ## Build the wheel, and check all four ways to install the 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/pip install --quiet --group dev --editable ".[cpu,export,openvino,quantize,report,rtx,video]"
+	$(BIN)/pip install --quiet --group dev --editable ".[cpu,export,openvino,quantize,report,rtx,structured,video]"
 	touch $@
 
 $(DEMO_VENV)/ready: pyproject.toml

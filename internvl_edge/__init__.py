@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .evaluation import evaluate
     from .export import export_bundle
     from .quantize import quantize_checkpoint
+    from .runtime.answer_format import AnswerFormat
     from .runtime.conversation import Conversation
     from .runtime.model import InternVL
     from .runtime.reply import Reply
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 __all__ = [
+    "AnswerFormat",
     "Conversation",
     "EdgeError",
     "InternVL",
@@ -33,6 +35,7 @@ __all__ = [
 
 # Loaded on first use: a device that only runs bundles has no export packages, and `--help` should be quick.
 _HOMES = {
+    "AnswerFormat": "runtime.answer_format",
     "InternVL": "runtime.model",
     "Reply": "runtime.reply",
     "Conversation": "runtime.conversation",

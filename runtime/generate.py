@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .engines import ChoosingEngine, Engine
-from .lookup import PromptLookup
+from .lookup import Guesser
 from .sampling import Chooser
 
 Embed = Callable[[int], NDArray[np.float32]]
@@ -24,7 +24,7 @@ def generate(
     sampler: Chooser,
     stop_ids: Collection[int],
     max_new_tokens: int,
-    lookup: PromptLookup | None = None,
+    lookup: Guesser | None = None,
 ) -> Iterator[int]:
     """Yield the tokens of an answer, the stop token included.
 
@@ -56,6 +56,8 @@ def generate(
         guess = lookup.guess(max_new_tokens - answered - 1) if lookup is not None else []
         if choosing is not None and not guess:
             token = choosing.decode_token(embed(token))
+            if not sampler.take(token):
+                token = sampler.choose(choosing.last_logits())
             continue
         rows = (
             engine.score(np.stack([embed(t) for t in (token, *guess)])) if guess else engine.decode(embed(token))[None]

@@ -27,9 +27,10 @@ from .engines import Engine
 from .engines.choice import cpu_engine
 from .engines.onnxruntime import OnnxRuntimeEngine
 from .generate import generate
+from .grammar import Constrained, ForcedTokens, Grammars
 from .image_cache import ImageCache, pixel_key
 from .logprobs import LogprobRecorder
-from .lookup import PromptLookup
+from .lookup import Guesser, PromptLookup
 from .options import ChatOptions, checked_options
 from .reply import Reply, ReplyStream
 from .request import Images, Request, RequestBuilder
@@ -62,6 +63,8 @@ class InternVL:
             self.config, manifest.template, self._tokenizer, manifest.tokens.image, capacity=engine.capacity
         )
         self._stop_ids = manifest.tokens.stop
+        vocab_size = self.config.decoder.vocab_size
+        self._grammars = Grammars(opened.path(names.TOKENIZER), vocab_size, self._stop_ids)
         self._table = opened.embeddings()
         self._images = ImageCache(engine.encode)
         self._session = Session(engine, self.config.decoder)
@@ -142,11 +145,15 @@ class InternVL:
         """
         checked = checked_options(options)
         sampling = Sampling(**{name: checked[name] for name in Sampling.__dataclass_fields__ if name in checked})
+        form = checked.get("answer_format")
+        matcher = None if form is None else self._grammars.matcher(form)
         request = self._requests.build(question, images, checked)
         counted = request.prompt_ids.tolist() if self.config.layout == "native" else ()
-        chooser = _recorded(Sampler(sampling, counted), checked)
+        sampler = Sampler(sampling, counted)
+        constrained = None if matcher is None else Constrained(sampler, matcher, self._stop_ids)
+        chooser = _recorded(constrained or sampler, checked)
         text = TextStream(self._tokenizer, self._stop_texts(checked), checked.get("keep_special", False))
-        lookup = self._lookup(request) if checked.get("speculate") else None
+        lookup = self._guesser(request, checked, constrained)
         return ReplyStream(self._answer(request, chooser, text, lookup), self._turns)
 
     @property
@@ -168,7 +175,10 @@ class InternVL:
         """
         if answer is not None:
             options["max_new_tokens"] = len(answer)
-        request = self._requests.build(question, images, checked_options(options))
+        checked = checked_options(options)
+        if "answer_format" in checked:
+            raise PromptError("trace follows the model or given tokens, no answer_format; leave it out")
+        request = self._requests.build(question, images, checked)
         recorder = Recorder(answer)
         pieces = self._answer(request, recorder, TextStream(self._tokenizer), None)
         reply = ReplyStream(pieces, self._turns).reply
@@ -199,7 +209,7 @@ class InternVL:
         self.close()
 
     def _answer(
-        self, request: Request, sampler: Chooser, text: TextStream, lookup: PromptLookup | None
+        self, request: Request, sampler: Chooser, text: TextStream, lookup: Guesser | None
     ) -> Generator[str | Reply, None, None]:
         clock = _Clock()
         image_embeds = [self._images.encode(tiles).reshape(-1, self._table.shape[1]) for tiles in request.tiles]
@@ -240,16 +250,19 @@ class InternVL:
         ends = {self._tokenizer.decode([token], skip_special=False) for token in self._stop_ids}
         return [text for text in options.get("stop", ()) if text not in ends]
 
-    def _lookup(self, request: Request) -> PromptLookup | None:
-        """Return a lookup for the request, or None where guessing would change the answer.
+    def _guesser(self, request: Request, options: Mapping[str, Any], constrained: Constrained | None) -> Guesser | None:
+        """Return a guesser for the request, or None where guessing is not asked for or would change the answer.
 
         With dynamic NTK, several tokens in one step get another rotary base than the same tokens one by one.
         """
         longest = len(request.prompt_ids) + request.max_new_tokens
         if RotaryAngles(self.config.decoder).scales_at(longest):
             return None
-        image_ids = set(request.prompt_ids[request.is_image].tolist())
-        return PromptLookup(request.prompt_ids.tolist(), excluded=image_ids)
+        lookup = None
+        if options.get("speculate"):
+            image_ids = set(request.prompt_ids[request.is_image].tolist())
+            lookup = PromptLookup(request.prompt_ids.tolist(), excluded=image_ids)
+        return lookup if constrained is None else ForcedTokens(constrained, lookup)
 
     def _keys(self, request: Request) -> NDArray[np.int64]:
         keys = request.prompt_ids.copy()

@@ -104,6 +104,13 @@ class Chooser(Protocol):
         """
         ...
 
+    def take(self, token: int) -> bool:
+        """Take the most probable token, which the engine chose, and return True; or refuse it, and return False.
+
+        After a refusal, `choose` must be called with the logits. It is for choosers that take the best.
+        """
+        ...
+
 
 class Sampler:
     """Chooses the tokens of one answer.
@@ -139,6 +146,11 @@ class Sampler:
         token = self.pick(logits)
         self.accept(token)
         return token
+
+    def take(self, token: int) -> bool:
+        """See `Chooser`."""
+        self.accept(token)
+        return True
 
     def pick(self, logits: NDArray[np.float32]) -> int:
         """Return a token for logits [vocab] as `choose` does; the answer does not have it yet."""

@@ -9,7 +9,9 @@ from typing import Any
 import click
 
 from internvl_edge.base.errors import PromptError
+from internvl_edge.base.json_files import read_bytes
 from internvl_edge.model.prompt import video_question
+from internvl_edge.runtime.answer_format import MOST_BYTES, AnswerFormat
 from internvl_edge.runtime.reply import Reply
 
 from .options import answering_options, chat_options, load_model, loading_options
@@ -39,10 +41,26 @@ from .output import print_json
     is_flag=True,
     help="Print one JSON object with text, tokens and timings instead of streaming the text.",
 )
+@click.option(
+    "--json-schema",
+    type=click.Path(path_type=Path),
+    help="File with a JSON schema that the answer follows. Ask for such an answer in QUESTION too.",
+)
+@click.option("--regex", help="Regular expression that the whole answer matches.")
+@click.option("--choice", "choices", multiple=True, help="An answer to choose (repeatable). Nothing else comes out.")
 @loading_options
 @answering_options
 def command(
-    bundle: Path, question: str, images: tuple[str, ...], video: Path | None, frames: int, as_json: bool, **values: Any
+    bundle: Path,
+    question: str,
+    images: tuple[str, ...],
+    video: Path | None,
+    frames: int,
+    as_json: bool,
+    json_schema: Path | None,
+    regex: str | None,
+    choices: tuple[str, ...],
+    **values: Any,
 ) -> None:
     """Ask BUNDLE one QUESTION about images or a video, and print the answer.
 
@@ -58,6 +76,7 @@ def command(
         question, values["max_tiles"] = video_question(question, len(sources)), (1,)
     if not question.strip():
         raise PromptError("the question is empty; ask something")
+    values["answer_format"] = _answer_format(json_schema, regex, choices)
     with load_model(bundle, values) as model:
         stream = model.stream(question, sources, **chat_options(values))
         if as_json:
@@ -70,6 +89,23 @@ def command(
             timings = stream.reply.timings
             first, rate = timings["first_token_s"], timings["decode_tokens_per_s"]
             click.secho(f"first token after {first:.2f} s, then {rate:.1f} tokens/s", dim=True, err=True)
+
+
+def _answer_format(json_schema: Path | None, regex: str | None, choices: tuple[str, ...]) -> AnswerFormat | None:
+    """The form of the answer, from the options that give one."""
+    given = {"--json-schema": json_schema is not None, "--regex": regex is not None, "--choice": bool(choices)}
+    if sum(given.values()) > 1:
+        names = " and ".join(name for name, is_given in given.items() if is_given)
+        raise PromptError(f"{names} cannot be combined; give one form of the answer")
+    if json_schema is not None:
+        schema = read_bytes(json_schema, PromptError, "give a file with a JSON schema", limit=MOST_BYTES)
+        try:
+            return AnswerFormat.json_schema(schema.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise PromptError(f"{json_schema} is not UTF-8 at byte {error.start}; give a JSON schema") from None
+    if regex is not None:
+        return AnswerFormat.regex(regex)
+    return AnswerFormat.choice(choices) if choices else None
 
 
 def _as_json(reply: Reply) -> dict[str, Any]:

@@ -68,3 +68,7 @@ class ChoosingEngine(Engine, Protocol):
     def decode_token(self, embed: NDArray[np.float32]) -> int:
         """Append one token [hidden] to the KV cache, and return the id of the most probable next token."""
         ...
+
+    def last_logits(self) -> NDArray[np.float32]:
+        """Return the logits [vocab] of the last `decode_token`, valid until the next call of the engine."""
+        ...
