@@ -50,6 +50,7 @@ SETS: dict[str, dict[str, Any]] = {
     "temperature 10": {"temperature": 10.0},
     "top_p": {"temperature": 0.7, "top_p": 0.9},
     "top_p 0.5": {"temperature": 0.7, "top_p": 0.5},
+    "top_p 0.2": {"temperature": 0.7, "top_p": 0.2},
     "top_k 50": {"temperature": 0.7, "top_k": 50},
     "top_k 50,000, top_p": {"temperature": 0.7, "top_k": 50_000, "top_p": 0.9},
     "min_p": {"temperature": 0.7, "min_p": 0.05},

@@ -27,7 +27,7 @@ _LARGEST_BIAS = 100.0
 _LARGEST_PENALTY = 2.0
 # From this top_p on, a token is drawn from the whole distribution, again if it is not of the part that top_p keeps, and
 # at most so many times. A draw costs less than finding the border of that part, and the result has its distribution.
-_LEAST_SHARE, _TRIES = 0.7, 5
+_LEAST_SHARE, _TRIES = 0.4, 6
 
 
 @dataclass(frozen=True)
