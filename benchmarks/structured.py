@@ -7,8 +7,9 @@ Both answers have the same tokens. Only steps are counted, because they do not d
 
 Grammar: microseconds of CPU time of one thread for a token, over the vocabulary of TOKENIZER (a `tokenizer.json` of
 151,674 tokens, such as that of a random 1B bundle, or a bundle's own): whether a token is allowed, all allowed tokens,
-and forced tokens, along one answer; milliseconds to compile each form; seconds to read the tokenizer. The limit is 1000
-microseconds for a token, as for choosing one.
+and forced tokens, along one answer; choosing a token in all, where the best one is refused or sampling is on;
+milliseconds to compile each form; seconds to read the tokenizer. The limit is 1000 microseconds for a token, as for
+choosing one.
 
 Writes results/structured.json.
 """
@@ -25,9 +26,9 @@ import numpy as np
 from record import write_results
 
 from internvl_edge import AnswerFormat, InternVL
-from internvl_edge.base.machine import peak_memory
 from internvl_edge.demo import demo_questions
-from internvl_edge.runtime.grammar import ForcedTokens, Grammars
+from internvl_edge.runtime.grammar import Constrained, ForcedTokens, Grammars
+from internvl_edge.runtime.sampling import Sampler, Sampling
 
 RECEIPT = {
     "type": "object",
@@ -99,10 +100,9 @@ def steps(folder: Path) -> dict[str, Any]:
 def tokens(path: Path) -> dict[str, Any]:
     vocab = 1 + max(json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"].values())
     vocab = max(vocab, 1 + max(token["id"] for token in json.loads(path.read_text("utf-8"))["added_tokens"]))
-    made, before, began = Grammars(path, vocab, [vocab - 1]), peak_memory(), time.thread_time()
+    made, began = Grammars(path, vocab, [vocab - 1]), time.thread_time()
     made.matcher(AnswerFormat.regex("a"))
     found: dict[str, Any] = {"vocab": vocab, "tokenizer_s": round(time.thread_time() - began, 2)}
-    found["tokenizer_mb"] = round((peak_memory() - before) / 1e6)
     forms = FORMS | {"json_object": AnswerFormat.json_object()}
     for name, answer in ANSWERS.items():
         began = time.thread_time()
@@ -128,9 +128,30 @@ def tokens(path: Path) -> dict[str, Any]:
                 "median": round(float(np.median(values)), 1),
                 "p99": round(float(np.percentile(values, 99)), 1),
             }
+        row["choose_us"] = choosing(made, forms[name], vocab)
         found[name] = row
         print(name, row)
     return found | {"limit_us": LIMIT_US}
+
+
+def choosing(made: Grammars, form: AnswerFormat, vocab: int) -> dict[str, float]:
+    """Median microseconds to choose a token in all, for logits whose best token is never allowed, and for sampling."""
+    random = np.random.default_rng(0)
+    logits = (random.standard_normal(vocab) * 2).astype(np.float32)
+    logits[vocab - 2] = 30
+    found = {}
+    for name, options in (("greedy, refused", {}), ("top_p", {"temperature": 0.7, "top_p": 0.9, "seed": 0})):
+        times = []
+        for _ in range(10):
+            constrained = Constrained(Sampler(Sampling(**options)), made.matcher(form), [vocab - 1])  # type: ignore[arg-type]
+            for _ in range(8):
+                began = time.thread_time()
+                token = constrained.choose(logits)
+                times.append((time.thread_time() - began) * 1e6)
+                if token == vocab - 1:
+                    break
+        found[name] = round(float(np.median(times)), 1)
+    return found
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
 """Bounds for a JSON schema, so that a model that repeats itself does not fill the whole answer.
 
 What a schema leaves open gets a bound: strings 1000 characters, keys 64, numbers 15 digits before and 9 after the point
-and no exponent, arrays 256 values, objects of free keys 64 of them, values without a schema five levels. Bounds that a
-schema has stay. An object with named properties has no others unless the schema mentions `additionalProperties`. Every
-answer that the bounds allow is valid by the schema itself.
+and no exponent, arrays 256 values, objects of free keys 64 of them, values without a schema four objects and arrays
+inside each other. Bounds that a schema has stay. An object with named properties has no others unless the schema
+mentions `additionalProperties`. Every answer that the bounds allow is valid by the schema itself.
 
 Parts of `allOf`, `anyOf` and `oneOf`, and references with keywords beside them, are combined by the grammar. There an
 object stays open for the properties of the other parts, as the schema says.
