@@ -18,6 +18,15 @@ _STRING, _KEY, _ITEMS, _PROPERTIES, _LEVELS = 1000, 64, 256, 64, 5
 _NUMBER, _STEP = 10**15 - 1, 1e-9
 _PREFIX = "bounded_value_"
 
+# The grammar knows formats by their shape alone: a 30 February and a second 60 would pass.
+_LEAP = "(?:0[48]|[2468][048]|[13579][26])"
+_DATE = (
+    "(?:[0-9]{4}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)"
+    f"|02-(?:0[1-9]|1[0-9]|2[0-8]))|(?:[0-9]{{2}}{_LEAP}|{_LEAP}00)-02-29)"
+)
+_TIME = "[0-9]{2}:[0-9]{2}:[0-5][0-9]"
+_CALENDAR = {"date": f"^{_DATE}$", "date-time": f"^{_DATE}[Tt]{_TIME}", "time": f"^{_TIME}"}
+
 _TYPES = ("null", "boolean", "number", "string", "array", "object")
 _APPLICATORS = ("allOf", "anyOf", "oneOf", "$ref")
 _LITERALS = ("const", "enum")
@@ -36,7 +45,7 @@ _OBJECT = ("properties", "patternProperties", "additionalProperties", "required"
 def bounded(schema: dict[str, Any] | bool) -> dict[str, Any]:
     """Return a schema with bounds. What is no schema stays as it is, for the compiler to name."""
     root = schema if isinstance(schema, dict) else {} if schema else {"enum": []}
-    walk = _Walk(_combined(root))
+    walk = _Walk(root, _combined(root))
     found: dict[str, Any] = walk.bounded(root, alone=True)
     if walk.used_any:
         definitions = found.get("$defs")
@@ -46,14 +55,18 @@ def bounded(schema: dict[str, Any] | bool) -> dict[str, Any]:
 
 def _any_values() -> dict[str, Any]:
     """Definitions of values without a schema, by the number of levels that they may have."""
-    plain = {"type": ["null", "boolean", "number", "string"], **_number({}), "maxLength": _STRING}
-    values: dict[str, Any] = {f"{_PREFIX}0": plain}
+    values: dict[str, Any] = {f"{_PREFIX}0": _any_value(None)}
     for level in range(1, _LEVELS):
-        inner = {"$ref": f"#/$defs/{_PREFIX}{level - 1}"}
-        values[f"{_PREFIX}{level}"] = {
-            "anyOf": [plain, {"type": "array", "items": inner, "maxItems": _ITEMS}, _free_object({}, inner)]
-        }
+        values[f"{_PREFIX}{level}"] = _any_value({"$ref": f"#/$defs/{_PREFIX}{level - 1}"})
     return values
+
+
+def _any_value(inner: dict[str, Any] | None) -> dict[str, Any]:
+    """A value without a schema, whose parts have the schema `inner`; None for a value without parts."""
+    plain = {"type": ["null", "boolean", "number", "string"], **_number({}), "maxLength": _STRING}
+    if inner is None:
+        return plain
+    return {"anyOf": [plain, {"type": "array", "items": inner, "maxItems": _ITEMS}, _free_object({}, inner)]}
 
 
 def _number(schema: dict[str, Any]) -> dict[str, Any]:
@@ -82,10 +95,12 @@ def _free_object(schema: dict[str, Any], value: Any) -> dict[str, Any]:
 class _Walk:
     """Bounds the schemas of one document. `combined` are the references that are combined with other schemas."""
 
-    def __init__(self, combined: set[str]) -> None:
+    def __init__(self, root: dict[str, Any], combined: set[str]) -> None:
         self._combined = combined
         # A reference to a place that is no definition could be to anything.
         self._odd = any(not _is_definition(reference) for reference in combined)
+        # In a part with an `$id` of its own, a reference does not lead to the definitions of the root.
+        self._inline = _has_id(root, root=True)
         self.used_any = False
 
     def bounded(self, schema: Any, alone: bool, held: frozenset[str] = frozenset(), place: str = "#") -> Any:
@@ -127,6 +142,8 @@ class _Walk:
         types = types if isinstance(types, list) else [types]
         if "string" in types and "string" not in held:
             found["maxLength"] = max(_STRING, 2 * _size(schema, "minLength"))
+        if "string" in types and schema.get("format") in _CALENDAR:
+            found.setdefault("pattern", _CALENDAR[schema["format"]])
         if "number" in types or "integer" in types:
             bounds = _number(schema).items()
             found.update({name: bound for name, bound in bounds if name not in held})
@@ -166,6 +183,8 @@ class _Walk:
         return self.bounded(schema, alone, place="")
 
     def _any(self) -> dict[str, Any]:
+        if self._inline:
+            return _any_value(_any_value(_any_value(None)))
         self.used_any = True
         return {"$ref": f"#/$defs/{_PREFIX}{_LEVELS - 1}"}
 
@@ -214,6 +233,13 @@ def _references(schema: Any, alone: bool, combined: set[str], place: str) -> Ite
             parts = value.values() if name in _MAPS and isinstance(value, dict) else value
             for part in [parts] if isinstance(parts, dict) else parts if isinstance(parts, Iterable) else []:
                 yield from _references(part, sole, combined, "")
+
+
+def _has_id(values: Any, root: bool = False) -> bool:
+    """Whether a part of a schema, or anything that looks like one, has an `$id`."""
+    if isinstance(values, dict):
+        return ("$id" in values and not root) or any(map(_has_id, values.values()))
+    return isinstance(values, list) and any(map(_has_id, values))
 
 
 def _is_definition(reference: str) -> bool:

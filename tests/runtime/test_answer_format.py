@@ -334,6 +334,11 @@ def accepts(made: Grammars, form: AnswerFormat, text: str) -> bool:
         ({"type": "string", "minLength": 1500}, ['"' + "x" * 1500 + '"'], ['"x"']),
         ({"type": "number", "minimum": 5}, ["5.25"], ["4", "1000000000000000"]),
         ({"type": "integer", "minimum": 5 * 10**15}, ["5000000000000000"], ["4999999999999999"]),
+        ({"format": "date"}, ['"2024-02-29"', '"2000-12-31"'], ['"2023-02-29"', '"1900-02-29"', '"2024-04-31"']),
+        ({"type": "string", "format": "date-time"}, ['"2024-02-29T23:59:59Z"'], ['"2024-02-30T00:00:00Z"']),
+        ({"type": "string", "format": "time"}, ['"23:59:59Z"'], ['"23:58:60Z"']),
+        ({"properties": {"a": {}, "b": {"$id": "https://example.com/b"}}}, ['{"a":[[1]]}'], ['{"a":[[[1]]]}']),
+        ({"type": "number", "minimum": 1, "maximum": 1}, ["1"], ["2"]),
         ({"const": "x" * 3000}, ['"' + "x" * 3000 + '"'], ['""']),
         (
             {"allOf": [{"properties": {"a": {"const": 1}}}, {"properties": {"b": {"const": 2}}}], "type": "object"},
