@@ -57,6 +57,7 @@ SETS: dict[str, dict[str, Any]] = {
     "top_k 50, top_p, min_p": {"temperature": 0.7, "top_k": 50, "top_p": 0.9, "min_p": 0.05},
     "all but top_k": EVERYTHING,
     "all, top_k 50,000": EVERYTHING | {"top_k": 50_000},
+    "all, top_k 50,000, top_p 0.2": EVERYTHING | {"top_k": 50_000, "top_p": 0.2},
 }
 LOGPROBS = {"greedy, logprobs, top_logprobs 20": {}, "top_p, logprobs, top_logprobs 20": SETS["top_p"]}
 
