@@ -88,12 +88,22 @@ class Grammars:
             spaces: Any = {"whitespace_flexible": False} if form.compact else {"whitespace_pattern": _WHITESPACE}
             grammar = LLMatcher.grammar_from_json_schema(form.text, overrides=spaces)
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
-        if refused := matcher.get_error():
+        refused = matcher.get_error() or _dead_start(matcher.deep_copy())
+        if refused:
             raise PromptError(f"{_NAMES[form.kind]} is not supported: {_reason(refused)}; change it or leave it out")
         return matcher
 
 
 _NAMES = {"json_schema": "this JSON schema", "regex": "this regular expression", "choice": "this list of choices"}
+
+
+def _dead_start(matcher: Any) -> str:
+    """What is wrong where no answer can begin, which a grammar that is too complex shows only now; else ""."""
+    begins = any(matcher.compute_bitmask())
+    error = str(matcher.get_error())
+    if begins and not error:
+        return ""
+    return "no answer satisfies it" if not error or error.startswith("NoExtension") else error
 
 
 def _reason(error: str) -> str:
@@ -153,7 +163,7 @@ class Constrained:
 
     def _accept(self, token: int) -> None:
         if not self._matcher.consume_token(token):
-            raise EngineError(f"the answer's form failed: {_reason(self._matcher.get_error() or 'unknown')}")
+            raise self._failure("unknown")
         self._sampler.accept(token)
 
     def _allowed(self, vocab: int) -> NDArray[np.bool_]:
@@ -165,9 +175,12 @@ class Constrained:
             bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
             mask = np.unpackbits(bits, bitorder="little", count=vocab).view(np.bool_)
         if self._matcher.is_error() or not mask.any():
-            reason = self._matcher.get_error() or "no token of this model continues it"
-            raise EngineError(f"the answer's form failed: {_reason(reason)}")
+            raise self._failure("no token of this model continues it")
         return mask
+
+    def _failure(self, otherwise: str) -> EngineError:
+        reason = _reason(self._matcher.get_error() or otherwise)
+        return EngineError(f"the form of this answer failed: {reason}; give a simpler one")
 
 
 class ForcedTokens:
