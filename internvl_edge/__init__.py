@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .evaluation import evaluate
     from .export import export_bundle
     from .quantize import quantize_checkpoint
+    from .runtime.answer_format import AnswerFormat
     from .runtime.conversation import Conversation
     from .runtime.model import InternVL
     from .runtime.reply import Reply
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 __all__ = [
+    "AnswerFormat",
     "Conversation",
     "EdgeError",
     "InternVL",
@@ -39,6 +41,7 @@ for _name in ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"):
 
 # Loaded on first use: a device that only runs bundles has no export packages, and `--help` should be quick.
 _HOMES = {
+    "AnswerFormat": "runtime.answer_format",
     "InternVL": "runtime.model",
     "Reply": "runtime.reply",
     "Conversation": "runtime.conversation",

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from .lookup import PromptLookup
+from .lookup import Guesser
 from .sampling import Chooser
 
 
@@ -18,7 +18,7 @@ class Decoding:
     """The tokens of one answer, from the logits after its prompt to its end.
 
     A step appends `next_tokens` to the KV cache: the last token of the answer, and the tokens that may follow it where
-    `lookup` guesses some. A guess is right if the chooser takes the same token from the logits before it. The first
+    `guesser` guesses some. A guess is right if the chooser takes the same token from the logits before it. The first
     guess that is wrong, and all after it, are dropped from the cache again. With and without guesses the chooser sees
     the same logits in the same order, apart from the rounding of a step of several tokens.
 
@@ -27,7 +27,7 @@ class Decoding:
         stop_ids: tokens that end the answer, and are its last one.
         max_new_tokens: the most tokens of the answer.
         accept: is told each token as it is taken; True ends the answer.
-        lookup: makes guesses, and already holds the prompt's tokens; None for no guesses.
+        guesser: guesses tokens, and already knows the prompt; None for no guesses.
 
     Attributes:
         tokens: the answer so far.
@@ -40,7 +40,7 @@ class Decoding:
         stop_ids: Collection[int],
         max_new_tokens: int,
         accept: Callable[[int], bool],
-        lookup: PromptLookup | None = None,
+        guesser: Guesser | None = None,
     ) -> None:
         self.tokens: list[int] = []
         self.finished = False
@@ -48,7 +48,7 @@ class Decoding:
         self._stop_ids = stop_ids
         self._max_new_tokens = max_new_tokens
         self._accept = accept
-        self._lookup = lookup
+        self._guesser = guesser
         self._guess: list[int] = []
 
     @property
@@ -69,7 +69,7 @@ class Decoding:
         """Return the tokens of the next step: the last one of the answer, and those that are guessed to follow it."""
         # One guess less than tokens may come, because the step also gives the token after the guesses.
         most = self._max_new_tokens - len(self.tokens) - 1
-        self._guess = self._lookup.guess(most) if self._lookup is not None else []
+        self._guess = self._guesser.guess(most) if self._guesser is not None else []
         return [self.tokens[-1], *self._guess]
 
     def advance(self, logits: Sequence[NDArray[np.float32]]) -> int:
@@ -81,17 +81,20 @@ class Decoding:
             if self.finished or right == len(guess) or token != guess[right]:
                 break
             right += 1
-        if self._lookup is not None:
-            self._lookup.judged(len(guess), right)
+        if self._guesser is not None:
+            self._guesser.judged(len(guess), right)
         return right
 
-    def advance_to(self, token: int) -> None:
-        """Take a token that the device has chosen after the only one of `next_tokens`."""
-        self._take(token)
+    def advance_to(self, token: int, logits: Callable[[], NDArray[np.float32]]) -> None:
+        """Take the token that the device has chosen after the only one of `next_tokens`.
+
+        Where the chooser refuses it, take another one from `logits`, which returns those of the step.
+        """
+        self._take(token if self._chooser.take(token) else self._chooser.choose(logits()))
 
     def _take(self, token: int) -> None:
         self.tokens.append(token)
-        if self._lookup is not None:
-            self._lookup.push(token)
+        if self._guesser is not None:
+            self._guesser.push(token)
         ends = self._accept(token)
         self.finished = ends or token in self._stop_ids or len(self.tokens) == self._max_new_tokens

@@ -72,6 +72,10 @@ class LogprobRecorder:
         self._records.append((tokens, log_probabilities(logits, tokens)))
         return token
 
+    def take(self, token: int) -> bool:
+        """Refuse, because there are no logits to record."""
+        return False
+
     def logprobs(self, tokenizer: Tokenizer) -> list[TokenLogprob]:
         """Return the record of each token so far."""
         found = []

@@ -10,12 +10,29 @@ Method: prompt lookup decoding (Saxena, 2023), an n-gram case of speculative dec
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Protocol
 
 _LONGEST, _SHORTEST = 3, 2
 _MOST_GUESSED = 6
 # After _PATIENCE guessed tokens, guessing stops for the rest of the answer if less than this share of them was right,
 # because a step that verifies several tokens takes longer than a step of one token.
 _PATIENCE, _WORTHWHILE = 24, 0.25
+
+
+class Guesser(Protocol):
+    """The interface that guesses the next tokens of one answer."""
+
+    def push(self, token: int) -> None:
+        """Append a token of the answer."""
+        ...
+
+    def guess(self, most: int) -> list[int]:
+        """Return up to `most` tokens that may come next. The list is often empty."""
+        ...
+
+    def judged(self, guessed: int, right: int) -> None:
+        """Record how many tokens of the last guess were right."""
+        ...
 
 
 class PromptLookup:

@@ -29,9 +29,10 @@ from .decoding import Decoding
 from .engines import Engine
 from .engines.choice import cpu_engine
 from .engines.onnxruntime import OnnxRuntimeEngine
+from .grammar import Constrained, ForcedTokens, Grammars
 from .image_cache import ImageCache, pixel_key
 from .logprobs import LogprobRecorder
-from .lookup import PromptLookup
+from .lookup import Guesser, PromptLookup
 from .options import ChatOptions, checked_options, whole_number
 from .prefixes import Keys, Prompt, image_keys
 from .reply import Reply, ReplyStream
@@ -65,6 +66,8 @@ class InternVL:
             self.config, manifest.template, self._tokenizer, manifest.tokens.image, capacity=engine.cache.capacity
         )
         self._stop_ids = manifest.tokens.stop
+        vocab_size = self.config.decoder.vocab_size
+        self._grammars = Grammars(opened.path(names.TOKENIZER), vocab_size, self._stop_ids)
         self._table = opened.embeddings()
         self._images = ImageCache(engine)
         self._engine = engine
@@ -238,17 +241,21 @@ class InternVL:
             raise PromptError(f"count is {count}, expected 1 to {MOST_SAMPLES}")
         checked = checked_options(options)
         sampling = Sampling(**{name: checked[name] for name in Sampling.__dataclass_fields__ if name in checked})
+        form = checked.get("answer_format")
+        matchers = [None if form is None else self._grammars.matcher(form) for _ in range(count)]
         request = self._requests.build(question, images, checked)
         prompt = self._prompt(request)
         counted = request.prompt_ids.tolist() if self.config.layout == "native" else ()
         streams = []
-        for index in range(count):
+        for index, matcher in enumerate(matchers):
             seed = None if sampling.seed is None else sampling.seed + index
             temperature = 0.0 if first_greedy and index == 0 else sampling.temperature
-            chooser = _recorded(Sampler(replace(sampling, seed=seed, temperature=temperature), counted), checked)
+            sampler = Sampler(replace(sampling, seed=seed, temperature=temperature), counted)
+            constrained = None if matcher is None else Constrained(sampler, matcher, self._stop_ids)
+            chooser = _recorded(constrained or sampler, checked)
             text = TextStream(self._tokenizer, self._stop_texts(checked), checked.get("keep_special", False))
-            lookup = self._lookup(request) if checked.get("speculate") else None
-            streams.append(self._answer(request, prompt, chooser, text, lookup))
+            guesser = self._guesser(request, checked, constrained)
+            streams.append(self._answer(request, prompt, chooser, text, guesser))
         return streams
 
     @property
@@ -274,7 +281,10 @@ class InternVL:
         """
         if answer is not None:
             options["max_new_tokens"] = len(answer)
-        request = self._requests.build(question, images, checked_options(options))
+        checked = checked_options(options)
+        if "answer_format" in checked:
+            raise PromptError("trace follows the model or given tokens, no answer_format; leave it out")
+        request = self._requests.build(question, images, checked)
         recorder = Recorder(answer)
         reply = self._answer(request, self._prompt(request), recorder, TextStream(self._tokenizer), None).reply
         return Trace(reply, recorder.logits)
@@ -304,7 +314,7 @@ class InternVL:
         self.close()
 
     def _answer(
-        self, request: Request, prompt: Prompt, chooser: Chooser, text: TextStream, lookup: PromptLookup | None
+        self, request: Request, prompt: Prompt, chooser: Chooser, text: TextStream, guesser: Guesser | None
     ) -> ReplyStream:
         def accept(token: int) -> bool:
             if token not in self._stop_ids and (piece := text.push(token)):
@@ -324,7 +334,7 @@ class InternVL:
                 logprobs=chooser.logprobs(self._tokenizer) if isinstance(chooser, LogprobRecorder) else None,
             )
 
-        decoding = Decoding(chooser, self._stop_ids, request.max_new_tokens, accept, lookup)
+        decoding = Decoding(chooser, self._stop_ids, request.max_new_tokens, accept, guesser)
         task = Task(prompt, decoding)
         return ReplyStream(self._scheduler, task, finish)
 
@@ -346,16 +356,19 @@ class InternVL:
         ends = {self._tokenizer.decode([token], skip_special=False) for token in self._stop_ids}
         return [text for text in options.get("stop", ()) if text not in ends]
 
-    def _lookup(self, request: Request) -> PromptLookup | None:
-        """Return a lookup for the request, or None where guessing would change the answer.
+    def _guesser(self, request: Request, options: Mapping[str, Any], constrained: Constrained | None) -> Guesser | None:
+        """Return a guesser for the request, or None where guessing is not asked for or would change the answer.
 
         With dynamic NTK, several tokens in one step get another rotary base than the same tokens one by one.
         """
         longest = len(request.prompt_ids) + request.max_new_tokens
         if RotaryAngles(self.config.decoder).scales_at(longest):
             return None
-        image_ids = set(request.prompt_ids[request.is_image].tolist())
-        return PromptLookup(request.prompt_ids.tolist(), excluded=image_ids)
+        lookup = None
+        if options.get("speculate"):
+            image_ids = set(request.prompt_ids[request.is_image].tolist())
+            lookup = PromptLookup(request.prompt_ids.tolist(), excluded=image_ids)
+        return lookup if constrained is None else ForcedTokens(constrained, lookup)
 
     def _keys(self, request: Request) -> Keys:
         keys = request.prompt_ids.copy()

@@ -15,6 +15,8 @@ from internvl_edge.base.errors import PromptError
 from internvl_edge.base.text import shown
 from internvl_edge.model.prompt import ImagePlace, Text
 
+from .answer_format import AnswerFormat
+
 
 class ChatOptions(TypedDict, total=False):
     """The options of a request, beside question and images. None is the same as leaving an option out.
@@ -28,6 +30,7 @@ class ChatOptions(TypedDict, total=False):
             `Sampling`; the default is greedy.
         logprobs: put the log probability of each token into the reply (see `Reply`).
         top_logprobs: 0 to 20; with `logprobs`, so many of the most probable tokens at each place too.
+        answer_format: the form that the answer must have (see `AnswerFormat`). The model is not told of it; ask for it.
         stop: strings that end the answer and are not part of it.
         speculate: guess tokens from the prompt and verify several in one step (see `lookup`). The answer is the same.
         exif: rotate images as their EXIF orientation says. By default they are not rotated, as in the original code.
@@ -54,6 +57,7 @@ class ChatOptions(TypedDict, total=False):
     seed: int | None
     logprobs: bool | None
     top_logprobs: int | None
+    answer_format: AnswerFormat | None
     stop: str | Sequence[str] | None
     speculate: bool | None
     exif: bool | None
@@ -66,6 +70,10 @@ class ChatOptions(TypedDict, total=False):
 _MEANT = {
     "do_sample": "temperature: 0 is greedy",
     "generation_config": "its fields as options: max_new_tokens=..., temperature=...",
+    "grammar": "answer_format=AnswerFormat.regex(...)",
+    "guided_choice": "answer_format=AnswerFormat.choice([...])",
+    "guided_json": "answer_format=AnswerFormat.json_schema({...})",
+    "guided_regex": "answer_format=AnswerFormat.regex(...)",
     "image": "images=[...]",
     "max_completion_tokens": "max_new_tokens",
     "max_length": "max_new_tokens",
@@ -77,6 +85,7 @@ _MEANT = {
     "pixel_values": "images=[...]",
     "prompt": "the first argument, question",
     "repeat_penalty": "repetition_penalty",
+    "response_format": "answer_format=AnswerFormat.json_schema({...})",
     "return_history": "a Conversation, which keeps its history",
     "stop_strings": "stop",
     "stop_words": "stop",
@@ -154,6 +163,14 @@ def _biases(name: str, value: Any) -> dict[int, float]:
     return {whole_number(f"{name}: a token id", token): _number(f"{name}: a bias", bias) for token, bias in pairs}
 
 
+def _answer_format(name: str, value: Any) -> AnswerFormat:
+    if not isinstance(value, AnswerFormat):
+        raise PromptError(
+            f"{name} is {shown(value)}, expected an AnswerFormat, such as AnswerFormat.json_schema({{...}})"
+        )
+    return value
+
+
 def is_text(value: Any) -> TypeGuard[Text]:
     """Whether a value is a text, or a list of texts and places of images."""
     if isinstance(value, (tuple, list)):
@@ -190,6 +207,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "seed": whole_number,
     "logprobs": _flag,
     "top_logprobs": whole_number,
+    "answer_format": _answer_format,
     "stop": _texts,
     "speculate": _flag,
     "exif": _flag,

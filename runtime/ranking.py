@@ -1,11 +1,11 @@
-"""Find tokens by their rank in a distribution over a whole vocabulary, without sorting the vocabulary.
+"""Draw tokens from a distribution over a whole vocabulary without sorting the vocabulary.
 
-A token ranks before another one if its logit is larger, or if the logits are equal and its id is smaller. The questions
-of sampling are all about this order: which tokens are the first k, where does the sum of probabilities reach top_p,
-which token covers a random number. As a rule few tokens can be the answer; they are sorted. Where many can (a flat
-distribution), a radix selection looks at some bits of the order at a time, so that the cost has a bound for every
-distribution. Arrays of the length of the vocabulary are allocated once in each thread, because fresh memory costs more
-than the arithmetic.
+A token ranks before another one if its logit is larger, or if the logits are equal and its id is smaller. The parts of
+a distribution that sampling keeps (top_k, top_p, min_p) are beginnings of this order. `Weights` draws from the whole
+and tells how much weight ranks before a token, which costs a few passes over the vocabulary; its `Order` finds the
+border of a part. As a rule few tokens can be the border, and they are sorted. Where many can (a flat distribution), a
+radix selection looks at some bits of the order at a time, so that the cost has a bound for every distribution. Arrays
+of the length of the vocabulary are allocated once in each thread, because fresh memory costs more than the arithmetic.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from internvl_edge.base.errors import EngineError
 
 # The most tokens that are sorted. Sorting more takes longer than a round of the radix selection.
 _SORTED = 8192
+# Weights are summed in blocks of this many tokens.
+_BLOCK = 512
 # `largest` is for this many tokens; the number of tokens that it sorts stays within `_SORTED`.
 FEW = 1024
+# Every so manieth token is in the sample that brackets a rank, and this many tokens of it on each side.
+_STRIDE, _MARGIN = 37, 96
 # Extreme temperatures end here, roughly at the least and the greatest normal float32.
 _COLDEST, _HOTTEST = 1e-37, 1e37
 # Share of the exact limit below which a token cannot matter; the rest is for rounding.
 _CAUTION = 0.5
-# Sums of the same weights in another order differ by less. A sum of weights must not lead to the token behind them.
-_ROUNDED_DOWN = 1 - 1e-10
-
 # The levels of the radix selection: (shift, width) of the bits of a key. After the last one, all tokens of a bin tie.
 _LEVELS = ((17, 15), (2, 15), (0, 2))
 
@@ -85,66 +86,82 @@ def adjustable(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     return copied
 
 
-class Ranking:
-    """The tokens that may be chosen for logits [vocab], weighted by exp((logit - largest logit) / temperature).
+class Weights:
+    """The weights exp((logit - largest logit) / temperature) of all tokens, for logits [vocab].
 
-    It is valid until the next one is made in the same thread.
+    They are valid until the next ones are made in the same thread.
 
     Args:
         logits: they must have passed `peak_of`, which gives `peak`.
         temperature: above 0.
-        top_k: only so many tokens are ranked; 0 for all.
-        min_p: what will be looked for has at least this weight; the most probable token has weight 1.
-        share: what will be looked for lies within this share of all weights, at most.
+        top_k: only the tokens that rank so high have a weight; 0 for all.
+        min_p: tokens of less weight have none, but they count in `mass`; the most probable token has weight 1.
 
     Attributes:
-        mass: the sum of the weights of the ranked tokens.
-        probable: the sum of those that are at least `min_p`.
+        mass: the sum of the weights after `top_k` and before `min_p`.
+        kept: the sum of the weights.
     """
 
     def __init__(
-        self,
-        logits: NDArray[np.float32],
-        peak: np.float32,
-        temperature: float,
-        top_k: int = 0,
-        min_p: float = 0.0,
-        share: float = 1.0,
+        self, logits: NDArray[np.float32], peak: np.float32, temperature: float, top_k: int = 0, min_p: float = 0.0
     ) -> None:
-        space = _workspace(len(logits))
+        self._space = space = _workspace(len(logits))
         scale = np.float32(min(max(temperature, _COLDEST), _HOTTEST))
-        peak = peak + np.float32(0)  # not -0.0, so that no difference is
-        distances, weights = space.distances, space.weights
-        if few := 0 < top_k <= FEW:
-            tokens = largest(logits, top_k)
-            logits, distances, weights = logits[tokens], np.empty(len(tokens), np.float32), space.weights[: len(tokens)]
+        np.subtract(peak + np.float32(0), logits, out=space.distances)  # the largest logit can be -0.0, no distance is
         with np.errstate(over="ignore"):  # a distance beyond float32 is a weight of 0
-            np.divide(np.subtract(peak, logits, out=distances), scale, out=distances)
-        np.exp(np.negative(distances, out=weights), out=weights)
-        self._order: _Sorted | _Bins
-        if few:
-            self.mass = _sum(weights)
-            self._order = _Sorted(tokens, weights)
-        elif 0 < top_k < len(logits):
-            self._order = _Bins(space, counted=True)
-            self.mass = self._order.mass_of(top_k)
-        else:
-            self.mass = _sum(weights)
-            least = max(min_p, (1 - share) * self.mass / len(logits) * _CAUTION)
-            self._order = _order_of(space, np.float32(least))
-        self.probable = self.mass
+            np.divide(space.distances, scale, out=space.distances)
+        np.exp(np.negative(space.distances, out=space.weights), out=space.weights)
+        if 0 < top_k < len(logits):
+            _drop_from(space, top_k)
+        self._add_up()
+        self.mass = self.kept
         if min_p > 0:
-            mask = np.greater_equal(weights, np.float32(min_p), out=space.mask[: len(weights)])
-            probable = _sum(np.multiply(weights, mask, out=space.scratch[: len(weights)]))
-            self.probable = min(self.mass, probable * _ROUNDED_DOWN)
+            probable = np.greater_equal(space.weights, np.float32(min_p), out=space.mask)
+            np.multiply(space.weights, probable, out=space.weights)
+            self._add_up()
+
+    def _add_up(self) -> None:
+        self._masses = np.cumsum(self._space.blocks.sum(1), dtype=np.float64)
+        self.kept = float(self._masses[-1])
+
+    def covering(self, share: float) -> int:
+        """Add weights in the order of ids until the sum exceeds this share of all, and return the last token."""
+        target = share * self.kept
+        number = found(self._masses, target, "right")
+        inside = np.cumsum(self._space.blocks[number], dtype=np.float64)
+        before = float(self._masses[number - 1]) if number else 0.0
+        return number * _BLOCK + found(inside, target - before, "right")
+
+    def mass_before(self, token: int) -> float:
+        """Return the sum of the weights of the tokens that rank before this one."""
+        space = self._space
+        key = space.keys[token]
+        before = np.less(space.keys, key, out=space.mask)
+        mass = _sum(np.multiply(space.weights, before, out=space.scratch))
+        return mass + float(space.weights[token]) * int(np.count_nonzero(space.keys[:token] == key))
+
+    def order(self, share: float) -> Order:
+        """Return the order of the tokens. What is looked for in it must lie within this share of `mass`."""
+        return Order(self._space, np.float32((1 - share) * self.mass / self._space.vocab * _CAUTION))
+
+
+class Order:
+    """Tokens in their order, those with less than the `least` weight left out. See `Weights.order`."""
+
+    def __init__(self, space: _Workspace, least: np.float32) -> None:
+        mask = np.greater_equal(space.weights, least, out=space.mask)
+        if np.count_nonzero(mask) <= _SORTED:
+            self._parts: _Sorted | _Bins = _Sorted(space, np.flatnonzero(mask))
+        else:
+            self._parts = _Bins(space)
 
     def reaching(self, mass: float) -> float:
-        """Add weights from the most probable token on until the sum is at least `mass`, and return the sum."""
-        return self._order.at(mass, "left")[1]
+        """Add weights from the first token on until the sum is at least `mass`, and return the sum."""
+        return self._parts.at(mass, "left")[1]
 
     def covering(self, mass: float) -> int:
-        """Add weights from the most probable token on until the sum exceeds `mass`, and return the last token."""
-        return self._order.at(mass, "right")[0]
+        """Add weights from the first token on until the sum exceeds `mass`, and return the last token."""
+        return self._parts.at(mass, "right")[0]
 
 
 class _Workspace:
@@ -152,7 +169,9 @@ class _Workspace:
 
     def __init__(self, vocab: int) -> None:
         self.vocab = vocab
-        self.logits, self.distances, self.weights, self.scratch = np.empty((4, vocab), np.float32)
+        self.logits, self.distances, self.scratch = np.empty((3, vocab), np.float32)
+        self.blocks = np.zeros((-(-vocab // _BLOCK), _BLOCK), np.float32)
+        self.weights = self.blocks.reshape(-1)[:vocab]
         self.keys = self.distances.view(np.uint32)  # distances are not negative, so their bits have their order
         self.bits = self.scratch.view(np.uint32)
         self.quarters = np.arange(vocab, dtype=np.uint32) & np.uint32(3)
@@ -171,35 +190,57 @@ def _workspace(vocab: int) -> _Workspace:
     return space
 
 
-def _order_of(space: _Workspace, least: np.float32) -> _Sorted | _Bins:
-    """Order the tokens whose weight is at least `least`, or all."""
-    mask = np.greater_equal(space.weights, least, out=space.mask)
-    if np.count_nonzero(mask) > _SORTED:
-        return _Bins(space)
-    tokens = np.flatnonzero(mask)
-    tokens = _ranked(space.keys[tokens], tokens)
-    return _Sorted(tokens, space.weights[tokens])
+def _drop_from(space: _Workspace, count: int) -> None:
+    """Set the weights of all tokens to 0 but the first `count` in the order."""
+    last = _key_of_rank(space, count)
+    first = np.less_equal(space.keys, last, out=space.mask)
+    surplus = int(np.count_nonzero(first)) - count
+    np.multiply(space.weights, first, out=space.weights)
+    if surplus:
+        tied = np.flatnonzero(np.equal(space.keys, last, out=space.mask))
+        space.weights[tied[len(tied) - surplus :]] = 0
+
+
+def _key_of_rank(space: _Workspace, count: int) -> np.uint32:
+    """Return the key of the token number `count` in the order, from 1 on. A sample of the keys brackets it."""
+    sample = np.sort(space.keys[::_STRIDE])
+    place = count * len(sample) // space.vocab
+    low, high = int(sample[max(place - _MARGIN, 0)]), int(sample[min(place + _MARGIN, len(sample) - 1)])
+
+    def up_to(key: int) -> int:
+        return int(np.count_nonzero(np.less_equal(space.keys, np.uint32(key), out=space.mask)))
+
+    before, until = (up_to(low - 1) if low else 0), up_to(high)
+    if before >= count:
+        low, before = 0, 0
+    if until < count:
+        high, until = int(space.keys.max()), space.vocab
+    while low < high and until - before > _SORTED:
+        middle = (low + high) // 2
+        found = up_to(middle)
+        low, before, high, until = (middle + 1, found, high, until) if found < count else (low, before, middle, found)
+    if low == high:
+        return np.uint32(low)
+    inside = np.greater_equal(space.keys, np.uint32(low), out=space.mask)
+    inside &= np.less_equal(space.keys, np.uint32(high), out=space.members)
+    return np.uint32(np.sort(space.keys[np.flatnonzero(inside)])[count - before - 1])
 
 
 class _Sorted:
-    """Tokens in their order, with their weights. The weights of the tokens before them sum to `before`."""
+    """Tokens sorted by their keys. The weights of the tokens before them sum to `before`."""
 
-    def __init__(self, tokens: NDArray[np.intp], weights: NDArray[np.float32], before: float = 0.0) -> None:
-        self._tokens = tokens
-        self._masses = before + np.cumsum(weights, dtype=np.float64)
+    def __init__(self, space: _Workspace, tokens: NDArray[np.intp], before: float = 0.0) -> None:
+        self._tokens = _ranked(space.keys[tokens], tokens)
+        self._masses = before + np.cumsum(space.weights[self._tokens], dtype=np.float64)
 
     def at(self, mass: float, side: Side) -> tuple[int, float]:
         """Return the token at which the sum of weights reaches ("left") or exceeds ("right") `mass`, and the sum."""
-        index = _found(self._masses, mass, side)
+        index = found(self._masses, mass, side)
         return int(self._tokens[index]), float(self._masses[index])
-
-    def mass_of(self, count: int) -> float:
-        """Return the sum of weights up to the token number `count` of these, from 1 on."""
-        return float(self._masses[count - 1])
 
 
 class _Tied:
-    """All tokens that have one key. See `_Sorted`."""
+    """The first `count` tokens that have one key. See `_Sorted`."""
 
     def __init__(self, space: _Workspace, key: np.uint32, weight: float, count: int, before: float) -> None:
         self._space = space
@@ -212,10 +253,7 @@ class _Tied:
         steps = (mass - self._before) / self._weight if self._weight else 0.0
         index = min(max(math.ceil(steps) - 1 if side == "left" else int(steps), 0), self._count - 1)
         tied = np.equal(self._space.keys, self._key, out=self._space.mask)
-        return _nth(tied, index), self.mass_of(index + 1)
-
-    def mass_of(self, count: int) -> float:
-        return self._before + count * self._weight
+        return _nth(tied, index), self._before + (index + 1) * self._weight
 
 
 class _Bins:
@@ -228,12 +266,9 @@ class _Bins:
         level: the number of levels above this one.
         prefix: the bits above, which the members share.
         before: the sum of the weights of all tokens before the members.
-        counted: whether `mass_of` will be called.
     """
 
-    def __init__(
-        self, space: _Workspace, level: int = 0, prefix: int = 0, before: float = 0.0, counted: bool = False
-    ) -> None:
+    def __init__(self, space: _Workspace, level: int = 0, prefix: int = 0, before: float = 0.0) -> None:
         self._space = space
         self._level = level
         self._before = before
@@ -246,49 +281,35 @@ class _Bins:
         if level:
             np.bitwise_and(bits, np.uint32((4 << width) - 1), out=bits)
         np.copyto(space.bins, np.bitwise_xor(bits, space.quarters, out=bits))
-        if counted and level:
-            np.copyto(space.masses, space.members)
-        if counted:
-            self._counts = _sums_of_bins(space.bins, space.masses if level else None)
         np.copyto(space.masses, space.weights)
         if level:
             np.copyto(space.masses, 0, where=np.logical_not(space.members, out=space.mask))
-        self._masses = before + _sums_of_bins(space.bins, space.masses)
+        sums = np.bincount(space.bins, weights=space.masses)
+        sums = np.concatenate([sums, np.zeros(-len(sums) % 4)])
+        self._masses = before + np.cumsum(sums[0::4] + sums[1::4] + sums[2::4] + sums[3::4])
         self._open: tuple[int, _Sorted | _Tied | _Bins] | None = None
 
     def at(self, mass: float, side: Side) -> tuple[int, float]:
-        return self._bin(_found(self._masses, mass, side)).at(mass, side)
-
-    def mass_of(self, count: int) -> float:
-        number = _found(self._counts, count, "left")
-        return self._bin(number, counted=True).mass_of(count - int(self._counts[number - 1] if number else 0))
-
-    def _bin(self, number: int, counted: bool = False) -> _Sorted | _Tied | _Bins:
+        number = found(self._masses, mass, side)
         if self._open is None or self._open[0] != number:
-            self._open = number, self._ordered(number, counted)
-        return self._open[1]
+            self._open = number, self._ordered(number)
+        return self._open[1].at(mass, side)
 
-    def _ordered(self, number: int, counted: bool) -> _Sorted | _Tied | _Bins:
+    def _ordered(self, number: int) -> _Sorted | _Tied | _Bins:
         space, prefix = self._space, self._prefix | number
         before = float(self._masses[number - 1]) if number else self._before
         bits = np.right_shift(space.keys, np.uint32(self._shift), out=space.bits)
         members = np.equal(bits, np.uint32(prefix), out=space.members)
+        members &= np.greater(space.weights, 0, out=space.mask)  # those without a weight cannot be found
         count = int(np.count_nonzero(members))
         if count <= _SORTED:
-            tokens = np.flatnonzero(members)
-            tokens = _ranked(space.keys[tokens], tokens)
-            return _Sorted(tokens, space.weights[tokens], before)
-        first = members.argmax()
-        if np.count_nonzero(np.equal(space.keys, space.keys[first], out=space.mask)) == count:
+            return _Sorted(space, np.flatnonzero(members), before)
+        first = int(members.argmax())
+        tied = np.equal(space.keys, space.keys[first], out=space.mask)
+        tied &= members
+        if np.count_nonzero(tied) == count:
             return _Tied(space, space.keys[first], float(space.weights[first]), count, before)
-        return _Bins(space, self._level + 1, prefix, before, counted)
-
-
-def _sums_of_bins(parts: NDArray[np.intp], weights: NDArray[np.float64] | None) -> NDArray[Any]:
-    """Return the sums of weights (None: of ones) of all bins up to each one, from the part of a bin of each token."""
-    sums = np.bincount(parts, weights=weights)
-    sums = np.concatenate([sums, np.zeros(-len(sums) % 4, sums.dtype)])
-    return np.cumsum(sums[0::4] + sums[1::4] + sums[2::4] + sums[3::4])
+        return _Bins(space, self._level + 1, prefix, before)
 
 
 def _nth(mask: NDArray[np.bool_], index: int) -> int:
@@ -305,8 +326,11 @@ def _sum(weights: NDArray[np.float32]) -> float:
     return float(weights.sum(dtype=np.float64))
 
 
-def _found(sums: NDArray[Any], target: float, side: Side) -> int:
-    """The first index whose sum reaches the target; rounding never leads behind the last one that adds something."""
+def found(sums: NDArray[Any], target: float, side: Side) -> int:
+    """Return the first index whose sum reaches ("left") or exceeds ("right") the target.
+
+    Rounding of the target never leads behind the last index that adds something.
+    """
     return int(min(np.searchsorted(sums, target, side), np.searchsorted(sums, sums[-1], "left")))
 
 

@@ -19,12 +19,15 @@ from numpy.typing import NDArray
 from internvl_edge.base.errors import PromptError
 from internvl_edge.base.text import shown
 
-from .ranking import Ranking, adjustable, peak_of
+from .ranking import FEW, Weights, adjustable, found, largest, peak_of
 
 # Limits of OpenAI's interface.
 MOST_BIASES = 300
 _LARGEST_BIAS = 100.0
 _LARGEST_PENALTY = 2.0
+# From this top_p on, a token is drawn from the whole distribution, again if it is not of the part that top_p keeps, and
+# at most so many times. A draw costs less than finding the border of that part, and the result has its distribution.
+_LEAST_SHARE, _TRIES = 0.4, 6
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,8 @@ class Sampling:
         presence_penalty: -2 to 2; taken from the logit of each token that the answer has.
         logit_bias: {token id: -100 to 100}, added to logits; at most 300 tokens. -100 all but excludes a token, and 100
             all but forces it.
-        seed: seed of the random generator; None takes a new one each time. Each token takes one random number, which is
-            compared with the sums of the probabilities from the most probable token on. Thus an answer depends on its
-            seed and its logits alone.
+        seed: seed of the random generator; None takes a new one each time. An answer depends on its seed and its logits
+            alone, whatever else runs.
     """
 
     temperature: float = 0.0
@@ -102,6 +104,13 @@ class Chooser(Protocol):
         """
         ...
 
+    def take(self, token: int) -> bool:
+        """Take the most probable token, which the engine chose, and return True; or refuse it, and return False.
+
+        After a refusal, `choose` must be called with the logits. It is for choosers that take the best.
+        """
+        ...
+
 
 class Sampler:
     """Chooses the tokens of one answer.
@@ -138,6 +147,11 @@ class Sampler:
         self.accept(token)
         return token
 
+    def take(self, token: int) -> bool:
+        """See `Chooser`."""
+        self.accept(token)
+        return True
+
     def pick(self, logits: NDArray[np.float32]) -> int:
         """Return a token for logits [vocab] as `choose` does; the answer does not have it yet."""
         logits = self._adjusted(logits)
@@ -162,12 +176,32 @@ class Sampler:
         return logits
 
     def _sample(self, logits: NDArray[np.float32]) -> int:
-        sampling, number = self._sampling, self._random.random()
-        share = sampling.top_p if sampling.top_p < 1 else number
-        ranking = Ranking(logits, peak_of(logits), sampling.temperature, sampling.top_k, sampling.min_p, share)
-        # Keep a token as long as the tokens before it do not reach top_p. The first token always stays.
-        mass = ranking.reaching(sampling.top_p * ranking.mass) if sampling.top_p < 1 else ranking.mass
-        return ranking.covering(number * min(mass, ranking.probable))
+        sampling, peak = self._sampling, peak_of(logits)
+        if 0 < sampling.top_k <= FEW:
+            return self._sample_among(largest(logits, sampling.top_k), logits, peak)
+        weights = Weights(logits, peak, sampling.temperature, sampling.top_k, sampling.min_p)
+        if sampling.top_p == 1:
+            return weights.covering(self._random.random())
+        for _ in range(_TRIES if sampling.top_p >= _LEAST_SHARE else 0):
+            token = weights.covering(self._random.random())
+            # Keep a token as long as the tokens before it do not reach top_p. The first token always stays.
+            if weights.mass_before(token) < sampling.top_p * weights.mass:
+                return token
+        order = weights.order(sampling.top_p)
+        return order.covering(self._random.random() * order.reaching(sampling.top_p * weights.mass))
+
+    def _sample_among(self, tokens: NDArray[np.intp], logits: NDArray[np.float32], peak: np.float32) -> int:
+        """Choose among a few tokens, the most probable one first."""
+        sampling = self._sampling
+        with np.errstate(over="ignore"):  # a distance beyond float64 is a weight of 0
+            weights = np.exp((logits[tokens].astype(np.float64) - float(peak)) / sampling.temperature)
+        sums = np.cumsum(weights)
+        count = len(tokens)
+        if sampling.top_p < 1:
+            count = max(1, int(np.searchsorted(sums - weights, sampling.top_p * sums[-1], side="left")))
+        if sampling.min_p > 0:
+            count = min(count, int(np.count_nonzero(weights >= sampling.min_p)))
+        return int(tokens[found(sums[:count], self._random.random() * sums[count - 1], "right")])
 
 
 def _penalises(sampling: Sampling) -> bool:

@@ -257,7 +257,7 @@ class Scheduler:
         engine, rows = self._engine, [_row(task) for task in tasks]
         embeds = np.stack([self._embed(task.decoding.tokens[-1]) for task in tasks])
         if engine.cache.rows == 1 and isinstance(engine, ChoosingEngine) and tasks[0].decoding.takes_the_best:
-            tasks[0].decoding.advance_to(engine.decode_token(embeds[0], rows[0]))
+            tasks[0].decoding.advance_to(engine.decode_token(embeds[0], rows[0]), engine.last_logits)
             return
         for task, logits in zip(tasks, engine.decode_rows(embeds, rows), strict=True):
             self._guarded([task], task.decoding.advance, [logits])

@@ -41,6 +41,10 @@ class Recorder:
         self._logits.append(logits.copy())
         return int(logits.argmax()) if self._forced is None else next(self._forced)
 
+    def take(self, token: int) -> bool:
+        """Refuse, because there are no logits to record."""
+        return False
+
     @property
     def logits(self) -> NDArray[np.float32]:
         """All recorded logits [tokens, vocab]."""

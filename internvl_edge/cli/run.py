@@ -13,8 +13,10 @@ from click.core import ParameterSource
 
 from internvl_edge.base.errors import PromptError
 from internvl_edge.base.extras import require_extras
+from internvl_edge.base.json_files import read_bytes
 from internvl_edge.base.text import shown
 from internvl_edge.model.prompt import Text, video_parts
+from internvl_edge.runtime.answer_format import MOST_BYTES, AnswerFormat
 from internvl_edge.runtime.reply import Reply
 from internvl_edge.runtime.voting import MOST_VOTES, SAMPLING, reasoning_question
 
@@ -62,6 +64,13 @@ _MOST_ROWS = 8
     is_flag=True,
     help="Print one JSON object with text, tokens and timings instead of streaming the text.",
 )
+@click.option(
+    "--json-schema",
+    type=click.Path(path_type=Path),
+    help="File with a JSON schema that the answer follows. Ask for such an answer in QUESTION too.",
+)
+@click.option("--regex", help="Regular expression that the whole answer matches.")
+@click.option("--choice", "choices", multiple=True, help="An answer to choose (repeatable). Nothing else comes out.")
 @quiet_option
 @loading_options
 @answering_options
@@ -76,6 +85,9 @@ def command(
     reason: bool,
     as_json: bool,
     quiet: bool,
+    json_schema: Path | None,
+    regex: str | None,
+    choices: tuple[str, ...],
     **values: Any,
 ) -> None:
     """Ask BUNDLE one QUESTION about images or a video, and print the answer.
@@ -95,6 +107,7 @@ def command(
     if not question.strip():
         raise PromptError("the question is empty; ask something")
     asked: Text = question if video is None else video_parts(question, len(sources))
+    values["answer_format"] = _answer_format(json_schema, regex, choices)
     if votes is not None:
         _vote(bundle, asked, sources, votes, sure, reason, as_json, quiet, values)
         return
@@ -158,6 +171,23 @@ def _vote(
 
 def _is_given(name: str) -> bool:
     return click.get_current_context().get_parameter_source(name) is not ParameterSource.DEFAULT
+
+
+def _answer_format(json_schema: Path | None, regex: str | None, choices: tuple[str, ...]) -> AnswerFormat | None:
+    """The form of the answer, from the options that give one."""
+    given = {"--json-schema": json_schema is not None, "--regex": regex is not None, "--choice": bool(choices)}
+    if sum(given.values()) > 1:
+        names = " and ".join(name for name, is_given in given.items() if is_given)
+        raise PromptError(f"{names} cannot be combined; give one form of the answer")
+    if json_schema is not None:
+        schema = read_bytes(json_schema, PromptError, "give a file with a JSON schema", limit=MOST_BYTES)
+        try:
+            return AnswerFormat.json_schema(schema.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise PromptError(f"{json_schema} is not UTF-8 at byte {error.start}; give a JSON schema") from None
+    if regex is not None:
+        return AnswerFormat.regex(regex)
+    return AnswerFormat.choice(choices) if choices else None
 
 
 def _as_json(reply: Reply) -> dict[str, Any]:

@@ -107,6 +107,10 @@ class ChoosingEngine(Engine, Protocol):
         """Append one token [hidden] to a row, and return the id of the most probable next token."""
         ...
 
+    def last_logits(self) -> NDArray[np.float32]:
+        """Return the logits [vocab] of the last `decode_token`, valid until the next call of the engine."""
+        ...
+
 
 def finish(steps: Generator[None, None, T]) -> T:
     """Run all steps, and return the result."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from internvl_edge.base.errors import PromptError
+from internvl_edge.runtime.answer_format import AnswerFormat
 from internvl_edge.runtime.options import ChatOptions, checked_options
 
 
@@ -28,6 +29,7 @@ def test_every_option_that_is_documented_is_checked() -> None:
         "seed": 0,
         "logprobs": True,
         "top_logprobs": 5,
+        "answer_format": AnswerFormat.regex("a"),
         "stop": ("x",),
         "speculate": True,
         "exif": False,
@@ -48,6 +50,7 @@ def test_every_option_that_is_documented_is_checked() -> None:
         ("generation_config", "max_new_tokens="),
         ("do_sample", "temperature: 0 is greedy"),
         ("num_patches_list", "one list for each <image> mark"),
+        ("guided_json", "answer_format=AnswerFormat.json_schema"),
         ("max_new_token", "did you mean max_new_tokens?"),
         ("temprature", "did you mean temperature?"),
         ("zzz", "options are max_tiles, history"),
@@ -88,6 +91,8 @@ def test_whole_numbers_of_numpy_are_numbers(value: Any) -> None:
         ("top_logprobs", 2.0),
         ("seed", 1.0),
         ("system", 3),
+        ("answer_format", {"type": "object"}),
+        ("answer_format", "json"),
         ("stop", [3]),
         ("stop", b"x"),
         ("speculate", 1),

@@ -132,6 +132,11 @@ class TensorRTEngine(Engine):
         self._decode_one(embed)
         return int(self._results.arrays["token"][0])
 
+    def last_logits(self) -> NDArray[np.float32]:
+        """Copy the logits [vocab] of the last `decode_token` from the device. They are valid until the next call."""
+        logits: NDArray[np.float32] = self._logits(1)[0]
+        return logits
+
     def score(self, embeds: NDArray[np.float32], row: int = 0) -> NDArray[np.float32]:
         """Append tokens [seq, hidden], and return the logits [seq, vocab] after each of them."""
         total = self.cache.room_for(len(embeds))

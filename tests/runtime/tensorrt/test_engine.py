@@ -217,6 +217,11 @@ def test_only_a_token_comes_back_unless_logits_are_asked_for(exported: Bundle) -
     # One embedding and its angles in 16 bits, two numbers, and what aligns them.
     assert moved["to device"] <= 2 * (decoder.hidden_size + decoder.head_dim) + 5 * 256
     before = cuda.copied.copy()
+    logits = engine.last_logits().copy()
+    assert (cuda.copied - before)["to host"] == 4 * decoder.vocab_size
+    engine.reset(4)
+    np.testing.assert_array_equal(logits, engine.decode(embeds[0]))
+    before = cuda.copied.copy()
     engine.decode(embeds[1])
     assert (cuda.copied - before)["to host"] == 8 * 3 + 4 * decoder.vocab_size
 

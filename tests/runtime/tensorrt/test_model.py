@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from helpers import tiny
 from helpers.fake_gpu import FakeCuda, FakeTensorRT
 from helpers.tensorrt_engines import open_engine, write_engines
-from internvl_edge import InternVL, export_bundle
+from internvl_edge import AnswerFormat, InternVL, export_bundle
 from internvl_edge.base.errors import EngineError
 from internvl_edge.bundle.bundle import Bundle
 
@@ -48,3 +49,27 @@ def test_without_engines_or_gpu_loading_is_one_line(tmp_path: Path, bundle: Bund
     with pytest.raises(EngineError) as error:
         InternVL.load(bundle.folder, "tensorrt")
     assert "\n" not in str(error.value)
+
+
+def test_a_form_copies_logits_only_where_the_best_token_is_refused(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("llguidance")
+    form = AnswerFormat.regex("[0-9]{4}|[a-z]{4}")
+    cuda = FakeCuda()
+    model, _ = load(bundle, cuda)
+    engine: Any = model.engine
+    refused: list[int] = []
+    last_logits = engine.last_logits
+    monkeypatch.setattr(engine, "last_logits", lambda: (refused.append(1), last_logits())[1])
+    before = cuda.copied["to host"]
+    reply = model.chat("Hello", max_new_tokens=8, system="", answer_format=form)
+    assert len(reply.text) == 4
+    assert reply.text.isdigit() or reply.text.isalpha()
+    assert reply.finish_reason == "stop"
+    rows = (cuda.copied["to host"] - before) // (4 * bundle.manifest.model.decoder.vocab_size)
+    # One row after the prompt; the random model wants none of the allowed tokens.
+    assert rows == 1 + len(refused)
+    assert 1 <= len(refused) < len(reply.output_ids)
+    model.close()
+    assert cuda.leaks == {}
