@@ -209,7 +209,8 @@ class InternVL:
             question, images, options: as for `chat`.
             votes: the most replies, 1 to 64. Load the model with as many `rows`, or a part of them, to be fast.
             reason: ask for reasoning before the answer. Give `max_new_tokens` room for it.
-            choices: the possible answers.
+            choices: the possible answers. No reply can give another one; after reasoning, a reply that names none of
+                them is asked to choose (extra `structured`).
             sure: end the vote as soon as the leader is the majority's answer with this probability, such as 0.95. It
                 saves replies, and may now and then change the outcome.
 

@@ -28,6 +28,7 @@ class ChatOptions(TypedDict, total=False):
         max_new_tokens: the most tokens of the answer; the default is 1024.
         temperature, top_k, top_p, min_p, repetition_penalty, frequency_penalty, presence_penalty, logit_bias, seed: see
             `Sampling`; the default is greedy.
+        answer_start: text that the answer goes on from, as if the model had written it. The reply does not have it.
         logprobs: put the log probability of each token into the reply (see `Reply`).
         top_logprobs: 0 to 20; with `logprobs`, so many of the most probable tokens at each place too.
         answer_format: the form that the answer must have (see `AnswerFormat`). The model is not told of it; ask for it.
@@ -55,6 +56,7 @@ class ChatOptions(TypedDict, total=False):
     presence_penalty: float | None
     logit_bias: Mapping[int, float] | None
     seed: int | None
+    answer_start: str | None
     logprobs: bool | None
     top_logprobs: int | None
     answer_format: AnswerFormat | None
@@ -205,6 +207,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "presence_penalty": _number,
     "logit_bias": _biases,
     "seed": whole_number,
+    "answer_start": _text,
     "logprobs": _flag,
     "top_logprobs": whole_number,
     "answer_format": _answer_format,

@@ -85,6 +85,8 @@ class RequestBuilder:
             system=options.get("system"),
             plain=plain,
         )
+        if start := options.get("answer_start"):
+            segments.append(Segment(start, is_template=False))
         ids = self._ids(segments, plain)
         max_new_tokens = options.get("max_new_tokens", 1024)
         self._check(ids, max_new_tokens, sum(map(len, tiles)))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from internvl_edge.base.errors import PromptError
 from internvl_edge.model.prompt import Text
 
+from .answer_format import AnswerFormat
 from .options import whole_number
 from .reply import Reply
 from .request import Images
@@ -32,6 +33,7 @@ _REASONING = (
     "Your task is to answer the question below. Give step by step reasoning before you answer, and when you're ready "
     'to answer, please use the format "Final answer: .."\n\nQuestion:\n\n'
 )
+_CONCLUSION = "\nFinal answer: "
 _MARKS = (
     re.compile(r"\\boxed\{(.*)\}"),
     re.compile(r"final answer\W{0,4}:\s*(.*)", re.IGNORECASE),
@@ -80,13 +82,21 @@ def vote(
     choices = checked_choices(choices)
     asked = reasoning_question(question) if reason else question
     settings = SAMPLING | dict(options) | {"logprobs": True}
+    final: dict[str, Any] = {}
+    if choices is not None:
+        final = dict(options) | {"temperature": 0.0, "answer_format": AnswerFormat.choice(choices)}
+    if not reason:
+        settings |= final and {"answer_format": final["answer_format"]}
     streams = model.sample_streams(asked, images, votes, first_greedy=True, **settings)
     ballot = Ballot(votes, sure)
     try:
         for stream in streams:
             stream.begin()
         for stream in streams:
-            ballot.add(stream.reply, find_answer(stream.reply, reason, choices))
+            answer = find_answer(stream.reply, reason, choices)
+            if answer is None and choices is not None:  # only after reasoning, which may have ended without a choice
+                answer = model.chat(asked, images, **final | {"answer_start": stream.reply.text + _CONCLUSION}).text
+            ballot.add(stream.reply, answer)
             if ballot.is_decided:
                 break
     finally:

@@ -96,20 +96,17 @@ def command(
     """
     video_extra = () if video is None else ("video",)
     require_extras("run", *engine_extra(values["device"], values["engine"]), *video_extra)
-    sources: list[Any] = list(images)
-    if video is not None:
-        if sources:
-            raise PromptError("--video and --image cannot be combined; ask about one of them")
-        from internvl_edge.model.video import load_video
-
-        sources = list(load_video(video, frames))
-        values["max_tiles"] = (1,)
     if not question.strip():
         raise PromptError("the question is empty; ask something")
-    asked: Text = question if video is None else video_parts(question, len(sources))
+    asked, sources = (
+        (question, list(images)) if video is None else _about_video(question, images, video, frames, values)
+    )
     values["answer_format"] = _answer_format(json_schema, regex, choices)
-    if votes is not None:
-        _vote(bundle, asked, sources, votes, sure, reason, as_json, quiet, values)
+    if reason and values["answer_format"] and not choices:
+        raise PromptError("--reason asks for free text first; leave it out, or give --choice for the form of the end")
+    if votes is not None or (reason and choices):
+        voting = {"votes": votes or 1, "sure": sure, "reason": reason, "choices": choices or None}
+        _vote(bundle, asked, sources, voting, as_json, quiet, values)
         return
     if sure is not None:
         raise PromptError("--sure is for votes; give --votes too, or leave it out")
@@ -132,24 +129,39 @@ def command(
             click.secho(timing_line(stream.reply), dim=True, err=True)
 
 
+def _about_video(
+    question: str, images: tuple[str, ...], video: Path, frames: int, values: dict[str, Any]
+) -> tuple[Text, list[Any]]:
+    """Return a question about the frames of a video, and these."""
+    if images:
+        raise PromptError("--video and --image cannot be combined; ask about one of them")
+    from internvl_edge.model.video import load_video
+
+    sources = list(load_video(video, frames))
+    values["max_tiles"] = (1,)
+    return video_parts(question, len(sources)), sources
+
+
 def _vote(
     bundle: Path,
     question: Text,
     images: list[Any],
-    votes: int,
-    sure: float | None,
-    reason: bool,
+    voting: dict[str, Any],
     as_json: bool,
     quiet: bool,
     values: dict[str, Any],
 ) -> None:
+    if voting["choices"]:
+        values["answer_format"] = None
     given = {name for name in SAMPLING if _is_given(name)}
     with ExitStack() as stack, shown_progress(quiet) as progress:
         progress.expect(2)
-        model = stack.enter_context(load_model(bundle, values, progress, rows=min(votes, _MOST_ROWS)))
-        options = {name: value for name, value in chat_options(values).items() if name not in SAMPLING.keys() - given}
-        with progress.phase(f"{votes} votes, {reading(len(images))}"):
-            outcome = model.vote(question, images, votes, reason=reason, sure=sure, **options)  # type: ignore[arg-type]
+        model = stack.enter_context(load_model(bundle, values, progress, rows=min(voting["votes"], _MOST_ROWS)))
+        options: dict[str, Any] = dict(chat_options(values))
+        for name in SAMPLING.keys() - given:
+            del options[name]
+        with progress.phase(f"{reading(len(images))}, {voting['votes']} votes"):
+            outcome = model.vote(question, images, **voting, **options)
     if as_json:
         print_json(
             {

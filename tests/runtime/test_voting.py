@@ -194,3 +194,22 @@ def test_what_is_no_vote_is_refused(model: InternVL) -> None:
     ):
         with pytest.raises(PromptError, match=message):
             use()
+
+
+def test_choices_after_reasoning_are_chosen_where_the_reasoning_names_none(model: InternVL) -> None:
+    """The demo model never learned to reason: whatever it writes, one of the choices comes out."""
+    pytest.importorskip("llguidance")
+    asked = demo_questions()[0]
+    outcome = model.vote(asked.question, [asked.image], 2, reason=True, choices=["19.50", "7.20"], max_new_tokens=8)
+    assert outcome.answer in ("19.50", "7.20")
+    assert sum(outcome.counts.values()) == len(outcome.replies)
+    plain = model.vote(asked.question, [asked.image], 3, choices=["19.50", "7.20"])
+    assert plain.answer == asked.expected
+    assert {reply.text for reply in plain.replies} <= {"19.50", "7.20"}
+
+
+def test_an_answer_goes_on_from_its_start(model: InternVL) -> None:
+    asked = demo_questions()[0]
+    whole = model.chat(asked.question, [asked.image])
+    rest = model.chat(asked.question, [asked.image], answer_start=whole.text[:2])
+    assert whole.text[:2] + rest.text == whole.text
