@@ -57,6 +57,11 @@ class Decoding:
         return self._chooser.takes_the_best
 
     @property
+    def guessed(self) -> bool:
+        """Whether the last `next_tokens` held guesses."""
+        return bool(self._guess)
+
+    @property
     def stopped(self) -> bool:
         """Whether the model ended the answer with one of its stop tokens."""
         return bool(self.tokens) and self.tokens[-1] in self._stop_ids

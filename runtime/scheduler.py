@@ -226,7 +226,7 @@ class Scheduler:
             self._answers.append(task)
             self._settle(task)
         except BaseException as error:
-            self._leave(task, error)
+            self._leave(task, _closed() if self._closed else error)
         finally:
             with self._lock:
                 self._interruptible = None
@@ -237,17 +237,16 @@ class Scheduler:
 
         What a step computes for an answer depends on this answer alone, and so does its rounding.
         """
-        single: list[Task] = []
         for task in list(self._answers):
-            tokens = task.decoding.next_tokens()
-            if len(tokens) == 1:
-                single.append(task)
-            else:
-                self._guarded([task], self._decode_guesses, task, tokens)
+            self._guarded([task], self._decode_guesses, task)
+        single = [task for task in self._answers if not task.decoding.guessed]
         if single:
             self._guarded(single, self._decode_together, single)
 
-    def _decode_guesses(self, task: Task, tokens: list[int]) -> None:
+    def _decode_guesses(self, task: Task) -> None:
+        tokens = task.decoding.next_tokens()
+        if len(tokens) == 1:
+            return
         row = _row(task)
         start = self._engine.cache.length(row)
         logits = self._engine.score(np.stack([self._embed(token) for token in tokens]), row)

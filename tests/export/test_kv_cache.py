@@ -53,7 +53,7 @@ def test_the_cache_takes_a_quarter_of_the_memory(tmp_path: Path) -> None:
     floats = engine_for(export_bundle(checkpoint, tmp_path / "floats"), "onnxruntime")
     write_scales(checkpoint)
     integers = engine_for(export_bundle(checkpoint, tmp_path / "integers"), "onnxruntime")
-    sizes = [sum(value.numpy().nbytes for value in engine._cache.values()) for engine in (floats, integers)]
+    sizes = [sum(array.nbytes for array in engine._buffers.arrays.values()) for engine in (floats, integers)]
     assert sizes[0] == 4 * sizes[1]
 
 

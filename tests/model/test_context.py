@@ -52,7 +52,7 @@ def test_commands_warn_and_refuse_in_one_line(tmp_path: Path) -> None:
     assert warned.stderr.count("\n") == 1
     assert warned.stderr.startswith("internvl-edge: warning: a context of 600 tokens is more than the 512")
     with InternVL.load(bundle) as model:
-        assert model.engine.capacity == 2048
+        assert model.engine.cache.capacity == 2048
 
 
 def test_a_prompt_beyond_what_was_trained_warns_once(tmp_path: Path) -> None:

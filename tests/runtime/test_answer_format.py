@@ -18,7 +18,7 @@ from internvl_edge.bundle import names
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.demo import CHECKPOINT, demo_questions
 from internvl_edge.runtime import grammar
-from internvl_edge.runtime.generate import generate
+from internvl_edge.runtime.decoding import Decoding
 from internvl_edge.runtime.grammar import Constrained, ForcedTokens, Grammars
 from internvl_edge.runtime.sampling import Sampler, Sampling
 
@@ -143,9 +143,10 @@ def test_seeds_repeat_and_log_probabilities_are_the_models_own(model: InternVL) 
 def steps(model: InternVL, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of tokens of each step of the engine from now on."""
     found: list[int] = []
-    decode, score = model.engine.decode, model.engine.score
-    monkeypatch.setattr(model.engine, "decode", lambda embed: (found.append(1), decode(embed))[1])
-    monkeypatch.setattr(model.engine, "score", lambda embeds: (found.append(len(embeds)), score(embeds))[1])
+    engine = model.engine
+    decode, score = engine.decode_rows, engine.score
+    monkeypatch.setattr(engine, "decode_rows", lambda embeds, rows: (found.append(1), decode(embeds, rows))[1])
+    monkeypatch.setattr(engine, "score", lambda embeds, row: (found.append(len(embeds)), score(embeds, row))[1])
     return found
 
 
@@ -179,35 +180,6 @@ def test_each_token_is_chosen_once_and_in_order(model: InternVL, monkeypatch: py
         assert accepted == reply.output_ids
 
 
-class ChoosesItself:
-    """An engine that chooses on its device, made of one that does not. `asked` counts requests for logits."""
-
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
-        self._logits: np.ndarray | None = None
-        self.asked = self.decoded = 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
-
-    def decode_token(self, embed: np.ndarray) -> int:
-        self.decoded += 1
-        self._logits = self._engine.decode(embed).copy()
-        return int(self._logits.argmax())
-
-    def last_logits(self) -> np.ndarray:
-        assert self._logits is not None
-        self.asked += 1
-        return self._logits
-
-
-# The protocol asks for every method by name.
-for _name in ("dialect", "capacity", "length"):
-    setattr(ChoosesItself, _name, property(lambda self, name=_name: getattr(self._engine, name)))
-for _name in ("encode", "prefill", "decode", "score", "reset", "close"):
-    setattr(ChoosesItself, _name, lambda self, *values, name=_name: getattr(self._engine, name)(*values))
-
-
 @pytest.mark.parametrize("form", [AnswerFormat.json_schema(RECEIPT), AnswerFormat.regex("[0-9]+[.][0-9][0-9]")])
 def test_logits_leave_the_device_only_where_the_best_token_is_refused(model: InternVL, form: AnswerFormat) -> None:
     asked = demo_questions()[0]
@@ -215,17 +187,22 @@ def test_logits_leave_the_device_only_where_the_best_token_is_refused(model: Int
     refused = np.count_nonzero(
         model.trace(asked.question, asked.image, answer=expected.output_ids).logits.argmax(1) != expected.output_ids
     )
-    prompt = expected.prompt_ids
-    model.chat(asked.question, asked.image, max_new_tokens=1)
-    engine = ChoosesItself(model.engine)
-    engine.reset(len(prompt) - 1)
-    logits = engine.decode(model._row(prompt[-1])).copy()
     constrained = Constrained(Sampler(Sampling()), model._grammars.matcher(form), model._stop_ids)
-    found = list(generate(engine, logits, model._row, constrained, model._stop_ids, 60))
-    assert found == expected.output_ids
-    assert engine.decoded == len(found) - 1
-    assert engine.asked <= refused < len(found)
-    model.engine.reset(0)
+    decoding = Decoding(constrained, model._stop_ids, 60, lambda _: False)
+    asked_for: list[int] = []
+
+    def logits(row: np.ndarray) -> np.ndarray:
+        asked_for.append(len(decoding.tokens))
+        return row
+
+    rows = iter(model.trace(asked.question, asked.image, answer=expected.output_ids).logits)
+    decoding.begin(next(rows))
+    while not decoding.finished:
+        assert len(decoding.next_tokens()) == 1
+        row = next(rows)
+        decoding.advance_to(int(row.argmax()), lambda row=row: logits(row))
+    assert decoding.tokens == expected.output_ids
+    assert len(asked_for) <= refused < len(decoding.tokens)
 
 
 # -- one token ---------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ def test_every_option_that_is_documented_is_checked() -> None:
         "top_k": 4,
         "top_p": 0.9,
         "min_p": 0.1,
+        "answer_start": "It is",
         "repetition_penalty": 1.1,
         "frequency_penalty": 0.5,
         "presence_penalty": -0.5,
