@@ -209,15 +209,12 @@ class InternVL:
         clock.lap("prefill_s")
         output_ids: list[int] = []
         tokens = generate(self.engine, logits, self._row, sampler, self._stop_ids, request.max_new_tokens, lookup)
-        try:
-            for token in tokens:
-                output_ids.append(token)
-                if token not in self._stop_ids and (piece := text.push(token)):
-                    yield piece
-                if text.stopped:
-                    break
-        finally:
-            self._session.extend(output_ids)
+        for token in tokens:
+            output_ids.append(token)
+            if token not in self._stop_ids and (piece := text.push(token)):
+                yield piece
+            if text.stopped:
+                break
         if piece := text.finish():
             yield piece
         clock.lap("decode_s")

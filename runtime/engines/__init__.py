@@ -33,8 +33,16 @@ class Engine(Protocol):
         """Encode tiles [tiles, S, S, 3] to image tokens [tiles, tokens_per_tile, hidden]."""
         ...
 
+    def steps(self, length: int) -> list[int]:
+        """Return the sizes of the steps in which a prompt of `length` tokens is computed (see `steps.py`)."""
+        ...
+
     def prefill(self, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Append a prompt [seq, hidden] to the KV cache, and return the logits [vocab] after its last token."""
+        """Append a prompt [seq, hidden] to the KV cache, and return the logits [vocab] after its last token.
+
+        What is appended at the end of one of the steps of the whole prompt, except its last one, gets the numbers that
+        it gets in the whole prompt.
+        """
         ...
 
     def decode(self, embed: NDArray[np.float32]) -> NDArray[np.float32]:

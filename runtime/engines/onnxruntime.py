@@ -6,7 +6,7 @@ The KV cache has a fixed buffer for the keys and one for the values of each laye
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -19,11 +19,14 @@ from internvl_edge.bundle import names
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.model.rope import RotaryAngles
 
+from .steps import steps, steps_from
+
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-# Prompt tokens per step. The limit bounds memory, and saves most of the upper triangle of the attention scores.
-PREFILL_CHUNK = 256
+# Prompt tokens per step, the largest first. The largest bounds memory, and saves most of the upper triangle of the
+# attention scores. Later prompts continue at the ends of steps, so the small ones save them work.
+PREFILL_SIZES = (256, 64)
 # Prompt tokens per step of the int8 graph, which is faster in large steps.
-_INT8_PREFILL_CHUNK = 512
+_INT8_PREFILL_SIZES = (512, 256, 128, 64)
 # Prompts with fewer tokens than this use the decoder graph: the int8 graph would not make them faster.
 _SHORTEST_PROMPT = 16
 # ONNX Runtime fuses the quantized weights of the standard dialect when it loads the graph. These entries make it round
@@ -117,6 +120,12 @@ class OnnxRuntimeEngine:
         ]
         return np.concatenate(parts).astype(np.float32, copy=False)
 
+    def steps(self, length: int) -> list[int]:
+        """Return the sizes of the steps of a prompt of `length` tokens. The int8 graph leaves the last token over."""
+        if self._prompts is not None and length >= _SHORTEST_PROMPT:
+            return [*steps(length - 1, _INT8_PREFILL_SIZES), 1]
+        return steps(length, PREFILL_SIZES)
+
     def prefill(self, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
         """Append a prompt [seq, hidden] in chunks, and return the logits [vocab] after its last token.
 
@@ -124,12 +133,10 @@ class OnnxRuntimeEngine:
             EngineError: the tokens do not fit the KV cache. `decode` and `score` raise this too.
         """
         total = self._room_for(len(embeds))
-        if self._prompts is not None and len(embeds) >= _SHORTEST_PROMPT:
-            for chunk in _chunks(embeds[:-1], _INT8_PREFILL_CHUNK):
-                _Step(self, self._prompts, len(chunk)).run(chunk, total)
-            embeds = embeds[-1:]
-        for chunk in _chunks(embeds, PREFILL_CHUNK):
-            _Step(self, self._text, len(chunk), self._logits).run(chunk, total)
+        *chunks, last = self._chunks(embeds)
+        for chunk in chunks:
+            self._append(chunk, total)
+        _Step(self, self._text, len(last), self._logits).run(last, total)
         return self._last_logits()
 
     def decode(self, embed: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -158,6 +165,18 @@ class OnnxRuntimeEngine:
             used = f"{self._length} of {self._capacity} are used"
             raise EngineError(f"{count} tokens do not fit the cache, {used}; load with --context {total} or more")
         return total
+
+    def _chunks(self, embeds: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        """Cut what remains of a prompt, [seq, hidden], at the ends of its steps."""
+        sizes = steps_from(self.steps(self._length + len(embeds)), self._length) or self.steps(len(embeds))
+        return np.split(embeds, np.cumsum(sizes)[:-1])
+
+    def _append(self, chunk: NDArray[np.float32], total: int) -> None:
+        """Compute a chunk [count, hidden] of a prompt that is not its last one."""
+        if self._prompts is not None and total >= _SHORTEST_PROMPT:
+            _Step(self, self._prompts, len(chunk)).run(chunk, total)
+        else:
+            _Step(self, self._text, len(chunk), self._logits).run(chunk, total)
 
     def _score_chunk(self, embeds: NDArray[np.float32], total: int) -> NDArray[np.float32]:
         logits = self._value(np.zeros((1, len(embeds), self._decoder.vocab_size), np.float32))
@@ -246,10 +265,6 @@ class _Step:
             self._binding.bind_ortvalue_output(f"present.{name}", value)
         if logits is not None:
             self._binding.bind_ortvalue_output("logits", logits)
-
-
-def _chunks(embeds: NDArray[np.float32], size: int) -> Iterator[NDArray[np.float32]]:
-    return (embeds[start : start + size] for start in range(0, len(embeds), size))
 
 
 def _runs_grouped_attention(opened: Bundle) -> bool:

@@ -21,6 +21,7 @@ from internvl_edge.bundle import names
 from internvl_edge.bundle.bundle import Bundle
 
 from .onnxruntime import OnnxRuntimeEngine
+from .steps import steps
 
 # The first release that can read RMSNormalization, RotaryEmbedding and GroupQueryAttention in these graphs.
 OLDEST = (2026, 3)
@@ -69,19 +70,24 @@ class OpenVinoEngine(OnnxRuntimeEngine):
         parts = [self._vision.infer({"pixels": tile[None]})["image_embeds"] for tile in pixels]
         return np.concatenate(parts).astype(np.float32, copy=False)
 
+    def steps(self, length: int) -> list[int]:
+        """Return the sizes of the steps of a prompt of `length` tokens."""
+        return steps(length, PREFILL_SIZES) if self._requests else super().steps(length)
+
     def prefill(self, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
         """Append a prompt [seq, hidden] in chunks, and return the logits [vocab] after its last token."""
-        sizes = _steps(len(embeds)) if self._requests else []
-        if not sizes:
+        total = self._room_for(len(embeds))
+        chunks = [chunk for chunk in self._chunks(embeds) if self._requests and len(chunk) >= PREFILL_SIZES[-1]]
+        if not chunks:
             return super().prefill(embeds)
-        start, total = self._length, self._room_for(len(embeds))
+        start = self._length
         cache = {name: np.ascontiguousarray(array[:, :, :start]) for name, array in self._cache_arrays.items()}
         first = 0
-        for turn, size in enumerate(sizes):
-            inputs = self._inputs(embeds[first : first + size], start + first, total) | _past(cache)
+        for turn, chunk in enumerate(chunks):
+            inputs = self._inputs(chunk, start + first, total) | _past(cache)
             results = self._requests[turn % 2].infer(inputs, share_inputs=True, share_outputs=True)
             cache = {name: results[f"present.{name}"] for name in cache}
-            first += size
+            first += len(chunk)
         for name, array in self._cache_arrays.items():
             array[:, :, start : start + first] = cache[name][:, :, start : start + first]
         self._length = start + first
@@ -120,15 +126,6 @@ class OpenVinoEngine(OnnxRuntimeEngine):
             return self._core.compile_model(str(opened.path(name)), "CPU", properties)
         except RuntimeError as error:
             raise EngineError(f"OpenVINO cannot load {opened.path(name)}: {str(error).splitlines()[-1]}") from None
-
-
-def _steps(tokens: int) -> list[int]:
-    """Return the sizes in which OpenVINO computes a prompt. Fewer tokens than the smallest size remain."""
-    steps = []
-    for size in PREFILL_SIZES:
-        steps += [size] * (tokens // size)
-        tokens %= size
-    return steps
 
 
 def _past(cache: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

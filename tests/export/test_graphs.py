@@ -18,7 +18,7 @@ from internvl_edge import export_bundle
 from internvl_edge.base.errors import EdgeError, EngineError
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.bundle.names import DECODERS, VISION
-from internvl_edge.runtime.engines.onnxruntime import PREFILL_CHUNK, OnnxRuntimeEngine
+from internvl_edge.runtime.engines.onnxruntime import PREFILL_SIZES, OnnxRuntimeEngine
 
 KINDS: dict[str, dict[str, Any]] = {
     "qwen2": {},
@@ -70,7 +70,7 @@ def test_dynamic_ntk_follows_the_cached_original(tmp_path: Path, dialect: str) -
     reference = Reference(checkpoint)
     engine = engine_for(export_bundle(checkpoint, tmp_path / "bundle"), dialect)
     table = reference.weights["language_model.model.embed_tokens.weight"].float().numpy()
-    for length in (20, 296, 300, 301, 2 * PREFILL_CHUNK + 7, 20):
+    for length in (20, 296, 300, 301, 2 * PREFILL_SIZES[0] + 7, 20):
         ids = np.random.default_rng(length).integers(3, 90, length).tolist()
         expected = reference.generate(ids, max_new_tokens=10)
         tokens, logits = greedy(engine, table[ids], table, count=10)

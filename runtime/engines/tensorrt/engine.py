@@ -22,6 +22,7 @@ from internvl_edge.bundle import names
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.model.rope import RotaryAngles
 
+from ..steps import steps, steps_from
 from .buffers import HALVES, Block
 from .cuda import Cuda
 from .flavour import Flavour, load_flavour
@@ -113,14 +114,18 @@ class TensorRTEngine:
         """Encode tiles [tiles, S, S, 3] to image tokens [tiles, tokens_per_tile, hidden]."""
         return self._vision.encode(pixels)
 
+    def steps(self, length: int) -> list[int]:
+        """Return the sizes of the steps of a prompt of `length` tokens."""
+        return steps(length, (self._options.chunk,))
+
     def prefill(self, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
         """Append a prompt [seq, hidden] in chunks, and return the logits [vocab] after its last token.
 
         The logits are valid until the next call.
         """
         total = self._room_for(len(embeds))
-        for start in range(0, len(embeds), self._options.chunk):
-            chunk = embeds[start : start + self._options.chunk]
+        sizes = steps_from(self.steps(total), self._length) or self.steps(len(embeds))
+        for chunk in np.split(embeds, np.cumsum(sizes)[:-1]):
             self._run(self._prefill, chunk, total, [len(chunk) - 1])
         logits: NDArray[np.float32] = self._logits(1)[0]
         return logits
