@@ -8,7 +8,8 @@ must then be nothing, or the old artefact, or the whole new one. The command is 
 once more on the way, until it succeeds. Its files must have the same SHA-256, and nothing else may lie beside them.
 
 What holds times is left out: report.json, report.html, the run in quantization.json, the date of an evaluation and
-with it the digest of a manifest, and the times of entries in zip files. WORK must be empty. Results: results/kills.json.
+with it the digest of a manifest, and the times of entries in zip files. WORK must be empty. Results:
+results/kills.json.
 """
 
 from __future__ import annotations
