@@ -44,7 +44,7 @@ def is_plain_name(name: object) -> bool:
 
 
 def is_file_name(name: object) -> bool:
-    """Whether a text that a file holds can be the name of a file beside it: no path, and not longer than systems allow."""
+    """Whether a text in a file can name a file beside it: it is no path, and not longer than systems allow."""
     if not isinstance(name, str) or name in ("", ".", "..") or any(character in name for character in "/\\\0"):
         return False
     return len(name.encode("utf-8", "replace")) <= _FILE_NAME_BYTES

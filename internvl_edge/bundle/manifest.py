@@ -166,7 +166,12 @@ def _decode(values: dict[str, Any], folder: Path) -> Manifest:
     if version == 1:
         try:
             values = upgrade(values)
-        except (ArithmeticError, AttributeError, KeyError, TypeError) as error:  # sentences and counts that are something else
+        except (
+            ArithmeticError,
+            AttributeError,
+            KeyError,
+            TypeError,
+        ) as error:  # no sentences or counts
             raise ValueError(f"format 1: {error!r}") from None
     elif values.pop(DIGEST, None) != manifest_digest(values):
         raise ValueError("its own SHA-256 does not fit: it was changed")

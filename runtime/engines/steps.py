@@ -1,9 +1,11 @@
 """The steps in which an engine computes a prompt.
 
-One row and several rows are multiplied by different kernels, which round differently; ONNX Runtime's 4-bit kernel takes
-rows in pairs, and its int8 graph has one scale for all rows of a step. The entries of the KV cache therefore depend on
-where the steps of a prompt begin. Steps follow from the length of the whole prompt alone, so that a prompt which
-continues in a cache at the end of one of its steps gets the numbers that it would get in an empty cache.
+One row and several rows are multiplied by different kernels, which sum in another order. The difference is in the last
+bit, but 4-bit products round their inputs to int8, and there it becomes visible. ONNX Runtime's 4-bit kernel also takes
+rows in pairs and an odd last row alone; prompts in int8 leave their last token to the 4-bit graph; OpenVINO sums
+differently for each shape. The entries of the KV cache therefore depend on where the steps of a prompt begin and end.
+Steps follow from the length of the whole prompt alone, so that a prompt which continues in a cache at the end of one of
+its steps gets the numbers that it would get in an empty cache (`benchmarks/warm_cold.py`).
 """
 
 from __future__ import annotations

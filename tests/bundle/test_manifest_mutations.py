@@ -46,7 +46,7 @@ def test_counts_of_format_1_are_bounded(tmp_path: Path) -> None:
         Manifest.read(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["a" * 300, "\u56fe" * 100, "a/b", "\0", "."])
+@pytest.mark.parametrize("name", ["a" * 300, "\u56fe" * 100, "a/b", "\0", "."], ids=len)
 def test_names_that_no_file_can_have_are_damage(tmp_path: Path, name: str) -> None:
     values = json.loads(OLD[0].read_text(encoding="utf-8"))
     values["files"][name] = {"bytes": 1, "sha256": "0" * 64}
