@@ -1,6 +1,6 @@
 """What is left where a command was killed at a random moment, and what repeating it makes of that.
 
-    python benchmarks/kills.py WORK [--kills 200] [--seed 0]
+    python benchmarks/kills.py WORK [--kills 200] [--seed 0] [--command NAME ...]
 
 Each command runs once undisturbed, which gives its duration and the SHA-256 of every file it makes. Then it is started
 again and again with the demo model and stopped by SIGKILL or SIGTERM at a random moment. Under the final name there
@@ -30,7 +30,7 @@ from typing import Any
 
 import click
 import numpy as np
-from record import write_results
+from record import RESULTS, write_results
 
 from internvl_edge.demo import CHECKPOINT
 
@@ -97,14 +97,18 @@ class Tally:
 @click.argument("work", type=click.Path(path_type=Path))
 @click.option("--kills", default=200, show_default=True)
 @click.option("--seed", default=0, show_default=True)
-def main(work: Path, kills: int, seed: int) -> None:
-    """Kill, repeat, compare, and write `results/kills.json`."""
+@click.option("--command", "chosen", multiple=True, type=click.Choice([command.name for command in COMMANDS]))
+def main(work: Path, kills: int, seed: int, chosen: tuple[str, ...]) -> None:
+    """Kill, repeat, compare, and write `results/kills.json`; with --command, its other rows stay."""
     work.mkdir(parents=True, exist_ok=True)
     if any(work.iterdir()):
         sys.exit(f"{work} is not empty")
-    rows: dict[str, Any] = {}
+    there = RESULTS / "kills.json"
+    rows: dict[str, Any] = json.loads(there.read_bytes())["commands"] if chosen and there.exists() else {}
     shares = sum(command.share for command in COMMANDS)
     for command in COMMANDS:
+        if chosen and command.name not in chosen:
+            continue
         tally = try_command(
             command, work, round(kills * command.share / shares), random.Random(f"{seed}/{command.name}")
         )
