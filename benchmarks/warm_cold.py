@@ -71,7 +71,7 @@ ROWS = [
     Row("openvino, float16", "float16", "openvino"),
     Row("openvino, int4", "int4", "openvino"),
     Row("onnxruntime, int4, any position", "int4", any_position=True),
-    Row("onnxruntime, int4, int8 prompts, any position", "int4-prompts", any_position=True),
+    Row("onnxruntime, int4, int8 prompts, any position", "int4-prompts", any_position=True, share=0.2),
     Row("onnxruntime, float32, any position", "float32", any_position=True, share=0.2),
     Row("openvino, float32, any position", "float32", "openvino", any_position=True, share=0.2),
     Row("onnxruntime, int4, internlm2", "int4-internlm2"),
