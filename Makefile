@@ -10,7 +10,7 @@ JOBS ?= 2
 # ONNX Runtime and torch would each use all cores. One thread each lets JOBS tests run in parallel.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test slow gpu-acceptance lint format wheel lock clean help
+.PHONY: demo test slow fuzz gpu-acceptance lint format wheel lock clean help
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -23,6 +23,9 @@ test: $(VENV)/ready ## Run the fast tests
 
 slow: $(VENV)/ready ## Run the slow tests, which need minutes
 	$(BIN)/pytest -n $(JOBS) -m slow
+
+fuzz: $(VENV)/ready ## Give every reader mutants, a million in all (about 10 minutes); repeat it to continue
+	$(BIN)/python tests/fuzz.py work/fuzz
 
 gpu-acceptance: $(VENV)/ready ## Build engines on this NVIDIA GPU, compare and time them (within 8 minutes)
 	$(BIN)/python benchmarks/gpu_acceptance.py

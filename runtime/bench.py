@@ -27,6 +27,7 @@ from internvl_edge.planning.storage import bundle_storage
 
 from . import limits
 from .engines import finish
+from .engines.steps import common_steps
 from .image_cache import ImageCache
 from .model import InternVL
 
@@ -183,18 +184,21 @@ class _Runs:
     def second_question(self) -> Figure:
         """Measure seconds to the first logits of a second question about the same image.
 
-        The image cache and the KV cache already hold the image tokens.
+        The image cache already holds the image tokens, and the KV cache those up to the end of a step (see `prefixes`).
         """
         tiles = self._tiles[: max(QUESTIONS)]
         images = ImageCache(self._engine)
-        shared = len(tiles) * self._tokens_per_tile
+        image_tokens = len(tiles) * self._tokens_per_tile
+        total = image_tokens + QUESTION_TEXT
+        planned = self._engine.steps(total)
+        shared = sum(common_steps(planned, planned, image_tokens))
         self._question(len(tiles))
         finish(images.encode_steps(tiles))
 
         def ask() -> None:
             finish(images.encode_steps(tiles))
             self._engine.cache.reset(shared)
-            self._engine.prefill(self._embeds[shared : shared + QUESTION_TEXT])
+            self._engine.prefill(self._embeds[shared:total])
 
         middle, spread = self._measured(ask)
         return Figure(f"second question, {_tiles(len(tiles))} + {QUESTION_TEXT}", middle, "s", spread)

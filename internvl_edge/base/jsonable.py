@@ -5,6 +5,7 @@ NaN and infinity are null in JSON, and null is read as NaN. Reading checks types
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import types
@@ -105,7 +106,7 @@ class _Decoder:
         return value
 
     def _fields(self, kind: Any, values: dict[str, Any], where: str) -> Any:
-        hints = typing.get_type_hints(kind)
+        hints = _hints(kind)
         if self._strict and (unknown := sorted(values.keys() - hints.keys())):
             raise ValueError(f"{_place(f'{where}.{unknown[0]}')} is not known")
         required = {field.name for field in fields(kind) if _has_no_default(field)}
@@ -123,6 +124,11 @@ class _Decoder:
             raise ValueError(f"{_place(where)} has {len(value)} entries, expected {len(kinds)}")
         pairs = enumerate(zip(kinds, value, strict=True))
         return tuple(self.decode(part, item, f"{where}[{index}]") for index, (part, item) in pairs)
+
+
+@functools.cache
+def _hints(kind: type[Any]) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
 
 
 def _has_no_default(field: Field[Any]) -> bool:

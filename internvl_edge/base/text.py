@@ -12,6 +12,7 @@ from typing import Any
 MESSAGE_LENGTH = 400
 _VALUE_LENGTH = 80
 _GAP = " ... "
+_FILE_NAME_BYTES = 255
 # Of folders and files that are made from a name. A leading dot would hide them, a leading dash is read as an option.
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 PLAIN_NAME = "letters, digits, '.', '_' and '-', the first a letter or digit"
@@ -51,6 +52,13 @@ def command_line(*words: object) -> str:
 def is_plain_name(name: object) -> bool:
     """Whether a text is one name that can stand in a path, never a path itself; `PLAIN_NAME` says it in words."""
     return isinstance(name, str) and _PLAIN_NAME.fullmatch(name) is not None
+
+
+def is_file_name(name: object) -> bool:
+    """Whether a text in a file can name a file beside it: it is no path, and not longer than systems allow."""
+    if not isinstance(name, str) or name in ("", ".", "..") or any(character in name for character in "/\\\0"):
+        return False
+    return len(name.encode("utf-8", "replace")) <= _FILE_NAME_BYTES
 
 
 def _is_plain(character: str) -> bool:

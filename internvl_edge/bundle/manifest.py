@@ -17,7 +17,7 @@ from internvl_edge.base.files import replace_text
 from internvl_edge.base.folders import restore
 from internvl_edge.base.json_files import read_object
 from internvl_edge.base.jsonable import decode, dumps, encode
-from internvl_edge.base.text import shown
+from internvl_edge.base.text import is_file_name, shown
 from internvl_edge.checkpoint.hub import HubSource
 from internvl_edge.checkpoint.layouts import linear_names
 from internvl_edge.model.components import Component
@@ -169,7 +169,12 @@ def _decode(values: dict[str, Any], folder: Path) -> Manifest:
     if version == 1:
         try:
             values = upgrade(values)
-        except (AttributeError, KeyError, TypeError) as error:  # sentences and counts that are something else
+        except (
+            ArithmeticError,
+            AttributeError,
+            KeyError,
+            TypeError,
+        ) as error:  # no sentences or counts
             raise ValueError(f"format 1: {error!r}") from None
     elif values.pop(DIGEST, None) != manifest_digest(values):
         raise ValueError("its own SHA-256 does not fit: it was changed")
@@ -177,7 +182,7 @@ def _decode(values: dict[str, Any], folder: Path) -> Manifest:
     manifest = decode(Manifest, values, strict=True)
     require_possible(manifest.model)
     for name in manifest.files:
-        if name in ("", "..") or Path(name).name != name:
+        if not is_file_name(name):
             raise ValueError(f"files: {shown(name)} is not the plain name of a file in the bundle")
     return replace(manifest, quality=_quality(quality))
 

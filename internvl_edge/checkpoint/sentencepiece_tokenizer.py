@@ -95,7 +95,9 @@ def _read_model(path: Path) -> Any:
     for name, (section, expected) in _EXPECTED.items():
         if (found := getattr(getattr(model, section), name)) != expected:
             raise CheckpointError(f"{path}: {section}.{name} is {found!r}, supported: {expected!r} (InternLM2)")
-    for piece in model.pieces:
+    for index, piece in enumerate(model.pieces):
+        if not isinstance(piece.piece, str):  # protobuf gives bytes where a text is not UTF-8
+            raise CheckpointError(f"{path}: piece {index} is not UTF-8; download it again")
         if piece.piece == _NUL:
             piece.piece, piece.type = _NUL_NAME, _UNUSED
         elif piece.type not in (_NORMAL, _UNKNOWN, _CONTROL, _BYTE):

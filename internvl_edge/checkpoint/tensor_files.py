@@ -20,7 +20,7 @@ from internvl_edge.base.errors import CheckpointError
 from internvl_edge.base.extras import requires
 from internvl_edge.base.files import replacing
 from internvl_edge.base.progress import Advance
-from internvl_edge.base.text import one_line, shown
+from internvl_edge.base.text import is_file_name, one_line, shown
 
 from .json_files import read_json, refuse_pointer
 from .safetensors_header import BITS, HeaderEntry, read_header
@@ -111,7 +111,7 @@ def _read_shards(
 ) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for shard in sorted(set(weight_map.values())):
-        if shard in ("", "..") or Path(shard).name != shard or "\0" in shard or not (index.parent / shard).is_file():
+        if not is_file_name(shard) or not (index.parent / shard).is_file():
             raise CheckpointError(
                 f"{index.name} names the shard {shown(shard)}, which is not in {index.parent}; download it again"
             )

@@ -106,6 +106,7 @@ def cli(context: click.Context) -> None:
 def main() -> None:
     """Run the `internvl-edge` program and exit with its status."""
     warnings.showwarning = _one_line(warnings.showwarning)
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # about images that are damaged and yet have all their pixels
     try:
         status = _status()
     except BrokenPipeError:  # nobody reads the line about a mistake either

@@ -14,7 +14,7 @@ from helpers.repository import REPOSITORY
 from internvl_edge.base.errors import BundleError
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.bundle.manifest import FileEntry, Manifest
-from internvl_edge.bundle.names import MANIFEST, VISION
+from internvl_edge.bundle.names import VISION
 
 
 @pytest.fixture
@@ -28,21 +28,6 @@ def test_it_reads_back_as_it_was_written(bundle: Path) -> None:
     manifest = Manifest.read(bundle)
     manifest.write(bundle)
     assert Manifest.read(bundle) == manifest
-
-
-def test_no_single_bit_changes_what_a_manifest_says(bundle: Path) -> None:
-    path, manifest = bundle / MANIFEST, Manifest.read(bundle)
-    content = path.read_bytes()
-    changed = 0
-    for place in range(0, 8 * len(content), 7):  # every byte, and each bit of some
-        flipped = bytearray(content)
-        flipped[place // 8] ^= 1 << place % 8
-        path.write_bytes(flipped)
-        try:
-            assert Manifest.read(bundle) == manifest  # an exponent's capital letter, a space
-        except BundleError:
-            changed += 1
-    assert changed > len(content)
 
 
 @pytest.mark.parametrize("name", ["../vision.onnx", "a/b", "/etc/passwd", "..", ""])

@@ -57,6 +57,14 @@ def test_one_file_beside_an_index_is_an_error_that_names_both(tmp_path: Path, su
     Checkpoint(folder)
 
 
+@pytest.mark.parametrize("shard", ["a" * 300, "\u56fe" * 100, "../x", ".", "", "\0"], ids=len)
+def test_a_shard_that_cannot_be_a_file_is_one_line(tmp_path: Path, shard: str) -> None:
+    folder = tiny.write_checkpoint(tmp_path / "a", shards=2)
+    index = folder / "model.safetensors.index.json"
+    rewrite(index, lambda values: values["weight_map"].update(more=shard))
+    assert "names the shard" in refusal(lambda: Checkpoint(folder))
+
+
 def test_shards_that_the_index_does_not_name_are_a_second_source(tmp_path: Path) -> None:
     folder = tiny.write_checkpoint(tmp_path / "a", shards=2)
     shutil.copy(folder / "model-00001-of-00002.safetensors", folder / "model-00001-of-00003.safetensors")

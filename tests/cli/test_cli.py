@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import subprocess
 import sys
 import zlib
@@ -15,6 +16,7 @@ from helpers import tiny
 from helpers.commands import assert_one_line, internvl_edge
 from internvl_edge.bundle.names import MANIFEST
 from internvl_edge.cli import cli, main
+from internvl_edge.model.preprocess import load_image
 
 
 def test_export_then_run_answers_with_the_promised_json(bundle: Path, photo: Path) -> None:
@@ -210,6 +212,19 @@ def test_devices_and_words_that_do_not_exist(bundle: Path) -> None:
     assert_one_line(internvl_edge("run", bundle, "x", "--device", "abacus"), "abacus")
     assert_one_line(internvl_edge("rum", bundle), "rum")
     assert_one_line(internvl_edge("run"), "run --help")
+
+
+def test_an_image_with_damaged_metadata_is_answered_without_lines_of_pillow(bundle: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    Image.new("RGB", (60, 60)).save(path, tiffinfo={270: "x" * 50})
+    content = path.read_bytes()
+    entry = struct.pack("<HHL", 270, 2, 51)
+    assert content.count(entry) == 1
+    path.write_bytes(content.replace(entry, struct.pack("<HHL", 270, 2, 10**6)))
+    with pytest.warns(UserWarning, match="Tag data larger than file|orrupt EXIF"):
+        load_image(path)
+    result = internvl_edge("run", bundle, "What?", "--image", path, "--max-new-tokens", 2)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_damaged_bundles(bundle: Path, tmp_path: Path) -> None:

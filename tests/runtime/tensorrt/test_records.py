@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import random
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from helpers.parsers import Record, outcomes
 from internvl_edge.base.errors import EngineError
 from internvl_edge.runtime.engines.tensorrt.record import ENGINES, BuildOptions, EngineRecord
 
@@ -86,40 +84,6 @@ def test_what_is_no_record_is_damaged(folder: Path, text: str) -> None:
     assert "is damaged" in refusal(folder, text)
 
 
-def test_mutated_records_are_read_or_refused(folder: Path) -> None:
-    rng, original = random.Random(20261129), values_of(folder)
-    choices = [
-        None,
-        True,
-        0,
-        -1,
-        10**9,
-        10**300,
-        1.5,
-        float("nan"),
-        "",
-        "..",
-        "a/b",
-        "x" * 999,
-        [],
-        {},
-        [[1]],
-        {"a": []},
-    ]
-    started = time.process_time()
-    for _ in range(2000):
-        values = copy.deepcopy(original)
-        parent: Any = values
-        while (key := rng.choice(list(parent) if isinstance(parent, dict) else range(len(parent)))) is not None:
-            if isinstance(parent[key], dict | list) and parent[key] and rng.random() < 0.7:
-                parent = parent[key]
-                continue
-            parent[key] = copy.deepcopy(rng.choice(choices))
-            break
-        (folder / "engine.json").write_text(json.dumps(values), encoding="utf-8")
-        try:
-            EngineRecord.read(folder)
-        except EngineError as error:
-            message = str(error)
-            assert len(message.splitlines()) == 1 and len(message) <= 400  # noqa: PT018
-    assert time.process_time() - started < 10
+def test_mutated_records_are_read_or_refused() -> None:
+    read = sum(line is None for _, _, line in outcomes(Record, 2000))
+    assert 20 < read < 1000
