@@ -38,7 +38,6 @@ from internvl_edge import InternVL, export_bundle
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.demo import CHECKPOINT, demo_questions
 from internvl_edge.runtime.image_cache import ImageCache
-from internvl_edge.runtime.prefixes import Session
 
 ENGINES = ("onnxruntime", "openvino")
 CONTEXT = 2048
@@ -109,9 +108,7 @@ class Soak:
 
     def _forget(self) -> None:
         """Leave nothing of earlier requests but what the libraries keep."""
-        self._model.engine.cache.reset(0)
-        self._model._session = Session(self._model.engine, self._model.config.decoder)
-        self._model._images = ImageCache(self._model.engine.encode, IMAGE_CACHE)
+        self._model._images = ImageCache(self._model.engine, IMAGE_CACHE)  # asking for the engine forgets the rows
 
     def _learn(self) -> Known:
         asked = self._random.choice(demo_questions())

@@ -9,7 +9,7 @@ and for every fiftieth turn a bundle that is loaded anew. Both follow their own 
 logits are compared, to the bit.
 
 "any position" is the peer: the same, where the end of the prefix that is used again may lie anywhere in a prompt. The
-rows that end in it stand for what the rule of `runtime/session.py` prevents.
+rows that end in it stand for what the rule of `runtime/prefixes.py` prevents.
 
 WORK keeps bundles and rows. Results: results/warm-cold.json, for each row the turns, those with other tokens or other
 logits, the largest difference of a logit, and the share of prompt tokens that were not computed again.
@@ -34,9 +34,8 @@ from internvl_edge.calibration import DataOptions, choose_compute
 from internvl_edge.demo import CHECKPOINT, demo_questions
 from internvl_edge.quantize import quantize_checkpoint
 from internvl_edge.recipe.files import make_recipe
-from internvl_edge.runtime import session
+from internvl_edge.runtime import prefixes
 from internvl_edge.runtime.image_cache import ImageCache
-from internvl_edge.runtime.prefixes import Session
 
 READER = Path(__file__).resolve().parents[1] / "examples" / "reader" / "internlm2"
 CONTEXT = 2048
@@ -192,9 +191,9 @@ class Talk:
 
 def measure(row: Row, work: Path, conversations: int) -> dict[str, Any]:
     """Ask the same conversations of a model that keeps what it has and of one that has nothing."""
-    kept = session.common_steps
+    kept = prefixes.common_steps
     if row.any_position:
-        session.common_steps = lambda one, other, longest: [longest] if longest else []  # type: ignore[attr-defined]
+        prefixes.common_steps = lambda one, other, longest: [longest] if longest else []  # type: ignore[attr-defined]
     talk, began = Talk(0), time.perf_counter()
     turns = tokens = computed = other_tokens = other_logits = loaded = 0
     largest = 0.0
@@ -220,7 +219,7 @@ def measure(row: Row, work: Path, conversations: int) -> dict[str, Any]:
                     other_logits += not np.array_equal(got.logits, expected.logits)
                     largest = max(largest, float(np.abs(got.logits[0] - expected.logits[0]).max()))
     finally:
-        session.common_steps = kept  # type: ignore[attr-defined]
+        prefixes.common_steps = kept  # type: ignore[attr-defined]
     return {
         "conversations": conversations,
         "turns": turns,
@@ -236,9 +235,7 @@ def measure(row: Row, work: Path, conversations: int) -> dict[str, Any]:
 
 def forget(model: InternVL) -> None:
     """Leave nothing of earlier questions in a model but what its libraries keep."""
-    model.engine.cache.reset(0)
-    model._session = Session(model.engine, model.config.decoder)
-    model._images = ImageCache(model.engine.encode)
+    model._images = ImageCache(model.engine)  # asking for the engine forgets the rows
 
 
 if __name__ == "__main__":

@@ -223,7 +223,7 @@ def test_an_image_with_damaged_metadata_is_answered_without_lines_of_pillow(bund
     path.write_bytes(content.replace(entry, struct.pack("<HHL", 270, 2, 10**6)))
     with pytest.warns(UserWarning, match="Tag data larger than file|orrupt EXIF"):
         load_image(path)
-    result = internvl_edge("run", bundle, "What?", "--image", path, "--max-new-tokens", 2)
+    result = internvl_edge("run", bundle, "What?", "--image", path, "--max-new-tokens", 2, "--quiet")
     assert (result.returncode, result.stderr) == (0, "")
 
 
