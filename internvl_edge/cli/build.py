@@ -41,9 +41,9 @@ from .output import print_json
 @click.option("--tiles", type=click.IntRange(min=1), help="Most tiles that are encoded together.  [default: 4]")
 @click.option(
     "--profiles",
-    type=click.IntRange(1, 2),
-    help="Optimisation profiles of the decoder: 1 for prefill and decode together, or 2, one for each. 2 holds 16-bit "
-    "weights twice.  [default: 1]",
+    type=click.IntRange(1, 3),
+    help="Programs of the decoder: 1 for prompts and single tokens together; 2 for each of them, which holds 16-bit "
+    "weights twice; 3 with one more for single tokens after long prompts.  [default: the most that the memory holds]",
 )
 @click.option("--force", is_flag=True, help="Build again even if nothing changed.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -55,19 +55,23 @@ def command(
     Engines for RTX cards can be built on a machine without a GPU. Engines for a Jetson must be built on that device.
     """
     target = Devices(table).target(name)
-    from internvl_edge.runtime.engines.tensorrt.build.bundle_engines import build_engines, options_for
+    from internvl_edge.runtime.engines.tensorrt.build.bundle_engines import build_engines, notes, options_for
 
     opened = Bundle.open(bundle)
+    options = options_for(target, dtype, opened=opened, **sizes)
     line = _Line()
     try:
-        record, built = build_engines(opened, target, options_for(target, dtype, **sizes), force=force, progress=line)
+        record, built = build_engines(opened, target, options, force=force, progress=line)
     finally:
         line.clear()
     folder = engine_folder(opened, name)
+    said = notes(opened, target, options)
     if as_json:
-        print_json({"engines": str(folder), "built": built, **asdict(record)})
+        print_json({"engines": str(folder), "built": built, **asdict(record), "notes": said})
         return
     click.echo(f"{folder}: {'built' if built else 'nothing changed'}, {_summary(record)}")
+    for note in said:
+        click.echo(f"Note: {note}")
 
 
 def _summary(record: EngineRecord) -> str:
@@ -77,7 +81,7 @@ def _summary(record: EngineRecord) -> str:
     devices = ", ".join(f"{capability / 10:.1f}" for capability in record.compute_capabilities)
     return (
         f"{size(total)} for compute capability {devices} ({record.flavour} {record.version}, {record.options.dtype}), "
-        f"{seconds:.0f} s, at most {size(peak)} of memory"
+        f"{seconds:.0f} s, at most {size(peak)} of memory; programs of the decoder: {record.options.profiles}"
     )
 
 

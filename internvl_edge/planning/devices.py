@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from functools import cached_property
 from importlib.resources import files
@@ -77,12 +77,16 @@ class Device:
 
 @dataclass(frozen=True)
 class Target:
-    """The target of one engine file: a device, or a group of devices that can share the file."""
+    """The target of one engine file: a device, or a group of devices that can share the file.
+
+    `usable_memory` is the estimated bytes for a model on its smallest known device, 0 where none is known.
+    """
 
     name: str
     title: str
     flavour: str
     compute_capabilities: tuple[str, ...]
+    usable_memory: int = 0
 
     @property
     def sms(self) -> tuple[int, ...]:
@@ -142,11 +146,15 @@ class Devices:
     def target(self, name: str) -> Target:
         """Return the target of this name, a group or a device. Raise DeviceError as `device` does."""
         if name in self.groups:
-            return self.groups[name]
+            return self._with_memory(self.groups[name])
         if name not in self.all:
             raise DeviceError(self._unknown(name, [*self.groups, *self.all]))
         device = self.all[name]
-        return Target(name, device.title, device.flavour, (device.compute_capability,))
+        return Target(name, device.title, device.flavour, (device.compute_capability,), device.usable_memory)
+
+    def _with_memory(self, group: Target) -> Target:
+        members = [d for d in self.all.values() if d.flavour == group.flavour and d.sm in group.sms]
+        return replace(group, usable_memory=min((device.usable_memory for device in members), default=0))
 
     @staticmethod
     def _unknown(name: str, names: list[str]) -> str:

@@ -108,6 +108,24 @@ class Footprint:
             sizes[_part(name)] += self._tensor_bytes(name, shape)
         return Weights(**sizes)
 
+    def twice_bytes(self, flavour: str) -> int:
+        """Return the bytes of decoder and head that programs for one row store in another order.
+
+        TensorRT for RTX 1.7 shares integers with floating-point inputs among its programs, and stores floats and
+        integers with int8 inputs twice. It is not known what TensorRT shares, so all weights count.
+        """
+        if flavour == "tensorrt":
+            return self.weights.decoder + self.weights.head
+        return sum(
+            self._tensor_bytes(name, shape)
+            for name, shape in self._shapes.items()
+            if len(shape) == 2 and _part(name) in ("decoder", "head") and not self._is_weight_only(name)
+        )
+
+    def _is_weight_only(self, name: str) -> bool:
+        scheme = self._scheme(name)
+        return scheme is not None and not scheme.static_inputs
+
     def cache_bytes(self, tokens: int) -> int:
         """Return the bytes of the KV cache for a context of `tokens` tokens."""
         decoder = self.config.decoder
@@ -164,12 +182,15 @@ class Footprint:
         if part == "embeddings" and storage.table == "int8":
             return table_bytes((shape[0], shape[1]), "int8")
         if len(shape) == 2:
-            schemes = {"vision": storage.vision, "decoder": storage.body, "head": storage.head}
-            scheme = None if name.removesuffix(".weight") in storage.floats else schemes.get(part)
-            return storage.matrix_bytes(shape[1], shape[0], scheme)
+            return storage.matrix_bytes(shape[1], shape[0], self._scheme(name))
         if name == "vision.patch_embedding.weight":
             return math.prod(shape) * storage.dtype_bytes
         return math.prod(shape) * storage.vector_bytes
+
+    def _scheme(self, name: str) -> Scheme | None:
+        storage = self.storage
+        schemes = {"vision": storage.vision, "decoder": storage.body, "head": storage.head}
+        return None if name.removesuffix(".weight") in storage.floats else schemes.get(_part(name))
 
     def _is_used(self, name: str) -> bool:
         layer = name.removeprefix("vision.layers.").partition(".")[0] if name.startswith("vision.layers.") else "0"

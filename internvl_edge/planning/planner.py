@@ -7,14 +7,17 @@ least the time of its bytes at the nominal bandwidth. They are predictions and n
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from internvl_edge.base.units import size
 from internvl_edge.model.config import ModelConfig
 from internvl_edge.model.preprocess import tile_grid
 
 from .devices import Device
 from .footprint import RECIPES, Footprint, Storage, builder_bytes
+from .programs import Programs, fastest_programs, further_bytes
+from .versions import keeps_int8_cache
 
 # Image sizes of cameras, screens and scanners: label -> width, height in pixels.
 IMAGE_SIZES = {
@@ -37,15 +40,20 @@ ANSWER_TOKENS = 256
 # Prompt tokens and tiles per call of an engine, the defaults of `build`.
 PREFILL_CHUNK = 512
 TILES_AT_ONCE = 4
+WIDE_CACHE = "the int8 KV cache takes 16 bits: TensorRT does not list int8 tensors where the graph cuts and joins them"
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the device. `activations` and `workspace` are estimates; the others are counted from shapes."""
+    """Bytes on the device. `programs`, `activations` and `workspace` are estimates; the others are counted from shapes.
+
+    `programs` is what the programs for steps of one token hold in addition.
+    """
 
     vision: int
     decoder: int
     head: int
+    programs: int
     kv_cache: int
     activations: int
     workspace: int
@@ -54,7 +62,8 @@ class Memory:
     @property
     def total(self) -> int:
         """The bytes in device memory. The token table is not part of them: its rows are read from the file."""
-        return self.vision + self.decoder + self.head + self.kv_cache + self.activations + self.workspace
+        weights = self.vision + self.decoder + self.head + self.programs
+        return weights + self.kv_cache + self.activations + self.workspace
 
 
 @dataclass(frozen=True)
@@ -75,10 +84,11 @@ class Speed:
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of one model with one recipe on one device."""
+    """The plan of one model with one recipe on one device. `programs` are those that `build` gives the decoder."""
 
     device: Device
     recipe: str
+    programs: Programs
     context: int
     max_tiles: int
     memory: Memory
@@ -95,6 +105,7 @@ class Plan:
         return {
             "device": self.device.name,
             "recipe": self.recipe,
+            "programs": int(self.programs),
             "context": self.context,
             "max_tiles": self.max_tiles,
             "fits": self.fits,
@@ -117,28 +128,62 @@ def make_plan(
         context: the most tokens of prompt and answer together.
         max_tiles: the most tiles of an image. The prediction is for an image with this number of tiles.
     """
-    footprint = Footprint(config, storage)
-    memory = memory_of(footprint, context)
+    footprint = Footprint(config, stored_on(device.flavour, storage))
+    programs = choose_programs(footprint, device.flavour, device.usable_memory, context)
+    memory = memory_of(footprint, context, device.flavour, programs)
     speed = predict(footprint, device, tiles_of(config, max_tiles))
     advice: tuple[str, ...] = _refused_formats(device, storage)
+    if footprint.storage != storage:
+        advice += (WIDE_CACHE,)
     if memory.total > device.usable_memory:
         advice += tuple(_advice(footprint, device, context, memory))
+    elif programs == Programs.ONE:
+        advice += (slow_steps(footprint, device.flavour, context),)
     if (needed := speed.prompt_tokens + ANSWER_TOKENS) > context:
         advice += (f"--context {needed} or more, or fewer tiles: {speed.tiles} are {speed.prompt_tokens} tokens",)
     building = builder_bytes(max(memory.vision, memory.decoder + memory.head))
     if device.flavour == "tensorrt" and memory.total <= device.usable_memory < building:
         advice += (f"engines are built on the device, which takes about {building / 1e9:.1f} GB: add swap for that",)
-    return Plan(device, recipe, context, max_tiles, memory, speed, advice)
+    return Plan(device, recipe, programs, context, max_tiles, memory, speed, advice)
 
 
-def memory_of(footprint: Footprint, context: int) -> Memory:
-    """Return the bytes on the device for a context of `context` tokens."""
+def stored_on(flavour: str, storage: Storage) -> Storage:
+    """Return how engines of a flavour of TensorRT store a recipe: without an int8 cache where it is not listed."""
+    wide = storage.cache_bytes == 1 and not keeps_int8_cache(flavour)
+    return replace(storage, cache_bytes=2) if wide else storage
+
+
+def choose_programs(footprint: Footprint, flavour: str, usable: int, context: int) -> Programs:
+    """Return the programs of a decoder's engine: the fastest ones, or one for all steps where memory is short.
+
+    Args:
+        footprint: the model as the device stores it.
+        flavour: the TensorRT that builds, "tensorrt" or "tensorrt_rtx".
+        usable: the bytes for a model on the device.
+        context: the capacity of the KV cache in tokens.
+    """
+    fastest = fastest_programs(flavour, footprint.storage.cache_bytes)
+    return fastest if memory_of(footprint, context, flavour, fastest).total <= usable else Programs.ONE
+
+
+def slow_steps(footprint: Footprint, flavour: str, context: int) -> str:
+    """Return what one program for all steps costs, and what faster ones would take."""
+    fastest = fastest_programs(flavour, footprint.storage.cache_bytes)
+    further = memory_of(footprint, context, flavour, fastest).programs
+    return f"one program serves prompts and steps, so each step copies the cache; more programs take {size(further)}"
+
+
+def memory_of(
+    footprint: Footprint, context: int, flavour: str = "tensorrt_rtx", programs: Programs = Programs.ONE
+) -> Memory:
+    """Return the bytes on the device for a context of `context` tokens and the programs of the decoder's engine."""
     weights = footprint.weights
     activations = footprint.activation_bytes(TILES_AT_ONCE, PREFILL_CHUNK)
     return Memory(
         vision=weights.vision,
         decoder=weights.decoder,
         head=weights.head,
+        programs=further_bytes(programs, footprint.config.decoder.num_hidden_layers, footprint.twice_bytes(flavour)),
         kv_cache=footprint.cache_bytes(context),
         activations=activations,
         workspace=activations // 2 + (64 << 20),  # scratch of single kernels, their code, CUDA graphs
@@ -193,7 +238,7 @@ def _advice(footprint: Footprint, device: Device, context: int, memory: Memory) 
     if shorter := _longest_context(memory, device, footprint):
         advice.append(shorter)
     for name, storage in RECIPES.items():
-        smaller = footprint.with_storage(storage)
+        smaller = footprint.with_storage(stored_on(device.flavour, storage))
         needed = memory_of(smaller, context)
         if needed.total < memory.total and needed.total <= device.usable_memory:
             return [*advice, f"recipe {name} ({needed.total / 1e9:.2f} GB)"]

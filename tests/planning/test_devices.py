@@ -53,7 +53,11 @@ def test_targets() -> None:
     devices = Devices()
     assert devices.target("rtx").sms == (86, 89, 120)
     assert devices.target("rtx").dtype == "bfloat16"
-    assert devices.target("orin-nano-8gb") == Target("orin-nano-8gb", "Jetson Orin Nano 8GB", "tensorrt", ("8.7",))
+    orin = devices.device("orin-nano-8gb")
+    target = Target("orin-nano-8gb", "Jetson Orin Nano 8GB", "tensorrt", ("8.7",), orin.usable_memory)
+    assert devices.target("orin-nano-8gb") == target
+    smallest = min(device.usable_memory for device in devices.all.values() if device.flavour == "tensorrt_rtx")
+    assert devices.target("rtx").usable_memory == smallest
     assert replace(devices.target("rtx"), compute_capabilities=("7.5", "8.6")).dtype == "float16"
 
 

@@ -21,6 +21,7 @@ from internvl_edge.bundle import names
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.bundle.manifest import FileEntry
 from internvl_edge.model.limits import LARGEST
+from internvl_edge.planning.programs import Programs
 
 RECORD = names.ENGINE_RECORD
 ENGINES = {"vision": "vision.engine", "decoder": "decoder.engine"}
@@ -41,7 +42,7 @@ class BuildOptions:
         chunk: the most prompt tokens per prefill step.
         kept: the most positions of one step that get logits, to verify guessed tokens.
         tiles: the most tiles that are encoded together.
-        profiles: 1, or 2, of which one is for single tokens. Two profiles hold 16-bit weights twice.
+        profiles: the number of the decoder's programs, a value of `Programs`.
     """
 
     dtype: str
@@ -136,7 +137,7 @@ def _require_possible(record: EngineRecord) -> None:
         raise ValueError(f"compute_capabilities is {shown(record.compute_capabilities)}, expected numbers like 86")
     largest = LARGEST["max_position_embeddings"]
     for name, size in asdict(record.options).items():
-        if name != "dtype" and not 1 <= size <= (2 if name == "profiles" else largest):
+        if name != "dtype" and not 1 <= size <= (len(Programs) if name == "profiles" else largest):
             raise ValueError(f"options.{name} is {size}, expected a number from 1 to {largest}")
 
 
