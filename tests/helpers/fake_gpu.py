@@ -42,6 +42,7 @@ class FakeCuda:
     cudaHostAllocDefault, cudaStreamNonBlocking = 0, 1  # noqa: N815
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3)  # noqa: N815
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)  # noqa: N815
+    cudaStreamCaptureStatus = SimpleNamespace(cudaStreamCaptureStatusNone=0)  # noqa: N815
     cudaDeviceAttr = SimpleNamespace(  # noqa: N815
         cudaDevAttrComputeCapabilityMajor="major", cudaDevAttrComputeCapabilityMinor="minor"
     )
@@ -54,8 +55,10 @@ class FakeCuda:
         self.streams: dict[int, list[Work]] = {}
         self.captures: dict[int, list[Work]] = {}
         self.graphs: dict[int, list[Work]] = {}
+        self.last_error = 0
         self._sm, self._left, self._fail = sm, memory, fail
         self._next = 1 << 20
+        self._handle = 0
 
     def __getattribute__(self, name: str) -> Any:
         """Count every call, and let the chosen one fail."""
@@ -66,6 +69,9 @@ class FakeCuda:
         def call(*arguments: Any) -> Any:
             self.calls[name] += 1
             if self._fail == (name, self.calls[name] - 1):
+                self.last_error = cudaError_t.cudaErrorUnknown
+                if name == "cudaStreamEndCapture":  # an invalid capture ends, without a graph
+                    self.captures.pop(arguments[0])
                 return (cudaError_t.cudaErrorUnknown, None)
             return value(*arguments)
 
@@ -75,6 +81,10 @@ class FakeCuda:
     def leaks(self) -> dict[str, int]:
         held = {"device": self.device, "host": self.host, "streams": self.streams, "graphs": self.graphs}
         return {name: len(things) for name, things in held.items() if things}
+
+    def cudaGetLastError(self) -> Any:  # noqa: N802
+        noted, self.last_error = self.last_error, 0
+        return (noted,)
 
     def cudaGetErrorString(self, status: int) -> Any:  # noqa: N802
         return 0, {2: b"out of memory", 999: b"unknown error"}[status]
@@ -119,9 +129,9 @@ class FakeCuda:
         return (0,)
 
     def cudaStreamCreateWithFlags(self, flags: int) -> Any:  # noqa: N802
-        self._next += 1
-        self.streams[self._next] = []
-        return 0, self._next
+        self._handle += 1
+        self.streams[self._handle] = []
+        return 0, self._handle
 
     def cudaStreamDestroy(self, stream: int) -> Any:  # noqa: N802
         del self.streams[stream]
@@ -168,13 +178,16 @@ class FakeCuda:
         self.captures[stream] = []
         return (0,)
 
+    def cudaStreamIsCapturing(self, stream: int) -> Any:  # noqa: N802
+        return 0, 1 if stream in self.captures else 0
+
     def cudaStreamEndCapture(self, stream: int) -> Any:  # noqa: N802
         return 0, self.captures.pop(stream)
 
     def cudaGraphInstantiate(self, graph: list[Work], flags: int) -> Any:  # noqa: N802
-        self._next += 1
-        self.graphs[self._next] = graph
-        return 0, self._next
+        self._handle += 1
+        self.graphs[self._handle] = graph
+        return 0, self._handle
 
     def cudaGraphDestroy(self, graph: list[Work]) -> Any:  # noqa: N802
         return (0,)
@@ -211,6 +224,7 @@ class FakeTensorRT:
     TensorIOMode = SimpleNamespace(INPUT="input", OUTPUT="output")
     ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user managed")
     CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole graph")
+    DynamicShapesKernelSpecializationStrategy = SimpleNamespace(LAZY="lazy", EAGER="eager")
 
     class ILogger:
         INTERNAL_ERROR, ERROR, WARNING = range(3)
@@ -221,6 +235,7 @@ class FakeTensorRT:
         self.refused: str | None = None
         self.contexts: list[FakeContext] = []
         self.loaded_caches: list[bytes] = []
+        self.kernels = b"kernels"
 
     def Runtime(self, log: Any) -> Any:  # noqa: N802
         return SimpleNamespace(deserialize_cuda_engine=lambda data: FakeEngine(self, bytes(data), log))
@@ -254,7 +269,7 @@ class FakeEngine:
 
     def create_runtime_config(self) -> Any:
         def cache() -> Any:
-            return SimpleNamespace(deserialize=self.api.loaded_caches.append, serialize=lambda: b"kernels")
+            return SimpleNamespace(deserialize=self.api.loaded_caches.append, serialize=lambda: self.api.kernels)
 
         return SimpleNamespace(
             create_runtime_cache=cache,
@@ -264,7 +279,8 @@ class FakeEngine:
         )
 
     def create_execution_context(self, config: Any) -> FakeContext:
-        context = FakeContext(self, getattr(config, "cuda_graph_strategy", None))
+        strategy = getattr(config, "dynamic_shapes_kernel_specialization_strategy", None)
+        context = FakeContext(self, getattr(config, "cuda_graph_strategy", None), strategy)
         self.api.contexts.append(context)
         return context
 
@@ -275,11 +291,12 @@ class FakeContext:
     It writes outputs when the stream gets to it.
     """
 
-    def __init__(self, engine: FakeEngine, strategy: Any) -> None:
-        self.engine, self.strategy = engine, strategy
+    def __init__(self, engine: FakeEngine, strategy: Any, specialization: Any = None) -> None:
+        self.engine, self.strategy, self.specialization = engine, strategy, specialization
         self.profile = 0
         self.runs = 0
         self.windows: list[int] = []
+        self.shapes: set[tuple[tuple[str, tuple[int, ...]], ...]] = set()
         self._memory = 0
         self._addresses: dict[str, int] = {}
         self._shapes = {name: shape for name in engine.inputs if -1 not in (shape := engine.get_tensor_shape(name))}
@@ -294,6 +311,7 @@ class FakeContext:
         return profile < self.engine.num_optimization_profiles
 
     def set_tensor_address(self, name: str, address: int) -> bool:
+        assert address % 256 == 0, f"{name} is not aligned"
         self._addresses[name] = address
         return name in self.engine.names and self.engine.api.refused != name
 
@@ -304,6 +322,7 @@ class FakeContext:
 
     def execute_async_v3(self, stream: int) -> bool:
         engine, cuda = self.engine, self.engine.api.cuda
+        assert not cuda.last_error, "the library finds an error of an earlier call"
         if engine.api.refused == "run":
             engine.log.log(engine.api.ILogger.ERROR, "the fake was told\nto refuse")
             return False
@@ -316,6 +335,7 @@ class FakeContext:
         shapes = {name: tuple(shape) for name, shape in self._shapes.items()}
         inputs = {name: self._array(name, value, shapes[name]) for name, value in engine.inputs.items()}
         self.runs += 1
+        self.shapes.add(tuple(shapes.items()))
 
         def work() -> None:
             if "slots" in shapes:
