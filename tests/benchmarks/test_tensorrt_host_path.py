@@ -11,7 +11,7 @@ from helpers.repository import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
-import tensorrt_host_path  # noqa: E402
+import tensorrt_host_path
 
 
 @pytest.mark.parametrize("flavour", sorted(tensorrt_host_path.VERSIONS))
