@@ -42,6 +42,7 @@ class TensorRTEngine:
     Args:
         opened: the bundle.
         target: name of the engines' folder; the default is the first one that fits the present GPU.
+        capacity: the most tokens in the KV cache; the default is, and the most is, what the engines were built for.
         progress: called while the engine warms up, which takes longest when TensorRT for RTX compiles kernels for this
             GPU for the first time.
         warm: run each shape once before the first answer needs it (see `_warm_up`).
@@ -57,6 +58,7 @@ class TensorRTEngine:
         opened: Bundle,
         target: str | None = None,
         *,
+        capacity: int | None = None,
         progress: Progress | None = None,
         warm: bool = True,
         cuda: Cuda | None = None,
@@ -67,14 +69,14 @@ class TensorRTEngine:
         self._contexts: list[Context] = []
         self._closed = False
         try:
-            self._open(opened, target, flavour)
+            self._open(opened, target, capacity, flavour)
             if warm:
                 self._warm_up(progress or (lambda phase, done, total: None))
         except BaseException:
             self.close()
             raise
 
-    def _open(self, opened: Bundle, target: str | None, flavour: Flavour | None) -> None:
+    def _open(self, opened: Bundle, target: str | None, capacity: int | None, flavour: Flavour | None) -> None:
         model = opened.manifest.model
         record = find_engines(opened, self._cuda.compute_capability(), target)
         self._folder = engine_folder(opened, record.target)
@@ -85,6 +87,12 @@ class TensorRTEngine:
                 f"{self._flavour.version}; build them again"
             )
         self._options = record.options
+        self._capacity = record.options.capacity if capacity is None else capacity
+        if self._capacity > record.options.capacity:
+            raise EngineError(
+                f"the engines in {self._folder} hold {record.options.capacity} tokens, asked for are {capacity}; "
+                f"leave out --context, or build with --context {capacity}"
+            )
         self._decoder = model.decoder
         self._half = HALVES[record.options.dtype]
         self._angles = PackedAngles(model.decoder, record.options.capacity, self._half)
@@ -118,7 +126,7 @@ class TensorRTEngine:
     @property
     def capacity(self) -> int:
         """The most tokens that the KV cache can hold."""
-        return self._options.capacity
+        return self._capacity
 
     @property
     def length(self) -> int:
@@ -197,7 +205,7 @@ class TensorRTEngine:
         start = self._length
         total = self._room_for(1)
         self._decode.fill_one(embed, start)
-        self._graph.run(window(total, self.capacity))
+        self._graph.run(window(total, self._options.capacity))
         self._cache.store(start, 1, 1, self._stream)
         self._cuda.synchronise(self._stream)
         self._length = total
@@ -205,14 +213,14 @@ class TensorRTEngine:
     def _parts(self, embeds: NDArray[np.float32], sizes: list[int]) -> Iterator[tuple[NDArray[np.float32], int]]:
         """Yield the tokens of each step, and its rows with padding."""
         start = 0
-        for tokens, rows in split(len(embeds), self._length, sizes, self.capacity):
+        for tokens, rows in split(len(embeds), self._length, sizes, self._options.capacity):
             yield embeds[start : start + tokens], rows
             start += tokens
 
     def _run(self, embeds: NDArray[np.float32], rows: int, total: int, kept: NDArray[np.int64]) -> None:
         step = self._prefill
         step.fill(embeds, rows, self._length, total, kept)
-        step.reshape(rows, len(kept), window(self._length + rows, self.capacity))
+        step.reshape(rows, len(kept), window(self._length + rows, self._options.capacity))
         step.enqueue(self._stream)
         self._cache.store(self._length, len(embeds), rows, self._stream)
         self._cuda.synchronise(self._stream)  # the next step fills the host block again
@@ -226,7 +234,7 @@ class TensorRTEngine:
         TensorRT has nothing to compile, but loads its kernels with the first run: one shape of each kind is run.
         """
         compiles, tiles = self._flavour.builds_anywhere, self._options.tiles
-        lengths = [1, *(length + 1 for length in windows(self.capacity)[:-1])]
+        lengths = [1, *(slots + 1 for slots in windows(self._options.capacity) if slots < self.capacity)]
         runs: list[Callable[[], object]] = [partial(self._vision.warm_up, count) for count in range(1, tiles + 1)]
         runs += [partial(self._warm_up_decode, length) for length in lengths]
         runs += [partial(self._warm_up_prompt, size) for size in self._sizes]

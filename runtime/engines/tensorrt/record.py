@@ -185,6 +185,11 @@ def find_engines(opened: Bundle, sm: int, target: str | None = None) -> EngineRe
     )
 
 
+def engine_names(opened: Bundle) -> list[str]:
+    """Return the names of the folders of engines in a bundle, whatever their state."""
+    return [folder.name for folder in _engine_folders(opened, None)]
+
+
 def _engine_folders(opened: Bundle, target: str | None) -> list[Path]:
     """By name; without the hidden ones, in which builds were interrupted."""
     engines = opened.folder / names.ENGINES
