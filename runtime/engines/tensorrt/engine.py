@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -42,6 +43,7 @@ class TensorRTEngine:
     Args:
         opened: the bundle.
         target: name of the engines' folder; the default is the first one that fits the present GPU.
+        built: a record and the folder of its files, in place of engines that are in the bundle.
         capacity: the most tokens in the KV cache; the default is, and the most is, what the engines were built for.
         progress: called while the engine warms up, which takes longest when TensorRT for RTX compiles kernels for this
             GPU for the first time.
@@ -58,6 +60,7 @@ class TensorRTEngine:
         opened: Bundle,
         target: str | None = None,
         *,
+        built: tuple[EngineRecord, Path] | None = None,
         capacity: int | None = None,
         progress: Progress | None = None,
         warm: bool = True,
@@ -69,17 +72,22 @@ class TensorRTEngine:
         self._contexts: list[Context] = []
         self._closed = False
         try:
-            self._open(opened, target, capacity, flavour)
+            self._open(opened, built or self._find(opened, target), capacity, flavour)
             if warm:
                 self._warm_up(progress or (lambda phase, done, total: None))
         except BaseException:
             self.close()
             raise
 
-    def _open(self, opened: Bundle, target: str | None, capacity: int | None, flavour: Flavour | None) -> None:
-        model = opened.manifest.model
+    def _find(self, opened: Bundle, target: str | None) -> tuple[EngineRecord, Path]:
         record = find_engines(opened, self._cuda.compute_capability(), target)
-        self._folder = engine_folder(opened, record.target)
+        return record, engine_folder(opened, record.target)
+
+    def _open(
+        self, opened: Bundle, built: tuple[EngineRecord, Path], capacity: int | None, flavour: Flavour | None
+    ) -> None:
+        model = opened.manifest.model
+        record, self._folder = built
         self._flavour = flavour or load_flavour(record.flavour)
         if self._flavour.version != record.version:
             raise EngineError(
