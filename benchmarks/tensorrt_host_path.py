@@ -188,6 +188,7 @@ def _engine(tensors: dict[str, list[str]]) -> Any:
         get_tensor_name=names.__getitem__,
         get_tensor_mode=modes.__getitem__,
         get_tensor_shape=lambda name: (-1,),
+        get_tensor_dtype=lambda name: SimpleNamespace(itemsize=2),
         create_execution_context=lambda config: StubContext(),
         create_runtime_config=lambda: SimpleNamespace(
             create_runtime_cache=lambda: SimpleNamespace(deserialize=lambda data: None, serialize=lambda: b""),

@@ -263,6 +263,10 @@ class FakeEngine:
     def get_tensor_mode(self, name: str) -> str:
         return "input" if name in self.inputs else "output"
 
+    def get_tensor_dtype(self, name: str) -> Any:
+        value = self.inputs.get(name) or self.outputs[name]
+        return SimpleNamespace(itemsize=np.dtype(NUMPY[value.type]).itemsize)
+
     def get_tensor_shape(self, name: str) -> list[int]:
         value = self.inputs.get(name) or self.outputs[name]
         return [dim if isinstance(dim, int) else -1 for dim in value.shape]
@@ -334,6 +338,8 @@ class FakeContext:
                 assert self._addresses[name] == self._addresses[name.replace("present", "past_key_values")]
         shapes = {name: tuple(shape) for name, shape in self._shapes.items()}
         inputs = {name: self._array(name, value, shapes[name]) for name, value in engine.inputs.items()}
+        if engine.num_optimization_profiles == 3 and self.profile == 1 and "slots" in shapes:
+            assert shapes["slots"] == tuple(engine.get_tensor_shape("past_key_values.0.key")[2:3])  # the whole cache
         self.runs += 1
         self.shapes.add(tuple(shapes.items()))
 

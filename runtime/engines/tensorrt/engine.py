@@ -29,7 +29,7 @@ from .flavour import Flavour, load_flavour
 from .program import Context, Program
 from .record import ENGINES, EngineRecord, engine_folder, find_engines
 from .runtime_cache import NEW_ENTRIES, DeviceCache
-from .steps import DecodeGraph, PackedAngles, Step, split, step_sizes, window, windows
+from .steps import DecodeGraph, PackedAngles, Step, reads_whole, split, step_sizes, window, windows
 
 # Called with what is being done, the number of steps done, and the number of all steps.
 Progress = Callable[[str, int, int], None]
@@ -70,6 +70,7 @@ class TensorRTEngine:
         self._cuda = cuda or Cuda()
         self._programs: list[Program] = []
         self._contexts: list[Context] = []
+        self._decoding: list[tuple[Step, DecodeGraph]] = []
         self._closed = False
         try:
             self._open(opened, built or self._find(opened, target), capacity, flavour)
@@ -116,14 +117,16 @@ class TensorRTEngine:
             },
             "logits",
         )
-        itemsize = np.dtype(opened.manifest.kv_cache or self._half.stored).itemsize
+        itemsize = text.itemsize("past_key_values.0.key")  # an int8 cache of the bundle can be one of 16 bits here
         chunk = record.options.chunk if NEW_ENTRIES in text.outputs() else 0
         self._cache = DeviceCache(self._cuda, model.decoder, record.options.capacity, itemsize, chunk)
         shared = self._shared_addresses(record.options.capacity)
-        self._decode = self._step(text, 0, 1, 1, shared)
+        # The programs of an engine: for one token with a part of the cache, for one token with the whole cache, and for
+        # prompts. The last one does the work of those that are not there.
+        count = text.profiles()
+        self._decoding = [self._decoder_step(text, profile, shared) for profile in range(max(1, count - 1))]
         chunk, kept = record.options.chunk, self._options.kept
-        self._prefill = self._step(text, text.profiles() - 1, chunk, min(kept, chunk), shared)
-        self._graph = DecodeGraph(self._cuda, self._decode, self._stream, not self._flavour.captures_itself)
+        self._prefill = self._step(text, count - 1, chunk, min(kept, chunk), shared)
         self._vision = _Vision(self, self._program(record, "vision"), opened)
 
     @property
@@ -189,7 +192,7 @@ class TensorRTEngine:
         try:
             self._keep_kernels()
         finally:
-            if graph := getattr(self, "_graph", None):
+            for _, graph in self._decoding:
                 graph.close()
             for context in self._contexts:
                 context.close()
@@ -212,11 +215,19 @@ class TensorRTEngine:
     def _decode_one(self, embed: NDArray[np.float32]) -> None:
         start = self._length
         total = self._room_for(1)
-        self._decode.fill_one(embed, start)
-        self._graph.run(window(total, self._options.capacity))
+        program, slots = self._program_for(total)
+        step, graph = self._decoding[program]
+        step.fill_one(embed, start)
+        graph.run(slots)
         self._cache.store(start, 1, 1, self._stream)
         self._cuda.synchronise(self._stream)
         self._length = total
+
+    def _program_for(self, total: int) -> tuple[int, int]:
+        """Return which program computes the last of `total` tokens, and how many slots of the cache it reads."""
+        slots = window(total, self._options.capacity)
+        whole = len(self._decoding) > 1 and reads_whole(slots, self._options.capacity)
+        return (1, self._options.capacity) if whole else (0, slots)
 
     def _parts(self, embeds: NDArray[np.float32], sizes: list[int]) -> Iterator[tuple[NDArray[np.float32], int]]:
         """Yield the tokens of each step, and its rows with padding."""
@@ -243,6 +254,7 @@ class TensorRTEngine:
         """
         compiles, tiles = self._flavour.builds_anywhere, self._options.tiles
         lengths = [1, *(slots + 1 for slots in windows(self._options.capacity) if slots < self.capacity)]
+        lengths = list({self._program_for(length): length for length in lengths}.values())  # one for each shape
         runs: list[Callable[[], object]] = [partial(self._vision.warm_up, count) for count in range(1, tiles + 1)]
         runs += [partial(self._warm_up_decode, length) for length in lengths]
         runs += [partial(self._warm_up_prompt, size) for size in self._sizes]
@@ -290,6 +302,10 @@ class TensorRTEngine:
 
     def _has_kernels(self) -> bool:
         return all((self._folder / name).is_file() for name in names.RUNTIME_CACHES.values())
+
+    def _decoder_step(self, program: Program, profile: int, shared: dict[str, int]) -> tuple[Step, DecodeGraph]:
+        step = self._step(program, profile, 1, 1, shared)
+        return step, DecodeGraph(self._cuda, step, self._stream, not self._flavour.captures_itself)
 
     def _step(self, program: Program, profile: int, rows: int, kept: int, shared: dict[str, int]) -> Step:
         context = self._context(program, profile, self._stream, repeats=rows == 1, eager=rows == 1)

@@ -53,6 +53,10 @@ class Program:
         """Return the names and shapes of the outputs; a dimension that varies is -1."""
         return self._tensors(self._flavour.api.TensorIOMode.OUTPUT)
 
+    def itemsize(self, name: str) -> int:
+        """Return the bytes of one value of an input or output."""
+        return int(self._engine.get_tensor_dtype(name).itemsize)
+
     def profiles(self) -> int:
         """Return the number of optimisation profiles."""
         return int(self._engine.num_optimization_profiles)

@@ -138,7 +138,7 @@ def _require_possible(record: EngineRecord) -> None:
         raise ValueError(f"compute_capabilities is {shown(record.compute_capabilities)}, expected numbers like 86")
     largest = LARGEST["max_position_embeddings"]
     for name, size in asdict(record.options).items():
-        if name != "dtype" and not 1 <= size <= (2 if name == "profiles" else largest):
+        if name != "dtype" and not 1 <= size <= (3 if name == "profiles" else largest):
             raise ValueError(f"options.{name} is {size}, expected a number from 1 to {largest}")
 
 

@@ -36,9 +36,9 @@ from .record import EngineRecord
 
 # Called with what is being done, the steps done, and all steps.
 Progress = Callable[[str, int, int], None]
-# The least cosine of image tokens, and of logits. Over a fake GPU, float16 engines of the demo model, with an int8 tower
-# and an int8 cache too, are above 0.9997; bfloat16 has eight times its rounding. A wrong weight, position or mask is far
-# below.
+# The least cosine of image tokens, and of logits. Over a fake GPU, float16 engines of the demo model, also with an int8
+# tower and an int8 cache, are above 0.9997; bfloat16 has eight times their rounding. A wrong weight, position or mask
+# is far below.
 LEAST_COSINE = 0.98
 ANSWER_TOKENS = 6
 # The first tokens of the answer are computed in one step, as guessed tokens are.

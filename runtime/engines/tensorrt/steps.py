@@ -47,6 +47,14 @@ def windows(capacity: int) -> list[int]:
     return found
 
 
+def reads_whole(slots: int, capacity: int) -> bool:
+    """Return whether a step moves fewer bytes in a program that reads the whole cache in place.
+
+    A program for a window of the cache copies the window: it is read, written and read again.
+    """
+    return 3 * slots > capacity
+
+
 def step_sizes(largest: int) -> list[int]:
     """Return the numbers of rows that steps of a prompt have, in order."""
     sizes = []

@@ -69,7 +69,7 @@ def rows(bundle: Bundle, count: int, seed: int = 3) -> np.ndarray[Any, Any]:
 
 
 @pytest.mark.parametrize(("flavour", "version"), [*FLAVOURS.items(), ("tensorrt", OLD)])
-@pytest.mark.parametrize("profiles", [1, 2])
+@pytest.mark.parametrize("profiles", [1, 2, 3])
 @pytest.mark.parametrize(("cache", "tolerance"), [("exported", 0.03), ("rounded", 0.2)])
 def test_every_call_puts_the_right_numbers_in_the_right_places(
     request: pytest.FixtureRequest,
@@ -216,6 +216,21 @@ def test_attention_sees_multiples_of_the_window(exported: Bundle) -> None:
     decode, prefill, _ = api.contexts
     assert prefill.windows == [32, 32]
     assert decode.windows == [32, 32, 64, 64, 64]
+
+
+def test_a_step_late_in_the_cache_reads_the_whole_of_it_in_place(exported: Bundle) -> None:
+    """Of three programs, the second reads all slots, where a copy of the window would move more bytes."""
+    write_engines(exported, "tensorrt", 3, capacity=160)
+    engine, api = open_engine(exported, FakeCuda(), profiles=3, warm=True)
+    part, whole, prefill, _ = api.contexts
+    assert [context.profile for context in (part, whole, prefill)] == [0, 1, 2]
+    warm = len(part.windows), len(whole.windows)
+    engine.prefill(rows(exported, 30))
+    for row in rows(exported, 10):
+        engine.decode(row)
+    assert part.windows[warm[0] :] == [32, 32]
+    assert whole.windows[warm[1] :] == [160] * 8
+    engine.close()
 
 
 # -- CUDA graphs and copies --------------------------------------------------------------------------------------------
