@@ -49,11 +49,13 @@ class Figure:
 class BenchResult:
     """All figures of one bundle on one machine.
 
-    `bandwidth` is in bytes/s, `matrix_rate` in FLOP/s, and sizes are in bytes. `decode_limit` maps the name of each
-    decode figure to its share of the speed that the measured bandwidth allows.
+    `device` is where it ran; where "auto" chose, with the reason. `bandwidth` is in bytes/s, `matrix_rate` in FLOP/s,
+    and sizes are in bytes. `decode_limit` maps the name of each decode figure to its share of the speed that the
+    measured bandwidth allows.
     """
 
     bundle: str
+    device: str
     threads: int
     bandwidth: float
     matrix_rate: float
@@ -76,7 +78,7 @@ def bench(folder: Path, *, repeat: int = 3, threads: int | None = None, **loadin
     """
     if repeat < 1:
         raise EngineError(f"repeat is {repeat}, expected at least 1")
-    threads = threads or cores()
+    used = threads or cores()
     # Verify first: only the first load of a bundle hashes its files, and the figure `load` is for all later loads.
     manifest = Bundle.open(folder).manifest
     started = time.perf_counter()
@@ -85,15 +87,17 @@ def bench(folder: Path, *, repeat: int = 3, threads: int | None = None, **loadin
         runs = _Runs(model, repeat)
         decode = runs.decode()
         dialect = model.engine.dialect
+        device = str(model.choice or loading.get("device"))
         answers = [*decode.values(), *runs.first_token(), runs.second_question()]
         figures = [Figure("load", load_s, "s"), *runs.vision(), *runs.prefill(), *answers]
     peak_rss = peak_memory()
     # Measured last, so that its arrays do not count in the peak RSS of the model.
-    bandwidth = limits.read_bandwidth(threads)
+    bandwidth = limits.read_bandwidth(used)
     footprint = _footprint(manifest, dialect)
     return BenchResult(
         bundle=folder.name,
-        threads=threads,
+        device=device,
+        threads=used,
         bandwidth=bandwidth,
         matrix_rate=limits.matrix_rate(),
         disk_bytes=sum(entry.bytes for entry in manifest.files.values()),

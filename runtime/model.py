@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from internvl_edge.model.tokenizer import Tokenizer
 
 from .engines import Engine
 from .engines.choice import cpu_engine
+from .engines.device import DEVICES, DeviceChoice, choose_device, require_cuda, require_unused
 from .engines.onnxruntime import OnnxRuntimeEngine
 from .generate import generate
 from .image_cache import ImageCache, pixel_key
@@ -41,7 +42,7 @@ from .turns import Turns
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-DEVICES = ("auto", "cpu", "cuda", "tensorrt")
+Progress = Callable[[str, int, int], None]
 # Most tokens of prompt and answer together. Pages of the KV cache that are not touched use no memory.
 DEFAULT_CONTEXT = 32768
 
@@ -51,11 +52,16 @@ class InternVL:
 
     It computes one answer at a time, and threads wait for each other. For answers side by side, load one model per
     thread.
+
+    Attributes:
+        config: what the model is.
+        choice: the device that "auto" took and why; None where the device was given.
     """
 
-    def __init__(self, opened: Bundle, engine: Engine) -> None:
+    def __init__(self, opened: Bundle, engine: Engine, choice: DeviceChoice | None = None) -> None:
         manifest = opened.manifest
         self.config = manifest.model
+        self.choice = choice
         self._tokenizer = Tokenizer(opened.path(names.TOKENIZER))
         self._requests = RequestBuilder(
             self.config, manifest.template, self._tokenizer, manifest.tokens.image, capacity=engine.capacity
@@ -75,48 +81,49 @@ class InternVL:
         *,
         engine: str = "auto",
         dialect: str | None = None,
-        context: int = DEFAULT_CONTEXT,
+        context: int | None = None,
         threads: int | None = None,
+        progress: Progress | None = None,
     ) -> InternVL:
         """Open, verify and load a bundle.
 
         Args:
             folder: the bundle.
-            device: "cpu", "cuda" (ONNX Runtime), "tensorrt" (engines that `build` made, which fix the context), or
-                "auto", which is the CPU.
+            device: "cpu", "cuda" (ONNX Runtime, for bundles that compute in float16), "tensorrt" (engines that `build`
+                made), or "auto": the first of "tensorrt", "cuda" and "cpu" that can run this bundle here (see
+                `choose_device`, which says why).
             engine: on the CPU, "onnxruntime", "openvino" (OpenVINO for tiles and prompts, ONNX Runtime for decode) or
                 "auto", which is the faster one.
             dialect: the decoder graph to run, "onnxruntime" or "standard"; the default is the fastest that the bundle
                 has.
-            context: the most tokens that prompt and answer may have together.
+            context: the most tokens that prompt and answer may have together; the default is 32768, and for TensorRT
+                what the engines were built for, which is also the most there.
             threads: CPU threads; the default is all available cores.
+            progress: called while TensorRT warms up, with a phase, the steps done, and all steps.
 
         Raises:
             BundleError: the bundle is damaged or too new.
-            EngineError: the device is not available.
+            EngineError: the device is not available, cannot run the bundle, or does not use one of the arguments.
 
         Warns:
             QualityWarning: the bundle failed its quality gate.
         """
         if device not in DEVICES:
             raise EngineError(f"device {device!r} is not one of {', '.join(DEVICES)}")
-        if context < 2:
+        if context is not None and context < 2:
             raise EngineError(f"a context of {context} tokens has no room for a question and an answer; give more")
         most = max(64, 4 * machine.cores())
         if threads is not None and not 1 <= threads <= most:
             raise EngineError(f"threads is {threads}, expected 1 to {most}; this machine has {machine.cores()} cores")
         opened = Bundle.open(Path(folder))
+        choice = None
+        if device == "auto":
+            choice = choose_device(opened, engine=engine, dialect=dialect, context=context, threads=threads)
+            device = choice.device
         if warning := quality_warning(Path(folder), opened.manifest):
             warnings.warn(warning, QualityWarning, stacklevel=2)
-        if device == "tensorrt":
-            from .engines.tensorrt.engine import TensorRTEngine
-
-            return cls(opened, TensorRTEngine(opened))
-        if device == "cuda":
-            return cls(
-                opened, OnnxRuntimeEngine(opened, device=device, dialect=dialect, capacity=context, threads=threads)
-            )
-        return cls(opened, cpu_engine(opened, engine, dialect=dialect, capacity=context, threads=threads))
+        loaded = _engine(opened, device, engine, dialect, context, threads, progress)
+        return cls(opened, loaded, choice)
 
     def chat(self, question: str, images: Images = (), **options: Unpack[ChatOptions]) -> Reply:
         """Answer a question.
@@ -259,6 +266,29 @@ class InternVL:
 
     def _row(self, token: int) -> NDArray[np.float32]:
         return self._table[token]
+
+
+def _engine(
+    opened: Bundle,
+    device: str,
+    engine: str,
+    dialect: str | None,
+    context: int | None,
+    threads: int | None,
+    progress: Progress | None,
+) -> Engine:
+    """Load the engine of a device. Arguments are those of `InternVL.load`; none is ignored."""
+    if device == "tensorrt":
+        require_unused(device, engine, dialect=None if dialect == "standard" else dialect, threads=threads)
+        from .engines.tensorrt.engine import TensorRTEngine
+
+        return TensorRTEngine(opened, capacity=context, progress=progress)
+    capacity = DEFAULT_CONTEXT if context is None else context
+    if device == "cuda":
+        require_unused(device, engine)
+        require_cuda(opened)
+        return OnnxRuntimeEngine(opened, device=device, dialect=dialect, capacity=capacity, threads=threads)
+    return cpu_engine(opened, engine, dialect=dialect, capacity=capacity, threads=threads)
 
 
 class _Clock:

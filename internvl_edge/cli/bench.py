@@ -54,6 +54,7 @@ def _print(report: BenchResult) -> None:
         [
             ("peak memory", size(report.peak_rss_bytes)),
             ("on disk", size(report.disk_bytes)),
+            ("device", report.device),
             ("machine", f"{report.threads} threads, reads {report.bandwidth / 1e9:.1f} GB/s"),
             ("", f"float32 products {report.matrix_rate / 1e9:.0f} GFLOP/s"),
         ]

@@ -45,10 +45,24 @@ from .output import print_json
     help="Programs of the decoder: 1 for prompts and single tokens together; 2 for each of them, which holds 16-bit "
     "weights twice; 3 with one more for single tokens after long prompts.  [default: the most that the memory holds]",
 )
+@click.option(
+    "--check/--no-check",
+    default=True,
+    show_default=True,
+    help="Compare the engines with ONNX Runtime on the CPU, where this machine has the GPU that they are for. Wrong "
+    "engines are not kept.",
+)
 @click.option("--force", is_flag=True, help="Build again even if nothing changed.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
-    bundle: Path, name: str, table: Path | None, dtype: str | None, force: bool, as_json: bool, **sizes: int | None
+    bundle: Path,
+    name: str,
+    table: Path | None,
+    dtype: str | None,
+    check: bool,
+    force: bool,
+    as_json: bool,
+    **sizes: int | None,
 ) -> None:
     """Build TensorRT engines from BUNDLE for a device, into BUNDLE/engines/DEVICE.
 
@@ -61,7 +75,7 @@ def command(
     options = options_for(target, dtype, opened=opened, **sizes)
     line = _Line()
     try:
-        record, built = build_engines(opened, target, options, force=force, progress=line)
+        record, built = build_engines(opened, target, options, force=force, progress=line, check=check)
     finally:
         line.clear()
     folder = engine_folder(opened, name)
@@ -70,6 +84,7 @@ def command(
         print_json({"engines": str(folder), "built": built, **asdict(record), "notes": said})
         return
     click.echo(f"{folder}: {'built' if built else 'nothing changed'}, {_summary(record)}")
+    click.echo(_checked(record))
     for note in said:
         click.echo(f"Note: {note}")
 
@@ -82,6 +97,17 @@ def _summary(record: EngineRecord) -> str:
     return (
         f"{size(total)} for compute capability {devices} ({record.flavour} {record.version}, {record.options.dtype}), "
         f"{seconds:.0f} s, at most {size(peak)} of memory; programs of the decoder: {record.options.profiles}"
+    )
+
+
+def _checked(record: EngineRecord) -> str:
+    """Say what the comparison with ONNX Runtime found."""
+    found = record.check
+    if "logits_cosine" not in found:
+        return f"not compared with ONNX Runtime: {found.get('skipped', 'not asked for')}"
+    return (
+        f"compared with ONNX Runtime on {found['tokens']} tokens: cosine of image tokens {found['vision_cosine']:.4f}, "
+        f"of logits {found['logits_cosine']:.4f}"
     )
 
 

@@ -17,6 +17,7 @@ from internvl_edge.model.preprocess import load_image
 from internvl_edge.runtime.conversation import Conversation
 
 from .options import answering_options, chat_options, load_model, loading_options
+from .output import say_device
 
 _HELP = "/image FILE adds an image to the next question, /clear forgets the turns, /history shows them, /quit ends"
 _COMMANDS = ("/image", "/clear", "/history", "/quit")
@@ -37,6 +38,7 @@ def command(bundle: Path, **values: Any) -> None:
         sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
     with load_model(bundle, values) as model:
         terminal = _Terminal(Conversation(model, **chat_options(values)))
+        say_device(model.choice)
         click.secho(_HELP, dim=True)
         while (line := terminal.read()) is not None:
             try:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ import click
 
 from internvl_edge.bundle.names import DECODERS
 from internvl_edge.runtime.engines.choice import ENGINES
-from internvl_edge.runtime.model import DEFAULT_CONTEXT, DEVICES, InternVL
+from internvl_edge.runtime.engines.device import DEVICES
+from internvl_edge.runtime.model import DEFAULT_CONTEXT, InternVL
 from internvl_edge.runtime.options import ChatOptions
+
+from .output import shown_steps
 
 Command = Callable[..., Any]
 
@@ -24,8 +28,9 @@ _LOADING = (
         type=click.Choice(DEVICES),
         default="auto",
         show_default=True,
-        help="Device that runs the bundle. auto is cpu; cuda runs ONNX Runtime on the GPU; tensorrt runs the engines "
-        "that build made.",
+        help="Device that runs the bundle. tensorrt runs the engines that build made; cuda runs ONNX Runtime on the "
+        "GPU, for a bundle exported with --activations float16; auto takes the first of tensorrt, cuda and cpu that "
+        "works, and says which.",
     ),
     click.option(
         "--engine",
@@ -43,9 +48,8 @@ _LOADING = (
     click.option(
         "--context",
         type=int,
-        default=DEFAULT_CONTEXT,
-        show_default=True,
-        help="Capacity of the KV cache: most tokens of prompt and answer together. TensorRT engines have their own.",
+        help="Capacity of the KV cache: most tokens of prompt and answer together.  "
+        f"[default: {DEFAULT_CONTEXT}, or that of the TensorRT engines]",
     ),
     click.option("--threads", type=click.IntRange(min=1), help="Number of CPU threads.  [default: all cores]"),
 )
@@ -125,7 +129,7 @@ def answering_options(command: Command) -> Command:
 def load_model(folder: Path, values: dict[str, Any]) -> InternVL:
     """Load a bundle as the options say. This removes the loading options from `values`."""
     names = ("device", "engine", "dialect", "context", "threads")
-    return InternVL.load(folder, **{name: values.pop(name) for name in names})
+    return InternVL.load(folder, **{name: values.pop(name) for name in names}, progress=shown_steps(sys.stderr))
 
 
 def chat_options(values: dict[str, Any]) -> ChatOptions:

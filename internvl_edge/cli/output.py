@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -13,6 +13,7 @@ from internvl_edge.base.jsonable import encode
 if TYPE_CHECKING:
     from internvl_edge.evaluation import Comparison, EvaluationResult, SuiteResult
     from internvl_edge.evaluation.report.files import Written
+    from internvl_edge.runtime.engines.device import DeviceChoice
 
 Row = tuple[str, object]
 
@@ -57,6 +58,25 @@ def say_written(written: Written) -> None:
     click.echo(f"report: {written.html or written.json}", err=True)
     if written.hint:
         click.echo(written.hint, err=True)
+
+
+def say_device(choice: DeviceChoice | None) -> None:
+    """Say on standard error which device "auto" took, and why; nothing where the user chose."""
+    if choice is not None:
+        click.echo(f"device: {choice}", err=True)
+
+
+def shown_steps(stream: TextIO) -> Callable[[str, int, int], None]:
+    """Return a function that shows a phase, its steps done and all its steps: one line, rewritten on a terminal."""
+
+    def show(phase: str, done: int, total: int) -> None:
+        if stream.isatty():
+            stream.write("\r\x1b[K" if done == total else f"\r\x1b[K{phase} {done}/{total}")
+        elif not done:
+            stream.write(f"{phase}: {total} steps\n")
+        stream.flush()
+
+    return show
 
 
 def evaluation_values(result: EvaluationResult) -> dict[str, Any]:

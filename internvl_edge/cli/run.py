@@ -13,7 +13,7 @@ from internvl_edge.model.prompt import video_question
 from internvl_edge.runtime.reply import Reply
 
 from .options import answering_options, chat_options, load_model, loading_options
-from .output import print_json
+from .output import print_json, say_device
 
 
 @click.command("run")
@@ -60,6 +60,7 @@ def command(
         raise PromptError("the question is empty; ask something")
     with load_model(bundle, values) as model:
         stream = model.stream(question, sources, **chat_options(values))
+        say_device(model.choice)
         if as_json:
             print_json(_as_json(stream.reply))
             return

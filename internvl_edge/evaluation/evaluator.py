@@ -17,7 +17,7 @@ from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.bundle.gate import METRICS, Condition, Verdict, parse_condition, require_measurable
 from internvl_edge.bundle.quality import Measurement, Quality
 from internvl_edge.bundle.quality_record import quality_of
-from internvl_edge.runtime.model import DEFAULT_CONTEXT, InternVL
+from internvl_edge.runtime.model import InternVL
 
 from .cases import SUITES, Case, QuestionSettings, read_cases
 from .compare import Comparison, Progress, compare
@@ -45,8 +45,8 @@ class EvaluationSettings:
         fail_if: conditions, such as "kl>0.05", of which none may hold.
         replace_larger: whether figures may replace recorded ones that come from more questions or longer answers.
         shown: of how many questions the comparison keeps both answers and small pictures.
-        device, engine, dialect, context, threads: as `InternVL.load` takes them. The engine "auto" is ONNX Runtime
-            here: figures are about the bundle, not about what this machine has installed.
+        device, engine, dialect, context, threads: as `InternVL.load` takes them. Where both are
+            "auto", they are ONNX Runtime on the CPU: figures are about the bundle, not about what this machine has.
 
     Raises:
         EdgeError: a suite or a metric that is not known, or settings that do not fit together.
@@ -66,7 +66,7 @@ class EvaluationSettings:
     device: str = "auto"
     engine: str = "auto"
     dialect: str | None = None
-    context: int = DEFAULT_CONTEXT
+    context: int | None = None
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -140,7 +140,7 @@ def evaluate(settings: EvaluationSettings, progress: Progress | None = None) -> 
     """
     if settings.reference is None and settings.suite is None:
         raise EdgeError("give --reference, a checkpoint or a bundle to compare with, or --suite, or both")
-    if settings.engine == "auto":
+    if settings.engine == "auto" and settings.device in ("auto", "cpu"):
         settings = replace(settings, engine="onnxruntime")
     cases = _cases(settings)
     known = quality_of(Bundle.open(Path(settings.bundle)).manifest)
@@ -236,8 +236,9 @@ def _load_bundle(settings: EvaluationSettings) -> InternVL:
 
 def _load_reference(settings: EvaluationSettings, folder: Path) -> InternVL:
     """Load it for exact answers, whatever runs the bundle: what an engine rounds is part of the bundle's figures."""
-    device = "cpu" if settings.device == "tensorrt" else settings.device
-    return _load_bundle(replace(settings, bundle=folder, device=device, engine="onnxruntime", dialect=None))
+    return _load_bundle(
+        replace(settings, bundle=folder, device="cpu", engine="onnxruntime", dialect=None, context=None)
+    )
 
 
 def _measurements(

@@ -24,9 +24,12 @@ from internvl_edge.base.text import PLAIN_NAME, is_plain_name, shown
 
 FLAVOURS = ("tensorrt", "tensorrt_rtx")
 _CAPABILITY = re.compile(r"\d{1,2}\.\d")
-# Estimated bytes of memory that the system, the display and the CUDA context use.
+# Estimated bytes of memory that others use: the system (0.6 to 0.9 GiB on a board without a desktop, by the sources in
+# devices.toml), the CUDA context, and the libraries and the process itself.
 _RESERVED_UNIFIED = 1.5 * 2**30
 _RESERVED_DISCRETE = 0.6 * 2**30
+# Fields of an entry that may be missing.
+_OPTIONAL = ("reported_mib",)
 # Above what any device has, in the units of the table.
 _LARGEST_NUMBER = 1e9
 
@@ -40,7 +43,7 @@ class Device:
     """One device. Its fields are those of the table (see the comments in `devices.toml`).
 
     `compute_capability` is text such as "8.7". `memory_gib` is in 2**30 bytes, and `bandwidth_gbs` in 1e9 bytes/s.
-    `tflops` and `int8_tops` are dense tensor operations in 1e12/s.
+    `tflops` and `int8_tops` are dense tensor operations in 1e12/s. `reported_mib` is in 2**20 bytes, 0 where unknown.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Device:
     int8_tops: float
     flavour: str
     versions: str
+    reported_mib: float = 0
 
     @property
     def sm(self) -> int:
@@ -67,7 +71,8 @@ class Device:
     @property
     def usable_memory(self) -> int:
         """The estimated bytes that are available for a model."""
-        return int(self.memory - (_RESERVED_UNIFIED if self.unified else _RESERVED_DISCRETE))
+        seen = min(self.reported_mib * 2**20 or self.memory, self.memory)
+        return int(seen - (_RESERVED_UNIFIED if self.unified else _RESERVED_DISCRETE))
 
     @property
     def formats(self) -> tuple[str, ...]:
@@ -190,13 +195,14 @@ def _parse(text: str, where: str) -> tuple[dict[str, Device], dict[str, Target]]
 
 
 def _device(name: str, entry: Any, where: str) -> Device:
-    expected = {field.name: field.type for field in fields(Device) if field.name != "name"}
+    expected = {field.name: field.type for field in fields(Device) if field.name not in ("name", *_OPTIONAL)}
     if not isinstance(entry, dict):
         raise DeviceError(f"{where}: {name} is no table, expected [devices.{name}] with {', '.join(expected)}")
-    for field in sorted(expected.keys() ^ entry.keys()):
+    given = {field.name: field.type for field in fields(Device) if field.name in _OPTIONAL and field.name in entry}
+    for field in sorted(expected.keys() ^ (entry.keys() - given.keys())):
         state = "missing" if field in expected else "not known"
         raise DeviceError(f"{where}: devices.{name}: {field} is {state}, expected {', '.join(expected)}")
-    for field, kind in expected.items():
+    for field, kind in (expected | given).items():
         if not _is(kind, entry[field]):
             wanted = {"str": "text", "bool": "true or false", "float": "a positive number"}[str(kind)]
             raise DeviceError(f"{where}: devices.{name}: {field} is {shown(entry[field])}, expected {wanted}")

@@ -132,17 +132,22 @@ class Footprint:
         per_token = 2 * decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_dim
         return per_token * tokens * self.storage.cache_bytes
 
-    def activation_bytes(self, tiles: int, chunk: int) -> int:
+    def activation_bytes(self, tiles: int, chunk: int, slots: int = 0) -> int:
         """Estimate the peak bytes of activations for `tiles` tiles encoded together and `chunk` prompt tokens per step.
 
         This counts the tensors alive at the widest place of one block, in 16 bits, and the logits of one position in
-        float32.
+        float32. With `slots`, those of the KV cache, attention is not one kernel, as before TensorRT 10.15: its scores
+        are in memory before and after the softmax, and keys and values are repeated for the query heads.
         """
         vision, decoder = self.config.vision, self.config.decoder
         patches = vision.grid_size**2 + 1
         tower = tiles * patches * 2 * (2 * vision.hidden_size + 2 * vision.intermediate_size)
         pixels = tiles * vision.image_size**2 * 3 * 3  # uint8 and 16 bits
         text = chunk * 2 * (3 * decoder.hidden_size + 3 * decoder.intermediate_size)
+        if slots:
+            heads, seen = decoder.num_attention_heads, slots + chunk
+            tower += 2 * 2 * tiles * vision.num_attention_heads * patches**2
+            text += 2 * 2 * heads * chunk * seen + 2 * 2 * heads * seen * decoder.head_dim
         return max(tower + pixels, text + 6 * decoder.vocab_size)
 
     def vision_operations(self, tiles: int) -> float:

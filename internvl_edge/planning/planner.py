@@ -7,6 +7,7 @@ least the time of its bytes at the nominal bandwidth. They are predictions and n
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -176,17 +177,21 @@ def slow_steps(footprint: Footprint, flavour: str, context: int) -> str:
 def memory_of(
     footprint: Footprint, context: int, flavour: str = "tensorrt_rtx", programs: Programs = Programs.ONE
 ) -> Memory:
-    """Return the bytes on the device for a context of `context` tokens and the programs of the decoder's engine."""
+    """Return the bytes on the device for a context of `context` tokens and the programs of the decoder's engine.
+
+    Attention counts as on the oldest version of a flavour: `tensorrt` of JetPack 6.2 keeps its scores in memory.
+    """
     weights = footprint.weights
-    activations = footprint.activation_bytes(TILES_AT_ONCE, PREFILL_CHUNK)
+    fused = footprint.activation_bytes(TILES_AT_ONCE, PREFILL_CHUNK)
+    slots = context if flavour == "tensorrt" else 0
     return Memory(
         vision=weights.vision,
         decoder=weights.decoder,
         head=weights.head,
         programs=further_bytes(programs, footprint.config.decoder.num_hidden_layers, footprint.twice_bytes(flavour)),
         kv_cache=footprint.cache_bytes(context),
-        activations=activations,
-        workspace=activations // 2 + (64 << 20),  # scratch of single kernels, their code, CUDA graphs
+        activations=footprint.activation_bytes(TILES_AT_ONCE, PREFILL_CHUNK, slots),
+        workspace=fused // 2 + (64 << 20),  # scratch of single kernels, their code, CUDA graphs
         embeddings_on_disk=weights.embeddings,
     )
 
@@ -235,21 +240,26 @@ def _refused_formats(device: Device, storage: Storage) -> tuple[str, ...]:
 def _advice(footprint: Footprint, device: Device, context: int, memory: Memory) -> list[str]:
     """Return the changes that make the model fit, the one with the least loss first."""
     advice = []
-    if shorter := _longest_context(memory, device, footprint):
+    if shorter := _longest_context(device, footprint):
         advice.append(shorter)
     for name, storage in RECIPES.items():
         smaller = footprint.with_storage(stored_on(device.flavour, storage))
-        needed = memory_of(smaller, context)
+        needed = memory_of(smaller, context, device.flavour)
         if needed.total < memory.total and needed.total <= device.usable_memory:
             return [*advice, f"recipe {name} ({needed.total / 1e9:.2f} GB)"]
-        if not advice and name == list(RECIPES)[-1] and (shorter := _longest_context(needed, device, smaller)):
+        if not advice and name == list(RECIPES)[-1] and (shorter := _longest_context(device, smaller)):
             return [f"recipe {name} with {shorter}"]
     return advice or ["a smaller variant of the model, or a device with more memory"]
 
 
-def _longest_context(memory: Memory, device: Device, footprint: Footprint) -> str | None:
+def _longest_context(device: Device, footprint: Footprint) -> str | None:
     """Return advice with the largest context that fits, or None if it has no room for one tile and an answer."""
-    left = device.usable_memory - (memory.total - memory.kv_cache)
-    context = left // footprint.cache_bytes(1) // 256 * 256
+    # The bytes grow with the context, so the first one that does not fit can be searched by halving.
+    usable, step = device.usable_memory, 256
+    limit = max(1, usable // (step * footprint.cache_bytes(1)) + 1)
+    fitting = bisect.bisect_right(
+        range(1, limit + 1), usable, key=lambda steps: memory_of(footprint, step * steps, device.flavour).total
+    )
+    context = fitting * step
     tiles = (context - TEXT_TOKENS - ANSWER_TOKENS) // footprint.config.tokens_per_tile
     return f"--context {context} (room for about {tiles} tiles)" if tiles >= 1 else None

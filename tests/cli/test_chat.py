@@ -59,7 +59,7 @@ def test_chat_keeps_history_and_survives_mistakes(bundle: Path, photo: Path) -> 
 
 def test_bytes_that_are_not_text_and_unknown_commands_do_not_end_the_conversation(bundle: Path) -> None:
     lines = b"caf\xe9\n/imgae x.png\n/image 'nowhere at all.png'\nHello\n/history\n/quit\n"
-    command = [sys.executable, "-m", "internvl_edge", "chat", str(bundle), "--max-new-tokens", "2"]
+    command = [sys.executable, "-m", "internvl_edge", "chat", str(bundle), "--max-new-tokens", "2", "--device", "cpu"]
     result = subprocess.run(command, input=lines, capture_output=True, timeout=120)
     errors, printed = result.stderr.decode(), result.stdout.decode()
     assert result.returncode == 0, errors

@@ -296,7 +296,7 @@ def test_a_failed_condition_is_a_line_and_exit_status_1(
     assert [entry["failed"] for entry in printed["gate"]] == [True, False, True]
     assert quality_of(Manifest.read(quantized)).figures == pytest.approx(printed["figures"])
 
-    run = ("run", quantized, "What is rain?", "--max-new-tokens", 2)
+    run = ("run", quantized, "What is rain?", "--max-new-tokens", 2, "--device", "cpu")
     warned = internvl_edge(*run)
     assert warned.returncode == 0
     assert warned.stderr.count("\n") == 1
@@ -318,7 +318,8 @@ def test_a_passed_gate_is_exit_status_0_and_silence(made: tuple[Path, Path], qua
     passed = internvl_edge(*evaluate, "--fail-if", "top1<0")
     assert passed.returncode == 0, passed.stderr
     assert "top1 is" in passed.stdout
-    assert internvl_edge("run", quantized, "What is rain?", "--max-new-tokens", 2).stderr == ""
+    run = ("run", quantized, "What is rain?", "--max-new-tokens", 2, "--device", "cpu")
+    assert internvl_edge(*run).stderr == ""
     unrecorded = internvl_edge(*evaluate, "--fail-if", "kl>=0", "--no-record", "--no-report")
     assert unrecorded.returncode == 1
     assert quality_of(Manifest.read(quantized)).state == "passed"

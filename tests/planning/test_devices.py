@@ -61,6 +61,16 @@ def test_targets() -> None:
     assert replace(devices.target("rtx"), compute_capabilities=("7.5", "8.6")).dtype == "float16"
 
 
+def test_what_a_board_reports_is_optional_and_checked(tmp_path: Path) -> None:
+    table = tmp_path / "devices.toml"
+    table.write_text(MINE + "reported_mib = 3900\n", encoding="utf-8")
+    mine = next(name for name in Devices(table).all if name not in Devices().all)
+    assert Devices(table).device(mine).reported_mib == 3900
+    table.write_text(MINE + 'reported_mib = "much"\n', encoding="utf-8")
+    with pytest.raises(DeviceError, match="reported_mib is 'much', expected a positive number"):
+        Devices(table)
+
+
 def test_own_devices_join_and_replace(tmp_path: Path, no_configuration: Path) -> None:
     extra = tmp_path / "extra.toml"
     extra.write_text(MINE)

@@ -162,7 +162,35 @@ def test_what_does_not_fit_is_told_what_would(published: dict[str, ModelConfig])
 
 
 def _fits(config: ModelConfig, board: Device, storage: Storage, context: int) -> bool:
-    return memory_of(Footprint(config, storage), context).total <= board.usable_memory
+    return memory_of(Footprint(config, storage), context, board.flavour).total <= board.usable_memory
+
+
+def test_scores_of_attention_count_where_it_is_not_one_kernel(published: dict[str, ModelConfig]) -> None:
+    """JetPack 6.2: heads x rows x slots of the decoder, heads x patches x patches of the tower, in 16 bits, twice."""
+    footprint = Footprint(published["8B"], RECIPES["w4a16"])
+    decoder, vision = published["8B"].decoder, published["8B"].vision
+    fused = footprint.activation_bytes(4, 512)
+    apart = footprint.activation_bytes(4, 512, slots=4096)
+    scores = 32 * 512 * (4096 + 512) * 2
+    tower = 4 * 16 * 1025**2 * 2
+    assert (decoder.num_attention_heads, vision.num_attention_heads, vision.grid_size) == (32, 16, 32)
+    assert fused < 2 * min(scores, tower)
+    assert apart > fused + 2 * min(scores, tower)
+    assert apart > footprint.activation_bytes(4, 512, slots=1024)
+    on_board, on_card = (memory_of(footprint, 4096, flavour) for flavour in ("tensorrt", "tensorrt_rtx"))
+    assert on_board.activations == apart
+    assert on_card.activations == fused
+    assert on_board.workspace == on_card.workspace
+
+
+def test_boards_have_the_memory_that_they_report(published: dict[str, ModelConfig]) -> None:
+    """An Orin Nano of 8 GiB reports 7619 MiB (see devices.toml), of which the system takes its part."""
+    board = device("orin-nano-8gb")
+    assert board.usable_memory == (7619 - 1536) * 2**20
+    assert replace(board, reported_mib=0).usable_memory == (8192 - 1536) * 2**20
+    assert replace(board, memory_gib=4).usable_memory == (4096 - 1536) * 2**20
+    for name in ("orin-nx-16gb", "agx-orin-32gb", "agx-orin-64gb"):
+        assert 0.9 * device(name).memory < device(name).reported_mib * 2**20 < device(name).memory
 
 
 def test_separate_programs_are_planned_where_they_fit(published: dict[str, ModelConfig]) -> None:

@@ -109,10 +109,12 @@ class Flavour:
         data = None if cache is None else cache.serialize()
         return b"" if data is None else bytes(data)
 
-    def context(self, engine: Any, cache: Any, repeats: bool) -> Any:
+    def context(self, engine: Any, cache: Any, repeats: bool, eager: bool = False) -> Any:
         """Return an execution context without its own memory, or None where the library fails.
 
-        `repeats` says that the same shapes occur many times. TensorRT for RTX then keeps a CUDA graph of them.
+        `repeats` says that the same shapes occur many times. TensorRT for RTX then keeps a CUDA graph of them. With
+        `eager`, it compiles the kernels of a new shape before it runs it; without, it compiles them in the background
+        and uses slower kernels for any shape meanwhile.
         """
         owned = self.api.ExecutionContextAllocationStrategy.USER_MANAGED
         if not self.builds_anywhere:
@@ -121,6 +123,8 @@ class Flavour:
         config.set_execution_context_allocation_strategy(owned)
         if cache is not None:
             config.set_runtime_cache(cache)
+        strategies = self.api.DynamicShapesKernelSpecializationStrategy
+        config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER if eager else strategies.LAZY
         if repeats:
             config.cuda_graph_strategy = self.api.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         return engine.create_execution_context(config)

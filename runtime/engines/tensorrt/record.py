@@ -65,6 +65,7 @@ class EngineRecord:
         inputs: SHA-256 of the bundle's files that it was built from, by name.
         files: the files of the folder, name -> {"bytes", "sha256"}.
         figures: seconds, peak_rss (bytes) and layers of each engine, for information.
+        check: what `self_check.check_engines` found on the device, for information.
     """
 
     target: str
@@ -75,10 +76,11 @@ class EngineRecord:
     inputs: dict[str, str]
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     figures: dict[str, dict[str, float]] = field(default_factory=dict)
+    check: dict[str, Any] = field(default_factory=dict)
 
     def same_build(self, other: EngineRecord) -> bool:
         """Return whether both records have the same inputs, options, target and TensorRT."""
-        ignored = {"files", "figures"}
+        ignored = {"files", "figures", "check"}
         mine, theirs = ({k: v for k, v in asdict(record).items() if k not in ignored} for record in (self, other))
         return mine == theirs
 
@@ -184,6 +186,11 @@ def find_engines(opened: Bundle, sm: int, target: str | None = None) -> EngineRe
     raise EngineError(
         f"the engines {suitable[0].target} in {opened.folder} were built from other files; build them again"
     )
+
+
+def engine_names(opened: Bundle) -> list[str]:
+    """Return the names of the folders of engines in a bundle, whatever their state."""
+    return [folder.name for folder in _engine_folders(opened, None)]
 
 
 def _engine_folders(opened: Bundle, target: str | None) -> list[Path]:

@@ -26,6 +26,7 @@ from internvl_edge.base.replaceable import require_replaceable
 
 from ..flavour import Flavour, load_flavour
 from ..record import ENGINES, TIMING_CACHE, BuildOptions, EngineRecord, engine_folder, graph_inputs
+from ..self_check import check_engines
 from internvl_edge.planning.footprint import Footprint, builder_bytes
 from internvl_edge.planning.planner import WIDE_CACHE, choose_programs, slow_steps, stored_on
 from internvl_edge.planning.programs import Programs
@@ -41,7 +42,13 @@ _KEPT_BY_A_STEP = 2
 
 
 def build_engines(
-    opened: Bundle, target: Target, options: BuildOptions, *, force: bool = False, progress: Progress | None = None
+    opened: Bundle,
+    target: Target,
+    options: BuildOptions,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+    check: bool = True,
 ) -> tuple[EngineRecord, bool]:
     """Build a bundle's engines for a target, unless the same build exists already.
 
@@ -51,12 +58,14 @@ def build_engines(
         options: sizes that are fixed in engines.
         force: build again even if the same build exists.
         progress: called with the name of the graph file and the phase, the steps done, and all steps of the phase.
+        check: compare the engines with ONNX Runtime where the present GPU can run them (see `self_check`).
 
     Returns:
         The record of the engines in the folder, and whether this call built them.
 
     Raises:
-        EngineError: TensorRT is missing, is too old or refuses a graph; another device is needed; or sizes do not fit.
+        EngineError: TensorRT is missing, is too old or refuses a graph; another device is needed; sizes do not fit; or
+            the engines compute something else than ONNX Runtime. No new engines are left then.
     """
     _check_options(opened.manifest.model, target, options)
     _check_graphs(opened)
@@ -82,6 +91,9 @@ def build_engines(
                 for graph, done in built.items()
             },
         )
+        record = replace(record, check=check_engines(opened, record, made, progress=progress) if check else {})
+        if stop.is_set():
+            raise KeyboardInterrupt
         record.write(made)
     return record, True
 
