@@ -19,7 +19,8 @@ def write_scales(checkpoint: Path, seed: int = 0, least: float = 2, most: float 
     shape = decoder.num_hidden_layers, decoder.num_key_value_heads
     rng = np.random.default_rng(seed)
     keys, values = (
-        rng.uniform(least, most, (*shape, width)).astype(np.float32) for width in (decoder.head_dim // 2, decoder.head_dim)
+        rng.uniform(least, most, (*shape, width)).astype(np.float32)
+        for width in (decoder.head_dim // 2, decoder.head_dim)
     )
     scales = KvScales.from_ranges(keys, values)
     scales.write(checkpoint)
