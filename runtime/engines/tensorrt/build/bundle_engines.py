@@ -12,26 +12,26 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-from internvl_edge.bundle import names
-from internvl_edge.bundle.bundle import Bundle, sha256
-from internvl_edge.bundle.contents import engine_files
-from internvl_edge.model.config import ModelConfig
-from internvl_edge.planning.devices import Target
 from internvl_edge.base.errors import EngineError
 from internvl_edge.base.extras import requires
 from internvl_edge.base.files import readable_disk_errors
 from internvl_edge.base.folders import new_folder
 from internvl_edge.base.machine import memory
 from internvl_edge.base.replaceable import require_replaceable
-
-from ..flavour import Flavour, load_flavour
-from ..record import ENGINES, TIMING_CACHE, BuildOptions, EngineRecord, engine_folder, graph_inputs
-from ..self_check import check_engines
+from internvl_edge.bundle import names
+from internvl_edge.bundle.bundle import Bundle, sha256
+from internvl_edge.bundle.contents import engine_files
+from internvl_edge.model.config import ModelConfig
+from internvl_edge.planning.devices import Target
 from internvl_edge.planning.footprint import Footprint, builder_bytes
 from internvl_edge.planning.planner import WIDE_CACHE, choose_programs, slow_steps, stored_on
 from internvl_edge.planning.programs import Programs
 from internvl_edge.planning.storage import bundle_storage
 from internvl_edge.planning.versions import keeps_int8_cache, reads_decomposable
+
+from ..flavour import Flavour, load_flavour
+from ..record import ENGINES, TIMING_CACHE, BuildOptions, EngineRecord, engine_folder, graph_inputs
+from ..self_check import check_engines
 from .engine import Build, Built, Profile, Progress, Shape, build_engine, interruptible
 from .operators import require_operators
 
@@ -223,7 +223,9 @@ def _check_options(config: ModelConfig, target: Target, options: BuildOptions) -
     if options.dtype == "bfloat16" and min(target.sms) < 80:
         raise EngineError(f"{target.title} has no bfloat16 (compute capability below 8.0); build with --dtype float16")
     if options.profiles not in tuple(Programs):
-        raise EngineError(f"{options.profiles} optimisation profiles, expected {', '.join(map(str, map(int, Programs)))}")
+        raise EngineError(
+            f"{options.profiles} optimisation profiles, expected {', '.join(map(str, map(int, Programs)))}"
+        )
     if not 1 <= options.chunk <= options.capacity:
         raise EngineError(
             f"steps of {options.chunk} prompt tokens do not fit a context of {options.capacity}; "

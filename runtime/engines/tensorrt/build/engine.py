@@ -73,7 +73,9 @@ def build_engine(flavour: Flavour, build: Build, progress: Progress, stop: threa
         flavour.use_timing_cache(config, build.timing_cache)
         for profile in build.profiles:
             config.add_optimization_profile(_profile(builder, network, profile))
-        monitor = make_monitor(flavour.api, progress, stop)  # the builder holds no reference, so this variable must stay alive
+        monitor = make_monitor(
+            flavour.api, progress, stop
+        )  # the builder holds no reference, so this variable must stay alive
         config.progress_monitor = monitor
         plan = builder.build_serialized_network(network, config)
         if stop.is_set():

@@ -27,7 +27,7 @@ This module needs onnx-ir. It knows the names and the graph patterns that `expor
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -293,10 +293,14 @@ class _Decoder(_Graph):
             if columns % 2 == 0:
                 continue
             for index, (value, fill) in enumerate(((weights, 0), (scale, 1))):
-                dequantized.replace_input_with(index, self._with_columns(value, -(-columns // _COLUMNS) * _COLUMNS, fill))
+                dequantized.replace_input_with(
+                    index, self._with_columns(value, -(-columns // _COLUMNS) * _COLUMNS, fill)
+                )
             product = node.outputs[0]
             uses = list(product.uses())
-            bounds = [self.constant(name, [n]) for name, n in (("head_first", 0), ("head_end", columns), ("head_axis", 2))]
+            bounds = [
+                self.constant(name, [n]) for name, n in (("head_first", 0), ("head_end", columns), ("head_axis", 2))
+            ]
             cut = ir.node("Slice", [product, *bounds])
             self.graph.insert_after(node, cut)
             for user, index in uses:
