@@ -1,4 +1,4 @@
-"""Read the compiled programs in an engine file of TensorRT for RTX: kernels in order, what each fuses, reads and writes.
+"""Read the compiled programs in an engine of TensorRT for RTX: kernels in order, what each fuses, reads and writes.
 
 Such a file holds one program per optimisation profile as text: a header, the shapes of tensors, and the kernels of one
 run in their order. So kernels can be counted, and copies found, without a GPU and without a driver. The format is not
@@ -158,7 +158,7 @@ def compiled_programs(path: Path) -> tuple[CompiledProgram, ...]:
 
 
 def _texts(data: mmap.mmap) -> list[tuple[str, str, str]]:
-    """Return header, tensors and kernels of each program. A file has as many as profiles, among megabytes of weights."""
+    """Return header, tensors and kernels of each program, of which a file has one for each profile."""
     found, at = [], 0
     while (end := data.find(_SHAPES, at)) >= 0:
         at = end + len(_SHAPES)

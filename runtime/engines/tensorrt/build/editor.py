@@ -116,7 +116,7 @@ class GraphEditor:
                 self._attribute(node.outputs[0], "to", int(dtype))
 
     def _sum_in_float32(self) -> None:
-        """Keep the sums over groups of activations in float32, because their terms cancel. No other ReduceSum occurs."""
+        """Keep sums over groups of activations in float32, because their terms cancel. There is no other ReduceSum."""
         for node in [node for node in self.graph if node.op_type == "ReduceSum"]:
             source = node.inputs[0]
             assert source is not None
@@ -168,17 +168,20 @@ class GraphEditor:
         return np.fromfile(path, dtype, count=tensor.size, offset=offset).reshape(shape)
 
     def constant(self, name: str, values: list[int]) -> ir.Value:
+        """Return a constant int64 vector. It exists only once."""
         if name in self.graph.initializers:
             return self.graph.initializers[name]
         return self.initializer(name, ir.tensor(np.array(values, np.int64)))
 
     def initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+        """Add a constant."""
         tensor.name = name
         value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)  # type: ignore[arg-type]
         self.graph.register_initializer(value)
         return value
 
     def input(self, name: str) -> ir.Value:
+        """Return an input that is used. Raise BundleError where there is none of this name."""
         for value in self.graph.inputs:
             if value.name == name and value.uses():
                 return value
@@ -193,6 +196,7 @@ class GraphEditor:
     def insert_before(
         self, node: ir.Node, op_type: str, inputs: Sequence[ir.Value | None], **attributes: Any
     ) -> ir.Value:
+        """Insert a node and return its output."""
         new = ir.node(op_type, inputs, attributes)
         self.graph.insert_before(node, new)
         return new.outputs[0]
@@ -204,6 +208,7 @@ class GraphEditor:
         node.attributes[name] = ir.AttrInt64(name, value)
 
     def unexpected(self, expected: str) -> BundleError:
+        """Return the error for a graph without what `export` writes."""
         return BundleError(
             f"{self.path} is not the graph that export writes (expected {expected}); export the bundle again"
         )

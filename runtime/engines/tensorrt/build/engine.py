@@ -46,8 +46,8 @@ class Built:
 class Build:
     """What to build.
 
-    `header` is the graph for TensorRT; `path` is the bundle's graph, which lies beside the weights. `sms` are the compute
-    capabilities, such as 86 for 8.6, and `output` is the engine file.
+    `header` is the graph for TensorRT; `path` is the bundle's graph, which lies beside the weights. `sms` are the
+    compute capabilities, such as 86 for 8.6, and `output` is the engine file.
     """
 
     header: bytes
@@ -95,7 +95,7 @@ def build_engine(flavour: Flavour, build: Build, progress: Progress, stop: threa
 
 
 def make_monitor(api: Any, progress: Progress, stop: threading.Event) -> Any:
-    """Return a progress monitor for TensorRT. It reports the innermost phase, and stops the build once `stop` is set."""
+    """Return a progress monitor for TensorRT: it reports the innermost phase, and stops the build once `stop` is set."""
 
     class Monitor(api.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
