@@ -268,7 +268,7 @@ def test_a_graph_the_parser_rejects_is_one_line_that_names_the_node(tmp_path: Pa
         ({"capacity": 4}, "no room for one tile"),
         ({"capacity": 64, "chunk": 65}, "do not fit a context of 64"),
         ({"tiles": 0}, "0 tiles"),
-        ({"profiles": 4}, "4 optimisation profiles, expected 1, 2, 3"),
+        ({"profiles": 4}, "4 optimisation profiles, expected 1 to 3"),
     ],
 )
 def test_sizes_that_cannot_be(bundle: Bundle, sizes: dict[str, int], fragment: str) -> None:
@@ -339,8 +339,13 @@ def test_the_command(tmp_path: Path) -> None:
     made = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout)
     assert made["built"]
     assert made["options"]["capacity"] == 256
+    assert made["options"]["profiles"] == 3  # a tiny model has room for all programs
+    assert made["notes"] == []
     again = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "nothing changed" in again.stdout
+    assert "programs of the decoder: 3" in again.stdout
+    one = subprocess.run([*command, "--profiles", "1"], capture_output=True, text=True, check=True)
+    assert "Note: one program serves prompts and steps, so each step copies the cache" in one.stdout
     wrong = subprocess.run([*command, "--device", "abacus"], capture_output=True, text=True, check=False)
     assert wrong.returncode == 2
     assert wrong.stderr.count("\n") == 1

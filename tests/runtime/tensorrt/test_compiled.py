@@ -6,7 +6,10 @@ compiles the same program for each compute capability.
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from functools import cache
@@ -18,6 +21,7 @@ import pytest
 from onnx import numpy_helper
 
 from helpers.kv_scales import write_scales
+from helpers.repository import REPOSITORY
 from helpers.tiny_quantized import write_quantized
 from internvl_edge import export_bundle
 from internvl_edge.base.errors import EngineError
@@ -150,6 +154,12 @@ def test_a_planted_copy_and_an_unpacked_weight_are_seen(tmp_path: Path) -> None:
     (program,) = compiled_programs(build.output)
     assert [kernel.name for kernel in program.unpacked] == ["__myl_CastMulConcCast"]
     assert program.summary()["unpacked_weights"] == 1
+    script = [sys.executable, str(REPOSITORY / "benchmarks" / "engine_kernels.py"), str(build.output)]
+    shown = subprocess.run(script, capture_output=True, text=True, check=True).stdout
+    assert shown.startswith("program 0: kernels ")
+    assert any(line.split()[:2] == ["U", "__myl_CastMulConcCast"] for line in shown.splitlines())
+    listed = json.loads(subprocess.run([*script, "--json"], capture_output=True, text=True, check=True).stdout)
+    assert [kernel["name"] for kernel in listed[0]["list"]] == [kernel.name for kernel in program.kernels]
 
 
 def _integers(rows: int, columns: int) -> np.ndarray:

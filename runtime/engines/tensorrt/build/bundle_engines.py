@@ -223,9 +223,7 @@ def _check_options(config: ModelConfig, target: Target, options: BuildOptions) -
     if options.dtype == "bfloat16" and min(target.sms) < 80:
         raise EngineError(f"{target.title} has no bfloat16 (compute capability below 8.0); build with --dtype float16")
     if options.profiles not in tuple(Programs):
-        raise EngineError(
-            f"{options.profiles} optimisation profiles, expected {', '.join(map(str, map(int, Programs)))}"
-        )
+        raise EngineError(f"{options.profiles} optimisation profiles, expected 1 to {len(Programs)}")
     if not 1 <= options.chunk <= options.capacity:
         raise EngineError(
             f"steps of {options.chunk} prompt tokens do not fit a context of {options.capacity}; "

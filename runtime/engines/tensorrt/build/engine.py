@@ -95,7 +95,7 @@ def build_engine(flavour: Flavour, build: Build, progress: Progress, stop: threa
 
 
 def make_monitor(api: Any, progress: Progress, stop: threading.Event) -> Any:
-    """Return a progress monitor for TensorRT: it reports the innermost phase, and stops the build once `stop` is set."""
+    """Return a progress monitor for TensorRT: it reports the innermost phase, and stops a build once `stop` is set."""
 
     class Monitor(api.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
