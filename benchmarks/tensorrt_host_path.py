@@ -18,6 +18,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -96,6 +97,13 @@ def token_table(width: int, folder: Path) -> TokenTable:
 
 def stubbed_engine(config: ModelConfig, flavour: str, dtype: str, folder: Path) -> TensorRTEngine:
     """An engine over stubs, opened as one of a bundle."""
+    opened = stubbed_bundle(config, flavour, BuildOptions(dtype, capacity=CAPACITY), folder)
+    api = StubTensorRT(config, VERSIONS[flavour])
+    return TensorRTEngine(opened, cuda=Cuda(StubCuda()), flavour=Flavour(flavour, api, make_log(api)))
+
+
+def stubbed_bundle(config: ModelConfig, flavour: str, options: BuildOptions, folder: Path, sm: int = 86) -> Any:
+    """What the engine needs of a bundle with built engines, without graphs and weights."""
     opened: Any = SimpleNamespace(
         folder=folder, manifest=SimpleNamespace(model=config, kv_cache=None, files={}, activations="float32")
     )
@@ -104,10 +112,8 @@ def stubbed_engine(config: ModelConfig, flavour: str, dtype: str, folder: Path) 
     for name in ENGINES.values():
         (place / name).write_text(name, encoding="utf-8")
     files = {name: {"bytes": len(name), "sha256": sha256(place / name)} for name in ENGINES.values()}
-    options = BuildOptions(dtype, capacity=CAPACITY)
-    EngineRecord("stub", flavour, VERSIONS[flavour], (86,), options, {}, files).write(place)
-    api = StubTensorRT(config, VERSIONS[flavour])
-    return TensorRTEngine(opened, cuda=Cuda(StubCuda()), flavour=Flavour(flavour, api, make_log(api)))
+    EngineRecord("stub", flavour, VERSIONS[flavour], (sm,), options, {}, files).write(place)
+    return opened
 
 
 class StubCuda:
@@ -175,10 +181,14 @@ class StubTensorRT:
         }
 
     def Runtime(self, log: Any) -> Any:  # noqa: N802
-        return SimpleNamespace(deserialize_cuda_engine=lambda data: _engine(self._tensors[bytes(data)]))
+        return SimpleNamespace(deserialize_cuda_engine=lambda data: _engine(self._tensors[bytes(data)], self.context))
+
+    def context(self) -> Any:
+        """An execution context."""
+        return StubContext()
 
 
-def _engine(tensors: dict[str, list[str]]) -> Any:
+def _engine(tensors: dict[str, list[str]], context: Callable[[], Any]) -> Any:
     modes = {name: mode for mode, names in tensors.items() for name in names}
     names = list(modes)
     return SimpleNamespace(
@@ -189,7 +199,7 @@ def _engine(tensors: dict[str, list[str]]) -> Any:
         get_tensor_mode=modes.__getitem__,
         get_tensor_shape=lambda name: (-1,),
         get_tensor_dtype=lambda name: SimpleNamespace(itemsize=2),
-        create_execution_context=lambda config: StubContext(),
+        create_execution_context=lambda config: context(),
         create_runtime_config=lambda: SimpleNamespace(
             create_runtime_cache=lambda: SimpleNamespace(deserialize=lambda data: None, serialize=lambda: b""),
             set_execution_context_allocation_strategy=lambda strategy: None,

@@ -18,6 +18,7 @@ from internvl_edge.checkpoint.hub import resolve_checkpoint
 from internvl_edge.model.config import ModelConfig
 from internvl_edge.model.description import describe
 from internvl_edge.model.linear import count_schemes
+from internvl_edge.runtime.engines.tensorrt.record import describe_engines
 
 from .output import print_json, print_table
 
@@ -39,7 +40,8 @@ def command(path: str, as_json: bool) -> None:
 
 def _bundle_facts(folder: Path) -> tuple[dict[str, Any], ModelConfig, str]:
     """Return the facts to print, the model's configuration, and the type of its KV cache."""
-    manifest = Bundle.open(folder).manifest
+    opened = Bundle.open(folder)
+    manifest = opened.manifest
     total = sum(entry.bytes for entry in manifest.files.values())
     facts = {
         "kind": "bundle",
@@ -51,6 +53,8 @@ def _bundle_facts(folder: Path) -> tuple[dict[str, Any], ModelConfig, str]:
     }
     if manifest.linears:
         facts["quantized"] = count_schemes(manifest.linears.values())
+    if engines := describe_engines(opened):
+        facts["engines"] = "; ".join(engines)
     return facts | _quality(manifest), manifest.model, manifest.kv_cache or manifest.activations
 
 

@@ -22,6 +22,7 @@ DEVICES = ("auto", "cpu", "cuda", "tensorrt")
 # ONNX Runtime can compute the rest in. Attention in float32 would run on the CPU, and the whole KV cache would be moved
 # to the host and back for every token.
 _CUDA_ACTIVATIONS = ("float16",)
+_NOT_INSTALLED = "ONNX Runtime is not installed"
 # An ONNX model of one Identity node, serialised. A session of it shows whether a provider starts.
 _PROBE = (
     b'\x08\x08:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01'
@@ -54,6 +55,9 @@ def choose_device(
 
     An engine or a number of threads means the CPU. A context or a dialect that the TensorRT engines do not have means
     another device.
+
+    Raises:
+        EngineError: there is neither a usable TensorRT nor ONNX Runtime.
     """
     if engine != "auto":
         return DeviceChoice("cpu", f"the engine {engine} was asked for")
@@ -63,9 +67,12 @@ def choose_device(
         return DeviceChoice("tensorrt", _tensorrt_engines(opened, dialect, context))
     except EngineError as error:
         without_tensorrt = str(error)
-    if obstacle := _cuda_obstacle(opened):
-        return DeviceChoice("cpu", f"{without_tensorrt}; {obstacle.found}")
-    return DeviceChoice("cuda", without_tensorrt)
+    obstacle = _cuda_obstacle(opened)
+    if obstacle is None:
+        return DeviceChoice("cuda", without_tensorrt)
+    if obstacle.found == _NOT_INSTALLED:
+        raise EngineError(f"no device can run this bundle: {without_tensorrt}; {obstacle.found}: {install('cpu')}")
+    return DeviceChoice("cpu", f"{without_tensorrt}; {obstacle.found}")
 
 
 def require_cuda(opened: Bundle) -> None:
@@ -99,7 +106,7 @@ def _cuda_obstacle(opened: Bundle) -> _Obstacle | None:
     try:
         import onnxruntime
     except ImportError as error:
-        return _Obstacle("ONNX Runtime is not installed", f": {missing_package(error, 'gpu', 'cuda')}")
+        return _Obstacle(_NOT_INSTALLED, f": {missing_package(error, 'gpu', 'cuda')}")
     runtime: Any = onnxruntime
     providers: list[str] = getattr(runtime, "get_available_providers", list)()
     if PROVIDERS["cuda"] not in providers:

@@ -193,6 +193,24 @@ def engine_names(opened: Bundle) -> list[str]:
     return [folder.name for folder in _engine_folders(opened, None)]
 
 
+def describe_engines(opened: Bundle) -> list[str]:
+    """Return one line about each folder of engines in a bundle: what it runs on, or why nothing can run it."""
+    lines = []
+    for folder in _engine_folders(opened, None):
+        try:
+            record = EngineRecord.read(folder)
+        except EngineError as error:
+            lines.append(f"{folder.name}: {error}")
+            continue
+        devices = ", ".join(f"{capability / 10:.1f}" for capability in record.compute_capabilities)
+        stale = "" if record.inputs == graph_inputs(opened) else "; built from other files, build them again"
+        lines.append(
+            f"{record.target}: compute capability {devices}, {record.flavour} {record.version}, "
+            f"{record.options.dtype}, {record.options.capacity} tokens{stale}"
+        )
+    return lines
+
+
 def _engine_folders(opened: Bundle, target: str | None) -> list[Path]:
     """By name; without the hidden ones, in which builds were interrupted."""
     engines = opened.folder / names.ENGINES

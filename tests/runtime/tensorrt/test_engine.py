@@ -29,6 +29,7 @@ from internvl_edge.runtime.engines.tensorrt.cuda import Cuda
 from internvl_edge.runtime.engines.tensorrt.engine import TensorRTEngine
 from internvl_edge.runtime.engines.tensorrt.flavour import Flavour, load_flavour, make_log
 from internvl_edge.runtime.engines.tensorrt.record import (
+    describe_engines,
     engine_folder,
     find_engines,
 )
@@ -553,6 +554,19 @@ def test_sound_engines_are_found_beside_damaged_newer_stale_and_interrupted_ones
     finally:
         for name in beside:
             shutil.rmtree(engines / name, ignore_errors=True)
+
+
+def test_engines_of_a_bundle_are_described(exported: Bundle) -> None:
+    record = write_engines(exported, "tensorrt")
+    line = f"fake: compute capability 8.6, tensorrt 10.16.1, float16, {CAPACITY} tokens"
+    assert describe_engines(exported) == [line]
+    write_engines(exported, "tensorrt", inputs=record.inputs | {"vision.onnx": "0" * 64})
+    assert describe_engines(exported) == [f"{line}; built from other files, build them again"]
+    (engine_folder(exported, "fake") / "engine.json").write_text("{")
+    assert describe_engines(exported)[0].startswith("fake: ")
+    assert "is damaged" in describe_engines(exported)[0]
+    shutil.rmtree(engine_folder(exported, "fake"))
+    assert describe_engines(exported) == []
 
 
 def test_without_a_driver_there_is_one_line() -> None:
