@@ -35,6 +35,8 @@ class Storage:
         floats: canonical names of linears that stay floats although their part has a scheme.
         table: type of the token table: "float" (`dtype_bytes`) or "int8".
         dialect: dialect of the decoder: "onnxruntime" stores zero points, "standard" stores their exact correction.
+        some_int8: whether some linears in the decoder's layers have int8 weights and floating-point inputs, although
+            `body` is another scheme.
     """
 
     dtype_bytes: int = 2
@@ -46,6 +48,12 @@ class Storage:
     floats: tuple[str, ...] = ()
     table: str = "float"
     dialect: str = "standard"
+    some_int8: bool = False
+
+    @property
+    def has_int8_body(self) -> bool:
+        """Whether linears in the decoder's layers have int8 weights and floating-point inputs."""
+        return self.some_int8 or is_int8_weight_only(self.body)
 
     def matrix_bytes(self, inputs: int, outputs: int, scheme: Scheme | None) -> int:
         """Return the bytes of one linear's weights: integers, scales, and zero points or their corrections."""
@@ -57,6 +65,11 @@ class Storage:
         scales = groups * outputs * self.vector_bytes
         zeros = math.ceil(groups * outputs * scheme.bits / 8) if self.dialect == "onnxruntime" else scales
         return math.ceil(inputs * outputs * scheme.bits / 8) + scales + (0 if scheme.symmetric else zeros)
+
+
+def is_int8_weight_only(scheme: Scheme | None) -> bool:
+    """Return whether weights are int8 and inputs are floats."""
+    return scheme is not None and scheme.bits == 8 and not scheme.static_inputs
 
 
 INT4 = Scheme(4, 128, True)

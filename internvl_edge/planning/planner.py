@@ -163,13 +163,19 @@ def choose_programs(footprint: Footprint, flavour: str, usable: int, context: in
         usable: the bytes for a model on the device.
         context: the capacity of the KV cache in tokens.
     """
-    fastest = fastest_programs(flavour, footprint.storage.cache_bytes)
+    fastest = _fastest(footprint, flavour)
     return fastest if memory_of(footprint, context, flavour, fastest).total <= usable else Programs.ONE
 
 
+def _fastest(footprint: Footprint, flavour: str) -> Programs:
+    return fastest_programs(flavour, footprint.storage.cache_bytes, footprint.storage.has_int8_body)
+
+
 def slow_steps(footprint: Footprint, flavour: str, context: int) -> str:
-    """Return what one program for all steps costs, and what faster ones would take."""
-    fastest = fastest_programs(flavour, footprint.storage.cache_bytes)
+    """Return why one program serves all steps, and what faster ones would take."""
+    fastest = _fastest(footprint, flavour)
+    if fastest == Programs.ONE:
+        return "one program serves prompts and steps: programs for one token dequantize int8 weights in memory"
     further = memory_of(footprint, context, flavour, fastest).programs
     return f"one program serves prompts and steps, so each step copies the cache; more programs take {size(further)}"
 

@@ -28,13 +28,17 @@ class Programs(IntEnum):
     WHOLE = 3
 
 
-def fastest_programs(flavour: str, cache_bytes: int) -> Programs:
-    """Return the programs with which steps are fastest.
+def fastest_programs(flavour: str, cache_bytes: int, int8_body: bool) -> Programs:
+    """Return the programs with which steps move the fewest bytes.
 
     Args:
         flavour: the TensorRT that builds, "tensorrt" or "tensorrt_rtx".
         cache_bytes: bytes of a value in the KV cache. An int8 cache is widened before attention in any program.
+        int8_body: whether linears of layers have int8 weights and floating-point inputs. Programs for one row of
+            TensorRT for RTX 1.7 dequantize these in memory, which moves five times their bytes.
     """
+    if flavour == "tensorrt_rtx" and int8_body:
+        return Programs.ONE
     return Programs.WHOLE if flavour == "tensorrt_rtx" and cache_bytes > 1 else Programs.STEP
 
 

@@ -95,12 +95,15 @@ class Miscompilation:
 
 # The environment variable from which TensorRT's compiler reads settings, words with spaces between.
 COMPILER_SETTINGS = "__LUNOWUD"
+# Do not join products that share an input. TensorRT for RTX 1.7 dequantizes joined int8 weights in memory for each step
+# and those of single products inside the product (kernels of built engines, tests/runtime/tensorrt).
+UNJOINED = "-peep:fc_h_fusion=off"
 # All our graphs have batch 1, which both faults need.
 MISCOMPILATIONS = (
     Miscompilation(
         (10, 13),
         None,
-        "-peep:fc_h_fusion=off",
+        UNJOINED,
         "products that share an input (q, k and v; gate and up) are joined wrongly at batch 1, and answers are noise",
         "NVIDIA/TensorRT-Edge-LLM issues 105 and 151 (10.13 on Thor); its builder sets this from 10.13 on, at batch 1",
     ),
@@ -142,10 +145,13 @@ def reads_decomposable(flavour: str, version: Version) -> bool:
     return flavour == TENSORRT and version >= _DECOMPOSABLE
 
 
-def compiler_settings(flavour: str, version: Version) -> tuple[str, ...]:
-    """Return the settings that avoid the known miscompilations of a version."""
+def compiler_settings(flavour: str, version: Version, int8_body: bool = False) -> tuple[str, ...]:
+    """Return the settings that avoid the known miscompilations and slow forms of a version.
+
+    `int8_body` says that linears in the decoder's layers have int8 weights and floating-point inputs.
+    """
     if flavour != TENSORRT:
-        return ()
+        return (UNJOINED,) if int8_body else ()
     return tuple(
         fault.setting
         for fault in MISCOMPILATIONS

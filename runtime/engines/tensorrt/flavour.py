@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -166,11 +167,28 @@ def load_flavour(name: str) -> Flavour:
 
 def avoid_miscompilations(name: str, version: Version) -> None:
     """Add the settings for a version's known miscompilations to the environment. Settings of the user stay."""
+    _add_settings(compiler_settings(name, version))
+
+
+def _add_settings(wanted: tuple[str, ...]) -> None:
     settings = os.environ.get(COMPILER_SETTINGS, "").split()
     chosen = {setting.partition("=")[0] for setting in settings}
-    added = [setting for setting in compiler_settings(name, version) if setting.partition("=")[0] not in chosen]
-    if added:
+    if added := [setting for setting in wanted if setting.partition("=")[0] not in chosen]:
         os.environ[COMPILER_SETTINGS] = " ".join([*settings, *added])
+
+
+@contextlib.contextmanager
+def compiler(settings: tuple[str, ...]) -> Iterator[None]:
+    """Add settings to the environment, which the compiler reads when a build starts, and remove them on exit."""
+    before = os.environ.get(COMPILER_SETTINGS)
+    _add_settings(settings)
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(COMPILER_SETTINGS, None)
+        else:
+            os.environ[COMPILER_SETTINGS] = before
 
 
 def _installed_version(module: str) -> str | None:

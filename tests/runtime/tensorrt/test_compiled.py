@@ -30,10 +30,17 @@ from internvl_edge.demo import CHECKPOINT
 from internvl_edge.model.linear import Scheme
 from internvl_edge.planning.devices import Devices
 from internvl_edge.planning.programs import Programs
-from internvl_edge.runtime.engines.tensorrt.build.bundle_engines import headers, options_for, profiles
+from internvl_edge.runtime.engines.tensorrt.build.bundle_engines import (
+    build_engines,
+    headers,
+    notes,
+    options_for,
+    profiles,
+)
 from internvl_edge.runtime.engines.tensorrt.build.compiled import CompiledProgram, Kernel, compiled_programs
 from internvl_edge.runtime.engines.tensorrt.build.engine import Build, build_engine
 from internvl_edge.runtime.engines.tensorrt.flavour import load_flavour
+from internvl_edge.runtime.engines.tensorrt.record import ENGINES, engine_folder
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed (pip install tensorrt-rtx-cu13)")
 
@@ -117,6 +124,24 @@ def test_weights_are_dequantized_inside_their_product(kind: str, compiled: Calla
         assert program.unpacked == ()
         dequantized = {node for kernel in program.kernels for node in kernel.nodes if "DequantizeLinear" in node}
         assert dequantized
+
+
+def test_int8_weights_with_float_inputs_have_one_program_and_are_dequantized_inside_their_products(
+    tmp_path: Path,
+) -> None:
+    """A program for one row, or for products that are joined, would write them to memory as floats for each token."""
+    choices = {"method": "compressed-tensors", "body": HEAD, "head": HEAD}
+    made, _ = write_quantized(CHECKPOINT, tmp_path, **choices)
+    bundle = Bundle.open(export_bundle(made, tmp_path / "bundle", "float16", dialects=["standard"]))
+    options = options_for(RTX, opened=bundle)
+    assert options.profiles == Programs.ONE
+    assert notes(bundle, RTX, options) == [
+        "one program serves prompts and steps: programs for one token dequantize int8 weights in memory"
+    ]
+    build_engines(bundle, RTX, options)
+    (program,) = compiled_programs(engine_folder(bundle, RTX.name) / ENGINES["decoder"])
+    assert program.unpacked == ()
+    assert sum("DequantizeLinear" in node for kernel in program.kernels for node in kernel.nodes) > LAYERS
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ from internvl_edge.planning.versions import (
 from internvl_edge.runtime.engines.tensorrt import flavour as flavour_module
 from internvl_edge.runtime.engines.tensorrt.build.bundle_engines import headers
 from internvl_edge.runtime.engines.tensorrt.build.operators import operators, require_operators
-from internvl_edge.runtime.engines.tensorrt.flavour import avoid_miscompilations, load_flavour
+from internvl_edge.runtime.engines.tensorrt.flavour import avoid_miscompilations, compiler, load_flavour
 from internvl_edge.runtime.engines.tensorrt.record import BuildOptions
 
 INT8_TOWER = REPOSITORY / "benchmarks" / "int8_tower.py"
@@ -168,6 +168,17 @@ def test_every_row_has_a_source_and_one_place() -> None:
 def test_known_miscompilations_are_avoided_by_version(version: Version, expected: tuple[str, ...]) -> None:
     assert compiler_settings(TENSORRT, version) == expected
     assert compiler_settings(RTX, version) == ()
+
+
+def test_joined_products_of_int8_weights_are_avoided_for_one_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(COMPILER_SETTINGS, raising=False)
+    settings = compiler_settings(RTX, (1, 7), int8_body=True)
+    for before in (None, "-thread_pool_size=2"):
+        if before:
+            monkeypatch.setenv(COMPILER_SETTINGS, before)
+        with compiler(settings):
+            assert os.environ[COMPILER_SETTINGS].split()[-1] == "-peep:fc_h_fusion=off"
+        assert os.environ.get(COMPILER_SETTINGS) == before
 
 
 def test_settings_are_there_before_the_library_loads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,9 +27,9 @@ from internvl_edge.planning.footprint import Footprint, builder_bytes
 from internvl_edge.planning.planner import WIDE_CACHE, choose_programs, slow_steps, stored_on
 from internvl_edge.planning.programs import Programs
 from internvl_edge.planning.storage import bundle_storage
-from internvl_edge.planning.versions import keeps_int8_cache, reads_decomposable
+from internvl_edge.planning.versions import compiler_settings, keeps_int8_cache, reads_decomposable
 
-from ..flavour import Flavour, load_flavour
+from ..flavour import Flavour, compiler, load_flavour
 from ..record import ENGINES, TIMING_CACHE, BuildOptions, EngineRecord, engine_folder, graph_inputs
 from ..self_check import check_engines
 from .engine import Build, Built, Profile, Progress, Shape, build_engine, interruptible
@@ -201,7 +201,9 @@ def _build(
         output=folder / ENGINES[graph],
         timing_cache=folder / TIMING_CACHE,
     )
-    made = build_engine(flavour, build, show, stop)
+    int8_body = graph == "decoder" and bundle_storage(opened.manifest).has_int8_body
+    with compiler(compiler_settings(flavour.name, flavour.release, int8_body)):
+        made = build_engine(flavour, build, show, stop)
     if stop.is_set():
         raise KeyboardInterrupt
     return made
