@@ -212,6 +212,13 @@ def test_devices_and_words_that_do_not_exist(bundle: Path) -> None:
     assert_one_line(internvl_edge("run"), "run --help")
 
 
+def test_auto_says_once_which_device_it_took_and_why(bundle: Path) -> None:
+    line = "device: cpu (the bundle has no TensorRT engines; this ONNX Runtime has no CUDA)"
+    result = internvl_edge("run", bundle, "x", "--max-new-tokens", 1)
+    assert (result.returncode, result.stderr.splitlines()) == (0, [line])
+    assert "device:" not in internvl_edge("run", bundle, "x", "--max-new-tokens", 1, "--device", "cpu").stderr
+
+
 def test_damaged_bundles(bundle: Path, tmp_path: Path) -> None:
     assert_one_line(internvl_edge("run", tmp_path, "x"), "not a bundle", MANIFEST)
     for name in ("decoder.data", "vision.onnx", "tokenizer.json", "embeddings.bin"):
