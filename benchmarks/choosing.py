@@ -148,7 +148,7 @@ def decoding(folder: Path, tokens: int, repeat: int) -> dict[str, Any]:
             seconds = {"greedy": 0.0, "top_p": 0.0}
             for choice, options in (("greedy", SETS["greedy"]), ("top_p", SETS["top_p"])):
                 sampler = Sampler(Sampling(seed=0, **options))
-                engine.reset(300)
+                engine.cache.reset(300)
                 for token in random.integers(0, vocab, tokens):
                     began = time.thread_time()
                     logits = engine.decode(table[token])

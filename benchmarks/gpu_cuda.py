@@ -142,7 +142,7 @@ def check_steps(connect: Any, folder: Path) -> tuple[list[str], dict[str, Any]]:
 
 def decode(engine: TensorRTEngine, embeds: NDArray[np.float32]) -> list[int]:
     """A prompt of 50 tokens, then single ones over a change of window."""
-    engine.reset()
+    engine.cache.reset()
     engine.prefill(embeds[:50])
     return [engine.decode_token(row) for row in embeds[50:]]
 

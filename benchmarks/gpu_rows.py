@@ -40,7 +40,7 @@ PROMPT, DEPTHS, TILES = 1800, (300, 2000), 7
 # one window to the next (at 1536 and 1792 tokens), and an answer that each engine continues with its own tokens.
 SHORT, LONG = "", "@long"
 CASES = {SHORT: (64, 16), LONG: (1500, 48), "@longer": (1777, 24)}
-ANSWER, SHORT_PROMPT = 64, 200
+ANSWER, SHORT_PROMPT = 128, 200
 # 16-bit numbers against float32 on the CPU; a wrong position, mask or weight is far below.
 LEAST_COSINE = 0.99
 # How much worse a long prompt may be than a short one: errors of attention over many slots show here first.
@@ -164,7 +164,7 @@ def judge(row: dict[str, Any]) -> str:
 
 def _follow(engine: Engine, embeds: np.ndarray[Any, Any], prompt: int) -> np.ndarray[Any, Any]:
     """Logits [1 + steps, vocab] after a prompt and each later embedding."""
-    engine.reset()
+    engine.cache.reset()
     logits = [engine.prefill(embeds[:prompt]).copy()]
     return np.stack(logits + [engine.decode(embed).copy() for embed in embeds[prompt:]])
 
@@ -173,7 +173,7 @@ def _greedy(engine: Engine, cpu: Engine, prompt: np.ndarray[Any, Any], table: An
     """Continue a prompt greedily on both until they take other tokens."""
     logits = []
     for each in (engine, cpu):
-        each.reset()
+        each.cache.reset()
         logits.append(each.prefill(prompt).copy())
     for same in range(ANSWER):
         mine, theirs = int(logits[0].argmax()), int(logits[1].argmax())

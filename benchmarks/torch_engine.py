@@ -8,7 +8,7 @@ fast. Needs torch and onnx-ir.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from internvl_edge.base.errors import EngineError
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.model.rope import RotaryAngles
+from internvl_edge.runtime.engines import Engine
+from internvl_edge.runtime.engines.rows import CacheRows
+from internvl_edge.runtime.engines.steps import steps, steps_from
 from internvl_edge.runtime.engines.tensorrt.build.bundle_engines import headers
 from internvl_edge.runtime.engines.tensorrt.record import BuildOptions
 
@@ -39,8 +41,8 @@ _CHUNK = 512
 Tensor = Any
 
 
-class TorchEngine:
-    """The graphs of a bundle for TensorRT, in torch.
+class TorchEngine(Engine):
+    """The graphs of a bundle for TensorRT, in torch. Its KV cache has one row (see `Engine` for the protocol).
 
     Args:
         bundle: the bundle.
@@ -56,41 +58,57 @@ class TorchEngine:
         self._vision, self._decoder = (Graph(made[name][0], bundle.folder, device) for name in ("vision", "decoder"))
         self._device, self._dtype = device, getattr(torch, dtype)
         self._angles = RotaryAngles(bundle.manifest.model.decoder)
-        self.capacity, self.length, self.dialect = capacity, 0, "standard"
-        self._cache = {
+        self.cache, self.tiles_at_once = CacheRows(capacity), 1
+        self._entries = {
             name: torch.zeros(shape, dtype=kind, device=device)
             for name, shape, kind in self._decoder.inputs()
             if name.startswith("past_key_values")
         }
         self._slots = torch.arange(capacity, device=device)
 
+    @property
+    def dialect(self) -> str:
+        """The name of the decoder graph that headers are made from."""
+        return "standard"
+
     def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Encode tiles [tiles, S, S, 3] to image tokens [tiles, tokens_per_tile, hidden]."""
         tiles = [self._vision.run({"pixels": torch.from_numpy(tile[None]).to(self._device)}) for tile in pixels]
         return _numpy(torch.cat([each["image_embeds"] for each in tiles]))
 
-    def prefill(self, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Append a prompt [seq, hidden] in chunks, and return the logits [vocab] after its last token."""
-        total = self.length + len(embeds)
-        for start in range(0, len(embeds), _CHUNK):
-            logits = self._step(embeds[start : start + _CHUNK], total)
-        return logits
+    def steps(self, length: int) -> list[int]:
+        """Return the sizes of the steps of a prompt of `length` tokens."""
+        return steps(length, (_CHUNK,))
 
-    def decode(self, embed: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Append one token [hidden], and return the logits [vocab] after it."""
-        return self._step(embed[None], self.length + 1)
+    def prefill_steps(self, embeds: NDArray[np.float32], row: int = 0) -> Generator[None, None, NDArray[np.float32]]:
+        """Append a prompt [seq, hidden] in chunks (see `Engine`)."""
+        total = self.cache.room_for(len(embeds))
+        sizes = steps_from(self.steps(total), self.cache.length()) or self.steps(len(embeds))
+        for chunk in np.split(embeds, np.cumsum(sizes)[:-1]):
+            logits = self._step(chunk, total)
+            yield
+        return logits[0]
 
-    def reset(self, length: int = 0) -> None:
-        """Drop all tokens from position `length` on."""
-        self.length = min(length, self.length)
+    def decode_rows(self, embeds: NDArray[np.float32], rows: Sequence[int]) -> list[NDArray[np.float32]]:
+        """Append one token (see `Engine`)."""
+        return [self._step(embeds, self.cache.room_for(1))[0]]
+
+    def score(self, embeds: NDArray[np.float32], row: int = 0) -> NDArray[np.float32]:
+        """Append tokens [seq, hidden], and return the logits [seq, vocab] after each of them."""
+        return self._step(embeds, self.cache.room_for(len(embeds)), kept=len(embeds))
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Do nothing, because there is one row."""
+
+    def interrupt(self) -> None:
+        """Do nothing; a step is not interrupted."""
 
     def close(self) -> None:
         """Release nothing; torch does it."""
 
-    def _step(self, embeds: NDArray[np.float32], total: int) -> NDArray[np.float32]:
-        start, count = self.length, len(embeds)
-        if start + count > self.capacity:
-            raise EngineError(f"{start + count} tokens do not fit the cache of {self.capacity}")
+    def _step(self, embeds: NDArray[np.float32], total: int, kept: int = 1) -> NDArray[np.float32]:
+        """Append tokens of a sequence of `total` tokens, and return the logits [kept, vocab] of the last ones."""
+        start, count = self.cache.length(), len(embeds)
         cos, sin = self._angles.at(start, count, total)
         inputs = {
             name: torch.from_numpy(np.ascontiguousarray(values[None])).to(self._device, self._dtype)
@@ -98,18 +116,18 @@ class TorchEngine:
         }
         inputs |= {
             "past_length": torch.tensor([start], device=self._device),
-            "kept": torch.tensor([count - 1], device=self._device),
-            "slots": self._slots[: min(-(-(start + count) // 512) * 512, self.capacity)],
+            "kept": torch.arange(count - kept, count, device=self._device),
+            "slots": self._slots[: min(-(-(start + count) // 512) * 512, self.cache.capacity)],
         }
-        found = self._decoder.run(inputs | self._cache)
+        found = self._decoder.run(inputs | self._entries)
         if "new_entries" in found:
-            new = found["new_entries"][0].split(next(iter(self._cache.values())).shape[1])
-            for cache, entries in zip(self._cache.values(), new, strict=True):
+            new = found["new_entries"][0].split(next(iter(self._entries.values())).shape[1])
+            for cache, entries in zip(self._entries.values(), new, strict=True):
                 cache[0, :, start : start + count] = entries
         else:
-            self._cache = {name: found[name.replace("past_key_values", "present")] for name in self._cache}
-        self.length += count
-        return _numpy(found["logits"][0, 0])
+            self._entries = {name: found[name.replace("past_key_values", "present")] for name in self._entries}
+        self.cache.append(count)
+        return _numpy(found["logits"][0])
 
 
 class Graph:

@@ -130,6 +130,8 @@ def _onnxruntime() -> Answer:
 
 def _session(runtime: Any, provider: str) -> str:
     """Return "works" where a session starts with a provider, otherwise why not."""
+    from internvl_edge.runtime.engines.device import obstacle_to_session
+
     reason = obstacle_to_session(runtime, provider)
     if reason is None:
         return "works"

@@ -27,5 +27,5 @@ def test_it_measures_every_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     table = tensorrt_host_path.token_table(config.decoder.hidden_size, tmp_path)
     for token in range(7):
         engine.decode_token(table[token])
-    assert engine.length == 7
+    assert engine.cache.length() == 7
     engine.close()

@@ -18,7 +18,7 @@ from internvl_edge.bundle import names
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.demo import CHECKPOINT, demo_questions
 from internvl_edge.runtime import grammar
-from internvl_edge.runtime.generate import generate
+from internvl_edge.runtime.decoding import Decoding
 from internvl_edge.runtime.grammar import Constrained, ForcedTokens, Grammars
 from internvl_edge.runtime.sampling import Sampler, Sampling
 
@@ -201,13 +201,6 @@ class ChoosesItself:
         return self._logits
 
 
-# The protocol asks for every method by name.
-for _name in ("dialect", "capacity", "length"):
-    setattr(ChoosesItself, _name, property(lambda self, name=_name: getattr(self._engine, name)))
-for _name in ("encode", "prefill", "decode", "score", "reset", "close"):
-    setattr(ChoosesItself, _name, lambda self, *values, name=_name: getattr(self._engine, name)(*values))
-
-
 @pytest.mark.parametrize("form", [AnswerFormat.json_schema(RECEIPT), AnswerFormat.regex("[0-9]+[.][0-9][0-9]")])
 def test_logits_leave_the_device_only_where_the_best_token_is_refused(model: InternVL, form: AnswerFormat) -> None:
     asked = demo_questions()[0]
@@ -218,14 +211,19 @@ def test_logits_leave_the_device_only_where_the_best_token_is_refused(model: Int
     prompt = expected.prompt_ids
     model.chat(asked.question, asked.image, max_new_tokens=1)
     engine = ChoosesItself(model.engine)
-    engine.reset(len(prompt) - 1)
-    logits = engine.decode(model._row(prompt[-1])).copy()
+    engine.cache.reset(len(prompt) - 1)
     constrained = Constrained(Sampler(Sampling()), model._grammars.matcher(form), model._stop_ids)
-    found = list(generate(engine, logits, model._row, constrained, model._stop_ids, 60))
+    decoding = Decoding(constrained, model._stop_ids, 60, lambda token: False)
+    assert decoding.takes_the_best
+    decoding.begin(engine.decode(model._table[prompt[-1]]).copy())
+    while not decoding.finished:
+        (last,) = decoding.next_tokens()
+        decoding.advance_to(engine.decode_token(model._table[last]), engine.last_logits)
+    found = decoding.tokens
     assert found == expected.output_ids
     assert engine.decoded == len(found) - 1
     assert engine.asked <= refused < len(found)
-    model.engine.reset(0)
+    model.engine.cache.reset()
 
 
 # -- one token ---------------------------------------------------------------------------------------------------------

@@ -18,10 +18,12 @@ from helpers.fake_gpu import FakeCuda, FakeTensorRT
 from helpers.tensorrt_engines import CAPACITY, FLAVOURS, open_engine, write_engines
 from internvl_edge import InternVL, export_bundle
 from internvl_edge.base.errors import EngineError
+from internvl_edge.base.progress import SILENT
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.runtime import model as model_module
-from internvl_edge.runtime.engines.device import _PROBE, DeviceChoice, choose_device, require_cuda
+from internvl_edge.runtime.engines.device import IDENTITY, DeviceChoice, choose_device, require_cuda
 from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from internvl_edge.runtime.engines.rows import CacheRows
 from internvl_edge.runtime.engines.tensorrt import engine as engine_module
 
 
@@ -63,7 +65,7 @@ def use_onnxruntime(monkeypatch: pytest.MonkeyPatch, offered: bool, starts: bool
 
     class Session:
         def __init__(self, graph: bytes, options: Any, providers: list[str]) -> None:
-            assert (graph, providers) == (_PROBE, ["CUDAExecutionProvider"])
+            assert (graph, providers) == (IDENTITY, ["CUDAExecutionProvider"])
             if isinstance(starts, str):
                 raise RuntimeError(f"{starts}\nand a second line")
 
@@ -120,6 +122,7 @@ def test_engines_that_are_not_for_this_gpu_library_or_bundle_are_passed_over(
     [
         ({"engine": "openvino"}, "cpu", "the engine openvino was asked for"),
         ({"threads": 2}, "cpu", "a number of threads was asked for"),
+        ({"exact": True}, "cpu", "TensorRT engines compute in 16 bits, and exact numbers were asked for"),
         ({"dialect": "onnxruntime"}, "cpu", "TensorRT engines do not run the dialect onnxruntime"),
         ({"context": CAPACITY + 1}, "cpu", f"the engines fake hold {CAPACITY} tokens, asked for are {CAPACITY + 1}"),
     ],
@@ -165,9 +168,10 @@ def test_a_model_tells_what_auto_chose(monkeypatch: pytest.MonkeyPatch, built: B
     loaded: list[dict[str, Any]] = []
 
     class Engine:
-        capacity = CAPACITY
+        tiles_at_once = 1
 
         def __init__(self, opened: Bundle, **options: Any) -> None:
+            self.cache = CacheRows(CAPACITY)
             loaded.append(options)
 
         encode = close = lambda self, *arguments: None
@@ -175,7 +179,7 @@ def test_a_model_tells_what_auto_chose(monkeypatch: pytest.MonkeyPatch, built: B
     monkeypatch.setattr(engine_module, "TensorRTEngine", Engine)
     with InternVL.load(built.folder, context=50) as model:
         assert str(model.choice) == "tensorrt (engines fake for compute capability 8.6)"
-    assert loaded == [{"capacity": 50, "progress": None}]
+    assert loaded == [{"capacity": 50, "progress": SILENT}]
     with InternVL.load(float32.folder, "cpu") as model:
         assert model.choice is None
     assert len(loaded) == 1
@@ -188,7 +192,10 @@ def test_a_model_tells_what_auto_chose(monkeypatch: pytest.MonkeyPatch, built: B
         ("tensorrt", {"dialect": "onnxruntime"}, "dialect onnxruntime has no effect on device tensorrt"),
         ("tensorrt", {"threads": 1}, "threads 1 has no effect on device tensorrt"),
         ("tensorrt", {"context": CAPACITY + 1}, f"hold {CAPACITY} tokens, asked for are {CAPACITY + 1}.*--context"),
+        ("tensorrt", {"rows": 2}, "device tensorrt has one row, 2 were asked for"),
+        ("tensorrt", {"exact": True}, "TensorRT engines compute in 16 bits; leave out --exact"),
         ("cuda", {"engine": "openvino"}, "engine openvino has no effect on device cuda"),
+        ("cuda", {"rows": 2}, "device cuda has one row, 2 were asked for"),
     ],
 )
 @pytest.mark.usefixtures("gpu")
@@ -201,7 +208,7 @@ def test_a_smaller_context_than_the_engines_is_kept_to(built: Bundle) -> None:
     cuda = FakeCuda()
     engine, _ = open_engine(built, cuda, capacity=40, warm=True)
     width = built.manifest.model.decoder.hidden_size
-    assert (engine.capacity, engine.length) == (40, 0)
+    assert (engine.cache.capacity, engine.cache.length()) == (40, 0)
     engine.prefill(np.zeros((40, width), np.float32))
     with pytest.raises(EngineError, match="1 tokens do not fit the cache, 40 of 40 are used"):
         engine.decode(np.zeros(width, np.float32))
@@ -257,7 +264,7 @@ def test_cuda_gets_its_arguments(monkeypatch: pytest.MonkeyPatch, float16: Bundl
 
 
 def test_the_probe_is_a_model_that_onnx_runtime_runs() -> None:
-    session = onnxruntime.InferenceSession(_PROBE, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(IDENTITY, providers=["CPUExecutionProvider"])
     np.testing.assert_array_equal(session.run(None, {"x": np.array([3], np.float32)})[0], [3])
 
 

@@ -212,9 +212,10 @@ def test_one_file_for_all_cards_is_built_once(tmp_path: Path) -> None:
         record, built = build_engines(bundle, RTX, options, progress=progress)
     assert built
     assert record.compute_capabilities == (86, 89, 120)
-    assert log.getvalue().splitlines()[:2] == [
-        "internvl-edge: [1 of 2] building vision.engine",
-        "internvl-edge: [2 of 2] building decoder.engine",
+    assert log.getvalue().splitlines()[:3] == [
+        "internvl-edge: [1 of 3] building vision.engine",
+        "internvl-edge: [2 of 3] building decoder.engine",
+        "internvl-edge: [3 of 3] comparing the engines with ONNX Runtime",
     ]
     folder = engine_folder(bundle, "rtx")
     assert sorted(path.name for path in folder.iterdir()) == sorted([*ENGINES.values(), RECORD])

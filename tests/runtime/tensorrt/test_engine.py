@@ -9,14 +9,16 @@ import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from helpers import tiny
-from helpers.fake_gpu import FakeCuda, FakeTensorRT
+from helpers.fake_gpu import FakeContext, FakeCuda, FakeEngine, FakeTensorRT
 from helpers.kv_scales import write_scales
+from helpers.recorded_progress import RecordedProgress
 from helpers.tensorrt_engines import CAPACITY, FLAVOURS, OLD, open_engine, write_engines
 from internvl_edge import export_bundle
 from internvl_edge.base.errors import EngineError
@@ -29,7 +31,6 @@ from internvl_edge.runtime.engines.tensorrt.cuda import Cuda
 from internvl_edge.runtime.engines.tensorrt.engine import TensorRTEngine
 from internvl_edge.runtime.engines.tensorrt.flavour import Flavour, load_flavour, make_log
 from internvl_edge.runtime.engines.tensorrt.record import (
-    describe_engines,
     engine_folder,
     find_engines,
 )
@@ -155,7 +156,7 @@ def test_prompts_of_all_lengths_have_few_shapes(exported: Bundle) -> None:
         for start in (0, 7, 40):
             for count in range(1, CAPACITY - start - 3, 3):
                 for each in (engine, expected):
-                    each.reset()
+                    each.cache.reset()
                     if start:
                         each.prefill(embeds[:start])
                 found, wanted = (
@@ -163,15 +164,23 @@ def test_prompts_of_all_lengths_have_few_shapes(exported: Bundle) -> None:
                     expected.prefill(embeds[start : start + count]),
                 )
                 assert np.abs(found - wanted).max() < 0.03 * wanted.std(), (start, count)
-                assert engine.length == start + count
+                assert engine.cache.length() == start + count
         # 4, 8 and 16 rows, and 1 and 2 at the end of the cache, with three windows each.
         assert {dict(shapes)["inputs_embeds"][1] for shapes in context.shapes} <= {1, 2, 4, 8, 16}
         assert len(context.shapes) <= 5 * 3
         guesses = set(context.shapes)
         for count in (2, 3):
-            engine.reset(10)
+            engine.cache.reset(10)
             engine.score(embeds[:count])
         assert len(set(context.shapes) - guesses) == 1
+
+
+def test_prompts_have_no_padding_where_nothing_is_compiled(exported: Bundle) -> None:
+    write_engines(exported, "tensorrt")
+    with open_engine(exported, FakeCuda())[0] as engine:
+        context = engine._prefill.context._context
+        engine.prefill(rows(exported, 37))
+        assert {dict(shapes)["inputs_embeds"][1] for shapes in context.shapes} == {16, 5}
 
 
 def test_tiles_are_encoded_in_batches(exported: Bundle) -> None:
@@ -320,7 +329,7 @@ def test_only_a_token_comes_back_unless_logits_are_asked_for(exported: Bundle) -
     before = cuda.copied.copy()
     logits = engine.last_logits().copy()
     assert (cuda.copied - before)["to host"] == 4 * decoder.vocab_size
-    engine.reset(4)
+    engine.cache.reset(4)
     np.testing.assert_array_equal(logits, engine.decode(embeds[0]))
     before = cuda.copied.copy()
     engine.decode(embeds[1])
@@ -424,15 +433,17 @@ def test_refused_addresses_name_the_tensor(exported: Bundle, refused: str) -> No
 def test_shapes_run_before_the_first_answer_needs_them(request: pytest.FixtureRequest, cache: str) -> None:
     bundle: Bundle = request.getfixturevalue(cache)
     write_engines(bundle, "tensorrt_rtx")
-    shown: list[tuple[str, int, int]] = []
-    engine, api = open_engine(bundle, FakeCuda(), "tensorrt_rtx", warm=True, progress=lambda *step: shown.append(step))
+    progress = RecordedProgress()
+    engine, api = open_engine(bundle, FakeCuda(), "tensorrt_rtx", warm=True, progress=progress)
     decode, prefill, vision = api.contexts
     assert [context.specialization for context in api.contexts] == ["eager", "lazy", "eager"]
     assert decode.windows == [32, 64, 96]
     assert {dict(shapes)["inputs_embeds"][1] for shapes in prefill.shapes} == {4, 8, 16}
     assert {dict(shapes)["pixels"][0] for shapes in vision.shapes} == {1, 2}
-    assert shown == [("compiling kernels for this GPU", done, 8) for done in range(9)]
-    assert engine.length == 0
+    assert [(step.label, step.done, step.total) for step in progress.steps] == [
+        ("compiling kernels for this GPU", 8, 8)
+    ]
+    assert engine.cache.length() == 0
     known = {id(context): set(context.shapes) for context in (decode, vision)}
     cold, _ = open_engine(bundle, FakeCuda(), "tensorrt_rtx")
     embeds = rows(bundle, CAPACITY)
@@ -443,9 +454,8 @@ def test_shapes_run_before_the_first_answer_needs_them(request: pytest.FixtureRe
     engine.encode(np.zeros((5, size, size, 3), np.uint8))
     assert {id(context): set(context.shapes) for context in (decode, vision)} == known
     engine.close()
-    shown.clear()
-    open_engine(bundle, FakeCuda(), "tensorrt_rtx", warm=True, progress=lambda *step: shown.append(step))
-    assert shown[0][0] == "warming up"
+    open_engine(bundle, FakeCuda(), "tensorrt_rtx", warm=True, progress=progress)
+    assert progress.steps[1].label == "warming up"
 
 
 def test_one_run_of_each_kind_warms_what_compiles_nothing(exported: Bundle) -> None:
@@ -561,17 +571,29 @@ def test_sound_engines_are_found_beside_damaged_newer_stale_and_interrupted_ones
             shutil.rmtree(engines / name, ignore_errors=True)
 
 
-def test_engines_of_a_bundle_are_described(exported: Bundle) -> None:
-    record = write_engines(exported, "tensorrt")
-    line = f"fake: compute capability 8.6, tensorrt 10.16.1, float16, {CAPACITY} tokens"
-    assert describe_engines(exported) == [line]
-    write_engines(exported, "tensorrt", inputs=record.inputs | {"vision.onnx": "0" * 64})
-    assert describe_engines(exported) == [f"{line}; built from other files, build them again"]
-    (engine_folder(exported, "fake") / "engine.json").write_text("{")
-    assert describe_engines(exported)[0].startswith("fake: ")
-    assert "is damaged" in describe_engines(exported)[0]
-    shutil.rmtree(engine_folder(exported, "fake"))
-    assert describe_engines(exported) == []
+def test_what_the_fake_cuda_has_the_library_has() -> None:
+    """A call or a constant that only the fake has would fail on a device alone."""
+    runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
+    names = [name for name in dir(FakeCuda) if name.startswith("cuda")]
+    assert len(names) > 25
+    for name in names:
+        theirs, mine = getattr(runtime, name), getattr(FakeCuda, name)
+        for member in vars(mine) if isinstance(mine, (SimpleNamespace, type)) else ():
+            assert member.startswith("_") or hasattr(theirs, member), f"{name}.{member}"
+
+
+def test_what_the_fake_tensorrt_has_the_library_has() -> None:
+    api = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    for name in ("TensorIOMode", "ExecutionContextAllocationStrategy", "CudaGraphStrategy"):
+        assert vars(getattr(FakeTensorRT, name)).keys() <= getattr(api, name).__members__.keys()
+    strategies = FakeTensorRT.DynamicShapesKernelSpecializationStrategy
+    assert vars(strategies).keys() <= api.DynamicShapesKernelSpecializationStrategy.__members__.keys()
+    for fake, real in ((FakeEngine, api.ICudaEngine), (FakeContext, api.IExecutionContext)):
+        for name in [name for name in vars(fake) if not name.startswith("_")]:
+            assert hasattr(real, name), f"{real.__name__}.{name}"
+    for name in ("dynamic_shapes_kernel_specialization_strategy", "cuda_graph_strategy", "set_runtime_cache"):
+        assert hasattr(api.IRuntimeConfig, name)
+    assert api.DataType.BF16.itemsize == 2
 
 
 def test_without_a_driver_there_is_one_line() -> None:

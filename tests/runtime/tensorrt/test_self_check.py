@@ -16,6 +16,7 @@ import pytest
 from helpers import tiny
 from helpers.fake_gpu import FakeCuda, FakeTensorRT
 from helpers.kv_scales import write_scales
+from helpers.recorded_progress import RecordedProgress
 from helpers.tensorrt_engines import FLAVOURS
 from internvl_edge import export_bundle
 from internvl_edge.base import machine
@@ -115,15 +116,14 @@ def nothing_but_nan(graph: ir.Graph) -> None:
 
 def test_right_engines_are_kept_with_what_was_compared(monkeypatch: pytest.MonkeyPatch, bundle: Bundle) -> None:
     builder = Builder(monkeypatch, bundle)
-    shown: list[str] = []
-    record, built = build_engines(
-        bundle, TARGET, options(), force=True, progress=lambda phase, done, total: shown.append(phase)
-    )
+    progress = RecordedProgress()
+    record, built = build_engines(bundle, TARGET, options(), force=True, progress=progress)
     assert built
     assert record.check["vision_cosine"] > 0.99
     assert record.check["logits_cosine"] > 0.99
     assert record.check["tokens"] > 64  # more than one step
-    assert shown[-3:] == ["self-check: ONNX Runtime", "self-check: TensorRT", "self-check: TensorRT"]
+    shown = [step.label for step in progress.steps]
+    assert shown[-3:] == ["comparing the engines with ONNX Runtime", "ONNX Runtime", "TensorRT"]
     assert EngineRecord.read(engine_folder(bundle, "board")) == record
     assert builder.cuda.leaks == {}
     assert build_engines(bundle, TARGET, options()) == (record, False)
