@@ -84,18 +84,19 @@ RECIPES = {
 }
 
 
-def builder_bytes(graph_weights: int, twice: int = 0) -> int:
+def builder_bytes(graph_weights: int, further: int = 0, twice: int = 0) -> int:
     """Estimate the bytes of free memory that the build of a TensorRT engine needs.
 
     Args:
         graph_weights: the bytes of a graph's weights.
+        further: the number of programs beside the first one.
         twice: the bytes of those weights that the engine stores in two orders (`Footprint.twice_bytes`).
 
-    Measured with TensorRT for RTX 1.7, without mapped files: 2.8 GB for a decoder of 0.99 GB, 5.7 GB where 0.72 GB of
-    it are stored twice, and 2.2 GB for a vision tower of 0.62 GB beside an int4 decoder with corrections
-    (docs/performance.md).
+    Measured with TensorRT for RTX 1.7, without mapped files: 2.8 GB for a decoder of 0.99 GB; 5.7 GB with two further
+    programs, where 0.72 GB of it are stored twice; 5.3 GB for an int4 decoder of 0.97 GB with two further programs; and
+    2.2 GB for a vision tower of 0.62 GB beside an int4 decoder with corrections (docs/performance.md).
     """
-    return int(0.5e9 + 2.7 * graph_weights + 3.5 * twice)
+    return int(0.5e9 + (2.7 + 1.1 * further) * graph_weights + 0.5 * twice)
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,7 @@ def build_bytes(footprint: Footprint, flavour: str, programs: Programs) -> int:
     """Estimate the bytes of free memory that the build of both engines needs."""
     weights = footprint.weights
     twice = 0 if programs == Programs.ONE else footprint.twice_bytes(flavour)
-    return max(builder_bytes(weights.vision), builder_bytes(weights.decoder + weights.head, twice))
+    return max(builder_bytes(weights.vision), builder_bytes(weights.decoder + weights.head, programs - 1, twice))
 
 
 def _fastest(footprint: Footprint, flavour: str) -> Programs:
