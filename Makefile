@@ -21,8 +21,8 @@ test: $(VENV)/ready ## Run the fast tests
 slow: $(VENV)/ready ## Run the slow tests, which need minutes
 	$(BIN)/pytest -n $(JOBS) -m slow
 
-gpu-acceptance: $(VENV)/ready ## Build engines on this NVIDIA GPU, compare and time them (within 8 minutes)
-	$(BIN)/python benchmarks/gpu_acceptance.py
+gpu-acceptance: $(VENV)/ready ## Build engines on this NVIDIA GPU, compare and time them (within 8 minutes; ARGS="--stage cuda")
+	$(BIN)/python benchmarks/gpu_acceptance.py $(ARGS)
 
 lint: $(VENV)/ready ## Check style and types
 	$(BIN)/ruff check .

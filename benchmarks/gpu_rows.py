@@ -40,7 +40,7 @@ PROMPT, DEPTHS, TILES = 1800, (300, 2000), 7
 # one window to the next (at 1536 and 1792 tokens), and an answer that each engine continues with its own tokens.
 SHORT, LONG = "", "@long"
 CASES = {SHORT: (64, 16), LONG: (1500, 48), "@longer": (1777, 24)}
-ANSWER, SHORT_PROMPT = 64, 200
+ANSWER, SHORT_PROMPT = 128, 200
 # 16-bit numbers against float32 on the CPU; a wrong position, mask or weight is far below.
 LEAST_COSINE = 0.99
 # How much worse a long prompt may be than a short one: errors of attention over many slots show here first.

@@ -120,7 +120,7 @@ class Blind(OnnxRuntimeEngine):
 
 
 class Rambling(OnnxRuntimeEngine):
-    """Is right for 70 tokens of an answer, and wrong from then on."""
+    """Is right for the first tokens of an answer, and wrong from then on."""
 
     def decode(self, embed: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         logits = super().decode(embed)

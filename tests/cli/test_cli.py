@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from helpers import tiny
 from helpers.commands import assert_one_line, internvl_edge
 from internvl_edge.bundle.names import MANIFEST
 from internvl_edge.cli import cli, doctor, main
+from internvl_edge.cli.output import shown_steps
 
 
 def test_export_then_run_answers_with_the_promised_json(bundle: Path, photo: Path) -> None:
@@ -243,6 +245,22 @@ def test_auto_says_once_which_device_it_took_and_why(bundle: Path) -> None:
     result = internvl_edge("run", bundle, "x", "--max-new-tokens", 1)
     assert (result.returncode, result.stderr.splitlines()) == (0, [line])
     assert "device:" not in internvl_edge("run", bundle, "x", "--max-new-tokens", 1, "--device", "cpu").stderr
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_steps_are_one_line_in_a_log_and_rewritten_on_a_terminal() -> None:
+    for stream, expected in (
+        (io.StringIO(), "warming up: 2 steps\n"),
+        (_Terminal(), "\r\x1b[Kwarming up 0/2\r\x1b[Kwarming up 1/2\r\x1b[K"),
+    ):
+        show = shown_steps(stream)
+        for done in range(3):
+            show("warming up", done, 2)
+        assert stream.getvalue() == expected
 
 
 def test_damaged_bundles(bundle: Path, tmp_path: Path) -> None:

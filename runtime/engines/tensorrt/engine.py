@@ -9,7 +9,7 @@ decodes.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -106,7 +106,11 @@ class TensorRTEngine:
         self._decoder = model.decoder
         self._half = HALVES[record.options.dtype]
         self._angles = PackedAngles(model.decoder, record.options.capacity, self._half)
-        self._sizes = step_sizes(record.options.chunk)
+        # Where a new shape costs a compilation, prompts are padded to few sizes. Elsewhere rows of padding cost more.
+        chunk = record.options.chunk
+        compiles, kept = self._flavour.builds_anywhere, min(record.options.kept, chunk)
+        self._sizes = step_sizes(chunk) if compiles else range(1, chunk + 1)
+        self._score_sizes = [kept] if compiles else range(1, kept + 1)
         self._length = 0
         text = self._program(record, "decoder")
         self._stream = self._cuda.stream()
@@ -119,15 +123,14 @@ class TensorRTEngine:
             "logits",
         )
         itemsize = text.itemsize("past_key_values.0.key")  # an int8 cache of the bundle can be one of 16 bits here
-        chunk = record.options.chunk if NEW_ENTRIES in text.outputs() else 0
-        self._cache = DeviceCache(self._cuda, model.decoder, record.options.capacity, itemsize, chunk)
+        new = chunk if NEW_ENTRIES in text.outputs() else 0
+        self._cache = DeviceCache(self._cuda, model.decoder, record.options.capacity, itemsize, new)
         shared = self._shared_addresses(record.options.capacity)
         # The programs of an engine: for one token with a part of the cache, for one token with the whole cache, and for
         # prompts. The last one does the work of those that are not there.
         count = text.profiles()
         self._decoding = [self._decoder_step(text, profile, shared) for profile in range(max(1, count - 1))]
-        chunk, kept = record.options.chunk, self._options.kept
-        self._prefill = self._step(text, count - 1, chunk, min(kept, chunk), shared)
+        self._prefill = self._step(text, count - 1, chunk, kept, shared)
         self._vision = _Vision(self, self._program(record, "vision"), opened)
 
     @property
@@ -175,7 +178,7 @@ class TensorRTEngine:
         """Append tokens [seq, hidden], and return the logits [seq, vocab] after each of them."""
         total = self._room_for(len(embeds))
         found = []
-        for part, rows in self._parts(embeds, [min(self._options.kept, self._options.chunk)]):
+        for part, rows in self._parts(embeds, self._score_sizes):
             # Padding rows ask for the logits of the last token again, so that the shapes of all steps are the same.
             self._run(part, rows, total, np.minimum(np.arange(rows), len(part) - 1))
             found.append(self._logits(len(part)).copy())
@@ -230,7 +233,7 @@ class TensorRTEngine:
         whole = len(self._decoding) > 1 and reads_whole(slots, self._options.capacity)
         return (1, self._options.capacity) if whole else (0, slots)
 
-    def _parts(self, embeds: NDArray[np.float32], sizes: list[int]) -> Iterator[tuple[NDArray[np.float32], int]]:
+    def _parts(self, embeds: NDArray[np.float32], sizes: Sequence[int]) -> Iterator[tuple[NDArray[np.float32], int]]:
         """Yield the tokens of each step, and its rows with padding."""
         start = 0
         for tokens, rows in split(len(embeds), self._length, sizes, self._options.capacity):
@@ -253,14 +256,15 @@ class TensorRTEngine:
         run, which are compiled before they run, and each size of prompt steps, which are compiled in the background.
         TensorRT has nothing to compile, but loads its kernels with the first run: one shape of each kind is run.
         """
-        compiles, tiles = self._flavour.builds_anywhere, self._options.tiles
+        compiles, chunk = self._flavour.builds_anywhere, self._options.chunk
         lengths = [1, *(slots + 1 for slots in windows(self._options.capacity) if slots < self.capacity)]
         lengths = list({self._program_for(length): length for length in lengths}.values())  # one for each shape
-        runs: list[Callable[[], object]] = [partial(self._vision.warm_up, count) for count in range(1, tiles + 1)]
-        runs += [partial(self._warm_up_decode, length) for length in lengths]
-        runs += [partial(self._warm_up_prompt, size) for size in self._sizes]
+        tiles, sizes = range(1, self._options.tiles + 1), step_sizes(chunk)
         if not compiles:
-            runs = [runs[0], runs[tiles], runs[-len(self._sizes)]]
+            tiles, lengths, sizes = tiles[:1], lengths[:1], sizes[:1]
+        runs: list[Callable[[], object]] = [partial(self._vision.warm_up, count) for count in tiles]
+        runs += [partial(self._warm_up_decode, length) for length in lengths]
+        runs += [partial(self._warm_up_prompt, size) for size in sizes]
         phase = "compiling kernels for this GPU" if compiles and not self._has_kernels() else "warming up"
         for done, run in enumerate(runs):
             progress(phase, done, len(runs))

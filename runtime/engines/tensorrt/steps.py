@@ -1,7 +1,7 @@
 """Steps of the decoder on the device: which shapes occur, the inputs of a step, and the CUDA graph of a decode step.
 
 A shape that occurs for the first time costs time: TensorRT for RTX compiles kernels for it, and a CUDA graph is one
-shape. So only few shapes occur. Prompts are padded to a few sizes, and attention reads a few lengths of the KV cache.
+shape. So attention reads a few lengths of the KV cache, and for TensorRT for RTX prompts are padded to a few sizes.
 
 This module knows steps, shapes and memory. It does not know a bundle.
 """
@@ -9,7 +9,7 @@ This module knows steps, shapes and memory. It does not know a bundle.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,7 +57,7 @@ def step_sizes(largest: int) -> list[int]:
     return [*sizes, largest]
 
 
-def split(count: int, start: int, sizes: list[int], capacity: int) -> Iterator[tuple[int, int]]:
+def split(count: int, start: int, sizes: Sequence[int], capacity: int) -> Iterator[tuple[int, int]]:
     """Yield (tokens, rows) of the steps that append `count` tokens from position `start` on.
 
     A step has one of `sizes` as its rows, and those after its tokens are padding. At the end of the cache, where no

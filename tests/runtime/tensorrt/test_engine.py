@@ -9,13 +9,14 @@ import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from helpers import tiny
-from helpers.fake_gpu import FakeCuda, FakeTensorRT
+from helpers.fake_gpu import FakeContext, FakeCuda, FakeEngine, FakeTensorRT
 from helpers.kv_scales import write_scales
 from helpers.tensorrt_engines import CAPACITY, FLAVOURS, OLD, open_engine, write_engines
 from internvl_edge import export_bundle
@@ -172,6 +173,14 @@ def test_prompts_of_all_lengths_have_few_shapes(exported: Bundle) -> None:
             engine.reset(10)
             engine.score(embeds[:count])
         assert len(set(context.shapes) - guesses) == 1
+
+
+def test_prompts_have_no_padding_where_nothing_is_compiled(exported: Bundle) -> None:
+    write_engines(exported, "tensorrt")
+    with open_engine(exported, FakeCuda())[0] as engine:
+        context = engine._prefill.context._context
+        engine.prefill(rows(exported, 37))
+        assert {dict(shapes)["inputs_embeds"][1] for shapes in context.shapes} == {16, 5}
 
 
 def test_tiles_are_encoded_in_batches(exported: Bundle) -> None:
@@ -567,6 +576,31 @@ def test_engines_of_a_bundle_are_described(exported: Bundle) -> None:
     assert "is damaged" in describe_engines(exported)[0]
     shutil.rmtree(engine_folder(exported, "fake"))
     assert describe_engines(exported) == []
+
+
+def test_what_the_fake_cuda_has_the_library_has() -> None:
+    """A call or a constant that only the fake has would fail on a device alone."""
+    runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
+    names = [name for name in dir(FakeCuda) if name.startswith("cuda")]
+    assert len(names) > 25
+    for name in names:
+        theirs, mine = getattr(runtime, name), getattr(FakeCuda, name)
+        for member in vars(mine) if isinstance(mine, (SimpleNamespace, type)) else ():
+            assert member.startswith("_") or hasattr(theirs, member), f"{name}.{member}"
+
+
+def test_what_the_fake_tensorrt_has_the_library_has() -> None:
+    api = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    for name in ("TensorIOMode", "ExecutionContextAllocationStrategy", "CudaGraphStrategy"):
+        assert vars(getattr(FakeTensorRT, name)).keys() <= getattr(api, name).__members__.keys()
+    strategies = FakeTensorRT.DynamicShapesKernelSpecializationStrategy
+    assert vars(strategies).keys() <= api.DynamicShapesKernelSpecializationStrategy.__members__.keys()
+    for fake, real in ((FakeEngine, api.ICudaEngine), (FakeContext, api.IExecutionContext)):
+        for name in [name for name in vars(fake) if not name.startswith("_")]:
+            assert hasattr(real, name), f"{real.__name__}.{name}"
+    for name in ("dynamic_shapes_kernel_specialization_strategy", "cuda_graph_strategy", "set_runtime_cache"):
+        assert hasattr(api.IRuntimeConfig, name)
+    assert api.DataType.BF16.itemsize == 2
 
 
 def test_without_a_driver_there_is_one_line() -> None:
