@@ -17,7 +17,7 @@ from record import write_results
 from tensorrt_host_path import configuration
 
 from internvl_edge.planning.devices import Devices
-from internvl_edge.planning.footprint import RECIPES, builder_bytes
+from internvl_edge.planning.footprint import RECIPES
 from internvl_edge.planning.planner import make_plan
 
 SIZES = ("1B", "2B", "4B", "8B")
@@ -45,7 +45,7 @@ def main() -> None:
                         "bytes": memory.total,
                         "usable": device.usable_memory,
                         "fits": plan.fits,
-                        "build_bytes": builder_bytes(max(memory.vision, memory.decoder + memory.head)),
+                        "build_bytes": plan.build_bytes,
                     }
                 )
     write_results("plan-table", {"context": CONTEXT, "tiles": TILES, "rows": rows})
@@ -65,7 +65,10 @@ def print_table(rows: list[dict[str, Any]], devices: tuple[str, ...]) -> None:
             if not found:
                 continue
             cells = [_cell(found[name]) for name in devices]
-            print(f"| {size} | {recipe} | {' | '.join(cells)} | {found[devices[0]]['build_bytes'] / 1e9:.1f} GB |")
+            builds = [found[name]["build_bytes"] / 1e9 for name in devices if found[name]["fits"]] or [0.0]
+            low, high = f"{min(builds):.1f}", f"{max(builds):.1f}"
+            build = f"{low} GB" if low == high else f"{low} to {high} GB"
+            print(f"| {size} | {recipe} | {' | '.join(cells)} | {build} |")
 
 
 def _cell(row: dict[str, Any]) -> str:

@@ -84,13 +84,19 @@ RECIPES = {
 }
 
 
-def builder_bytes(graph_weights: int) -> int:
-    """Estimate the bytes of free memory that the build of a TensorRT engine needs, from the bytes of a graph's weights.
+def builder_bytes(graph_weights: int, further: int = 0, twice: int = 0) -> int:
+    """Estimate the bytes of free memory that the build of a TensorRT engine needs.
 
-    Measured with TensorRT for RTX 1.7, without mapped files: 2.8 GB for a decoder of 0.99 GB, and 2.2 GB for a vision
-    tower of 0.62 GB beside an int4 decoder with corrections (docs/performance.md).
+    Args:
+        graph_weights: the bytes of a graph's weights.
+        further: the number of programs beside the first one.
+        twice: the bytes of those weights that the engine stores in two orders (`Footprint.twice_bytes`).
+
+    Measured with TensorRT for RTX 1.7, without mapped files: 2.8 GB for a decoder of 0.99 GB; 5.7 GB with two further
+    programs, where 0.72 GB of it are stored twice; 5.3 GB for an int4 decoder of 0.97 GB with two further programs; and
+    2.2 GB for a vision tower of 0.62 GB beside an int4 decoder with corrections (docs/performance.md).
     """
-    return int(0.5e9 + 2.7 * graph_weights)
+    return int(0.5e9 + (2.7 + 1.1 * further) * graph_weights + 0.5 * twice)
 
 
 @dataclass(frozen=True)
@@ -124,15 +130,15 @@ class Footprint:
     def twice_bytes(self, flavour: str) -> int:
         """Return the bytes of decoder and head that programs for one row store in another order.
 
-        TensorRT for RTX 1.7 shares integers with floating-point inputs among its programs, and stores floats and
-        integers with int8 inputs twice. It is not known what TensorRT shares, so all weights count.
+        TensorRT for RTX 1.7 shares the head, and integers with floating-point inputs, among its programs. It stores
+        floats, and integers with int8 inputs, twice. It is not known what TensorRT shares, so all weights count.
         """
         if flavour == "tensorrt":
             return self.weights.decoder + self.weights.head
         return sum(
             self._tensor_bytes(name, shape)
             for name, shape in self._shapes.items()
-            if len(shape) == 2 and _part(name) in ("decoder", "head") and not self._is_weight_only(name)
+            if len(shape) == 2 and _part(name) == "decoder" and not self._is_weight_only(name)
         )
 
     def _is_weight_only(self, name: str) -> bool:

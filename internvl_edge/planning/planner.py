@@ -85,7 +85,10 @@ class Speed:
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of one model with one recipe on one device. `programs` are those that `build` gives the decoder."""
+    """The plan of one model with one recipe on one device.
+
+    `programs` are those that `build` gives the decoder, and `build_bytes` is the free memory that `build` needs.
+    """
 
     device: Device
     recipe: str
@@ -94,6 +97,7 @@ class Plan:
     max_tiles: int
     memory: Memory
     speed: Speed
+    build_bytes: int
     advice: tuple[str, ...]
 
     @property
@@ -107,6 +111,7 @@ class Plan:
             "device": self.device.name,
             "recipe": self.recipe,
             "programs": int(self.programs),
+            "build_bytes": self.build_bytes,
             "context": self.context,
             "max_tiles": self.max_tiles,
             "fits": self.fits,
@@ -142,10 +147,10 @@ def make_plan(
         advice += (slow_steps(footprint, device.flavour, context),)
     if (needed := speed.prompt_tokens + ANSWER_TOKENS) > context:
         advice += (f"--context {needed} or more, or fewer tiles: {speed.tiles} are {speed.prompt_tokens} tokens",)
-    building = builder_bytes(max(memory.vision, memory.decoder + memory.head))
+    building = build_bytes(footprint, device.flavour, programs)
     if device.flavour == "tensorrt" and memory.total <= device.usable_memory < building:
         advice += (f"engines are built on the device, which takes about {building / 1e9:.1f} GB: add swap for that",)
-    return Plan(device, recipe, programs, context, max_tiles, memory, speed, advice)
+    return Plan(device, recipe, programs, context, max_tiles, memory, speed, building, advice)
 
 
 def stored_on(flavour: str, storage: Storage) -> Storage:
@@ -164,7 +169,17 @@ def choose_programs(footprint: Footprint, flavour: str, usable: int, context: in
         context: the capacity of the KV cache in tokens.
     """
     fastest = _fastest(footprint, flavour)
-    return fastest if memory_of(footprint, context, flavour, fastest).total <= usable else Programs.ONE
+    needed = memory_of(footprint, context, flavour, fastest).total
+    if flavour == "tensorrt":  # which builds on the device itself
+        needed = max(needed, build_bytes(footprint, flavour, fastest))
+    return fastest if needed <= usable else Programs.ONE
+
+
+def build_bytes(footprint: Footprint, flavour: str, programs: Programs) -> int:
+    """Estimate the bytes of free memory that the build of both engines needs."""
+    weights = footprint.weights
+    twice = 0 if programs == Programs.ONE else footprint.twice_bytes(flavour)
+    return max(builder_bytes(weights.vision), builder_bytes(weights.decoder + weights.head, programs - 1, twice))
 
 
 def _fastest(footprint: Footprint, flavour: str) -> Programs:

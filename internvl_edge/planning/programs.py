@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-# Bytes of kernel code and tables per layer that each further program adds to an engine. Measured on whole decoders of a
-# 1B and a 2B with TensorRT for RTX 1.7 (docs/performance.md).
+# Bytes of kernel code and tables per layer that each further program adds to an engine. With TensorRT for RTX 1.7, 0.45
+# to 0.8 MB were measured on decoders of a 1B (docs/performance.md).
 CODE_PER_LAYER = 600_000
 # How often the window of a 16-bit cache is moved where a step copies it: read, written and read again.
 COPIED = 3

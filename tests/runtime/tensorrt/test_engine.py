@@ -183,6 +183,37 @@ def test_prompts_have_no_padding_where_nothing_is_compiled(exported: Bundle) -> 
         assert {dict(shapes)["inputs_embeds"][1] for shapes in context.shapes} == {16, 5}
 
 
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_prompt_that_continues_at_the_end_of_a_step_takes_the_same_shapes(
+    exported: Bundle, monkeypatch: pytest.MonkeyPatch, flavour: str
+) -> None:
+    """Then it gets the same numbers, to the bit, as in an empty cache; the scheduler relies on it."""
+    write_engines(exported, flavour)
+    embeds = rows(exported, CAPACITY)
+    with open_engine(exported, FakeCuda(), flavour)[0] as engine:
+        shapes: list[tuple[int, ...]] = []
+        reshape = engine._prefill.reshape
+        monkeypatch.setattr(engine._prefill, "reshape", lambda *shape: (shapes.append(shape), reshape(*shape)))
+
+        def computed(total: int) -> tuple[list[tuple[int, ...]], np.ndarray[Any, Any]]:
+            shapes.clear()
+            logits = engine.prefill(embeds[engine.cache.length() : total]).copy()
+            return shapes.copy(), logits
+
+        for total in (9, 37, 64, 93, CAPACITY):
+            engine.cache.reset()
+            planned = engine.steps(total)
+            whole, logits = computed(total)
+            assert (sum(planned), len(whole)) == (total, len(planned))
+            for done in range(1, len(planned)):
+                engine.cache.reset()
+                engine.prefill(embeds[: sum(planned[:done]) + 1])
+                engine.cache.reset(sum(planned[:done]))
+                again, same = computed(total)
+                assert again == whole[done:]
+                np.testing.assert_array_equal(same, logits)
+
+
 def test_tiles_are_encoded_in_batches(exported: Bundle) -> None:
     write_engines(exported, "tensorrt")
     size = exported.manifest.model.vision.image_size

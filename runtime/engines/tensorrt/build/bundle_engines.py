@@ -26,8 +26,8 @@ from internvl_edge.model.config import ModelConfig
 from internvl_edge.model.context import checked_context
 from internvl_edge.model.preprocess import MAX_TILES
 from internvl_edge.planning.devices import Target
-from internvl_edge.planning.footprint import Footprint, builder_bytes
-from internvl_edge.planning.planner import WIDE_CACHE, choose_programs, slow_steps, stored_on
+from internvl_edge.planning.footprint import Footprint
+from internvl_edge.planning.planner import WIDE_CACHE, build_bytes, choose_programs, slow_steps, stored_on
 from internvl_edge.planning.programs import Programs
 from internvl_edge.planning.storage import bundle_storage
 from internvl_edge.planning.versions import compiler_settings, keeps_int8_cache, reads_decomposable
@@ -79,7 +79,7 @@ def build_engines(
         return present, False
     if not flavour.builds_anywhere:
         _check_device(target)
-    _check_memory(opened)
+    _check_memory(opened, target, options)
     permit = partial(require_replaceable, folder, True, "a folder of engines", engine_files, _ADVICE)
     progress = as_progress(progress)
     progress.expect(len(ENGINES) + check)
@@ -267,15 +267,13 @@ def _check_graphs(opened: Bundle) -> None:
             )
 
 
-def _check_memory(opened: Bundle) -> None:
-    files = opened.manifest.files
-    largest = max(files[name].bytes for name in ("vision.data", "decoder.data"))
-    needed = builder_bytes(largest // (2 if opened.manifest.dtype == "float32" else 1))
+def _check_memory(opened: Bundle, target: Target, options: BuildOptions) -> None:
+    needed = build_bytes(_footprint(opened, target), target.flavour, Programs(options.profiles))
     available = memory("MemAvailable", "SwapFree")
     if available is not None and needed > available:
         raise EngineError(
             f"building needs about {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are available; "
-            "close other programs, add swap, or build a quantized bundle"
+            f"close other programs, add swap, or {'give --profiles 1' if options.profiles > 1 else 'quantize more'}"
         )
 
 
