@@ -27,8 +27,8 @@ slow: $(VENV)/ready ## Run the slow tests, which need minutes
 fuzz: $(VENV)/ready ## Give every reader mutants, a million in all (about 10 minutes); repeat it to continue
 	$(BIN)/python tests/fuzz.py work/fuzz
 
-gpu-acceptance: $(VENV)/ready ## Build engines on this NVIDIA GPU, compare and time them (within 8 minutes)
-	$(BIN)/python benchmarks/gpu_acceptance.py
+gpu-acceptance: $(VENV)/ready ## Build engines on this NVIDIA GPU, compare and time them (within 8 minutes; ARGS="--stage cuda")
+	$(BIN)/python benchmarks/gpu_acceptance.py $(ARGS)
 
 lint: $(VENV)/ready ## Check style and types
 	$(BIN)/ruff check .

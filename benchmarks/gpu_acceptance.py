@@ -1,11 +1,20 @@
 """Everything on this machine's NVIDIA GPU in one run: engines built, compared with the CPU engine, timed, beside torch.
 
-    python benchmarks/gpu_acceptance.py [--minutes 8] [--work DIR]
+    python benchmarks/gpu_acceptance.py [--minutes 8] [--work DIR] [--stage NAME]... [--model TEXT]
 
+The stages, which can also be run one by one (benchmarks/README.md lists what each needs):
+
+    cuda          the engine's CUDA half with a stand-in for TensorRT (gpu_cuda.py)
+    tensorrt      engines of each installed TensorRT: built, compared, timed (gpu_rows.py)
+    graphs        the graphs for TensorRT in torch, in bfloat16 and float16: compared
+    onnxruntime   ONNX Runtime with CUDA on a float16 bundle: compared, timed
+    torch         the peer: transformers' decoder in torch, compiled (gpu_peer.py)
+
+Without --stage, all run but one: `graphs` takes the place of `tensorrt` on a card that no installed TensorRT knows.
 Finds what is installed and says what is missing; a part that is missing, refuses the card or crashes is a row with its
 reason. Models: the reference checkpoints (INTERNVL_EDGE_ORACLE, or shared/oracle beside the repository), those of the
 demo, and random ones in the shapes of 1B and 2B, in 16 bits and in int4. Writes results/gpu-acceptance.json. Exit
-status 1 without a GPU, or when no engine agrees with the CPU.
+status 1 without a GPU, where something disagrees with the CPU, or where nothing was compared.
 """
 
 from __future__ import annotations
@@ -31,6 +40,7 @@ from internvl_edge.demo import CHECKPOINT
 from internvl_edge.runtime.engines.tensorrt.cuda import Cuda
 
 HERE = Path(__file__).resolve().parent
+PROGRAM = [sys.executable, "-c", "from internvl_edge.cli import main; main()"]
 PACKAGES = {
     "tensorrt_rtx": "tensorrt-rtx-cu13",
     "tensorrt": "tensorrt",
@@ -39,11 +49,17 @@ PACKAGES = {
     "transformers": "transformers",
     "cuda-bindings": "cuda-bindings",
 }
-ENGINES = ("tensorrt_rtx", "tensorrt", "onnxruntime")
+STAGES = ("cuda", "tensorrt", "graphs", "onnxruntime", "torch")
+FLAVOURS = ("tensorrt_rtx", "tensorrt")
+# Compute capabilities for which TensorRT for RTX 1.7 has kernels: its ComputeCapability enumeration.
+RTX_CARDS = (75, 80, 86, 89, 120, 121)
+GRAPHS = ("torch-bfloat16", "torch-float16", "torch-bfloat16-decomposed")
 COLUMNS = {
+    "verdict": "verdict",
     "vision_cosine": "vision cos",
     "logits_cosine": "logits cos",
-    "same_token": "same token",
+    "logits_cosine@long": "@1500",
+    "greedy_same": "same answer",
     "vision_ms_per_tile": "ms/tile",
     "prefill_tokens_per_s": "prefill/s",
     "decode_tokens_per_s@300": "decode/s @300",
@@ -51,8 +67,6 @@ COLUMNS = {
     "decode_tokens_per_s@2000": "@2000",
     "memory_mb": "MB",
 }
-# float16 or bfloat16 against float32 on the CPU; a wrong position, mask or weight is far below.
-LOGITS_COSINE = 0.99
 
 
 @dataclass(frozen=True)
@@ -66,10 +80,12 @@ class Model:
 
 
 def main() -> None:
-    """Run all rows within the time, print the table, write the file."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Run the stages within the time, print the table, write the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=8)
     parser.add_argument("--work", type=Path, help="folder for checkpoints and bundles [default: a temporary one]")
+    parser.add_argument("--stage", action="append", choices=STAGES, help="run this stage (repeatable)")
+    parser.add_argument("--model", default="", help="run models with this text in their names, such as demo or 1B")
     arguments = parser.parse_args()
     installed = {name: found for name, package in PACKAGES.items() if (found := _version(package))}
     for name, package in PACKAGES.items():
@@ -78,18 +94,37 @@ def main() -> None:
     print(f"{'GPU':14} {gpu['name']}", file=sys.stderr)
     if "compute_capability" not in gpu:
         sys.exit(f"no acceptance without a GPU: {gpu['name']}")
+    flavours = [name for name in FLAVOURS if name in installed]
+    stages = arguments.stage or default_stages(flavours, gpu["compute_capability"])
+    print(f"{'stages':14} {', '.join(stages)}", file=sys.stderr)
     work = arguments.work or Path(tempfile.mkdtemp(prefix="gpu-acceptance-"))
     work.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * arguments.minutes
     try:
-        rows = list(run_all(work, [name for name in ENGINES if name in installed], deadline))
+        rows = list(run_all(work, stages, flavours, deadline, arguments.model))
     finally:
         if arguments.work is None:
             shutil.rmtree(work, ignore_errors=True)
-    print(write_results("gpu-acceptance", {"gpu": gpu, "installed": installed, "rows": rows}), file=sys.stderr)
+    values = {"gpu": gpu, "installed": installed, "stages": stages, "rows": rows}
+    print(write_results("gpu-acceptance", values), file=sys.stderr)
     print_table(rows)
-    agreed = [row for row in rows if row.get("finite") and row["logits_cosine"] >= LOGITS_COSINE]
-    sys.exit(0 if agreed else "no engine agrees with the CPU engine")
+    sys.exit(status(rows))
+
+
+def default_stages(flavours: list[str], capability: int) -> list[str]:
+    """The stages for a card: its graphs are computed in torch where no installed TensorRT can build engines for it."""
+    builds = "tensorrt" in flavours or ("tensorrt_rtx" in flavours and capability in RTX_CARDS)
+    return [stage for stage in STAGES if stage != ("graphs" if builds else "tensorrt")]
+
+
+def status(rows: list[dict[str, Any]]) -> int | str:
+    """The exit status: 0 where something was compared and all of it agrees."""
+    wrong = [row for row in rows if "wrong" in row or row.get("verdict", "agrees") != "agrees"]
+    if wrong:
+        return "; ".join(f"{row['model']}, {row['engine']}: {row.get('wrong') or row['verdict']}" for row in wrong)[
+            :400
+        ]
+    return 0 if any("verdict" in row or "checks" in row for row in rows) else "nothing was compared with the CPU engine"
 
 
 def find_gpu() -> dict[str, Any]:
@@ -108,20 +143,42 @@ def find_gpu() -> dict[str, Any]:
     return found
 
 
-def run_all(work: Path, engines: list[str], deadline: float) -> Iterator[dict[str, Any]]:
+def run_all(
+    work: Path, stages: list[str], flavours: list[str], deadline: float, only: str = ""
+) -> Iterator[dict[str, Any]]:
     """One row per model and engine, and the peer's; rows that come too late say so."""
+    if "cuda" in stages:
+        yield {"model": "-"} | child("gpu_cuda.py", deadline=deadline, engine="CUDA with a stand-in")
+    if not {"tensorrt", "graphs", "onnxruntime", "torch"} & set(stages):
+        return
     for model in models(work):
+        if only not in model.name:
+            continue
         row = {"model": model.name}
         try:
             checkpoint, bundle = make(model, work, deadline)
         except (subprocess.SubprocessError, OSError) as error:
             yield row | {"engine": "-", "refused": _reason(error)}
             continue
-        for engine in engines:
+        for engine in [*(flavours if "tensorrt" in stages else []), *(GRAPHS if "graphs" in stages else [])]:
             yield row | child("gpu_rows.py", engine, str(bundle), deadline=deadline, engine=engine)
-        if model.variant and not model.quantize:
+        if "onnxruntime" in stages:
+            yield row | on_cuda(checkpoint, bundle, work, deadline)
+        if "torch" in stages and model.variant and not model.quantize:
             yield row | child("gpu_peer.py", str(checkpoint), deadline=deadline, engine="torch, compiled")
         shutil.rmtree(bundle, ignore_errors=True)
+
+
+def on_cuda(checkpoint: Path, bundle: Path, work: Path, deadline: float) -> dict[str, Any]:
+    """The row of ONNX Runtime with CUDA, which takes a bundle of its own that computes in float16."""
+    half = work / "bundle-float16"
+    try:
+        export(checkpoint, half, deadline, "--activations", "float16", "--dialect", "onnxruntime")
+    except (subprocess.SubprocessError, OSError) as error:
+        return {"engine": "onnxruntime", "refused": _reason(error)}
+    row = child("gpu_rows.py", "onnxruntime", str(half), str(bundle), deadline=deadline, engine="onnxruntime")
+    shutil.rmtree(half, ignore_errors=True)
+    return row
 
 
 def models(work: Path) -> list[Model]:
@@ -144,14 +201,19 @@ def make(model: Model, work: Path, deadline: float) -> tuple[Path, Path]:
     checkpoint, bundle = model.checkpoint, work / "bundle"
     if model.variant and not checkpoint.exists():
         _run([sys.executable, str(HERE / "random_checkpoint.py"), model.variant, str(checkpoint)], deadline)
-    program = [sys.executable, "-c", "from internvl_edge.cli import main; main()"]
     if model.quantize:
         quantized = work / f"{checkpoint.name}-int4"
         scheme = ["--scheme", "w4a16-rtn", "--symmetric", "--lm-head", "int8"]
-        _run([*program, "quantize", str(checkpoint), "-o", str(quantized), *scheme], deadline)
+        _run([*PROGRAM, "quantize", str(checkpoint), "-o", str(quantized), *scheme], deadline)
         checkpoint = quantized
-    _run([*program, "export", str(checkpoint), "-o", str(bundle), "--dtype", "float16", "--force"], deadline)
+    export(checkpoint, bundle, deadline)
     return checkpoint, bundle
+
+
+def export(checkpoint: Path, bundle: Path, deadline: float, *options: str) -> None:
+    """Export a bundle with weights stored as float16."""
+    command = [*PROGRAM, "export", str(checkpoint), "-o", str(bundle), "--dtype", "float16", "--force", *options]
+    _run(command, deadline)
 
 
 def child(script: str, *arguments: str, deadline: float, engine: str) -> dict[str, Any]:
@@ -171,8 +233,8 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     print("|---|---|" + "---|" * len(COLUMNS))
     for row in rows:
         cells = [str(row.get(name, "")) for name in COLUMNS]
-        if "refused" in row:
-            cells = [row["refused"].replace("|", "/"), *[""] * (len(COLUMNS) - 1)]
+        if reason := row.get("refused") or row.get("wrong"):
+            cells = [reason.replace("|", "/"), *[""] * (len(COLUMNS) - 1)]
         print(f"| {row['model']} | {row['engine']} | {' | '.join(cells)} |")
 
 

@@ -1,9 +1,13 @@
 """One row of the GPU acceptance run: an engine on a bundle, compared with the CPU engine and timed.
 
-    python benchmarks/gpu_rows.py ENGINE BUNDLE         ENGINE: tensorrt_rtx, tensorrt or onnxruntime
+    python benchmarks/gpu_rows.py ENGINE BUNDLE [REFERENCE]
+
+ENGINE is tensorrt_rtx, tensorrt, onnxruntime (with CUDA, on a bundle that computes in float16), or
+torch-TYPE[-decomposed]: the graphs for TensorRT interpreted in torch, TYPE is bfloat16 or float16. REFERENCE is the
+bundle for the CPU engine [default: BUNDLE].
 
 Prints one JSON object. A process of its own, so that a crash of a driver or a library costs one row. Prompts are random
-embeddings and tiles random pixels, drawn from a fixed seed.
+embeddings and tiles random pixels, drawn from a fixed seed. `judge` says whether a row agrees with the CPU.
 """
 
 from __future__ import annotations
@@ -18,19 +22,31 @@ from typing import Any
 
 import numpy as np
 
-from internvl_edge.base.errors import EdgeError
+from internvl_edge.base.errors import EdgeError, EngineError
+from internvl_edge.base.extras import requires
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.planning.devices import Target
 from internvl_edge.planning.footprint import Footprint
 from internvl_edge.planning.storage import bundle_storage
 from internvl_edge.runtime.engines import Engine
+from internvl_edge.runtime.engines.device import require_cuda
 from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from internvl_edge.runtime.engines.tensorrt.cuda import Cuda
 from internvl_edge.runtime.engines.tensorrt.engine import TensorRTEngine
 
 CAPACITY = 4096
 PROMPT, DEPTHS, TILES = 1800, (300, 2000), 7
-PARITY_PROMPT, PARITY_STEPS = 64, 16
+# What is compared: prompts of one step, and of several with the last one padded; decoding beyond the first window, from
+# one window to the next (at 1536 and 1792 tokens), and an answer that each engine continues with its own tokens.
+SHORT, LONG = "", "@long"
+CASES = {SHORT: (64, 16), LONG: (1500, 48), "@longer": (1777, 24)}
+ANSWER, SHORT_PROMPT = 128, 200
+# 16-bit numbers against float32 on the CPU; a wrong position, mask or weight is far below.
+LEAST_COSINE = 0.99
+# How much worse a long prompt may be than a short one: errors of attention over many slots show here first.
+MOST_DRIFT = 20
+# The logit of another token than the CPU's may be so near to the CPU's best, in standard deviations of the logits.
+MOST_GAP = 0.15
 REPEATS, STEPS = 3, 64
 COPIED = 1 << 30
 
@@ -38,15 +54,19 @@ COPIED = 1 << 30
 def main() -> None:
     """Measure and print; a refusal is a row too, with its message."""
     name, folder = sys.argv[1], Path(sys.argv[2])
+    reference = Path(sys.argv[3]) if len(sys.argv) > 3 else folder
     row: dict[str, Any] = {"engine": name}
     try:
-        row |= measure(name, Bundle.open(folder))
+        measured = interpreted if name.startswith("torch-") else measure
+        row |= measured(name, Bundle.open(folder), Bundle.open(reference))
     except EdgeError as error:
         row["refused"] = str(error)
+    if "finite" in row:
+        row["verdict"] = judge(row)
     print(json.dumps(row))
 
 
-def measure(name: str, bundle: Bundle) -> dict[str, Any]:
+def measure(name: str, bundle: Bundle, reference: Bundle) -> dict[str, Any]:
     """Parity, speed, memory and the share of the copy bandwidth."""
     cuda = Cuda()
     bandwidth = copy_bandwidth(cuda)
@@ -54,20 +74,33 @@ def measure(name: str, bundle: Bundle) -> dict[str, Any]:
     started = time.perf_counter()
     engine = open_engine(name, bundle, cuda.compute_capability())
     row: dict[str, Any] = {"load_s": round(time.perf_counter() - started, 1), "copy_gbs": round(bandwidth / 1e9, 1)}
-    row |= parity(engine, bundle)
+    row |= parity(engine, reference)
     row |= speed(engine, bundle, bandwidth)
     row["memory_mb"] = round((free - cuda.call("cudaMemGetInfo")) / 1e6)
     return row
 
 
+def interpreted(name: str, bundle: Bundle, reference: Bundle) -> dict[str, Any]:
+    """Parity of the graphs for TensorRT in torch, on the GPU where torch finds one."""
+    with requires("quantize", "the graphs in torch", EngineError):
+        import torch
+    from torch_engine import TorchEngine
+
+    _, dtype, *form = name.split("-")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    engine: Any = TorchEngine(bundle, dtype, form == ["decomposed"], device, CAPACITY)
+    return {"device": device, **parity(engine, reference)}
+
+
 def open_engine(name: str, bundle: Bundle, sm: int) -> Engine:
     """The engine on the present GPU; TensorRT's are built first."""
     if name == "onnxruntime":
+        require_cuda(bundle)
         return OnnxRuntimeEngine(bundle, device="cuda", capacity=CAPACITY)
     from internvl_edge.runtime.engines.tensorrt.build.bundle_engines import build_engines, options_for
 
     target = Target("acceptance", "this GPU", name, (f"{sm // 10}.{sm % 10}",))
-    build_engines(bundle, target, options_for(target, capacity=CAPACITY))
+    build_engines(bundle, target, options_for(target, capacity=CAPACITY), check=False)  # `parity` compares more
     return TensorRTEngine(bundle, "acceptance")
 
 
@@ -87,27 +120,68 @@ def copy_bandwidth(cuda: Cuda) -> float:
 
 
 def parity(engine: Engine, bundle: Bundle) -> dict[str, Any]:
-    """How near image tokens and logits are to the CPU engine's, and on how many steps the best token is the same.
+    """How near an engine's numbers are to the CPU engine's.
 
-    Both get the same embeddings at every step: nothing follows from an earlier difference but through the cache.
+    In each of `CASES`, both get the same embeddings at every step: nothing follows from an earlier difference but
+    through the cache. `same_token` is the share of steps with the same best token. In the answer each engine continues
+    with its own tokens; `greedy_same` of them are the same, and `greedy_gap` is how far the CPU's logits put the first
+    other one below the best, in standard deviations.
     """
     cpu = OnnxRuntimeEngine(bundle, capacity=CAPACITY)
     random, width = np.random.default_rng(1), bundle.manifest.model.decoder.hidden_size
     size = bundle.manifest.model.vision.image_size
-    pixels = random.integers(0, 256, (1, size, size, 3), np.uint8)
-    embeds = (0.02 * random.standard_normal((PARITY_PROMPT + PARITY_STEPS, width))).astype(np.float32)
-    rows = []
+    pixels = random.integers(0, 256, (TILES, size, size, 3), np.uint8)
+    found, expected = engine.encode(pixels), cpu.encode(pixels)
+    row: dict[str, Any] = {"vision_cosine": round(min(map(_cosine, found, expected)), 6)}
+    finite = [np.isfinite(found).all()]
+    for name, (prompt, steps) in CASES.items():
+        embeds = (0.02 * random.standard_normal((prompt + steps, width))).astype(np.float32)
+        mine, theirs = (_follow(each, embeds, prompt) for each in (engine, cpu))
+        row[f"logits_cosine{name}"] = round(min(map(_cosine, mine, theirs)), 6)
+        row[f"same_token{name}"] = round(float((mine.argmax(axis=1) == theirs.argmax(axis=1)).mean()), 3)
+        finite.append(np.isfinite(mine).all())
+    table = bundle.embeddings()
+    prompt = (0.02 * random.standard_normal((SHORT_PROMPT, width))).astype(np.float32)
+    row |= _greedy(engine, cpu, prompt, table)
+    return row | {"finite": bool(all(finite))}
+
+
+def judge(row: dict[str, Any]) -> str:
+    """Say "agrees", or what does not."""
+    if not row["finite"]:
+        return "numbers that are not finite"
+    for name, value in row.items():
+        if "cosine" in name and not value >= LEAST_COSINE:
+            return f"{name} is {value}, expected {LEAST_COSINE} or more"
+    short = max(1 - row[f"logits_cosine{SHORT}"], 1e-5)
+    for name in CASES:
+        if (drift := (1 - row[f"logits_cosine{name}"]) / short) > MOST_DRIFT:
+            return f"logits{name} are {drift:.0f} times as far from the CPU's as those of a short prompt"
+    if row["greedy_gap"] > MOST_GAP:
+        return f"a token of the answer is {row['greedy_gap']} standard deviations below the CPU's best"
+    return "agrees"
+
+
+def _follow(engine: Engine, embeds: np.ndarray[Any, Any], prompt: int) -> np.ndarray[Any, Any]:
+    """Logits [1 + steps, vocab] after a prompt and each later embedding."""
+    engine.cache.reset()
+    logits = [engine.prefill(embeds[:prompt]).copy()]
+    return np.stack(logits + [engine.decode(embed).copy() for embed in embeds[prompt:]])
+
+
+def _greedy(engine: Engine, cpu: Engine, prompt: np.ndarray[Any, Any], table: Any) -> dict[str, Any]:
+    """Continue a prompt greedily on both until they take other tokens."""
+    logits = []
     for each in (engine, cpu):
-        logits = [each.prefill(embeds[:PARITY_PROMPT]).copy()]
-        logits += [each.decode(embed).copy() for embed in embeds[PARITY_PROMPT:]]
-        rows.append(np.stack(logits))
-    same = float((rows[0].argmax(axis=1) == rows[1].argmax(axis=1)).mean())
-    return {
-        "vision_cosine": round(_cosine(engine.encode(pixels), cpu.encode(pixels)), 6),
-        "logits_cosine": round(min(_cosine(a, b) for a, b in zip(*rows, strict=True)), 6),
-        "same_token": round(same, 3),
-        "finite": bool(np.isfinite(rows[0]).all()),
-    }
+        each.cache.reset()
+        logits.append(each.prefill(prompt).copy())
+    for same in range(ANSWER):
+        mine, theirs = int(logits[0].argmax()), int(logits[1].argmax())
+        if mine != theirs:
+            gap = float(logits[1][theirs] - logits[1][mine]) / float(logits[1].std())
+            return {"greedy_same": same, "greedy_gap": round(gap, 4)}
+        logits = [each.decode(table[mine]).copy() for each in (engine, cpu)]
+    return {"greedy_same": ANSWER, "greedy_gap": 0.0}
 
 
 def speed(engine: Engine, bundle: Bundle, bandwidth: float) -> dict[str, Any]:

@@ -1,6 +1,8 @@
-"""Build a bundle's TensorRT engines for several devices, each in its own process: time, peak memory, sizes, layers.
+"""Build a bundle's TensorRT engines for several devices, each in its own process: time, memory, sizes, layers, kernels.
 
-    python benchmarks/tensorrt_build.py BUNDLE NAME [--device rtx-3060 ...] [--dtype bfloat16]
+    python benchmarks/tensorrt_build.py BUNDLE NAME [--device rtx-3060 ...] [--dtype bfloat16] [--profiles 1]
+
+The kernels are those of the compiled programs in the engine files, one program per optimisation profile.
 
 Needs TensorRT for RTX, no GPU. Engines go to a scratch folder that links the bundle's files, and are removed.
 """
@@ -24,6 +26,7 @@ from internvl_edge.base.jsonable import encode
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.planning.devices import Devices
 from internvl_edge.runtime.engines.tensorrt.build.bundle_engines import headers, options_for
+from internvl_edge.runtime.engines.tensorrt.build.compiled import compiled_programs
 from internvl_edge.runtime.engines.tensorrt.build.network import parsed_network
 from internvl_edge.runtime.engines.tensorrt.flavour import load_flavour
 
@@ -40,6 +43,7 @@ def main() -> None:
     parser.add_argument("name")
     parser.add_argument("--device", action="append", help=f"default: {', '.join(DEVICES)}")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--profiles", help="optimisation profiles of the decoder; default: that of build")
     arguments = parser.parse_args()
     bundle = Bundle.open(arguments.bundle)
     scratch = Path(tempfile.mkdtemp(dir=arguments.bundle.resolve().parent))
@@ -47,7 +51,8 @@ def main() -> None:
         for path in bundle.folder.iterdir():
             if path.is_file():
                 os.link(path, scratch / path.name)
-        builds = [build(scratch, device, arguments.dtype) for device in arguments.device or DEVICES]
+        extra = ["--profiles", arguments.profiles] if arguments.profiles else []
+        builds = [build(scratch, device, arguments.dtype, extra) for device in arguments.device or DEVICES]
     finally:
         shutil.rmtree(scratch)
     files = bundle.manifest.files
@@ -64,16 +69,26 @@ def main() -> None:
     print(write_results(f"tensorrt-build-{arguments.name}", figures))
 
 
-def build(bundle: Path, device: str, dtype: str) -> dict[str, Any]:
+def build(bundle: Path, device: str, dtype: str, extra: list[str]) -> dict[str, Any]:
     """One build in a process of its own."""
-    run = run_measured([*PROGRAM, "build", str(bundle), "--device", device, "--dtype", dtype, "--force", "--json"])
+    command = [*PROGRAM, "build", str(bundle), "--device", device, "--dtype", dtype, *extra, "--force", "--json"]
+    run = run_measured(command)
     made = json.loads(run.stdout)
     engines = {
-        graph: {**figures, "bytes": made["files"][f"{graph}.engine"]["bytes"]}
+        graph: {
+            **figures,
+            "bytes": made["files"][f"{graph}.engine"]["bytes"],
+            "programs": programs(Path(made["engines"]) / f"{graph}.engine"),
+        }
         for graph, figures in made["figures"].items()
     }
     shutil.rmtree(made["engines"])
-    result = {"device": device, "compute_capabilities": made["compute_capabilities"], "engines": engines}
+    result = {
+        "device": device,
+        "compute_capabilities": made["compute_capabilities"],
+        "profiles": made["options"]["profiles"],
+        "engines": engines,
+    }
     result |= {
         "wall_s": round(run.wall_s, 1),
         "cpu_s": round(run.cpu_s, 1),
@@ -82,6 +97,11 @@ def build(bundle: Path, device: str, dtype: str) -> dict[str, Any]:
     }
     print(json.dumps(result), flush=True)
     return result
+
+
+def programs(engine: Path) -> list[dict[str, Any]]:
+    """The counts of each compiled program, and its kernels by name."""
+    return [program.summary() | {"names": dict(program.names())} for program in compiled_programs(engine)]
 
 
 def networks(bundle: Bundle, dtype: str) -> dict[str, Any]:

@@ -57,11 +57,13 @@ class Figure:
 class BenchResult:
     """All figures of one bundle on one machine.
 
-    `bandwidth` is in bytes/s, `matrix_rate` in FLOP/s, and sizes are in bytes. `decode_limit` maps the name of each
-    decode figure to its share of the speed that the measured bandwidth allows.
+    `device` is where it ran; where "auto" chose, with the reason. `bandwidth` is in bytes/s, `matrix_rate` in FLOP/s,
+    and sizes are in bytes. `decode_limit` maps the name of each decode figure to its share of the speed that the
+    measured bandwidth allows.
     """
 
     bundle: str
+    device: str
     threads: int
     bandwidth: float
     matrix_rate: float
@@ -88,7 +90,7 @@ def bench(
     """
     if not 1 <= repeat <= _MOST_RUNS:
         raise EngineError(f"repeat is {repeat}, expected 1 to {_MOST_RUNS}")
-    threads = threads or cores()
+    used = threads or cores()
     # Verify first: only the first load of a bundle hashes its files, and the figure `load` is for all later loads.
     progress = as_progress(progress)
     progress.expect(_PHASES)
@@ -96,13 +98,14 @@ def bench(
         manifest = Bundle.open(folder).manifest
     started = time.perf_counter()
     with progress.phase("loading the bundle"):
-        model = InternVL.load(folder, threads=threads, **loading)
+        model = InternVL.load(folder, threads=threads, progress=progress, **loading)
     with model:
         load_s = time.perf_counter() - started
         runs = _Runs(model, repeat)
         with progress.phase("measuring the decoding of answers"):
             decode = runs.decode()
         dialect = model.engine.dialect
+        device = str(model.choice or loading.get("device"))
         with progress.phase("measuring whole questions"):
             answers = [*decode.values(), *runs.first_token(), runs.second_question()]
         with progress.phase("measuring images and prompts"):
@@ -112,11 +115,12 @@ def bench(
     peak_rss = peak_memory()
     # Measured last, so that its arrays do not count in the peak RSS of the model.
     with progress.phase("measuring the limits of this machine"):
-        bandwidth, matrix_rate = limits.read_bandwidth(threads), limits.matrix_rate()
+        bandwidth, matrix_rate = limits.read_bandwidth(used), limits.matrix_rate()
     footprint = _footprint(manifest, dialect)
     return BenchResult(
         bundle=folder.name,
-        threads=threads,
+        device=device,
+        threads=used,
         bandwidth=bandwidth,
         matrix_rate=matrix_rate,
         disk_bytes=sum(entry.bytes for entry in manifest.files.values()),

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from internvl_edge.base import machine
 from internvl_edge.base.errors import EngineError, PromptError, QualityWarning
+from internvl_edge.base.progress import Progress, as_progress
 from internvl_edge.bundle import names
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.bundle.quality_record import quality_warning
@@ -28,6 +29,7 @@ from internvl_edge.model.tokenizer import Tokenizer
 from .decoding import Decoding
 from .engines import Engine
 from .engines.choice import cpu_engine
+from .engines.device import DEVICES, DeviceChoice, choose_device, require_cuda, require_unused
 from .engines.onnxruntime import OnnxRuntimeEngine
 from .grammar import Constrained, ForcedTokens, Grammars
 from .image_cache import ImageCache, pixel_key
@@ -46,7 +48,6 @@ from .voting import Vote, vote
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-DEVICES = ("auto", "cpu", "cuda", "tensorrt")
 MOST_ROWS = 64
 MOST_SAMPLES = 64
 
@@ -56,11 +57,16 @@ class InternVL:
 
     Any number of threads may ask it, and one thread may read several answers in turn. As many answers are computed
     together as the model has `rows`; the others wait. An answer depends on its own request alone.
+
+    Attributes:
+        config: what the model is.
+        choice: the device that "auto" took and why; None where the device was given.
     """
 
-    def __init__(self, opened: Bundle, engine: Engine) -> None:
+    def __init__(self, opened: Bundle, engine: Engine, choice: DeviceChoice | None = None) -> None:
         manifest = opened.manifest
         self.config = manifest.model
+        self.choice = choice
         self._tokenizer = Tokenizer(opened.path(names.TOKENIZER))
         self._requests = RequestBuilder(
             self.config, manifest.template, self._tokenizer, manifest.tokens.image, capacity=engine.cache.capacity
@@ -86,29 +92,34 @@ class InternVL:
         rows: int = 1,
         threads: int | None = None,
         exact: bool = False,
+        progress: bool | Progress = False,
     ) -> InternVL:
         """Open, verify and load a bundle.
 
         Args:
             folder: the bundle.
-            device: "cpu", "cuda" (ONNX Runtime), "tensorrt" (engines that `build` made, which fix the context), or
-                "auto", which is the CPU.
+            device: "cpu", "cuda" (ONNX Runtime, for bundles that compute in float16), "tensorrt" (engines that `build`
+                made), or "auto": the first of "tensorrt", "cuda" and "cpu" that can run this bundle here (see
+                `choose_device`, which says why).
             engine: on the CPU, "onnxruntime", "openvino" (OpenVINO for tiles and prompts, ONNX Runtime for decode) or
                 "auto", which is the faster one.
             dialect: the decoder graph to run, "onnxruntime" or "standard"; the default is the fastest that the bundle
                 has.
             context: the most tokens that prompt and answer may have together; the default is 32768, or the most that
-                the model can have.
-            rows: the most answers that are computed together. Each has a KV cache of `context` tokens, whose unused
-                part takes no memory on a CPU. A model with several rows decodes at least two at a time, so that an
-                answer does not depend on what else is asked; this makes a lone answer slower (docs/performance.md).
+                the model can have, and for TensorRT what the engines were built for, which is also the most there.
+            rows: the most answers that are computed together on a CPU; a GPU has one row. Each has a KV cache of
+                `context` tokens, whose unused part takes no memory on a CPU. A model with several rows decodes at
+                least two at a time, so that an answer does not depend on what else is asked; this makes a lone answer
+                slower (docs/performance.md).
             threads: CPU threads; the default is all available cores.
             exact: compute in the types of the bundle, as ONNX Runtime does. Without it, OpenVINO rounds a bundle that
                 computes in float16 to bfloat16 where the CPU is faster with it.
+            progress: show on standard error how TensorRT warms up, which compiles kernels in the first start.
 
         Raises:
             BundleError: the bundle is damaged or too new.
-            EngineError: the device is not available, or the context is more than the model can use.
+            EngineError: the device is not available, cannot run the bundle, or does not use one of the arguments; or
+                the context is more than the model can use.
 
         Warns:
             QualityWarning: the bundle failed its quality gate.
@@ -124,26 +135,18 @@ class InternVL:
         if threads is not None and not 1 <= threads <= most:
             raise EngineError(f"threads is {threads}, expected 1 to {most}; this machine has {machine.cores()} cores")
         opened = Bundle.open(Path(folder))
+        choice = None
+        if device == "auto":
+            choice = choose_device(
+                opened, engine=engine, dialect=dialect, context=context, threads=threads, exact=exact
+            )
+            device = choice.device
         if warning := quality_warning(Path(folder), opened.manifest):
             warnings.warn(warning, QualityWarning, stacklevel=2)
-        if device == "tensorrt":
-            if rows > 1:
-                raise EngineError(f"TensorRT engines have one row, {rows} were asked for; leave out rows")
-            if exact:
-                raise EngineError("TensorRT engines compute in 16 bits; leave out --exact, or choose another --device")
-            from .engines.tensorrt.engine import TensorRTEngine
-
-            return cls(opened, TensorRTEngine(opened))
-        capacity = checked_context(opened.manifest.model.decoder, context)
-        if device == "cuda":
-            return cls(
-                opened,
-                OnnxRuntimeEngine(
-                    opened, device=device, dialect=dialect, capacity=capacity, rows=rows, threads=threads
-                ),
-            )
-        chosen = cpu_engine(opened, engine, dialect=dialect, capacity=capacity, rows=rows, threads=threads, exact=exact)
-        return cls(opened, chosen)
+        loaded = _engine(
+            opened, device, engine, dialect, context, rows, threads=threads, exact=exact, progress=as_progress(progress)
+        )
+        return cls(opened, loaded, choice)
 
     def chat(self, question: Text, images: Images = (), **options: Unpack[ChatOptions]) -> Reply:
         """Answer a question.
@@ -391,6 +394,36 @@ def _timings(preprocess_s: float, task: Task) -> dict[str, float]:
         "decode_tokens_per_s": (len(task.decoding.tokens) - 1) / max(seconds["decode_s"], 1e-9),
     }
     return {name: round(value, 4) for name, value in (seconds | rates).items()}
+
+
+def _engine(
+    opened: Bundle,
+    device: str,
+    engine: str,
+    dialect: str | None,
+    context: int | None,
+    rows: int,
+    *,
+    threads: int | None,
+    exact: bool,
+    progress: Progress,
+) -> Engine:
+    """Load the engine of a device. Arguments are those of `InternVL.load`; none is ignored."""
+    if device != "cpu" and rows > 1:
+        raise EngineError(f"device {device} has one row, {rows} were asked for; leave out rows, or choose device cpu")
+    if device == "tensorrt":
+        if exact:
+            raise EngineError("TensorRT engines compute in 16 bits; leave out --exact, or choose another --device")
+        require_unused(device, engine, dialect=None if dialect == "standard" else dialect, threads=threads)
+        from .engines.tensorrt.engine import TensorRTEngine
+
+        return TensorRTEngine(opened, capacity=context, progress=progress)
+    capacity = checked_context(opened.manifest.model.decoder, context)
+    if device == "cuda":
+        require_unused(device, engine)
+        require_cuda(opened)
+        return OnnxRuntimeEngine(opened, device=device, dialect=dialect, capacity=capacity, threads=threads)
+    return cpu_engine(opened, engine, dialect=dialect, capacity=capacity, rows=rows, threads=threads, exact=exact)
 
 
 def _recorded(chooser: Chooser, options: Mapping[str, Any]) -> Chooser:

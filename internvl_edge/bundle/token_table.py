@@ -23,9 +23,10 @@ class TokenTable:
 
     def __init__(self, path: Path, dtype: str, shape: tuple[int, int]) -> None:
         self.dtype, self.shape = dtype, shape
-        self._rows = np.memmap(path, _STORED[dtype], "r", shape=shape)
+        # Plain arrays over the mapped file: an access to a `memmap` makes an object, which takes longer than a row.
+        self._rows: NDArray[Any] = np.asarray(np.memmap(path, _STORED[dtype], "r", shape=shape))
         self._scales = (
-            np.memmap(path, np.float32, "r", offset=_scale_offset(shape), shape=(shape[0],))
+            np.asarray(np.memmap(path, np.float32, "r", offset=_scale_offset(shape), shape=(shape[0],)))
             if dtype == "int8"
             else None
         )

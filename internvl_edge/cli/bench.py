@@ -16,7 +16,7 @@ from internvl_edge.base.units import rounded, size
 from internvl_edge.runtime.bench import BenchResult, Figure, bench
 from internvl_edge.runtime.model import MOST_ROWS
 
-from .options import chosen_engine, engine_extra, loading_options
+from .options import chosen, engine_extra, loading_options
 from .output import print_json, print_table, quiet_option, shown_progress
 
 
@@ -46,9 +46,10 @@ def command(
     if plot is not None:
         _require_plottable(plot)
     plot_extra = () if plot is None else ("report",)
-    require_extras("bench", *engine_extra(loading["device"], loading["engine"]), *plot_extra)
+    require_extras("bench", *engine_extra(bundle, loading["device"], loading["engine"]), *plot_extra)
     with shown_progress(quiet) as progress:
-        loading["engine"] = chosen_engine(bundle, loading, progress)
+        with progress.waiting("verifying the bundle"):
+            loading |= chosen(bundle, loading, progress)
         report = bench(bundle, repeat=repeat, rows=rows, progress=progress, **loading)
     if as_json:
         print_json(report.to_dict())
@@ -68,6 +69,7 @@ def _print(report: BenchResult) -> None:
         [
             ("peak memory", size(report.peak_rss_bytes)),
             ("on disk", size(report.disk_bytes)),
+            ("device", report.device),
             ("machine", f"{report.threads} threads, reads {report.bandwidth / 1e9:.1f} GB/s"),
             ("", f"float32 products {report.matrix_rate / 1e9:.0f} GFLOP/s"),
         ]

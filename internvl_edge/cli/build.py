@@ -47,9 +47,17 @@ from .output import print_json, quiet_option, shown_progress
 )
 @click.option(
     "--profiles",
-    type=click.IntRange(1, 2),
-    help="Optimization profiles of the decoder: 1 for prefill and decode together, or 2, one for each. 2 holds 16-bit "
-    "weights twice.  [default: 1]",
+    type=click.IntRange(1, 3),
+    help="Programs of the decoder, each with its own optimization profile: 1 for prompts and single tokens together; "
+    "2 for each of them, which holds 16-bit weights twice; 3 with one more for single tokens after long prompts.  "
+    "[default: the most that the memory holds]",
+)
+@click.option(
+    "--check/--no-check",
+    default=True,
+    show_default=True,
+    help="Compare the engines with ONNX Runtime on the CPU, where this machine has the GPU that they are for. Wrong "
+    "engines are not kept.",
 )
 @click.option("--force", is_flag=True, help="Build again even if nothing changed.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -59,6 +67,7 @@ def command(
     name: str,
     table: Path | None,
     dtype: str | None,
+    check: bool,
     force: bool,
     as_json: bool,
     quiet: bool,
@@ -69,17 +78,21 @@ def command(
     Engines for RTX cards can be built on a machine without a GPU. Engines for a Jetson must be built on that device.
     """
     target = Devices(table).target(name)
-    from internvl_edge.runtime.engines.tensorrt.build.bundle_engines import build_engines, options_for
+    from internvl_edge.runtime.engines.tensorrt.build.bundle_engines import build_engines, notes, options_for
 
     opened = Bundle.open(bundle)
-    options = options_for(target, dtype, **sizes)
+    options = options_for(target, dtype, opened=opened, **sizes)
     with shown_progress(quiet) as progress:
-        record, built = build_engines(opened, target, options, force=force, progress=progress)
+        record, built = build_engines(opened, target, options, force=force, progress=progress, check=check)
     folder = engine_folder(opened, name)
+    said = notes(opened, target, options)
     if as_json:
-        print_json({"engines": str(folder), "built": built, **asdict(record)})
+        print_json({"engines": str(folder), "built": built, **asdict(record), "notes": said})
         return
     click.echo(f"{folder}: {'built' if built else 'nothing changed'}, {_summary(record)}")
+    click.echo(_checked(record))
+    for note in said:
+        click.echo(f"Note: {note}")
 
 
 def _summary(record: EngineRecord) -> str:
@@ -89,5 +102,16 @@ def _summary(record: EngineRecord) -> str:
     devices = ", ".join(f"{capability / 10:.1f}" for capability in record.compute_capabilities)
     return (
         f"{size(total)} for compute capability {devices} ({record.flavour} {record.version}, {record.options.dtype}), "
-        f"{seconds:.0f} s, at most {size(peak)} of memory"
+        f"{seconds:.0f} s, at most {size(peak)} of memory; programs of the decoder: {record.options.profiles}"
+    )
+
+
+def _checked(record: EngineRecord) -> str:
+    """Say what the comparison with ONNX Runtime found."""
+    found = record.check
+    if "logits_cosine" not in found:
+        return f"not compared with ONNX Runtime: {found.get('skipped', 'not asked for')}"
+    return (
+        f"compared with ONNX Runtime on {found['tokens']} tokens: cosine of image tokens {found['vision_cosine']:.4f}, "
+        f"of logits {found['logits_cosine']:.4f}"
     )

@@ -41,7 +41,7 @@ def command(bundle: Path, quiet: bool, **values: Any) -> None:
     Lines that start with / are commands: /image FILE, /clear, /history, /quit. Ctrl-C stops an answer or clears the
     line; a second Ctrl-C or Ctrl-D ends.
     """
-    require_extras("chat", *engine_extra(values["device"], values["engine"]))
+    require_extras("chat", *engine_extra(bundle, values["device"], values["engine"]))
     _edit_lines()
     with contextlib.suppress(AttributeError):  # a byte that is not UTF-8 is an error of one line, not of the program
         sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]

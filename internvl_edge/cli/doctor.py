@@ -192,6 +192,7 @@ def _bundle_facts(folder: Path) -> dict[str, Any]:
     from internvl_edge.bundle.bundle import Bundle
     from internvl_edge.bundle.names import ENGINE_RECORD, ENGINES
     from internvl_edge.runtime.engines.choice import choose
+    from internvl_edge.runtime.engines.device import choose_device
     from internvl_edge.runtime.engines.tensorrt.record import EngineRecord, graph_inputs
 
     opened = Bundle.open(folder)
@@ -208,7 +209,11 @@ def _bundle_facts(folder: Path) -> dict[str, Any]:
         capabilities = ", ".join(f"{sm / 10:.1f}" for sm in record.compute_capabilities)
         stale = "" if record.inputs == graph_inputs(opened) else "; built from other files, build it again"
         engines[name] = f"{record.flavour} {record.version}, compute capability {capabilities}{stale}"
-    taken = {"--device auto": "cpu (it is always the CPU)", "--engine auto": str(choose(opened.manifest))}
+    try:
+        device = str(choose_device(opened))
+    except EngineError as error:
+        device = f"none ({error})"
+    taken = {"--device auto": device, "--engine auto": str(choose(opened.manifest))}
     return {"bundle": str(folder), "engines": engines, "auto": taken}
 
 

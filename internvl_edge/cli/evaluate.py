@@ -153,7 +153,8 @@ def command(
 
 def _extras(settings: EvaluationSettings) -> list[str]:
     """List the extras that an evaluation needs."""
-    extras = [*engine_extra(settings.device, settings.engine)]
+    on_cpu = settings.engine == "auto" and settings.device in ("auto", "cpu")
+    extras = [*engine_extra(Path(settings.bundle), settings.device, "onnxruntime" if on_cpu else settings.engine)]
     if settings.reference is not None and not is_bundle(Path(settings.reference)):
         extras.append("export")
     if settings.suite is not None or (settings.reference is not None and settings.data is None):

@@ -12,11 +12,13 @@ from typing import Any
 import click
 
 from internvl_edge.base.progress import Progress
-from internvl_edge.bundle.manifest import Manifest
-from internvl_edge.bundle.names import DECODERS
+from internvl_edge.bundle.bundle import Bundle
+from internvl_edge.bundle.names import DECODERS, ENGINE_RECORD
+from internvl_edge.bundle.names import ENGINES as ENGINE_FOLDERS
 from internvl_edge.model.context import DEFAULT_CONTEXT
 from internvl_edge.runtime.engines.choice import ENGINES, choose
-from internvl_edge.runtime.model import DEVICES, InternVL
+from internvl_edge.runtime.engines.device import DEVICES, choose_device
+from internvl_edge.runtime.model import InternVL
 from internvl_edge.runtime.options import ChatOptions
 
 Command = Callable[..., Any]
@@ -28,8 +30,9 @@ _LOADING = (
         type=click.Choice(DEVICES),
         default="auto",
         show_default=True,
-        help="Where the bundle runs. auto is cpu; cuda runs ONNX Runtime on the GPU; tensorrt runs the engines "
-        "that build made.",
+        help="Device that runs the bundle. tensorrt runs the engines that build made; cuda runs ONNX Runtime on the "
+        "GPU, for a bundle exported with --activations float16; auto takes the first of tensorrt, cuda and cpu that "
+        "works, and says which.",
     ),
     click.option(
         "--engine",
@@ -47,9 +50,8 @@ _LOADING = (
     click.option(
         "--context",
         type=int,
-        help="Capacity of the KV cache: maximum number of tokens of prompt and answer together. TensorRT engines have "
-        "their own.  "
-        f"[default: {DEFAULT_CONTEXT}, or the most that the model can have]",
+        help="Capacity of the KV cache: maximum number of tokens of prompt and answer together.  "
+        f"[default: {DEFAULT_CONTEXT}, or the most that the model or the TensorRT engines can have]",
     ),
     click.option("--threads", type=click.IntRange(min=1), help="Number of CPU threads.  [default: all cores]"),
     click.option(
@@ -163,25 +165,31 @@ def load_model(folder: Path, values: dict[str, Any], progress: Progress, rows: i
     """Load a bundle as the options say. This removes the loading options from `values`. On a GPU there is one row."""
     options = {name: values.pop(name) for name in LOADING_NAMES}
     with progress.phase(f"loading {folder}"):
-        options["engine"] = chosen_engine(folder, options, progress)
-        return InternVL.load(folder, rows=rows if options["device"] in ("auto", "cpu") else 1, **options)
+        options |= chosen(folder, options, progress)
+        return InternVL.load(folder, rows=rows if options["device"] == "cpu" else 1, progress=progress, **options)
 
 
-def engine_extra(device: str, engine: str) -> tuple[str, ...]:
-    """Return the extra that runs bundles on a device; TensorRT says itself what it needs."""
-    if device == "tensorrt":
+def engine_extra(folder: Path, device: str, engine: str) -> tuple[str, ...]:
+    """Return the extra that runs a bundle on a device; where TensorRT may run it, it says itself what it needs."""
+    if device == "tensorrt" or (device == engine == "auto" and any(folder.glob(f"{ENGINE_FOLDERS}/*/{ENGINE_RECORD}"))):
         return ()
     return ("gpu" if device == "cuda" else "openvino" if engine == "openvino" else "cpu",)
 
 
-def chosen_engine(folder: Path, options: dict[str, Any], progress: Progress) -> str:
-    """Return the engine to load; say which one "auto" takes on the CPU, and why."""
-    name: str = options["engine"]
-    if name == "auto" and options["device"] in ("auto", "cpu"):
-        choice = choose(Manifest.read(folder), options["dialect"], options["exact"])
+def chosen(folder: Path, options: dict[str, Any], progress: Progress) -> dict[str, str]:
+    """Return the device and the engine to load; say what "auto" takes, and why."""
+    device, engine, dialect, exact = (options[name] for name in ("device", "engine", "dialect", "exact"))
+    opened = Bundle.open(folder)
+    if device == "auto":
+        further = {name: options[name] for name in ("context", "threads")}
+        found = choose_device(opened, engine=engine, dialect=dialect, exact=exact, **further)
+        progress.remark(f"device: {found}")
+        device = found.device
+    if engine == "auto" and device == "cpu":
+        choice = choose(opened.manifest, dialect, exact)
         progress.remark(f"engine: {choice}")
-        return choice.engine
-    return name
+        engine = choice.engine
+    return {"device": device, "engine": engine}
 
 
 def chat_options(values: dict[str, Any]) -> ChatOptions:

@@ -29,11 +29,6 @@ SECONDS = 30
 _DRIVER_SECONDS = 10
 _MARK = "internvl-edge probe: "
 _FIELDS = ("name", "driver_version", "memory.total", "memory.free", "compute_cap")
-# An ONNX model of one Identity node, serialized. A session of it shows whether a provider starts.
-_IDENTITY = (
-    b'\x08\x08:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01'
-    b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\x10"
-)
 
 
 def probe(names: Iterable[str], seconds: float = SECONDS) -> dict[str, Answer]:
@@ -135,14 +130,12 @@ def _onnxruntime() -> Answer:
 
 def _session(runtime: Any, provider: str) -> str:
     """Return "works" where a session starts with a provider, otherwise why not."""
-    options = runtime.SessionOptions()
-    options.log_severity_level = 4
-    runtime.set_default_logger_severity(4)
-    try:
-        session = runtime.InferenceSession(_IDENTITY, options, providers=[provider])
-    except Exception as error:  # onnxruntime raises its own kinds, all derived from Exception
-        return one_line(f"does not start: {str(error).splitlines()[0]}", 200)
-    return "works" if provider in session.get_providers() else "does not start here"
+    from internvl_edge.runtime.engines.device import obstacle_to_session
+
+    reason = obstacle_to_session(runtime, provider)
+    if reason is None:
+        return "works"
+    return one_line(f"does not start: {reason}", 200) if reason else "does not start here"
 
 
 def _openvino() -> Answer:

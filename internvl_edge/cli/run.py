@@ -95,7 +95,7 @@ def command(
     An image takes the place of its <image> mark in QUESTION. Without marks, images go in front of QUESTION.
     """
     video_extra = () if video is None else ("video",)
-    require_extras("run", *engine_extra(values["device"], values["engine"]), *video_extra)
+    require_extras("run", *engine_extra(bundle, values["device"], values["engine"]), *video_extra)
     if not question.strip():
         raise PromptError("the question is empty; ask something")
     asked, sources = (

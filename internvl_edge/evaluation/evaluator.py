@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from internvl_edge.base.errors import EdgeError, QualityWarning
-from internvl_edge.base.progress import Progress, as_progress
+from internvl_edge.base.progress import SILENT, Progress, as_progress
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.bundle.gate import METRICS, Condition, Verdict, parse_condition, require_measurable
 from internvl_edge.bundle.manifest import is_bundle
@@ -47,8 +47,8 @@ class EvaluationSettings:
         fail_if: conditions, such as "kl>0.05", of which none may hold.
         replace_larger: whether figures may replace recorded ones that come from more questions or longer answers.
         shown: of how many questions the comparison keeps both answers and small pictures.
-        device, engine, dialect, context, threads, exact: as `InternVL.load` takes them. The engine "auto" is ONNX
-            Runtime here: figures are about the bundle, not about what this machine has installed.
+        device, engine, dialect, context, threads, exact: as `InternVL.load` takes them. Where device and engine are
+            "auto", they are ONNX Runtime on the CPU: figures are about the bundle, not about what this machine has.
         revision: branch, tag or commit of a hub id in `reference`; None is its main branch.
 
     Raises:
@@ -146,7 +146,7 @@ def evaluate(settings: EvaluationSettings, progress: bool | Progress = False) ->
     """
     if settings.reference is None and settings.suite is None:
         raise EdgeError("give --reference, a checkpoint or a bundle to compare with, or --suite, or both")
-    if settings.engine == "auto":
+    if settings.engine == "auto" and settings.device in ("auto", "cpu"):
         settings = replace(settings, engine="onnxruntime")
     cases = _cases(settings)
     known = quality_of(Bundle.open(Path(settings.bundle)).manifest)
@@ -212,7 +212,7 @@ def _measure(
     progress.expect(_phases(settings))
     if settings.reference is None:
         return None, ask_suite()
-    with progress.phase("loading the bundle"), load_bundle():
+    with progress.phase("loading the bundle"), load_bundle(progress):
         pass  # whatever keeps it from being loaded is found out now, not after hours of the reference's answers
     with reference_bundle(str(settings.reference), progress, settings.revision) as folder:
         load_reference = partial(_load_reference, settings, folder)
@@ -238,7 +238,7 @@ def _phases(settings: EvaluationSettings) -> int:
     return 1 + export + (2 if settings.suite else 0) + COMPARISON_PHASES
 
 
-def _load_bundle(settings: EvaluationSettings) -> InternVL:
+def _load_bundle(settings: EvaluationSettings, progress: Progress = SILENT) -> InternVL:
     return InternVL.load(
         settings.bundle,
         settings.device,
@@ -247,14 +247,14 @@ def _load_bundle(settings: EvaluationSettings) -> InternVL:
         context=settings.context,
         threads=settings.threads,
         exact=settings.exact,
+        progress=progress,
     )
 
 
 def _load_reference(settings: EvaluationSettings, folder: Path) -> InternVL:
     """Load it for exact answers, whatever runs the bundle: what an engine rounds is part of the bundle's figures."""
-    device = "cpu" if settings.device == "tensorrt" else settings.device
     return _load_bundle(
-        replace(settings, bundle=folder, device=device, engine="onnxruntime", dialect=None, exact=False)
+        replace(settings, bundle=folder, device="cpu", engine="onnxruntime", dialect=None, context=None, exact=False)
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -25,9 +25,12 @@ from internvl_edge.base.user_folders import config_folder
 
 FLAVOURS = ("tensorrt", "tensorrt_rtx")
 _CAPABILITY = re.compile(r"\d{1,2}\.\d")
-# Estimated bytes of memory that the system, the display and the CUDA context use.
+# Estimated bytes of memory that others use: the system (0.6 to 0.9 GiB on a board without a desktop, by the sources in
+# devices.toml), the CUDA context, and the libraries and the process itself.
 _RESERVED_UNIFIED = 1.5 * 2**30
 _RESERVED_DISCRETE = 0.6 * 2**30
+# Fields of an entry that may be missing.
+_OPTIONAL = ("reported_mib",)
 # Above what any device has, in the units of the table.
 _LARGEST_NUMBER = 1e9
 
@@ -41,7 +44,7 @@ class Device:
     """One device. Its fields are those of the table (see the comments in `devices.toml`).
 
     `compute_capability` is text such as "8.7". `memory_gib` is in 2**30 bytes, and `bandwidth_gbs` in 1e9 bytes/s.
-    `tflops` and `int8_tops` are dense tensor operations in 1e12/s.
+    `tflops` and `int8_tops` are dense tensor operations in 1e12/s. `reported_mib` is in 2**20 bytes, 0 where unknown.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Device:
     int8_tops: float
     flavour: str
     versions: str
+    reported_mib: float = 0
 
     @property
     def sm(self) -> int:
@@ -68,7 +72,8 @@ class Device:
     @property
     def usable_memory(self) -> int:
         """The estimated bytes that are available for a model."""
-        return int(self.memory - (_RESERVED_UNIFIED if self.unified else _RESERVED_DISCRETE))
+        seen = min(self.reported_mib * 2**20 or self.memory, self.memory)
+        return int(seen - (_RESERVED_UNIFIED if self.unified else _RESERVED_DISCRETE))
 
     @property
     def formats(self) -> tuple[str, ...]:
@@ -78,12 +83,16 @@ class Device:
 
 @dataclass(frozen=True)
 class Target:
-    """The target of one engine file: a device, or a group of devices that can share the file."""
+    """The target of one engine file: a device, or a group of devices that can share the file.
+
+    `usable_memory` is the estimated bytes for a model on its smallest known device, 0 where none is known.
+    """
 
     name: str
     title: str
     flavour: str
     compute_capabilities: tuple[str, ...]
+    usable_memory: int = 0
 
     @property
     def sms(self) -> tuple[int, ...]:
@@ -161,14 +170,18 @@ class Devices:
     def target(self, name: str) -> Target:
         """Return the target of this name, a group or a device. Raise DeviceError as `device` does."""
         if name in self.groups:
-            return self.groups[name]
+            return self._with_memory(self.groups[name])
         if name in self.families:
             members = ", ".join(self.families[name])
             raise DeviceError(f"{name} is a family, and its devices need engines of their own; choose one of {members}")
         if name not in self.all:
             raise DeviceError(self._unknown(name, [*self.groups, *self.all]))
         device = self.all[name]
-        return Target(name, device.title, device.flavour, (device.compute_capability,))
+        return Target(name, device.title, device.flavour, (device.compute_capability,), device.usable_memory)
+
+    def _with_memory(self, group: Target) -> Target:
+        members = [d for d in self.all.values() if d.flavour == group.flavour and d.sm in group.sms]
+        return replace(group, usable_memory=min((device.usable_memory for device in members), default=0))
 
     @staticmethod
     def _unknown(name: str, names: list[str]) -> str:
@@ -207,13 +220,14 @@ def _is_family(value: Any) -> bool:
 
 
 def _device(name: str, entry: Any, where: str) -> Device:
-    expected = {field.name: field.type for field in fields(Device) if field.name != "name"}
+    expected = {field.name: field.type for field in fields(Device) if field.name not in ("name", *_OPTIONAL)}
     if not isinstance(entry, dict):
         raise DeviceError(f"{where}: {name} is no table, expected [devices.{name}] with {', '.join(expected)}")
-    for field in sorted(expected.keys() ^ entry.keys()):
+    given = {field.name: field.type for field in fields(Device) if field.name in _OPTIONAL and field.name in entry}
+    for field in sorted(expected.keys() ^ (entry.keys() - given.keys())):
         state = "missing" if field in expected else "not known"
         raise DeviceError(f"{where}: devices.{name}: {field} is {state}, expected {', '.join(expected)}")
-    for field, kind in expected.items():
+    for field, kind in (expected | given).items():
         if not _is(kind, entry[field]):
             wanted = {"str": "text", "bool": "true or false", "float": "a positive number"}[str(kind)]
             raise DeviceError(f"{where}: devices.{name}: {field} is {shown(entry[field])}, expected {wanted}")

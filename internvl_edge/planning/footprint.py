@@ -35,6 +35,8 @@ class Storage:
         floats: canonical names of linears that stay floats although their part has a scheme.
         table: type of the token table: "float" (`dtype_bytes`) or "int8".
         dialect: dialect of the decoder: "onnxruntime" stores zero points, "standard" stores their exact correction.
+        some_int8: whether some linears in the decoder's layers have int8 weights and floating-point inputs, although
+            `body` is another scheme.
     """
 
     dtype_bytes: int = 2
@@ -46,6 +48,12 @@ class Storage:
     floats: tuple[str, ...] = ()
     table: str = "float"
     dialect: str = "standard"
+    some_int8: bool = False
+
+    @property
+    def has_int8_body(self) -> bool:
+        """Whether linears in the decoder's layers have int8 weights and floating-point inputs."""
+        return self.some_int8 or is_int8_weight_only(self.body)
 
     def matrix_bytes(self, inputs: int, outputs: int, scheme: Scheme | None) -> int:
         """Return the bytes of one linear's weights: integers, scales, and zero points or their corrections."""
@@ -57,6 +65,11 @@ class Storage:
         scales = groups * outputs * self.vector_bytes
         zeros = math.ceil(groups * outputs * scheme.bits / 8) if self.dialect == "onnxruntime" else scales
         return math.ceil(inputs * outputs * scheme.bits / 8) + scales + (0 if scheme.symmetric else zeros)
+
+
+def is_int8_weight_only(scheme: Scheme | None) -> bool:
+    """Return whether weights are int8 and inputs are floats."""
+    return scheme is not None and scheme.bits == 8 and not scheme.static_inputs
 
 
 INT4 = Scheme(4, 128, True)
@@ -71,13 +84,19 @@ RECIPES = {
 }
 
 
-def builder_bytes(graph_weights: int) -> int:
-    """Estimate the bytes of free memory that the build of a TensorRT engine needs, from the bytes of a graph's weights.
+def builder_bytes(graph_weights: int, further: int = 0, twice: int = 0) -> int:
+    """Estimate the bytes of free memory that the build of a TensorRT engine needs.
 
-    Measured with TensorRT for RTX 1.7, without mapped files: 2.8 GB for a decoder of 0.99 GB, and 2.2 GB for a vision
-    tower of 0.62 GB beside an int4 decoder with corrections (docs/performance.md).
+    Args:
+        graph_weights: the bytes of a graph's weights.
+        further: the number of programs beside the first one.
+        twice: the bytes of those weights that the engine stores in two orders (`Footprint.twice_bytes`).
+
+    Measured with TensorRT for RTX 1.7, without mapped files: 2.8 GB for a decoder of 0.99 GB; 5.7 GB with two further
+    programs, where 0.72 GB of it are stored twice; 5.3 GB for an int4 decoder of 0.97 GB with two further programs; and
+    2.2 GB for a vision tower of 0.62 GB beside an int4 decoder with corrections (docs/performance.md).
     """
-    return int(0.5e9 + 2.7 * graph_weights)
+    return int(0.5e9 + (2.7 + 1.1 * further) * graph_weights + 0.5 * twice)
 
 
 @dataclass(frozen=True)
@@ -108,23 +127,46 @@ class Footprint:
             sizes[_part(name)] += self._tensor_bytes(name, shape)
         return Weights(**sizes)
 
+    def twice_bytes(self, flavour: str) -> int:
+        """Return the bytes of decoder and head that programs for one row store in another order.
+
+        TensorRT for RTX 1.7 shares the head, and integers with floating-point inputs, among its programs. It stores
+        floats, and integers with int8 inputs, twice. It is not known what TensorRT shares, so all weights count.
+        """
+        if flavour == "tensorrt":
+            return self.weights.decoder + self.weights.head
+        return sum(
+            self._tensor_bytes(name, shape)
+            for name, shape in self._shapes.items()
+            if len(shape) == 2 and _part(name) == "decoder" and not self._is_weight_only(name)
+        )
+
+    def _is_weight_only(self, name: str) -> bool:
+        scheme = self._scheme(name)
+        return scheme is not None and not scheme.static_inputs
+
     def cache_bytes(self, tokens: int) -> int:
         """Return the bytes of the KV cache for a context of `tokens` tokens."""
         decoder = self.config.decoder
         per_token = 2 * decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_dim
         return per_token * tokens * self.storage.cache_bytes
 
-    def activation_bytes(self, tiles: int, chunk: int) -> int:
+    def activation_bytes(self, tiles: int, chunk: int, slots: int = 0) -> int:
         """Estimate the peak bytes of activations for `tiles` tiles encoded together and `chunk` prompt tokens per step.
 
         This counts the tensors alive at the widest place of one block, in 16 bits, and the logits of one position in
-        float32.
+        float32. With `slots`, those of the KV cache, attention is not one kernel, as before TensorRT 10.15: its scores
+        are in memory before and after the softmax, and keys and values are repeated for the query heads.
         """
         vision, decoder = self.config.vision, self.config.decoder
         patches = vision.grid_size**2 + 1
         tower = tiles * patches * 2 * (2 * vision.hidden_size + 2 * vision.intermediate_size)
         pixels = tiles * vision.image_size**2 * 3 * 3  # uint8 and 16 bits
         text = chunk * 2 * (3 * decoder.hidden_size + 3 * decoder.intermediate_size)
+        if slots:
+            heads, seen = decoder.num_attention_heads, slots + chunk
+            tower += 2 * 2 * tiles * vision.num_attention_heads * patches**2
+            text += 2 * 2 * heads * chunk * seen + 2 * 2 * heads * seen * decoder.head_dim
         return max(tower + pixels, text + 6 * decoder.vocab_size)
 
     def vision_operations(self, tiles: int) -> float:
@@ -164,12 +206,15 @@ class Footprint:
         if part == "embeddings" and storage.table == "int8":
             return table_bytes((shape[0], shape[1]), "int8")
         if len(shape) == 2:
-            schemes = {"vision": storage.vision, "decoder": storage.body, "head": storage.head}
-            scheme = None if name.removesuffix(".weight") in storage.floats else schemes.get(part)
-            return storage.matrix_bytes(shape[1], shape[0], scheme)
+            return storage.matrix_bytes(shape[1], shape[0], self._scheme(name))
         if name == "vision.patch_embedding.weight":
             return math.prod(shape) * storage.dtype_bytes
         return math.prod(shape) * storage.vector_bytes
+
+    def _scheme(self, name: str) -> Scheme | None:
+        storage = self.storage
+        schemes = {"vision": storage.vision, "decoder": storage.body, "head": storage.head}
+        return None if name.removesuffix(".weight") in storage.floats else schemes.get(_part(name))
 
     def _is_used(self, name: str) -> bool:
         layer = name.removeprefix("vision.layers.").partition(".")[0] if name.startswith("vision.layers.") else "0"

@@ -7,14 +7,18 @@ least the time of its bytes at the nominal bandwidth. They are predictions and n
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import bisect
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from internvl_edge.base.units import size
 from internvl_edge.model.config import ModelConfig
 from internvl_edge.model.preprocess import tile_grid
 
 from .devices import Device
 from .footprint import RECIPES, Footprint, Storage, builder_bytes
+from .programs import Programs, fastest_programs, further_bytes
+from .versions import keeps_int8_cache
 
 # Image sizes of cameras, screens and scanners: label -> width, height in pixels.
 IMAGE_SIZES = {
@@ -37,15 +41,20 @@ ANSWER_TOKENS = 256
 # Prompt tokens and tiles per call of an engine, the defaults of `build`.
 PREFILL_CHUNK = 512
 TILES_AT_ONCE = 4
+WIDE_CACHE = "the int8 KV cache takes 16 bits: TensorRT does not list int8 tensors where the graph cuts and joins them"
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the device. `activations` and `workspace` are estimates; the others are counted from shapes."""
+    """Bytes on the device. `programs`, `activations` and `workspace` are estimates; the others are counted from shapes.
+
+    `programs` is what the programs for steps of one token hold in addition.
+    """
 
     vision: int
     decoder: int
     head: int
+    programs: int
     kv_cache: int
     activations: int
     workspace: int
@@ -54,7 +63,8 @@ class Memory:
     @property
     def total(self) -> int:
         """The bytes in device memory. The token table is not part of them: its rows are read from the file."""
-        return self.vision + self.decoder + self.head + self.kv_cache + self.activations + self.workspace
+        weights = self.vision + self.decoder + self.head + self.programs
+        return weights + self.kv_cache + self.activations + self.workspace
 
 
 @dataclass(frozen=True)
@@ -75,14 +85,19 @@ class Speed:
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of one model with one recipe on one device."""
+    """The plan of one model with one recipe on one device.
+
+    `programs` are those that `build` gives the decoder, and `build_bytes` is the free memory that `build` needs.
+    """
 
     device: Device
     recipe: str
+    programs: Programs
     context: int
     max_tiles: int
     memory: Memory
     speed: Speed
+    build_bytes: int
     advice: tuple[str, ...]
 
     @property
@@ -95,6 +110,8 @@ class Plan:
         return {
             "device": self.device.name,
             "recipe": self.recipe,
+            "programs": int(self.programs),
+            "build_bytes": self.build_bytes,
             "context": self.context,
             "max_tiles": self.max_tiles,
             "fits": self.fits,
@@ -117,31 +134,85 @@ def make_plan(
         context: the most tokens of prompt and answer together.
         max_tiles: the most tiles of an image. The prediction is for an image with this number of tiles.
     """
-    footprint = Footprint(config, storage)
-    memory = memory_of(footprint, context)
+    footprint = Footprint(config, stored_on(device.flavour, storage))
+    programs = choose_programs(footprint, device.flavour, device.usable_memory, context)
+    memory = memory_of(footprint, context, device.flavour, programs)
     speed = predict(footprint, device, tiles_of(config, max_tiles))
     advice: tuple[str, ...] = _refused_formats(device, storage)
+    if footprint.storage != storage:
+        advice += (WIDE_CACHE,)
     if memory.total > device.usable_memory:
         advice += tuple(_advice(footprint, device, context, memory))
+    elif programs == Programs.ONE:
+        advice += (slow_steps(footprint, device.flavour, context),)
     if (needed := speed.prompt_tokens + ANSWER_TOKENS) > context:
         advice += (f"--context {needed} or more, or fewer tiles: {speed.tiles} are {speed.prompt_tokens} tokens",)
-    building = builder_bytes(max(memory.vision, memory.decoder + memory.head))
+    building = build_bytes(footprint, device.flavour, programs)
     if device.flavour == "tensorrt" and memory.total <= device.usable_memory < building:
         advice += (f"engines are built on the device, which takes about {building / 1e9:.1f} GB: add swap for that",)
-    return Plan(device, recipe, context, max_tiles, memory, speed, advice)
+    return Plan(device, recipe, programs, context, max_tiles, memory, speed, building, advice)
 
 
-def memory_of(footprint: Footprint, context: int) -> Memory:
-    """Return the bytes on the device for a context of `context` tokens."""
+def stored_on(flavour: str, storage: Storage) -> Storage:
+    """Return how engines of a flavour of TensorRT store a recipe: without an int8 cache where it is not listed."""
+    wide = storage.cache_bytes == 1 and not keeps_int8_cache(flavour)
+    return replace(storage, cache_bytes=2) if wide else storage
+
+
+def choose_programs(footprint: Footprint, flavour: str, usable: int, context: int) -> Programs:
+    """Return the programs of a decoder's engine: the fastest ones, or one for all steps where memory is short.
+
+    Args:
+        footprint: the model as the device stores it.
+        flavour: the TensorRT that builds, "tensorrt" or "tensorrt_rtx".
+        usable: the bytes for a model on the device.
+        context: the capacity of the KV cache in tokens.
+    """
+    fastest = _fastest(footprint, flavour)
+    needed = memory_of(footprint, context, flavour, fastest).total
+    if flavour == "tensorrt":  # which builds on the device itself
+        needed = max(needed, build_bytes(footprint, flavour, fastest))
+    return fastest if needed <= usable else Programs.ONE
+
+
+def build_bytes(footprint: Footprint, flavour: str, programs: Programs) -> int:
+    """Estimate the bytes of free memory that the build of both engines needs."""
     weights = footprint.weights
-    activations = footprint.activation_bytes(TILES_AT_ONCE, PREFILL_CHUNK)
+    twice = 0 if programs == Programs.ONE else footprint.twice_bytes(flavour)
+    return max(builder_bytes(weights.vision), builder_bytes(weights.decoder + weights.head, programs - 1, twice))
+
+
+def _fastest(footprint: Footprint, flavour: str) -> Programs:
+    return fastest_programs(flavour, footprint.storage.cache_bytes, footprint.storage.has_int8_body)
+
+
+def slow_steps(footprint: Footprint, flavour: str, context: int) -> str:
+    """Return why one program serves all steps, and what faster ones would take."""
+    fastest = _fastest(footprint, flavour)
+    if fastest == Programs.ONE:
+        return "one program serves prompts and steps: programs for one token dequantize int8 weights in memory"
+    further = memory_of(footprint, context, flavour, fastest).programs
+    return f"one program serves prompts and steps, so each step copies the cache; more programs take {size(further)}"
+
+
+def memory_of(
+    footprint: Footprint, context: int, flavour: str = "tensorrt_rtx", programs: Programs = Programs.ONE
+) -> Memory:
+    """Return the bytes on the device for a context of `context` tokens and the programs of the decoder's engine.
+
+    Attention counts as on the oldest version of a flavour: `tensorrt` of JetPack 6.2 keeps its scores in memory.
+    """
+    weights = footprint.weights
+    fused = footprint.activation_bytes(TILES_AT_ONCE, PREFILL_CHUNK)
+    slots = context if flavour == "tensorrt" else 0
     return Memory(
         vision=weights.vision,
         decoder=weights.decoder,
         head=weights.head,
+        programs=further_bytes(programs, footprint.config.decoder.num_hidden_layers, footprint.twice_bytes(flavour)),
         kv_cache=footprint.cache_bytes(context),
-        activations=activations,
-        workspace=activations // 2 + (64 << 20),  # scratch of single kernels, their code, CUDA graphs
+        activations=footprint.activation_bytes(TILES_AT_ONCE, PREFILL_CHUNK, slots),
+        workspace=fused // 2 + (64 << 20),  # scratch of single kernels, their code, CUDA graphs
         embeddings_on_disk=weights.embeddings,
     )
 
@@ -190,21 +261,26 @@ def _refused_formats(device: Device, storage: Storage) -> tuple[str, ...]:
 def _advice(footprint: Footprint, device: Device, context: int, memory: Memory) -> list[str]:
     """Return the changes that make the model fit, the one with the least loss first."""
     advice = []
-    if shorter := _longest_context(memory, device, footprint):
+    if shorter := _longest_context(device, footprint):
         advice.append(shorter)
     for name, storage in RECIPES.items():
-        smaller = footprint.with_storage(storage)
-        needed = memory_of(smaller, context)
+        smaller = footprint.with_storage(stored_on(device.flavour, storage))
+        needed = memory_of(smaller, context, device.flavour)
         if needed.total < memory.total and needed.total <= device.usable_memory:
             return [*advice, f"recipe {name} ({needed.total / 1e9:.2f} GB)"]
-        if not advice and name == list(RECIPES)[-1] and (shorter := _longest_context(needed, device, smaller)):
+        if not advice and name == list(RECIPES)[-1] and (shorter := _longest_context(device, smaller)):
             return [f"recipe {name} with {shorter}"]
     return advice or ["a smaller variant of the model, or a device with more memory"]
 
 
-def _longest_context(memory: Memory, device: Device, footprint: Footprint) -> str | None:
+def _longest_context(device: Device, footprint: Footprint) -> str | None:
     """Return advice with the largest context that fits, or None if it has no room for one tile and an answer."""
-    left = device.usable_memory - (memory.total - memory.kv_cache)
-    context = left // footprint.cache_bytes(1) // 256 * 256
+    # The bytes grow with the context, so the first one that does not fit can be searched by halving.
+    usable, step = device.usable_memory, 256
+    limit = max(1, usable // (step * footprint.cache_bytes(1)) + 1)
+    fitting = bisect.bisect_right(
+        range(1, limit + 1), usable, key=lambda steps: memory_of(footprint, step * steps, device.flavour).total
+    )
+    context = fitting * step
     tiles = (context - TEXT_TOKENS - ANSWER_TOKENS) // footprint.config.tokens_per_tile
     return f"--context {context} (room for about {tiles} tiles)" if tiles >= 1 else None

@@ -17,7 +17,7 @@ from internvl_edge.model.config import ModelConfig
 from internvl_edge.model.linear import W8A8, Scheme
 from internvl_edge.recipe.recipe import Recipe
 
-from .footprint import Storage
+from .footprint import Storage, is_int8_weight_only
 
 
 def bundle_storage(manifest: Manifest, dialect: str = "standard") -> Storage:
@@ -36,6 +36,7 @@ def bundle_storage(manifest: Manifest, dialect: str = "standard") -> Storage:
         floats=tuple(manifest.floats("vision.", "projector.")) if tower else (),
         table="int8" if manifest.token_table == "int8" else "float",
         dialect=dialect,
+        some_int8=any(map(is_int8_weight_only, manifest.schemes("decoder.layers.").values())),
     )
 
 
@@ -70,6 +71,7 @@ def checkpoint_storage(folder: Path, config: ModelConfig) -> Storage | None:
         vision=_most(scheme for linear, scheme in found.items() if not linear.startswith("decoder.")),
         cache_bytes=1 if (folder / KV_CACHE_SCALES).is_file() else 2,
         floats=tuple(linear for linear, scheme in found.items() if scheme is None),
+        some_int8=any(is_int8_weight_only(found[linear]) for linear in found if linear.startswith("decoder.layers.")),
     )
 
 

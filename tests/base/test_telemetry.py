@@ -14,8 +14,8 @@ import sys
 sys.path.insert(0, sys.argv[1])
 {first}
 import onnxruntime
-from internvl_edge.cli.probes import _IDENTITY
-onnxruntime.InferenceSession(_IDENTITY, providers=["CPUExecutionProvider"])
+from internvl_edge.runtime.engines.device import IDENTITY
+onnxruntime.InferenceSession(IDENTITY, providers=["CPUExecutionProvider"])
 """
 
 

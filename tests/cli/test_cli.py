@@ -14,9 +14,11 @@ from PIL import Image
 
 from helpers import tiny
 from helpers.commands import assert_one_line, internvl_edge
+from internvl_edge.base.progress import SILENT
 from internvl_edge.bundle.names import MANIFEST
-from internvl_edge.cli import cli, main
+from internvl_edge.cli import cli, main, options
 from internvl_edge.model.preprocess import load_image
+from internvl_edge.runtime.engines.device import DeviceChoice
 
 
 def test_export_then_run_answers_with_the_promised_json(bundle: Path, photo: Path) -> None:
@@ -225,6 +227,25 @@ def test_an_image_with_damaged_metadata_is_answered_without_lines_of_pillow(bund
         load_image(path)
     result = internvl_edge("run", bundle, "What?", "--image", path, "--max-new-tokens", 2, "--quiet")
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_auto_says_once_which_device_it_took_and_why(bundle: Path) -> None:
+    line = "device: cpu (the bundle has no TensorRT engines; this ONNX Runtime has no CUDA)"
+    result = internvl_edge("run", bundle, "x", "--max-new-tokens", 1)
+    assert (result.returncode, result.stderr.splitlines().count(line)) == (0, 1)
+    assert "device:" not in internvl_edge("run", bundle, "x", "--max-new-tokens", 1, "--quiet").stderr
+    assert "device:" not in internvl_edge("run", bundle, "x", "--max-new-tokens", 1, "--device", "cpu").stderr
+
+
+def test_rows_are_for_the_cpu_alone(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    loaded: list[tuple[str, int]] = []
+    monkeypatch.setattr(options.InternVL, "load", lambda folder, device, rows, **further: loaded.append((device, rows)))
+    given = dict.fromkeys(options.LOADING_NAMES) | {"engine": "auto", "exact": False}
+    for device in ("tensorrt", "cuda", "cpu"):
+        monkeypatch.setattr(options, "choose_device", lambda *_, device=device, **__: DeviceChoice(device, "a reason"))
+        options.load_model(bundle, given | {"device": "auto"}, SILENT, rows=4)
+    options.load_model(bundle, given | {"device": "cpu"}, SILENT, rows=4)
+    assert loaded == [("tensorrt", 1), ("cuda", 1), ("cpu", 4), ("cpu", 4)]
 
 
 def test_damaged_bundles(bundle: Path, tmp_path: Path) -> None:

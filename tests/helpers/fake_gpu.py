@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 
 Work = Callable[[], None]
@@ -42,6 +43,7 @@ class FakeCuda:
     cudaHostAllocDefault, cudaStreamNonBlocking = 0, 1  # noqa: N815
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3)  # noqa: N815
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)  # noqa: N815
+    cudaStreamCaptureStatus = SimpleNamespace(cudaStreamCaptureStatusNone=0)  # noqa: N815
     cudaDeviceAttr = SimpleNamespace(  # noqa: N815
         cudaDevAttrComputeCapabilityMajor="major", cudaDevAttrComputeCapabilityMinor="minor"
     )
@@ -54,8 +56,10 @@ class FakeCuda:
         self.streams: dict[int, list[Work]] = {}
         self.captures: dict[int, list[Work]] = {}
         self.graphs: dict[int, list[Work]] = {}
+        self.last_error = 0
         self._sm, self._left, self._fail = sm, memory, fail
         self._next = 1 << 20
+        self._handle = 0
 
     def __getattribute__(self, name: str) -> Any:
         """Count every call, and let the chosen one fail."""
@@ -66,6 +70,9 @@ class FakeCuda:
         def call(*arguments: Any) -> Any:
             self.calls[name] += 1
             if self._fail == (name, self.calls[name] - 1):
+                self.last_error = cudaError_t.cudaErrorUnknown
+                if name == "cudaStreamEndCapture":  # an invalid capture ends, without a graph
+                    self.captures.pop(arguments[0])
                 return (cudaError_t.cudaErrorUnknown, None)
             return value(*arguments)
 
@@ -75,6 +82,10 @@ class FakeCuda:
     def leaks(self) -> dict[str, int]:
         held = {"device": self.device, "host": self.host, "streams": self.streams, "graphs": self.graphs}
         return {name: len(things) for name, things in held.items() if things}
+
+    def cudaGetLastError(self) -> Any:  # noqa: N802
+        noted, self.last_error = self.last_error, 0
+        return (noted,)
 
     def cudaGetErrorString(self, status: int) -> Any:  # noqa: N802
         return 0, {2: b"out of memory", 999: b"unknown error"}[status]
@@ -119,9 +130,9 @@ class FakeCuda:
         return (0,)
 
     def cudaStreamCreateWithFlags(self, flags: int) -> Any:  # noqa: N802
-        self._next += 1
-        self.streams[self._next] = []
-        return 0, self._next
+        self._handle += 1
+        self.streams[self._handle] = []
+        return 0, self._handle
 
     def cudaStreamDestroy(self, stream: int) -> Any:  # noqa: N802
         del self.streams[stream]
@@ -168,13 +179,16 @@ class FakeCuda:
         self.captures[stream] = []
         return (0,)
 
+    def cudaStreamIsCapturing(self, stream: int) -> Any:  # noqa: N802
+        return 0, 1 if stream in self.captures else 0
+
     def cudaStreamEndCapture(self, stream: int) -> Any:  # noqa: N802
         return 0, self.captures.pop(stream)
 
     def cudaGraphInstantiate(self, graph: list[Work], flags: int) -> Any:  # noqa: N802
-        self._next += 1
-        self.graphs[self._next] = graph
-        return 0, self._next
+        self._handle += 1
+        self.graphs[self._handle] = graph
+        return 0, self._handle
 
     def cudaGraphDestroy(self, graph: list[Work]) -> Any:  # noqa: N802
         return (0,)
@@ -211,6 +225,7 @@ class FakeTensorRT:
     TensorIOMode = SimpleNamespace(INPUT="input", OUTPUT="output")
     ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user managed")
     CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole graph")
+    DynamicShapesKernelSpecializationStrategy = SimpleNamespace(LAZY="lazy", EAGER="eager")
 
     class ILogger:
         INTERNAL_ERROR, ERROR, WARNING = range(3)
@@ -221,9 +236,20 @@ class FakeTensorRT:
         self.refused: str | None = None
         self.contexts: list[FakeContext] = []
         self.loaded_caches: list[bytes] = []
+        self.kernels = b"kernels"
 
     def Runtime(self, log: Any) -> Any:  # noqa: N802
         return SimpleNamespace(deserialize_cuda_engine=lambda data: FakeEngine(self, bytes(data), log))
+
+
+def _without_hints(header: bytes) -> bytes:
+    """Drop the attributes that only TensorRT's importer reads, and that ONNX Runtime refuses."""
+    model = onnx.load_from_string(header)
+    for node in model.graph.node:
+        kept = [attribute for attribute in node.attribute if not attribute.name.startswith("TRT_")]
+        del node.attribute[:]
+        node.attribute.extend(kept)
+    return model.SerializeToString()
 
 
 class FakeEngine:
@@ -231,7 +257,7 @@ class FakeEngine:
 
     def __init__(self, api: FakeTensorRT, header: bytes, log: Any) -> None:
         path = api.folder / f"fake-{len(header)}.onnx"
-        path.write_bytes(header)
+        path.write_bytes(_without_hints(header))
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -248,13 +274,17 @@ class FakeEngine:
     def get_tensor_mode(self, name: str) -> str:
         return "input" if name in self.inputs else "output"
 
+    def get_tensor_dtype(self, name: str) -> Any:
+        value = self.inputs.get(name) or self.outputs[name]
+        return SimpleNamespace(itemsize=np.dtype(NUMPY[value.type]).itemsize)
+
     def get_tensor_shape(self, name: str) -> list[int]:
         value = self.inputs.get(name) or self.outputs[name]
         return [dim if isinstance(dim, int) else -1 for dim in value.shape]
 
     def create_runtime_config(self) -> Any:
         def cache() -> Any:
-            return SimpleNamespace(deserialize=self.api.loaded_caches.append, serialize=lambda: b"kernels")
+            return SimpleNamespace(deserialize=self.api.loaded_caches.append, serialize=lambda: self.api.kernels)
 
         return SimpleNamespace(
             create_runtime_cache=cache,
@@ -264,7 +294,8 @@ class FakeEngine:
         )
 
     def create_execution_context(self, config: Any) -> FakeContext:
-        context = FakeContext(self, getattr(config, "cuda_graph_strategy", None))
+        strategy = getattr(config, "dynamic_shapes_kernel_specialization_strategy", None)
+        context = FakeContext(self, getattr(config, "cuda_graph_strategy", None), strategy)
         self.api.contexts.append(context)
         return context
 
@@ -275,11 +306,12 @@ class FakeContext:
     It writes outputs when the stream gets to it.
     """
 
-    def __init__(self, engine: FakeEngine, strategy: Any) -> None:
-        self.engine, self.strategy = engine, strategy
+    def __init__(self, engine: FakeEngine, strategy: Any, specialization: Any = None) -> None:
+        self.engine, self.strategy, self.specialization = engine, strategy, specialization
         self.profile = 0
         self.runs = 0
         self.windows: list[int] = []
+        self.shapes: set[tuple[tuple[str, tuple[int, ...]], ...]] = set()
         self._memory = 0
         self._addresses: dict[str, int] = {}
         self._shapes = {name: shape for name in engine.inputs if -1 not in (shape := engine.get_tensor_shape(name))}
@@ -294,6 +326,7 @@ class FakeContext:
         return profile < self.engine.num_optimization_profiles
 
     def set_tensor_address(self, name: str, address: int) -> bool:
+        assert address % 256 == 0, f"{name} is not aligned"
         self._addresses[name] = address
         return name in self.engine.names and self.engine.api.refused != name
 
@@ -304,6 +337,7 @@ class FakeContext:
 
     def execute_async_v3(self, stream: int) -> bool:
         engine, cuda = self.engine, self.engine.api.cuda
+        assert not cuda.last_error, "the library finds an error of an earlier call"
         if engine.api.refused == "run":
             engine.log.log(engine.api.ILogger.ERROR, "the fake was told\nto refuse")
             return False
@@ -315,7 +349,10 @@ class FakeContext:
                 assert self._addresses[name] == self._addresses[name.replace("present", "past_key_values")]
         shapes = {name: tuple(shape) for name, shape in self._shapes.items()}
         inputs = {name: self._array(name, value, shapes[name]) for name, value in engine.inputs.items()}
+        if engine.num_optimization_profiles == 3 and self.profile == 1 and "slots" in shapes:
+            assert shapes["slots"] == tuple(engine.get_tensor_shape("past_key_values.0.key")[2:3])  # the whole cache
         self.runs += 1
+        self.shapes.add(tuple(shapes.items()))
 
         def work() -> None:
             if "slots" in shapes:

@@ -10,13 +10,17 @@ from internvl_edge.checkpoint.kv_scales import KvScales
 from internvl_edge.checkpoint.reader import Checkpoint
 
 
-def write_scales(checkpoint: Path, seed: int = 0) -> KvScales:
-    """Write scales like those of a calibration: some channels are far larger than others."""
+def write_scales(checkpoint: Path, seed: int = 0, least: float = 2, most: float = 6) -> KvScales:
+    """Write scales like those of a calibration: some channels are far larger than others.
+
+    The ranges of channels are between `least` and `most`. Values of tiny models beyond 2 to 6 are clipped.
+    """
     decoder = Checkpoint(checkpoint).config.decoder
     shape = decoder.num_hidden_layers, decoder.num_key_value_heads
     rng = np.random.default_rng(seed)
     keys, values = (
-        rng.uniform(2, 6, (*shape, width)).astype(np.float32) for width in (decoder.head_dim // 2, decoder.head_dim)
+        rng.uniform(least, most, (*shape, width)).astype(np.float32)
+        for width in (decoder.head_dim // 2, decoder.head_dim)
     )
     scales = KvScales.from_ranges(keys, values)
     scales.write(checkpoint)

@@ -24,9 +24,11 @@ FLAVOURS = {"tensorrt": "10.16.1", "tensorrt_rtx": "1.7.1"}
 OLD = "10.3.0"
 
 
-def write_engines(bundle: Bundle, flavour: str, profiles: int = 1, **changes: Any) -> EngineRecord:
+def write_engines(
+    bundle: Bundle, flavour: str, profiles: int = 1, capacity: int = CAPACITY, chunk: int = 16, **changes: Any
+) -> EngineRecord:
     """Write a folder as `build` would leave it, with headers in place of engines."""
-    options = BuildOptions("float16", capacity=CAPACITY, chunk=16, kept=3, tiles=2, profiles=profiles)
+    options = BuildOptions("float16", capacity=capacity, chunk=chunk, kept=3, tiles=2, profiles=profiles)
     folder = engine_folder(bundle, "fake")
     folder.mkdir(parents=True, exist_ok=True)
     for graph, (header, _) in headers(bundle, options, decomposed=FLAVOURS[flavour] == OLD).items():
@@ -43,7 +45,9 @@ def write_engines(bundle: Bundle, flavour: str, profiles: int = 1, **changes: An
 
 
 def open_engine(
-    bundle: Bundle, cuda: FakeCuda, flavour: str = "tensorrt", profiles: int = 1
+    bundle: Bundle, cuda: FakeCuda, flavour: str = "tensorrt", profiles: int = 1, **options: Any
 ) -> tuple[TensorRTEngine, FakeTensorRT]:
+    """Open the engines of `write_engines` over a fake GPU, without warming up unless the options say so."""
     api = FakeTensorRT(cuda, bundle.folder, FLAVOURS[flavour], profiles)
-    return TensorRTEngine(bundle, cuda=Cuda(cuda), flavour=Flavour(flavour, api, make_log(api))), api
+    options = {"warm": False} | options
+    return TensorRTEngine(bundle, cuda=Cuda(cuda), flavour=Flavour(flavour, api, make_log(api)), **options), api

@@ -53,8 +53,22 @@ def test_targets() -> None:
     devices = Devices()
     assert devices.target("rtx").sms == (86, 89, 120)
     assert devices.target("rtx").dtype == "bfloat16"
-    assert devices.target("orin-nano-8gb") == Target("orin-nano-8gb", "Jetson Orin Nano 8GB", "tensorrt", ("8.7",))
+    orin = devices.device("orin-nano-8gb")
+    target = Target("orin-nano-8gb", "Jetson Orin Nano 8GB", "tensorrt", ("8.7",), orin.usable_memory)
+    assert devices.target("orin-nano-8gb") == target
+    smallest = min(device.usable_memory for device in devices.all.values() if device.flavour == "tensorrt_rtx")
+    assert devices.target("rtx").usable_memory == smallest
     assert replace(devices.target("rtx"), compute_capabilities=("7.5", "8.6")).dtype == "float16"
+
+
+def test_what_a_board_reports_is_optional_and_checked(tmp_path: Path) -> None:
+    table = tmp_path / "devices.toml"
+    table.write_text(MINE + "reported_mib = 3900\n", encoding="utf-8")
+    mine = next(name for name in Devices(table).all if name not in Devices().all)
+    assert Devices(table).device(mine).reported_mib == 3900
+    table.write_text(MINE + 'reported_mib = "much"\n', encoding="utf-8")
+    with pytest.raises(DeviceError, match="reported_mib is 'much', expected a positive number"):
+        Devices(table)
 
 
 def test_own_devices_join_and_replace(tmp_path: Path, no_configuration: Path) -> None:

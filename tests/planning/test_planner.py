@@ -34,6 +34,7 @@ from internvl_edge.model.preprocess import tile_image
 from internvl_edge.planning.devices import Device, Devices
 from internvl_edge.planning.footprint import INT4, RECIPES, Footprint, Storage
 from internvl_edge.planning.planner import IMAGE_SIZES, TILE_LIMITS, make_plan, memory_of, predict, tile_table, tiles_of
+from internvl_edge.planning.programs import Programs, reads_whole
 from internvl_edge.planning.storage import bundle_storage
 from internvl_edge.recipe.files import read_recipe
 
@@ -165,7 +166,66 @@ def test_what_does_not_fit_is_told_what_would(published: dict[str, ModelConfig])
 
 
 def _fits(config: ModelConfig, board: Device, storage: Storage, context: int) -> bool:
-    return memory_of(Footprint(config, storage), context).total <= board.usable_memory
+    return memory_of(Footprint(config, storage), context, board.flavour).total <= board.usable_memory
+
+
+def test_scores_of_attention_count_where_it_is_not_one_kernel(published: dict[str, ModelConfig]) -> None:
+    """JetPack 6.2: heads x rows x slots of the decoder, heads x patches x patches of the tower, in 16 bits, twice."""
+    footprint = Footprint(published["8B"], RECIPES["w4a16"])
+    decoder, vision = published["8B"].decoder, published["8B"].vision
+    fused = footprint.activation_bytes(4, 512)
+    apart = footprint.activation_bytes(4, 512, slots=4096)
+    scores = 32 * 512 * (4096 + 512) * 2
+    tower = 4 * 16 * 1025**2 * 2
+    assert (decoder.num_attention_heads, vision.num_attention_heads, vision.grid_size) == (32, 16, 32)
+    assert fused < 2 * min(scores, tower)
+    assert apart > fused + 2 * min(scores, tower)
+    assert apart > footprint.activation_bytes(4, 512, slots=1024)
+    on_board, on_card = (memory_of(footprint, 4096, flavour) for flavour in ("tensorrt", "tensorrt_rtx"))
+    assert on_board.activations == apart
+    assert on_card.activations == fused
+    assert on_board.workspace == on_card.workspace
+
+
+def test_boards_have_the_memory_that_they_report(published: dict[str, ModelConfig]) -> None:
+    """An Orin Nano of 8 GiB reports 7619 MiB (see devices.toml), of which the system takes its part."""
+    board = device("orin-nano-8gb")
+    assert board.usable_memory == (7619 - 1536) * 2**20
+    assert replace(board, reported_mib=0).usable_memory == (8192 - 1536) * 2**20
+    assert replace(board, memory_gib=4).usable_memory == (4096 - 1536) * 2**20
+    for name in ("orin-nx-16gb", "agx-orin-32gb", "agx-orin-64gb"):
+        assert 0.9 * device(name).memory < device(name).reported_mib * 2**20 < device(name).memory
+
+
+def test_separate_programs_are_planned_where_they_fit(published: dict[str, ModelConfig]) -> None:
+    """Floats are held twice and integers once; an 8B in int4 has room for neither twice on a board of 8 GB."""
+    plans = {
+        (size, recipe, name): make_plan(
+            published[size], device(name), recipe, RECIPES[recipe], context=4096, max_tiles=6
+        )
+        for size, recipe, name in (
+            *(("1B", "fp16", "rtx-4060"), ("1B", "w4a16, int8 head", "rtx-4060"), ("2B", "fp16", "rtx-4050-laptop")),
+            *(("1B", "w4a16", "orin-nano-8gb"), ("8B", "w4a16, int8 head", "orin-nano-8gb")),
+        )
+    }
+    chosen = {key: plan.programs for key, plan in plans.items()}
+    assert list(chosen.values()) == [Programs.WHOLE, Programs.WHOLE, Programs.ONE, Programs.STEP, Programs.ONE]
+    floats, integers, large, *_ = plans.values()
+    assert floats.memory.programs > floats.memory.decoder
+    assert floats.build_bytes > large.build_bytes / 2 > integers.build_bytes
+    assert integers.memory.programs < 0.1 * (integers.memory.decoder + integers.memory.head)
+    assert large.fits
+    assert large.memory.programs == 0
+    assert any(advice.startswith("one program serves prompts and steps") for advice in large.advice)
+    assert large.to_dict()["programs"] == 1
+
+
+def test_a_step_reads_what_moves_fewer_bytes() -> None:
+    """Copying a window moves it three times. From a third of the cache on, reading all of it in place is less."""
+    capacity = 4096
+    moved = {window: min(3 * window, capacity) for window in range(1, capacity + 1)}
+    for window, least in moved.items():
+        assert (capacity if reads_whole(window, capacity) else 3 * window) == least
 
 
 def test_a_context_too_short_for_the_tiles_is_said(published: dict[str, ModelConfig]) -> None:
@@ -218,10 +278,14 @@ def test_plan_of_a_bundle_shows_stored_and_counted(checkpoint: Path, tmp_path: P
 
 
 def test_presets_and_recipe_files_can_be_planned(checkpoint: Path, tmp_path: Path) -> None:
-    def planned(recipe: str) -> dict[str, Any]:
-        arguments = [str(checkpoint), "--device", "orin-nano-8gb", "--recipe", recipe, "--json"]
+    def plan(recipe: str, device: str) -> dict[str, Any]:
+        arguments = [str(checkpoint), "--device", device, "--recipe", recipe, "--json"]
         result = CliRunner().invoke(command, arguments, catch_exceptions=False)
-        memory: dict[str, Any] = json.loads(result.output)["plans"][0]["memory"]
+        plan: dict[str, Any] = json.loads(result.output)["plans"][0]
+        return plan
+
+    def planned(recipe: str, device: str = "rtx-3060") -> dict[str, Any]:
+        memory: dict[str, Any] = plan(recipe, device)["memory"]
         return memory
 
     orin, floats = planned("orin"), planned("fp16")
@@ -229,7 +293,17 @@ def test_presets_and_recipe_files_can_be_planned(checkpoint: Path, tmp_path: Pat
     assert orin["vision"] < 0.8 * floats["vision"]
     own = tmp_path / "own.toml"
     own.write_text('base = "orin"\nkv_cache = "fp"\n')
-    assert planned(str(own)) == orin | {"kv_cache": floats["kv_cache"], "total": orin["total"] + orin["kv_cache"]}
+    wide = planned(str(own))
+    program = wide["programs"] - orin["programs"]  # one more, which reads the whole cache in place
+    assert program > 0
+    assert wide == orin | {
+        "kv_cache": floats["kv_cache"],
+        "programs": wide["programs"],
+        "total": orin["total"] + orin["kv_cache"] + program,
+    }
+    board = plan("orin", "orin-nano-8gb")
+    assert board["memory"]["kv_cache"] == floats["kv_cache"]
+    assert any("the int8 KV cache takes 16 bits" in advice for advice in board["advice"])
     own.write_text('base = "orin"\n[layers]\n"layers.0.*" = "w8a16"\n')
     with pytest.raises(EdgeError, match="decides layer by layer"):
         planned(str(own))

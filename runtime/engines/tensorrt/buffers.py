@@ -6,6 +6,7 @@ This module knows the CUDA wrapper (`cuda`). It does not know a model.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,9 @@ from numpy.typing import NDArray
 from .cuda import Cuda
 
 # Bytes. TensorRT requires aligned addresses, and CUDA reads vectors fastest from them.
-_ALIGNMENT = 256
+ALIGNMENT = 256
+# Which half of a 32-bit number holds its upper bits.
+_UPPER = 1 if sys.byteorder == "little" else 0
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,11 @@ class Half:
 def _pack_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     """Return the upper 16 bits of float32 values, rounded to nearest, ties to even."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
+    rounded = bits >> np.uint32(16)
+    rounded &= np.uint32(1)
+    rounded += bits
+    rounded += np.uint32(0x7FFF)
+    return rounded.view(np.uint16)[..., _UPPER::2]
 
 
 def _unpack_bfloat16(bits: NDArray[Any]) -> NDArray[np.float32]:
@@ -65,15 +72,15 @@ class Block:
         self._places: dict[str, tuple[int, int]] = {}
         end = 0
         for name, (shape, dtype) in parts.items():
-            start = -(-end // _ALIGNMENT) * _ALIGNMENT
+            start = -(-end // ALIGNMENT) * ALIGNMENT
             end = start + math.prod(shape) * np.dtype(dtype).itemsize
             self._places[name] = start, end
         self._device = cuda.device_memory(end, purpose)
-        self._host = cuda.pinned(end)
-        self._host[:] = 0
+        host = cuda.pinned(end)
+        host[:] = 0
+        self._host, self._size = host.ctypes.data, end
         self.arrays: dict[str, NDArray[Any]] = {
-            name: self._host[slice(*self._places[name])].view(dtype).reshape(shape)
-            for name, (shape, dtype) in parts.items()
+            name: host[slice(*self._places[name])].view(dtype).reshape(shape) for name, (shape, dtype) in parts.items()
         }
 
     def address(self, name: str) -> int:
@@ -82,10 +89,9 @@ class Block:
 
     def upload(self, stream: Any) -> None:
         """Start a copy of all parts to the device. The host arrays must not change until the stream has done it."""
-        self._cuda.to_device(self._device, self._host, stream)
+        self._cuda.to_device(self._device, self._host, self._size, stream)
 
     def download(self, name: str, stream: Any, size: int | None = None) -> None:
         """Start a copy of one part, or of its first `size` bytes, to the host."""
         start, end = self._places[name]
-        end = end if size is None else start + size
-        self._cuda.to_host(self._host[start:end], self._device + start, stream)
+        self._cuda.to_host(self._host + start, self._device + start, end - start if size is None else size, stream)

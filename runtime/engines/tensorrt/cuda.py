@@ -32,6 +32,9 @@ class Cuda:
 
     def __init__(self, runtime: Any = None) -> None:
         self._runtime = runtime or _import_runtime()
+        self._success = self._runtime.cudaError_t.cudaSuccess
+        kinds = self._runtime.cudaMemcpyKind
+        self._to_device, self._to_host = kinds.cudaMemcpyHostToDevice, kinds.cudaMemcpyDeviceToHost
         self._owned = ExitStack()
         count = self.call("cudaGetDeviceCount")
         if not count:
@@ -40,10 +43,10 @@ class Cuda:
 
     def call(self, function: str, *arguments: Any) -> Any:
         """Call a function by name, and return its result without the status (None if there is no result)."""
-        status, *results = getattr(self._runtime, function)(*arguments)
-        if status != self._runtime.cudaError_t.cudaSuccess:
-            raise EngineError(f"CUDA: {function} failed: {self._description(status)}")
-        return results[0] if results else None
+        results = getattr(self._runtime, function)(*arguments)
+        if results[0] != self._success:
+            raise EngineError(f"CUDA: {function} failed: {self._description(results[0])}")
+        return results[1] if len(results) > 1 else None
 
     def compute_capability(self) -> int:
         """Return the compute capability as one number: 87 for 8.7."""
@@ -76,20 +79,20 @@ class Cuda:
         self._owned.callback(self._release, "cudaStreamDestroy", stream)
         return stream
 
-    def to_device(self, target: int, source: NDArray[np.uint8], stream: Any) -> None:
-        """Start a copy of pinned bytes to the device."""
-        kind = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
-        self.call("cudaMemcpyAsync", target, source.ctypes.data, source.nbytes, kind, stream)
+    def to_device(self, target: int, source: int, size: int, stream: Any) -> None:
+        """Start a copy of `size` bytes of pinned memory to the device."""
+        self.call("cudaMemcpyAsync", target, source, size, self._to_device, stream)
 
-    def to_host(self, target: NDArray[np.uint8], source: int, stream: Any) -> None:
-        """Start a copy from the device to pinned bytes."""
-        kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        self.call("cudaMemcpyAsync", target.ctypes.data, source, target.nbytes, kind, stream)
+    def to_host(self, target: int, source: int, size: int, stream: Any) -> None:
+        """Start a copy of `size` bytes from the device to pinned memory."""
+        self.call("cudaMemcpyAsync", target, source, size, self._to_host, stream)
 
-    def within_device_rows(self, target: int, pitch: int, source: int, size: int, rows: int, stream: Any) -> None:
-        """Start a copy of `rows` contiguous rows of `size` bytes to rows `pitch` bytes apart, within the device."""
+    def within_device_rows(
+        self, target: int, pitch: int, source: int, source_pitch: int, size: int, rows: int, stream: Any
+    ) -> None:
+        """Start a copy of `rows` rows of `size` bytes within the device; a pitch is the bytes from row to row."""
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-        self.call("cudaMemcpy2DAsync", target, pitch, source, size, size, rows, kind, stream)
+        self.call("cudaMemcpy2DAsync", target, pitch, source, source_pitch, size, rows, kind, stream)
 
     def synchronise(self, stream: Any) -> None:
         """Wait until all work on a stream is done. Errors of earlier work are raised here."""
@@ -108,6 +111,16 @@ class Cuda:
             return self.call("cudaGraphInstantiate", graph, 0)
         finally:
             self._release("cudaGraphDestroy", graph)
+
+    def abandon_capture(self, stream: Any) -> None:
+        """Leave a capture that failed, whatever its state, and forget the error that CUDA has noted for it."""
+        none = self._runtime.cudaStreamCaptureStatus.cudaStreamCaptureStatusNone
+        state = self._runtime.cudaStreamIsCapturing(stream)
+        if state[0] == self._success and state[1] != none:
+            ended = self._runtime.cudaStreamEndCapture(stream)
+            if ended[0] == self._success:
+                self._release("cudaGraphDestroy", ended[1])
+        self._runtime.cudaGetLastError()
 
     def launch(self, graph: Any, stream: Any) -> None:
         """Run the recorded work."""

@@ -9,8 +9,9 @@ decodes.
 from __future__ import annotations
 
 import contextlib
-import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -19,23 +20,23 @@ from numpy.typing import NDArray
 
 from internvl_edge.base.errors import EngineError
 from internvl_edge.base.files import replacing
+from internvl_edge.base.progress import SILENT, Progress
 from internvl_edge.bundle import names
 from internvl_edge.bundle.bundle import Bundle
-from internvl_edge.model.rope import RotaryAngles
+from internvl_edge.planning.programs import reads_whole
 
 from .. import Engine
 from ..rows import CacheRows
-from ..steps import steps, steps_from
 from .buffers import HALVES, Block
 from .cuda import Cuda
 from .flavour import Flavour, load_flavour
 from .program import Context, Program
 from .record import ENGINES, EngineRecord, engine_folder, find_engines
 from .runtime_cache import NEW_ENTRIES, DeviceCache
+from .steps import DecodeGraph, PackedAngles, Step, split, step_sizes, window, windows
 
-# Attention reads the KV cache in multiples of this many slots. Each multiple is one shape, and so one CUDA graph.
-WINDOW = 512
-_log = logging.getLogger(__name__)
+# Bytes. Compiled kernels of one engine beyond this are neither saved nor loaded. Their number is bounded by the shapes.
+_LARGEST_KERNELS = 256 << 20
 
 
 class TensorRTEngine(Engine):
@@ -44,6 +45,11 @@ class TensorRTEngine(Engine):
     Args:
         opened: the bundle.
         target: name of the engines' folder; the default is the first one that fits the present GPU.
+        built: a record and the folder of its files, in place of engines that are in the bundle.
+        capacity: the most tokens in the KV cache; the default is, and the most is, what the engines were built for.
+        progress: shows the warm-up, which takes longest when TensorRT for RTX compiles kernels for this GPU for the
+            first time.
+        warm: run each shape once before the first answer needs it (see `_warm_up`).
         cuda, flavour: replacements for the installed libraries, for tests.
 
     Raises:
@@ -52,22 +58,39 @@ class TensorRTEngine(Engine):
     """
 
     def __init__(
-        self, opened: Bundle, target: str | None = None, *, cuda: Cuda | None = None, flavour: Flavour | None = None
+        self,
+        opened: Bundle,
+        target: str | None = None,
+        *,
+        built: tuple[EngineRecord, Path] | None = None,
+        capacity: int | None = None,
+        progress: Progress = SILENT,
+        warm: bool = True,
+        cuda: Cuda | None = None,
+        flavour: Flavour | None = None,
     ) -> None:
         self._cuda = cuda or Cuda()
         self._programs: list[Program] = []
         self._contexts: list[Context] = []
+        self._decoding: list[tuple[Step, DecodeGraph]] = []
         self._closed = False
         try:
-            self._open(opened, target, flavour)
+            self._open(opened, built or self._find(opened, target), capacity, flavour)
+            if warm:
+                self._warm_up(progress)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, opened: Bundle, target: str | None, flavour: Flavour | None) -> None:
-        model = opened.manifest.model
+    def _find(self, opened: Bundle, target: str | None) -> tuple[EngineRecord, Path]:
         record = find_engines(opened, self._cuda.compute_capability(), target)
-        self._folder = engine_folder(opened, record.target)
+        return record, engine_folder(opened, record.target)
+
+    def _open(
+        self, opened: Bundle, built: tuple[EngineRecord, Path], capacity: int | None, flavour: Flavour | None
+    ) -> None:
+        model = opened.manifest.model
+        record, self._folder = built
         self._flavour = flavour or load_flavour(record.flavour)
         if self._flavour.version != record.version:
             raise EngineError(
@@ -75,9 +98,21 @@ class TensorRTEngine(Engine):
                 f"{self._flavour.version}; build them again"
             )
         self._options = record.options
+        self.cache = CacheRows(record.options.capacity if capacity is None else capacity)
+        self.tiles_at_once = record.options.tiles
+        if self.cache.capacity > record.options.capacity:
+            raise EngineError(
+                f"the engines in {self._folder} hold {record.options.capacity} tokens, asked for are {capacity}; "
+                f"leave out --context, or build with --context {capacity}"
+            )
         self._decoder = model.decoder
         self._half = HALVES[record.options.dtype]
-        self._angles = RotaryAngles(model.decoder)
+        self._angles = PackedAngles(model.decoder, record.options.capacity, self._half)
+        # Where a new shape costs a compilation, prompts are padded to few sizes. Elsewhere rows of padding cost more.
+        chunk = record.options.chunk
+        compiles, kept = self._flavour.builds_anywhere, min(record.options.kept, chunk)
+        self._sizes = step_sizes(chunk) if compiles else range(1, chunk + 1)
+        self._score_sizes = [kept] if compiles else range(1, kept + 1)
         text = self._program(record, "decoder")
         self._stream = self._cuda.stream()
         self._results = Block(
@@ -88,15 +123,15 @@ class TensorRTEngine(Engine):
             },
             "logits",
         )
-        itemsize = np.dtype(opened.manifest.kv_cache or self._half.stored).itemsize
-        chunk = record.options.chunk if NEW_ENTRIES in text.outputs() else 0
-        self.cache = CacheRows(record.options.capacity)
-        self.tiles_at_once = record.options.tiles
-        self._device_cache = DeviceCache(self._cuda, model.decoder, record.options.capacity, itemsize, chunk)
+        itemsize = text.itemsize("past_key_values.0.key")  # an int8 cache of the bundle can be one of 16 bits here
+        new = chunk if NEW_ENTRIES in text.outputs() else 0
+        self._device_cache = DeviceCache(self._cuda, model.decoder, record.options.capacity, itemsize, new)
         shared = self._shared_addresses(record.options.capacity)
-        self._decode = self._step(text, 0, 1, shared)
-        self._prefill = self._step(text, text.profiles() - 1, record.options.chunk, shared)
-        self._graph = _DecodeGraph(self._cuda, self._decode, self._stream, not self._flavour.captures_itself)
+        # The programs of an engine: for one token with a part of the cache, for one token with the whole cache, and for
+        # prompts. The last one does the work of those that are not there.
+        count = text.profiles()
+        self._decoding = [self._decoder_step(text, profile, shared) for profile in range(max(1, count - 1))]
+        self._prefill = self._step(text, count - 1, chunk, kept, shared)
         self._vision = _Vision(self, self._program(record, "vision"), opened)
 
     @property
@@ -109,15 +144,18 @@ class TensorRTEngine(Engine):
         return self._vision.encode(pixels)
 
     def steps(self, length: int) -> list[int]:
-        """Return the sizes of the steps of a prompt of `length` tokens."""
-        return steps(length, (self._options.chunk,))
+        """Return the sizes of the steps of a prompt of `length` tokens, without padding.
+
+        Only the last one has padding, and the plan of what is left depends on its start and its length alone. So a
+        prompt that continues at the end of one of its steps takes the same shapes as in an empty cache.
+        """
+        return [tokens for tokens, _ in split(length, 0, self._sizes, self._options.capacity)]
 
     def prefill_steps(self, embeds: NDArray[np.float32], row: int = 0) -> Generator[None, None, NDArray[np.float32]]:
         """Append a prompt [seq, hidden] in chunks (see `Engine`)."""
         total = self.cache.room_for(len(embeds), row)
-        sizes = steps_from(self.steps(total), self.cache.length()) or self.steps(len(embeds))
-        for chunk in np.split(embeds, np.cumsum(sizes)[:-1]):
-            self._run(self._prefill, chunk, total, [len(chunk) - 1])
+        for part, rows in self._parts(embeds, self._sizes):
+            self._run(part, rows, total, np.array([len(part) - 1]))
             yield
         logits: NDArray[np.float32] = self._logits(1)[0]
         return logits
@@ -139,13 +177,13 @@ class TensorRTEngine(Engine):
 
     def score(self, embeds: NDArray[np.float32], row: int = 0) -> NDArray[np.float32]:
         """Append tokens [seq, hidden], and return the logits [seq, vocab] after each of them."""
-        total = self.cache.room_for(len(embeds))
-        rows = []
-        for start in range(0, len(embeds), self._options.kept):
-            part = embeds[start : start + self._options.kept]
-            self._run(self._prefill, part, total, list(range(len(part))))
-            rows.append(self._logits(len(part)).copy())
-        return np.concatenate(rows)
+        total = self.cache.room_for(len(embeds), row)
+        found = []
+        for part, rows in self._parts(embeds, self._score_sizes):
+            # Padding rows ask for the logits of the last token again, so that the shapes of all steps are the same.
+            self._run(part, rows, total, np.minimum(np.arange(rows), len(part) - 1))
+            found.append(self._logits(len(part)).copy())
+        return np.concatenate(found)
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Do nothing, because there is one row."""
@@ -161,7 +199,7 @@ class TensorRTEngine(Engine):
         try:
             self._keep_kernels()
         finally:
-            if graph := getattr(self, "_graph", None):
+            for _, graph in self._decoding:
                 graph.close()
             for context in self._contexts:
                 context.close()
@@ -182,23 +220,69 @@ class TensorRTEngine(Engine):
             self.close()
 
     def _decode_one(self, embed: NDArray[np.float32]) -> None:
+        start = self.cache.length()
         total = self.cache.room_for(1)
-        self._decode.fill(embed[None], self.cache.length(), total, [0])
-        self._graph.run(self._decode.shapes(1, 1, self._window(total)))
-        self._device_cache.store(self.cache.length(), 1, self._stream)
+        program, slots = self._program_for(total)
+        step, graph = self._decoding[program]
+        step.fill_one(embed, start)
+        graph.run(slots)
+        self._device_cache.store(start, 1, 1, self._stream)
         self._cuda.synchronise(self._stream)
         self.cache.append(1)
 
-    def _run(self, step: _Step, embeds: NDArray[np.float32], total: int, kept: list[int]) -> None:
-        step.fill(embeds, self.cache.length(), total, kept)
-        step.context.reshape(step.shapes(len(embeds), len(kept), self._window(self.cache.length() + len(embeds))))
+    def _program_for(self, total: int) -> tuple[int, int]:
+        """Return which program computes the last of `total` tokens, and how many slots of the cache it reads."""
+        slots = window(total, self._options.capacity)
+        whole = len(self._decoding) > 1 and reads_whole(slots, self._options.capacity)
+        return (1, self._options.capacity) if whole else (0, slots)
+
+    def _parts(self, embeds: NDArray[np.float32], sizes: Sequence[int]) -> Iterator[tuple[NDArray[np.float32], int]]:
+        """Yield the tokens of each step, and its rows with padding."""
+        start = 0
+        for tokens, rows in split(len(embeds), self.cache.length(), sizes, self._options.capacity):
+            yield embeds[start : start + tokens], rows
+            start += tokens
+
+    def _run(self, embeds: NDArray[np.float32], rows: int, total: int, kept: NDArray[np.int64]) -> None:
+        step, start = self._prefill, self.cache.length()
+        step.fill(embeds, rows, start, total, kept)
+        step.reshape(rows, len(kept), window(start + rows, self._options.capacity))
         step.enqueue(self._stream)
-        self._device_cache.store(self.cache.length(), len(embeds), self._stream)
+        self._device_cache.store(start, len(embeds), rows, self._stream)
         self._cuda.synchronise(self._stream)  # the next step fills the host block again
         self.cache.append(len(embeds))
 
-    def _window(self, used: int) -> int:
-        return min(-(-used // WINDOW) * WINDOW, self.cache.capacity)
+    def _warm_up(self, progress: Progress) -> None:
+        """Run shapes once that would otherwise be slow in the first answer, and leave the cache empty.
+
+        TensorRT for RTX compiles kernels for a shape when it first occurs. All shapes of decode steps and tiles are
+        run, which are compiled before they run, and each size of prompt steps, which are compiled in the background.
+        TensorRT has nothing to compile, but loads its kernels with the first run: one shape of each kind is run.
+        """
+        compiles, capacity = self._flavour.builds_anywhere, self._options.capacity
+        lengths = [1, *(slots + 1 for slots in windows(capacity) if slots < self.cache.capacity)]
+        lengths = list({self._program_for(length): length for length in lengths}.values())  # one for each shape
+        tiles, sizes = range(1, self._options.tiles + 1), step_sizes(self._options.chunk)
+        if not compiles:
+            tiles, lengths, sizes = tiles[:1], lengths[:1], sizes[:1]
+        runs: list[Callable[[], object]] = [partial(self._vision.warm_up, count) for count in tiles]
+        runs += [partial(self._warm_up_decode, length) for length in lengths]
+        runs += [partial(self._warm_up_prompt, size) for size in sizes]
+        label = "compiling kernels for this GPU" if compiles and not self._has_kernels() else "warming up"
+        with progress.phase(label, len(runs), "shapes") as step:
+            for run in runs:
+                run()
+                step(1)
+        self.cache.reset()
+
+    def _warm_up_decode(self, length: int) -> None:
+        self.cache.reset()
+        self.cache.append(length - 1)
+        self._decode_one(np.zeros(self._decoder.hidden_size, np.float32))
+
+    def _warm_up_prompt(self, size: int) -> None:
+        self.cache.reset()
+        self._run(np.zeros((size, self._decoder.hidden_size), np.float32), size, size, np.array([size - 1]))
 
     def _logits(self, count: int) -> NDArray[np.float32]:
         logits = self._results.arrays["logits"]
@@ -209,22 +293,33 @@ class TensorRTEngine(Engine):
 
     def _program(self, record: EngineRecord, graph: str) -> Program:
         path = self._folder / ENGINES[graph]
-        kept = self._folder / names.RUNTIME_CACHES[graph]
-        data = kept.read_bytes() if kept.is_file() else b""
-        program = Program(self._flavour, self._cuda, path, record.files[path.name]["sha256"], data)
+        program = Program(self._flavour, self._cuda, path, record.files[path.name]["sha256"], self._kernels(graph))
         self._programs.append(program)
         return program
 
-    def _step(self, program: Program, profile: int, rows: int, shared: dict[str, int]) -> _Step:
-        step = _Step(self, self._context(program, profile, self._stream, repeats=rows == 1), rows)
+    def _kernels(self, graph: str) -> bytes:
+        """Return the kernels of an earlier start, b"" for none."""
+        path = self._folder / names.RUNTIME_CACHES[graph]
+        return path.read_bytes() if path.is_file() and path.stat().st_size <= _LARGEST_KERNELS else b""
+
+    def _has_kernels(self) -> bool:
+        return all((self._folder / name).is_file() for name in names.RUNTIME_CACHES.values())
+
+    def _decoder_step(self, program: Program, profile: int, shared: dict[str, int]) -> tuple[Step, DecodeGraph]:
+        step = self._step(program, profile, 1, 1, shared)
+        return step, DecodeGraph(self._cuda, step, self._stream, not self._flavour.captures_itself)
+
+    def _step(self, program: Program, profile: int, rows: int, kept: int, shared: dict[str, int]) -> Step:
+        context = self._context(program, profile, self._stream, repeats=rows == 1, eager=rows == 1)
+        step = Step(self._cuda, context, self._decoder, self._half, self._angles, rows, kept, self._results)
         addresses = shared | step.addresses()
         if missing := (program.inputs().keys() | program.outputs().keys()) ^ addresses.keys():
             raise EngineError(f"{ENGINES['decoder']} does not have the expected {sorted(missing)[0]}; build it again")
         step.context.bind(addresses)
         return step
 
-    def _context(self, program: Program, profile: int, stream: Any, repeats: bool) -> Context:
-        context = program.context(profile, stream, repeats)
+    def _context(self, program: Program, profile: int, stream: Any, *, repeats: bool, eager: bool) -> Context:
+        context = program.context(profile, stream, repeats=repeats, eager=eager)
         self._contexts.append(context)
         return context
 
@@ -238,103 +333,17 @@ class TensorRTEngine(Engine):
         return {"slots": slots.address("slots")} | results | self._device_cache.addresses()
 
     def _keep_kernels(self) -> None:
-        """Save the compiled kernels. A write error is ignored, because it only makes the next start slower."""
+        """Save the compiled kernels. A write error is ignored, because it only makes the next start slower.
+
+        Too many kernels are not saved; the next start then begins with those that were saved before.
+        """
         for program, graph in zip(self._programs, ("decoder", "vision"), strict=False):
             data = program.cache_bytes()
             path = self._folder / names.RUNTIME_CACHES[graph]
             with contextlib.suppress(OSError):
-                if data and not (path.is_file() and path.read_bytes() == data):
+                if 0 < len(data) <= _LARGEST_KERNELS and not (path.is_file() and path.read_bytes() == data):
                     with replacing(path) as temporary:
                         temporary.write_bytes(data)
-
-
-class _Step:
-    """The inputs of a step of up to `rows` tokens, and the execution context that computes it."""
-
-    def __init__(self, engine: TensorRTEngine, context: Context, rows: int) -> None:
-        decoder, half = engine._decoder, engine._half
-        self.context = context
-        self._engine = engine
-        half_head = decoder.head_dim // 2
-        self._widths = {"inputs_embeds": decoder.hidden_size, "cos": half_head, "sin": half_head}
-        parts: dict[str, tuple[tuple[int, ...], Any]] = {"past_length": ((1,), np.int64), "kept": ((rows,), np.int64)}
-        parts |= {name: ((rows, width), half.stored) for name, width in self._widths.items()}
-        self._block = Block(engine._cuda, parts, "inputs of the decoder")
-
-    def addresses(self) -> dict[str, int]:
-        """Return the addresses of this step's own inputs."""
-        return {name: self._block.address(name) for name in self._block.arrays}
-
-    def fill(self, embeds: NDArray[np.float32], start: int, total: int, kept: list[int]) -> None:
-        """Write the inputs of tokens [rows, hidden] at the positions from `start` on, in a sequence of `total` tokens.
-
-        `kept` are the indices of the tokens that get logits.
-        """
-        arrays, pack = self._block.arrays, self._engine._half.pack
-        cos, sin = self._engine._angles.at(start, len(embeds), total)
-        for name, values in (("inputs_embeds", embeds), ("cos", cos), ("sin", sin)):
-            arrays[name][: len(embeds)] = pack(values)
-        arrays["past_length"][0] = start
-        arrays["kept"][: len(kept)] = kept
-
-    def shapes(self, rows: int, kept: int, window: int) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the inputs whose shape varies."""
-        return {name: (1, rows, width) for name, width in self._widths.items()} | {"kept": (kept,), "slots": (window,)}
-
-    def enqueue(self, stream: Any) -> None:
-        """Start the copy of the inputs to the device, the computation, and the copy of the token ids to the host."""
-        self._block.upload(stream)
-        self.context.enqueue(stream)
-        self._engine._results.download("token", stream)
-
-
-class _DecodeGraph:
-    """The CUDA graph of a decode step.
-
-    It is captured when a shape occurs for the second time, because TensorRT prepares itself in the first run.
-    """
-
-    def __init__(self, cuda: Cuda, step: _Step, stream: Any, captures: bool) -> None:
-        self._cuda = cuda
-        self._step = step
-        self._stream = stream
-        self._captures = captures
-        self._shapes: dict[str, tuple[int, ...]] | None = None
-        self._graph: Any = None
-
-    def run(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Start one step with these input shapes."""
-        if shapes != self._shapes:
-            self.close()
-            self._step.context.reshape(shapes)
-            self._step.enqueue(self._stream)
-            self._shapes = shapes
-            return
-        if self._captures and self._graph is None:
-            self._capture()
-        if self._graph is None:
-            self._step.enqueue(self._stream)
-        else:
-            self._cuda.launch(self._graph, self._stream)
-
-    def close(self) -> None:
-        """Release the graph."""
-        if self._graph is not None:
-            self._cuda.destroy_graph(self._graph)
-            self._graph = None
-
-    def _capture(self) -> None:
-        """Capture the graph. If that fails, log it once; later steps launch their kernels one by one, more slowly."""
-        self._cuda.begin_capture(self._stream)
-        try:
-            self._step.enqueue(self._stream)
-        except EngineError as error:
-            self._captures = False
-            with contextlib.suppress(EngineError):
-                self._cuda.destroy_graph(self._cuda.end_capture(self._stream))
-            _log.warning("decoding without a CUDA graph: %s", error)
-            return
-        self._graph = self._cuda.end_capture(self._stream)
 
 
 class _Vision:
@@ -349,7 +358,7 @@ class _Vision:
         self._pixels = Block(self._cuda, {"pixels": ((tiles, *self._shape), np.uint8)}, "tiles")
         shape = (tiles, model.tokens_per_tile, model.decoder.hidden_size)
         self._embeds = Block(self._cuda, {"image_embeds": (shape, self._half.stored)}, "image tokens")
-        self._context = engine._context(program, 0, self._stream, repeats=False)
+        self._context = engine._context(program, 0, self._stream, repeats=False, eager=True)
         self._context.bind(
             {"pixels": self._pixels.address("pixels"), "image_embeds": self._embeds.address("image_embeds")}
         )
@@ -369,3 +378,7 @@ class _Vision:
             self._cuda.synchronise(self._stream)
             parts.append(self._half.unpack(self._embeds.arrays["image_embeds"][: len(part)]))
         return np.concatenate(parts)
+
+    def warm_up(self, tiles: int) -> None:
+        """Encode this many black tiles."""
+        self.encode(np.zeros((tiles, *self._shape), np.uint8))

@@ -5,19 +5,20 @@ This module knows their Python interfaces. It does not know a bundle or a model.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-import re
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from internvl_edge.base.errors import EngineError
 from internvl_edge.base.extras import install
+from internvl_edge.planning.versions import COMPILER_SETTINGS, Version, compiler_settings, has_new_layers, numbers
 
 _OLDEST = {"tensorrt": (10, 3), "tensorrt_rtx": (1, 7)}
-# The first versions with layers for attention (10.14), and for rotary embedding and the cache update (10.15), from the
-# release notes.
-_ATTENTION = {"tensorrt": (10, 15), "tensorrt_rtx": (1, 7)}
 _INSTALL = {
     "tensorrt": "it comes with JetPack 6.2 or newer (make the environment with --system-site-packages)",
     "tensorrt_rtx": install("rtx"),
@@ -47,7 +48,12 @@ class Flavour:
     @property
     def has_attention(self) -> bool:
         """Whether it has layers for attention, rotary embedding and the KV cache. If not, graphs are decomposed."""
-        return _numbers(self.version) >= _ATTENTION[self.name]
+        return has_new_layers(self.name, self.release)
+
+    @property
+    def release(self) -> Version:
+        """Major and minor version."""
+        return numbers(self.version)
 
     def network(self, builder: Any) -> Any:
         """Return an empty, strongly typed network: its types are those of the graph. Version 11 has no other kind."""
@@ -104,10 +110,12 @@ class Flavour:
         data = None if cache is None else cache.serialize()
         return b"" if data is None else bytes(data)
 
-    def context(self, engine: Any, cache: Any, repeats: bool) -> Any:
+    def context(self, engine: Any, cache: Any, repeats: bool, eager: bool = False) -> Any:
         """Return an execution context without its own memory, or None where the library fails.
 
-        `repeats` says that the same shapes occur many times. TensorRT for RTX then keeps a CUDA graph of them.
+        `repeats` says that the same shapes occur many times. TensorRT for RTX then keeps a CUDA graph of them. With
+        `eager`, it compiles the kernels of a new shape before it runs it; without, it compiles them in the background
+        and uses slower kernels for any shape meanwhile.
         """
         owned = self.api.ExecutionContextAllocationStrategy.USER_MANAGED
         if not self.builds_anywhere:
@@ -116,6 +124,8 @@ class Flavour:
         config.set_execution_context_allocation_strategy(owned)
         if cache is not None:
             config.set_runtime_cache(cache)
+        strategies = self.api.DynamicShapesKernelSpecializationStrategy
+        config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER if eager else strategies.LAZY
         if repeats:
             config.cuda_graph_strategy = self.api.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         return engine.create_execution_context(config)
@@ -135,24 +145,58 @@ class Flavour:
 def load_flavour(name: str) -> Flavour:
     """Import a TensorRT by the name of its module.
 
+    The settings that avoid its known miscompilations are in the environment before it is loaded.
+
     Raises:
         EngineError: it is not installed, cannot be loaded, or is too old for the graphs.
     """
+    if installed := _installed_version(name):
+        avoid_miscompilations(name, numbers(installed))
     try:
         api: Any = importlib.import_module(name)
     except ImportError as error:
         raise EngineError(f"{name} cannot be imported ({error}): {_INSTALL[name]}") from None
     except OSError as error:  # the shared library is missing or cannot be loaded here
         raise EngineError(f"{name} cannot be loaded ({error}): {_INSTALL[name]}") from None
-    if _numbers(str(api.__version__)) < _OLDEST[name]:
+    avoid_miscompilations(name, numbers(str(api.__version__)))  # where the version was not known before
+    if numbers(str(api.__version__)) < _OLDEST[name]:
         wanted = ".".join(map(str, _OLDEST[name]))
         raise EngineError(f"{name} {api.__version__} is too old for these graphs, {wanted} is needed: {_INSTALL[name]}")
     return Flavour(name, api, make_log(api))
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    """Return major and minor version."""
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+def avoid_miscompilations(name: str, version: Version) -> None:
+    """Add the settings for a version's known miscompilations to the environment. Settings of the user stay."""
+    _add_settings(compiler_settings(name, version))
+
+
+def _add_settings(wanted: tuple[str, ...]) -> None:
+    settings = os.environ.get(COMPILER_SETTINGS, "").split()
+    chosen = {setting.partition("=")[0] for setting in settings}
+    if added := [setting for setting in wanted if setting.partition("=")[0] not in chosen]:
+        os.environ[COMPILER_SETTINGS] = " ".join([*settings, *added])
+
+
+@contextlib.contextmanager
+def compiler(settings: tuple[str, ...]) -> Iterator[None]:
+    """Add settings to the environment, which the compiler reads when a build starts, and remove them on exit."""
+    before = os.environ.get(COMPILER_SETTINGS)
+    _add_settings(settings)
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(COMPILER_SETTINGS, None)
+        else:
+            os.environ[COMPILER_SETTINGS] = before
+
+
+def _installed_version(module: str) -> str | None:
+    """Return the version of the installed package that holds a module, None where no package names it."""
+    for package in metadata.packages_distributions().get(module, []):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return metadata.version(package)
+    return None
 
 
 def make_log(api: Any) -> Any:

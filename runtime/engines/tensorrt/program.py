@@ -53,19 +53,23 @@ class Program:
         """Return the names and shapes of the outputs; a dimension that varies is -1."""
         return self._tensors(self._flavour.api.TensorIOMode.OUTPUT)
 
+    def itemsize(self, name: str) -> int:
+        """Return the bytes of one value of an input or output."""
+        return int(self._engine.get_tensor_dtype(name).itemsize)
+
     def profiles(self) -> int:
         """Return the number of optimisation profiles."""
         return int(self._engine.num_optimization_profiles)
 
-    def context(self, profile: int, stream: Any, repeats: bool) -> Context:
-        """Return a context for one profile.
+    def context(self, profile: int, stream: Any, *, repeats: bool = False, eager: bool = False) -> Context:
+        """Return a context for one profile. `repeats` and `eager` are those of `Flavour.context`.
 
         All contexts of a program share one piece of memory, so they must run on one stream.
         """
         size = self._flavour.context_bytes(self._engine)
         if self._memory is None and size:
             self._memory = self._cuda.device_memory(size, f"intermediate results of {self._path.name}")
-        context = self._flavour.context(self._engine, self._cache, repeats)
+        context = self._flavour.context(self._engine, self._cache, repeats, eager)
         if context is None:
             raise EngineError(f"{self._path.name}: no execution context: {last_error(self._flavour.log)}")
         if self._memory is not None:

@@ -21,6 +21,7 @@ from internvl_edge.bundle import names
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.bundle.manifest import FileEntry
 from internvl_edge.model.limits import LARGEST
+from internvl_edge.planning.programs import Programs
 
 RECORD = names.ENGINE_RECORD
 ENGINES = {"vision": "vision.engine", "decoder": "decoder.engine"}
@@ -41,7 +42,7 @@ class BuildOptions:
         chunk: the most prompt tokens per prefill step.
         kept: the most positions of one step that get logits, to verify guessed tokens.
         tiles: the most tiles that are encoded together.
-        profiles: 1, or 2, of which one is for single tokens. Two profiles hold 16-bit weights twice.
+        profiles: the number of the decoder's programs, a value of `Programs`.
     """
 
     dtype: str
@@ -64,6 +65,7 @@ class EngineRecord:
         inputs: SHA-256 of the bundle's files that it was built from, by name.
         files: the files of the folder, name -> {"bytes", "sha256"}.
         figures: seconds, peak_rss (bytes) and layers of each engine, for information.
+        check: what `self_check.check_engines` found on the device, for information.
     """
 
     target: str
@@ -74,10 +76,11 @@ class EngineRecord:
     inputs: dict[str, str]
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     figures: dict[str, dict[str, float]] = field(default_factory=dict)
+    check: dict[str, Any] = field(default_factory=dict)
 
     def same_build(self, other: EngineRecord) -> bool:
         """Return whether both records have the same inputs, options, target and TensorRT."""
-        ignored = {"files", "figures"}
+        ignored = {"files", "figures", "check"}
         mine, theirs = ({k: v for k, v in asdict(record).items() if k not in ignored} for record in (self, other))
         return mine == theirs
 
@@ -136,7 +139,7 @@ def _require_possible(record: EngineRecord) -> None:
         raise ValueError(f"compute_capabilities is {shown(record.compute_capabilities)}, expected numbers like 86")
     largest = LARGEST["max_position_embeddings"]
     for name, size in asdict(record.options).items():
-        if name != "dtype" and not 1 <= size <= (2 if name == "profiles" else largest):
+        if name != "dtype" and not 1 <= size <= (len(Programs) if name == "profiles" else largest):
             raise ValueError(f"options.{name} is {size}, expected a number from 1 to {largest}")
 
 
@@ -183,6 +186,11 @@ def find_engines(opened: Bundle, sm: int, target: str | None = None) -> EngineRe
     raise EngineError(
         f"the engines {suitable[0].target} in {opened.folder} were built from other files; build them again"
     )
+
+
+def engine_names(opened: Bundle) -> list[str]:
+    """Return the names of the folders of engines in a bundle, whatever their state."""
+    return [folder.name for folder in engine_folders(opened)]
 
 
 def engine_folders(opened: Bundle, target: str | None = None) -> list[Path]:

@@ -23,7 +23,9 @@ from internvl_edge import export_bundle
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.planning.devices import Devices
+from internvl_edge.planning.programs import Programs
 from internvl_edge.runtime.engines.tensorrt.build.bundle_engines import headers, options_for, profiles
+from internvl_edge.runtime.engines.tensorrt.build.compiled import compiled_programs
 from internvl_edge.runtime.engines.tensorrt.build.engine import Build, Built, build_engine
 from internvl_edge.runtime.engines.tensorrt.build.network import parsed_network
 from internvl_edge.runtime.engines.tensorrt.flavour import load_flavour
@@ -59,10 +61,15 @@ def quantized(checkpoint: Path, *options: str) -> Path:
     return out
 
 
-def built(checkpoint: Path, folder: Path, graph: str) -> tuple[Built, Counter[str], Counter[str]]:
-    """One engine of a checkpoint for all three generations: figures, layers, and the types that are dequantized."""
+def built(
+    checkpoint: Path, folder: Path, graph: str, programs: Programs = Programs.ONE
+) -> tuple[Built, Counter[str], Counter[str]]:
+    """One engine of a checkpoint for all three generations: figures, layers, and the types that are dequantized.
+
+    The engine file stays in the folder.
+    """
     bundle = Bundle.open(export_bundle(checkpoint, folder / "bundle", "float16", dialects=["standard"]))
-    options = options_for(RTX)
+    options = options_for(RTX, profiles=int(programs))
     header, path = headers(bundle, options)[graph]
     flavour = load_flavour("tensorrt_rtx")
     with parsed_network(flavour, header, path) as (_, network):
@@ -96,13 +103,22 @@ def weight_bytes(checkpoint: Path) -> dict[str, int]:
 def test_int4_decoder(checkpoint: Path, tmp_path: Path, form: str) -> None:
     symmetric = ["--symmetric", "--lm-head", "int8"] if form == "symmetric" else []
     folder = quantized(checkpoint, "--scheme", "w4a16-rtn", *symmetric)
-    made, kinds, stored = built(folder, tmp_path, "decoder")
+    made, kinds, stored = built(folder, tmp_path, "decoder", Programs.WHOLE)
     shutil.rmtree(folder)
     assert kinds["ATTENTION_OUTPUT"] == LAYERS
     corrections = 0 if symmetric else PRODUCTS - 1
     assert kinds["MATRIX_MULTIPLY"] == PRODUCTS + corrections
     assert stored == ({"INT4": PRODUCTS - 1, "INT8": 1} if symmetric else {"INT4": PRODUCTS - 1})
-    assert made.bytes < (0.36e9 if symmetric else 0.50e9)
+    assert made.bytes < (0.40e9 if symmetric else 0.55e9)
+    step, whole, prompt = compiled_programs(tmp_path / "engine")
+    for program in (step, whole, prompt):
+        assert sum(kernel.attends for kernel in program.kernels) == LAYERS
+        assert program.unpacked == ()
+    assert len(whole.kernels) < (12 if symmetric else 20) * LAYERS
+    assert not whole.cache_rewrites
+    assert len(step.cache_rewrites) == len(prompt.cache_rewrites) == 2 * LAYERS
+    assert step.summary()["cache_transposes"] == 0
+    assert whole.scratch < 0.1e9  # a head of floats in memory would be 0.27e9
 
 
 def test_int8_vision(checkpoint: Path, tmp_path: Path) -> None:

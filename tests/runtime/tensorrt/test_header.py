@@ -13,11 +13,13 @@ import onnxruntime
 import pytest
 
 from helpers import tiny
+from helpers.kv_scales import write_scales
 from helpers.tiny_quantized import write_quantized
 from internvl_edge import export_bundle
 from internvl_edge.base.errors import BundleError
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.export import DTYPES, exporter
+from internvl_edge.model.linear import Scheme
 from internvl_edge.model.rope import RotaryAngles
 from internvl_edge.runtime.engines import onnxruntime as engine_module
 from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
@@ -132,6 +134,77 @@ def test_quantized_decoders_keep_their_correction(tmp_path: Path, monkeypatch: p
     _assert_same_numbers(bundle, 0.03)
 
 
+@pytest.mark.parametrize("scheme", [Scheme(8, None, True), Scheme(4, 32, True), Scheme(4, 32, False)], ids=str)
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_a_quantized_head_with_an_odd_vocabulary_gets_columns_and_loses_them_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: Scheme, decomposed: bool
+) -> None:
+    plain = tiny.write_checkpoint(tmp_path / "plain", text="internlm2")
+    choices = {"method": "compressed-tensors", "body": Scheme(4, 32, True), "head": scheme}
+    checkpoint, _ = write_quantized(plain, tmp_path / "checkpoint", **choices)
+    bundle = Bundle.open(export_bundle(checkpoint, tmp_path / "bundle", "float16"))
+    vocabulary = bundle.manifest.model.decoder.vocab_size
+    assert vocabulary % 2
+    for dtype in ("float16", "bfloat16"):
+        graph = ir.from_proto(onnx.load_from_string(tailored(bundle, dtype, decomposed)[1])).graph
+        columns = {
+            value.shape[-1]
+            for node in graph
+            if node.op_type == "DequantizeLinear"
+            for value in node.inputs[:2]
+            if value is not None and value.shape is not None and value.shape.rank()
+        }
+        assert all(isinstance(count, int) and count % 2 == 0 for count in columns)
+        assert -(-vocabulary // 16) * 16 in columns
+        assert next(value for value in graph.outputs if value.name == "logits").shape[-1] == vocabulary  # type: ignore[index]
+    monkeypatch.setitem(engine_module._CONFIG, *EXACT)
+    _assert_same_numbers(bundle, 0.03, decomposed)
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_an_int8_cache_in_sixteen_bits_is_nearer_to_the_model_without_rounding(
+    tmp_path: Path, decomposed: bool
+) -> None:
+    checkpoint = tiny.write_checkpoint(tmp_path / "checkpoint")
+    exact = Bundle.open(export_bundle(checkpoint, tmp_path / "exact", "float16"))
+    write_scales(checkpoint)
+    bundle = Bundle.open(export_bundle(checkpoint, tmp_path / "bundle", "float16"))
+    made = headers(bundle, BuildOptions("float16", capacity=CAPACITY), decomposed, wide_cache=True)
+    embeds = np.random.default_rng(5).standard_normal((12, bundle.manifest.model.decoder.hidden_size))
+    embeds = (0.6 * embeds).astype(np.float32)
+    expected = OnnxRuntimeEngine(exact, dialect="standard", capacity=CAPACITY).score(embeds)
+    rounded = OnnxRuntimeEngine(bundle, dialect="standard", capacity=CAPACITY).score(embeds)
+    steps = Steps(bundle, made["decoder"][0])
+    first, _ = steps.run(embeds[:7], 7, list(range(7)))
+    second, _ = steps.run(embeds[7:], CAPACITY, list(range(5)))
+    error = np.abs(np.concatenate([first, second]) - expected).max()
+    assert error < 0.03 * expected.std()
+    assert error < 0.5 * np.abs(rounded - expected).max()
+
+
+def test_the_token_is_chosen_from_logits_of_a_float16_product(tmp_path: Path) -> None:
+    """The token is chosen from float32 logits of a float16 product, whatever the layers compute in."""
+    bundle = opened(tmp_path, "float32")
+    graph = ir.from_proto(onnx.load_from_string(tailored(bundle, "bfloat16")[1])).graph
+    token = next(value for value in graph.outputs if value.name == "token").producer()
+    assert token is not None
+    logits = token.inputs[0]
+    assert logits is not None
+    assert (logits.name, logits.dtype) == ("logits", ir.DataType.FLOAT)
+    narrow = logits.producer()
+    assert narrow is not None
+    product = narrow.inputs[0].producer()  # type: ignore[union-attr]
+    assert product is not None
+    assert product.op_type == "MatMul"
+    hidden, weights = product.inputs
+    cast = hidden.producer() if hidden is not None else None
+    assert cast is not None
+    assert cast.op_type == "Cast"
+    assert cast.attributes["to"].as_int() == int(ir.DataType.FLOAT16)
+    assert weights is not None
+    assert weights.dtype == ir.DataType.FLOAT16
+
+
 def _assert_same_numbers(bundle: Bundle, tolerance: float, decomposed: bool = False) -> None:
     """Vision and eight decoder steps, a prompt in two chunks included, in shares of the standard deviation."""
     vision, decoder = tailored(bundle, "float16", decomposed)
@@ -169,7 +242,15 @@ def test_only_sums_norms_and_logits_are_float32(
         assert outputs.pop("logits", ir.DataType.FLOAT) == ir.DataType.FLOAT
         assert outputs.pop("token", ir.DataType.INT64) == ir.DataType.INT64
         assert set(outputs.values()) == {wanted}
-        casts = [node.attributes["to"].as_int() for node in graph if node.op_type == "Cast"]
+        half = [node for node in graph if node.op_type == "Cast" and node.attributes["to"].as_int() == 10]
+        if dtype == "bfloat16":  # bytes become float16 first, and the head computes in it
+            first, *others = half
+            source = first.inputs[0]
+            assert source is not None
+            maker = source.producer()
+            assert source.name == "pixels" or (maker is not None and maker.op_type == "RMSNormalization")
+            assert all(cast.inputs[0] is not None and cast.inputs[0].is_initializer() for cast in others)
+        casts = [node.attributes["to"].as_int() for node in graph if node.op_type == "Cast" and node not in half]
         assert set(casts) <= {int(wanted), int(ir.DataType.FLOAT)}
         assert casts.count(int(ir.DataType.FLOAT)) <= 1  # the logits
         stored = {value.const_value.dtype for value in graph.initializers.values() if value.const_value is not None}

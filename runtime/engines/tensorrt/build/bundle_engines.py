@@ -12,13 +12,6 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-from internvl_edge.bundle import names
-from internvl_edge.bundle.bundle import Bundle, sha256
-from internvl_edge.bundle.contents import engine_files
-from internvl_edge.model.config import ModelConfig
-from internvl_edge.model.context import checked_context
-from internvl_edge.model.preprocess import MAX_TILES
-from internvl_edge.planning.devices import Target
 from internvl_edge.base.errors import EngineError
 from internvl_edge.base.extras import requires
 from internvl_edge.base.files import readable_disk_errors
@@ -26,17 +19,39 @@ from internvl_edge.base.folders import new_folder
 from internvl_edge.base.machine import memory
 from internvl_edge.base.progress import Progress, as_progress
 from internvl_edge.base.replaceable import require_replaceable
+from internvl_edge.bundle import names
+from internvl_edge.bundle.bundle import Bundle, sha256
+from internvl_edge.bundle.contents import engine_files
+from internvl_edge.model.config import ModelConfig
+from internvl_edge.model.context import checked_context
+from internvl_edge.model.preprocess import MAX_TILES
+from internvl_edge.planning.devices import Target
+from internvl_edge.planning.footprint import Footprint
+from internvl_edge.planning.planner import WIDE_CACHE, build_bytes, choose_programs, slow_steps, stored_on
+from internvl_edge.planning.programs import Programs
+from internvl_edge.planning.storage import bundle_storage
+from internvl_edge.planning.versions import compiler_settings, keeps_int8_cache, reads_decomposable
 
-from ..flavour import Flavour, load_flavour
+from ..flavour import Flavour, compiler, load_flavour
 from ..record import ENGINES, TIMING_CACHE, BuildOptions, EngineRecord, engine_folder, graph_inputs
-from internvl_edge.planning.footprint import builder_bytes
-from .engine import Build, Built, Profile, build_engine, interruptible
+from ..self_check import check_engines
+from .engine import Build, Built, Profile, Shape, build_engine, interruptible
+from .operators import require_operators
 
 _ADVICE = "build for another --device"
+# The most logits of a step of one token. It needs one. But where TensorRT for RTX 1.7 knows that there is only one, it
+# dequantizes an int8 head in memory, for each token.
+_KEPT_BY_A_STEP = 2
 
 
 def build_engines(
-    opened: Bundle, target: Target, options: BuildOptions, *, force: bool = False, progress: bool | Progress = False
+    opened: Bundle,
+    target: Target,
+    options: BuildOptions,
+    *,
+    force: bool = False,
+    progress: bool | Progress = False,
+    check: bool = True,
 ) -> tuple[EngineRecord, bool]:
     """Build a bundle's engines for a target, unless the same build exists already.
 
@@ -46,12 +61,14 @@ def build_engines(
         options: sizes that are fixed in engines.
         force: build again even if the same build exists.
         progress: show the progress on standard error.
+        check: compare the engines with ONNX Runtime where the present GPU can run them (see `self_check`).
 
     Returns:
         The record of the engines in the folder, and whether this call built them.
 
     Raises:
-        EngineError: TensorRT is missing, is too old or refuses a graph; another device is needed; or sizes do not fit.
+        EngineError: TensorRT is missing, is too old or refuses a graph; another device is needed; sizes do not fit; or
+            the engines compute something else than ONNX Runtime. No new engines are left then.
     """
     _check_options(opened.manifest.model, target, options)
     _check_graphs(opened)
@@ -62,10 +79,10 @@ def build_engines(
         return present, False
     if not flavour.builds_anywhere:
         _check_device(target)
-    _check_memory(opened)
+    _check_memory(opened, target, options)
     permit = partial(require_replaceable, folder, True, "a folder of engines", engine_files, _ADVICE)
     progress = as_progress(progress)
-    progress.expect(len(ENGINES))
+    progress.expect(len(ENGINES) + check)
     refusals = readable_disk_errors(folder, "make room", "check its rights", EngineError)
     with refusals, new_folder(folder, permit, _ADVICE) as made, interruptible() as stop:
         if (folder / TIMING_CACHE).is_file():
@@ -79,15 +96,33 @@ def build_engines(
                 for graph, done in built.items()
             },
         )
+        if check:
+            with progress.phase("comparing the engines with ONNX Runtime"):
+                record = replace(record, check=check_engines(opened, record, made, progress=progress))
+        if stop.is_set():
+            raise KeyboardInterrupt
         record.write(made)
     return record, True
 
 
-def headers(opened: Bundle, options: BuildOptions, decomposed: bool = False) -> dict[str, tuple[bytes, Path]]:
+def headers(
+    opened: Bundle,
+    options: BuildOptions,
+    decomposed: bool = False,
+    *,
+    decomposable: bool = False,
+    wide_cache: bool = False,
+) -> dict[str, tuple[bytes, Path]]:
     """Return the ONNX header of each graph for TensorRT, and the path of the bundle's graph.
 
-    A header is an ONNX model without its large weights, which stay in files beside the bundle's graph. `decomposed` is
-    for a TensorRT without layers for attention, rotary embedding and the KV cache (before 10.15).
+    A header is an ONNX model without its large weights, which stay in files beside the bundle's graph.
+
+    Args:
+        opened: the bundle.
+        options: the sizes and the type of the engines.
+        decomposed: for a TensorRT without layers for attention, rotary embedding and the KV cache (before 10.15).
+        decomposable: for a TensorRT that has such layers, but not one kernel for each shape of attention.
+        wide_cache: keep an int8 KV cache in 16 bits.
 
     Raises:
         EngineError: onnx-ir is not installed.
@@ -102,34 +137,45 @@ def headers(opened: Bundle, options: BuildOptions, decomposed: bool = False) -> 
     vision_heads = Heads(tower.num_attention_heads, tower.num_attention_heads, width) if decomposed else None
     decoder_heads = Heads(text.num_attention_heads, text.num_key_value_heads, text.head_dim) if decomposed else None
     return {
-        "vision": (vision_header(vision, activations, options.dtype, vision_heads), vision),
-        "decoder": (decoder_header(decoder, activations, options.dtype, options.capacity, decoder_heads), decoder),
+        "vision": (vision_header(vision, activations, options.dtype, vision_heads, decomposable), vision),
+        "decoder": (
+            decoder_header(
+                *(decoder, activations, options.dtype, options.capacity, decoder_heads),
+                decomposable=decomposable,
+                wide_cache=wide_cache,
+            ),
+            decoder,
+        ),
     }
 
 
 def profiles(config: ModelConfig, options: BuildOptions, graph: str) -> tuple[Profile, ...]:
-    """Return the optimisation profiles of an engine, that is the input shapes it is built for.
+    """Return the optimisation profiles of an engine, that is the input shapes it is built for, one program for each.
 
-    One profile serves prefill and decode. Its optimal shape is one token, because users wait longest for decode. With
-    two profiles, prefill has its own.
+    The decoder's are those of `Programs`: for one token with a window of the cache, for one token with the whole cache,
+    and for prompts, as far as `options.profiles` goes. A single one serves all, and its best shape is one token,
+    because users wait longest for decode.
     """
     if graph == "vision":
         size = config.vision.image_size
         shape = (size, size, 3)
         return ({"pixels": ((1, *shape), (options.tiles, *shape), (options.tiles, *shape))},)
-    decoder, middle = config.decoder, max(1, options.capacity // 4)
+    decoder, capacity, chunk = config.decoder, options.capacity, options.chunk
     widths = {"inputs_embeds": decoder.hidden_size, "cos": decoder.head_dim // 2, "sin": decoder.head_dim // 2}
+    window = (1,), (max(1, capacity // 4),), (capacity,)
 
-    def profile(best: int, largest: int) -> Profile:
+    def profile(best: int, largest: int, kept: int, slots: tuple[Shape, Shape, Shape] = window) -> Profile:
         shapes: Profile = {
             name: ((1, 1, width), (1, best, width), (1, largest, width)) for name, width in widths.items()
         }
-        kept = {"kept": ((1,), (1,), (min(options.kept, largest),))}
-        return shapes | kept | {"slots": ((1,), (middle,), (options.capacity,))}
+        return shapes | {"kept": ((1,), (1,), (kept,)), "slots": slots}
 
-    if options.profiles == 1:
-        return (profile(1, options.chunk),)
-    return profile(1, 1), profile(options.chunk, options.chunk)
+    kept = min(options.kept, chunk)
+    if options.profiles == Programs.ONE:
+        return (profile(1, chunk, kept),)
+    step = profile(1, 1, _KEPT_BY_A_STEP)
+    whole = profile(1, 1, _KEPT_BY_A_STEP, ((capacity,), (capacity,), (capacity,)))
+    return (step, *([whole] if options.profiles == Programs.WHOLE else []), profile(chunk, chunk, kept))
 
 
 def _build(
@@ -141,7 +187,14 @@ def _build(
     progress: Progress,
     stop: threading.Event,
 ) -> Built:
-    header, path = headers(opened, record.options, decomposed=not flavour.has_attention)[graph]
+    header, path = headers(
+        opened,
+        record.options,
+        decomposed=not flavour.has_attention,
+        decomposable=reads_decomposable(flavour.name, flavour.release),
+        wide_cache=not keeps_int8_cache(flavour.name),
+    )[graph]
+    require_operators(header, path.name, flavour.name, flavour.release)
 
     build = Build(
         header=header,
@@ -151,7 +204,9 @@ def _build(
         output=folder / ENGINES[graph],
         timing_cache=folder / TIMING_CACHE,
     )
-    with progress.phase(f"building {ENGINES[graph]}") as step:
+    int8_body = graph == "decoder" and bundle_storage(opened.manifest).has_int8_body
+    settings = compiler_settings(flavour.name, flavour.release, int8_body)
+    with progress.phase(f"building {ENGINES[graph]}") as step, compiler(settings):
         made = build_engine(flavour, build, lambda phase, done, total: step.at(done, total, phase), stop)
     if stop.is_set():
         raise KeyboardInterrupt
@@ -173,8 +228,8 @@ def _present(folder: Path) -> EngineRecord | None:
 def _check_options(config: ModelConfig, target: Target, options: BuildOptions) -> None:
     if options.dtype == "bfloat16" and min(target.sms) < 80:
         raise EngineError(f"{target.title} has no bfloat16 (compute capability below 8.0); build with --dtype float16")
-    if options.profiles not in (1, 2):
-        raise EngineError(f"{options.profiles} optimisation profiles, expected 1 or 2")
+    if options.profiles not in tuple(Programs):
+        raise EngineError(f"{options.profiles} optimisation profiles, expected 1 to {len(Programs)}")
     if not 1 <= options.chunk <= options.capacity:
         raise EngineError(
             f"steps of {options.chunk} prompt tokens do not fit a context of {options.capacity}; "
@@ -212,23 +267,46 @@ def _check_graphs(opened: Bundle) -> None:
             )
 
 
-def _check_memory(opened: Bundle) -> None:
-    files = opened.manifest.files
-    largest = max(files[name].bytes for name in ("vision.data", "decoder.data"))
-    needed = builder_bytes(largest // (2 if opened.manifest.dtype == "float32" else 1))
+def _check_memory(opened: Bundle, target: Target, options: BuildOptions) -> None:
+    needed = build_bytes(_footprint(opened, target), target.flavour, Programs(options.profiles))
     available = memory("MemAvailable", "SwapFree")
     if available is not None and needed > available:
         raise EngineError(
             f"building needs about {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are available; "
-            "close other programs, add swap, or build a quantized bundle"
+            f"close other programs, add swap, or {'give --profiles 1' if options.profiles > 1 else 'quantize more'}"
         )
 
 
-def options_for(target: Target, dtype: str | None = None, **sizes: int | None) -> BuildOptions:
+def options_for(
+    target: Target, dtype: str | None = None, *, opened: Bundle | None = None, **sizes: int | None
+) -> BuildOptions:
     """Return build options with the given values. None means the default: for `dtype`, the target's own type.
 
-    The default prefill step never exceeds the context.
+    The default prefill step never exceeds the context. The default programs of the decoder are the fastest that the
+    target's memory holds beside the model of `opened`, and one program where no bundle is given.
     """
     given = {name: size for name, size in sizes.items() if size is not None}
     options = BuildOptions(**(asdict(BuildOptions(dtype or target.dtype)) | given))
-    return options if "chunk" in given else replace(options, chunk=min(options.chunk, options.capacity))
+    if "chunk" not in given:
+        options = replace(options, chunk=min(options.chunk, options.capacity))
+    if opened is None or "profiles" in given:
+        return options
+    programs = choose_programs(_footprint(opened, target), target.flavour, target.usable_memory, options.capacity)
+    return replace(options, profiles=int(programs))
+
+
+def notes(opened: Bundle, target: Target, options: BuildOptions) -> list[str]:
+    """Return what a user should know about the engines of these options, one line each."""
+    footprint = _footprint(opened, target)
+    found = []
+    if opened.manifest.kv_cache == "int8" and footprint.storage.cache_bytes > 1:
+        found.append(WIDE_CACHE)
+    if options.profiles == Programs.ONE:
+        found.append(slow_steps(footprint, target.flavour, options.capacity))
+    return found
+
+
+def _footprint(opened: Bundle, target: Target) -> Footprint:
+    """Return the bytes of a bundle in engines, which hold all floats in 16 bits."""
+    storage = replace(bundle_storage(opened.manifest), dtype_bytes=2, vector_bytes=2)
+    return Footprint(opened.manifest.model, stored_on(target.flavour, storage))

@@ -46,8 +46,8 @@ class Built:
 class Build:
     """What to build.
 
-    `header` is the graph for TensorRT; `path` is the bundle's graph, which lies beside the weights. `sms` are the compute
-    capabilities, such as 86 for 8.6, and `output` is the engine file.
+    `header` is the graph for TensorRT; `path` is the bundle's graph, which lies beside the weights. `sms` are the
+    compute capabilities, such as 86 for 8.6, and `output` is the engine file.
     """
 
     header: bytes
@@ -73,7 +73,9 @@ def build_engine(flavour: Flavour, build: Build, progress: Report, stop: threadi
         flavour.use_timing_cache(config, build.timing_cache)
         for profile in build.profiles:
             config.add_optimization_profile(_profile(builder, network, profile))
-        monitor = make_monitor(flavour.api, progress, stop)  # the builder holds no reference, so this variable must stay alive
+        monitor = make_monitor(
+            flavour.api, progress, stop
+        )  # the builder holds no reference, so this variable must stay alive
         config.progress_monitor = monitor
         plan = builder.build_serialized_network(network, config)
         if stop.is_set():
@@ -93,7 +95,7 @@ def build_engine(flavour: Flavour, build: Build, progress: Report, stop: threadi
 
 
 def make_monitor(api: Any, progress: Report, stop: threading.Event) -> Any:
-    """Return a progress monitor for TensorRT. It reports the innermost phase, and stops the build once `stop` is set."""
+    """Return a progress monitor for TensorRT: it reports the innermost phase, and stops a build once `stop` is set."""
 
     class Monitor(api.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
