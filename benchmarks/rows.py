@@ -23,14 +23,16 @@ import numpy as np
 from record import write_results
 
 from internvl_edge import InternVL
+from internvl_edge.bundle.names import TOKENIZER
+from internvl_edge.model.tokenizer import Tokenizer
 from internvl_edge.runtime.engines import Engine
 
 ROWS = (1, 2, 4, 8)
 CONTEXTS = (300, 2000)
 STEPS = 8
 SAMPLES, SAMPLE_TOKENS = 8, 32
-# 300 tokens in both layouts, near enough; the exact number is in the results.
-QUESTION = "What is the total of this bill? " * 36
+SENTENCE = "What is the total of this bill? "
+QUESTION_TOKENS = 280  # the template adds some; the exact number is in the results
 
 
 def main() -> None:
@@ -43,7 +45,7 @@ def main() -> None:
     with load(rows=max(ROWS)) as several, load() as single:
         hidden = single.config.decoder.hidden_size
         decoding = {each: decode(several.engine, single.engine, hidden, each, asked.rounds) for each in CONTEXTS}
-        sampling = samples(several, single, asked.rounds)
+        sampling = samples(several, single, asked.bundle, asked.rounds)
     values = {"bundle": asked.bundle.name, "threads": asked.threads, "rounds": asked.rounds, "steps": STEPS}
     print(write_results("rows", values | {"decoding": decoding, "samples": sampling}))
 
@@ -73,23 +75,27 @@ def decode(several: Engine, single: Engine, hidden: int, context: int, rounds: i
     }
 
 
-def samples(several: InternVL, single: InternVL, rounds: int) -> dict[str, Any]:
+def samples(several: InternVL, single: InternVL, bundle: Path, rounds: int) -> dict[str, Any]:
     """Return median seconds for samples together and one after the other. Each round has a prompt of its own."""
     options: dict[str, Any] = {"max_new_tokens": SAMPLE_TOKENS, "temperature": 0.7, "top_p": 0.9}
+    tokenizer = Tokenizer(bundle / TOKENIZER)
+    question = SENTENCE
+    while len(tokenizer.encode(question)) < QUESTION_TOKENS:
+        question += SENTENCE
     rounds_done = iter(range(10_000))
     tokens: list[int] = []
 
     def together() -> None:
-        replies = several.samples(f"{next(rounds_done)}. {QUESTION}", count=SAMPLES, **options)
+        replies = several.samples(f"{next(rounds_done)}. {question}", count=SAMPLES, **options)
         tokens.append(sum(len(reply.output_ids) for reply in replies))
 
     def calls() -> None:
         for _ in range(SAMPLES):
-            single.chat(f"{next(rounds_done)}. {QUESTION}", **options)
+            single.chat(f"{next(rounds_done)}. {question}", **options)
 
     seconds = in_turns({"together": together, "calls": calls}, rounds)
     return {
-        "prompt_tokens": len(single.chat(QUESTION, max_new_tokens=1).prompt_ids),
+        "prompt_tokens": len(single.chat(question, max_new_tokens=1).prompt_ids),
         "answer_tokens": statistics.median(tokens),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "calls_per_together": round(seconds["calls"] / seconds["together"], 3),
