@@ -74,7 +74,7 @@ def test_bytes_that_are_not_text_and_unknown_commands_do_not_end_the_conversatio
 
 def test_every_option_of_an_answer_is_on_the_command_line() -> None:
     """`answer_format` has three options of `run`."""
-    for_programs = {"history", "logit_bias", "logprobs", "top_logprobs", "answer_format"}
+    for_programs = {"history", "logit_bias", "logprobs", "top_logprobs", "answer_format", "answer_start"}
     names = {option.name for option in run_command.params}
     assert set(ChatOptions.__annotations__) - for_programs | {"json_schema", "regex", "choices"} <= names
 

@@ -264,7 +264,9 @@ def test_a_bundle_shows_its_engines_and_what_auto_takes(bundle: Path, tmp_path: 
     assert facts["engines"]["rtx"] == "tensorrt_rtx 1.7.1, compute capability 8.6, 8.9"
     assert facts["engines"]["old"].endswith("; built from other files, build it again")
     assert "damaged" in facts["engines"]["broken"]
-    assert facts["auto"]["--engine auto"].split()[0] == choose(opened).engine
+    assert facts["auto"]["--engine auto"].split()[0] == choose(opened.manifest).engine
+    assert facts["auto"]["--device auto"].startswith(("cpu (", "tensorrt ("))
+    assert "cpu (the bundle has no TensorRT engines; " in internvl_edge("doctor", bundle).stdout
     told = internvl_edge("doctor", there).stdout
     assert "engines rtx" in told
     assert "--device auto" in told

@@ -120,7 +120,7 @@ def test_cache_is_what_the_engine_allocates(checkpoint: Path, tmp_path: Path) ->
 
     bundle = Bundle.open(export_bundle(checkpoint, tmp_path / "bundle"))
     engine = OnnxRuntimeEngine(bundle, capacity=64)
-    allocated = sum(value.numpy().nbytes for value in engine._cache.values())
+    allocated = sum(array.nbytes for array in engine._buffers.arrays.values())
     assert Footprint(bundle.manifest.model, Storage(cache_bytes=4)).cache_bytes(64) == allocated
 
 
