@@ -172,4 +172,4 @@ def test_ctrl_c_clears_the_line_and_a_second_one_ends(bundle: Path) -> None:
                 until(b"Ctrl-C again", 2)
         assert process.wait(timeout=60) == 0
     os.close(ours)
-    assert re.search(rb"first token after [\d.]+ s(, then [\d.]+ tokens/s)?; \d tokens?", written)
+    assert re.search(rb"first token after [\d.]+ s(, then [\d.,]+ tokens/s)?; \d tokens?", written)
