@@ -143,9 +143,11 @@ def test_seeds_repeat_and_log_probabilities_are_the_models_own(model: InternVL) 
 def steps(model: InternVL, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of tokens of each step of the engine from now on."""
     found: list[int] = []
-    decode, score = model.engine.decode, model.engine.score
-    monkeypatch.setattr(model.engine, "decode", lambda embed: (found.append(1), decode(embed))[1])
-    monkeypatch.setattr(model.engine, "score", lambda embeds: (found.append(len(embeds)), score(embeds))[1])
+    for name in ("decode_rows", "score"):
+        call = getattr(model.engine, name)
+        monkeypatch.setattr(
+            model.engine, name, lambda embeds, rows=0, call=call: (found.append(len(embeds)), call(embeds, rows))[1]
+        )
     return found
 
 
