@@ -57,7 +57,8 @@ LIMIT_US = 1000
 
 def steps_of(model: InternVL, asked: Any, form: AnswerFormat) -> dict[str, int]:
     counts = {"decode": 0, "score": 0}
-    decode, score = model.engine.decode, model.engine.score
+    engine = model.engine
+    decode, score = engine.decode_rows, engine.score
 
     def counted(name: str, action: Any) -> Any:
         def call(*values: Any) -> Any:
@@ -66,11 +67,11 @@ def steps_of(model: InternVL, asked: Any, form: AnswerFormat) -> dict[str, int]:
 
         return call
 
-    model.engine.decode, model.engine.score = counted("decode", decode), counted("score", score)  # type: ignore[method-assign]
+    engine.decode_rows, engine.score = counted("decode", decode), counted("score", score)  # type: ignore[method-assign]
     try:
         reply = model.chat(asked.question, asked.image, answer_format=form, max_new_tokens=200)
     finally:
-        model.engine.decode, model.engine.score = decode, score  # type: ignore[method-assign]
+        engine.decode_rows, engine.score = decode, score  # type: ignore[method-assign]
     return counts | {"tokens": len(reply.output_ids), "hash": hash(tuple(reply.output_ids))}
 
 

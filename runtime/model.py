@@ -21,16 +21,13 @@ from internvl_edge.base.progress import Progress, as_progress
 from internvl_edge.bundle import names
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.bundle.quality_record import quality_warning
-from internvl_edge.model.context import checked_context
 from internvl_edge.model.prompt import Text
 from internvl_edge.model.rope import RotaryAngles
 from internvl_edge.model.tokenizer import Tokenizer
 
 from .decoding import Decoding
 from .engines import Engine
-from .engines.choice import cpu_engine
-from .engines.device import DEVICES, DeviceChoice, choose_device, require_cuda, require_unused
-from .engines.onnxruntime import OnnxRuntimeEngine
+from .engines.device import DEVICES, DeviceChoice, choose_device, load_engine
 from .grammar import Constrained, ForcedTokens, Grammars
 from .image_cache import ImageCache, pixel_key
 from .logprobs import LogprobRecorder
@@ -143,7 +140,7 @@ class InternVL:
             device = choice.device
         if warning := quality_warning(Path(folder), opened.manifest):
             warnings.warn(warning, QualityWarning, stacklevel=2)
-        loaded = _engine(
+        loaded = load_engine(
             opened, device, engine, dialect, context, rows, threads=threads, exact=exact, progress=as_progress(progress)
         )
         return cls(opened, loaded, choice)
@@ -394,36 +391,6 @@ def _timings(preprocess_s: float, task: Task) -> dict[str, float]:
         "decode_tokens_per_s": (len(task.decoding.tokens) - 1) / max(seconds["decode_s"], 1e-9),
     }
     return {name: round(value, 4) for name, value in (seconds | rates).items()}
-
-
-def _engine(
-    opened: Bundle,
-    device: str,
-    engine: str,
-    dialect: str | None,
-    context: int | None,
-    rows: int,
-    *,
-    threads: int | None,
-    exact: bool,
-    progress: Progress,
-) -> Engine:
-    """Load the engine of a device. Arguments are those of `InternVL.load`; none is ignored."""
-    if device != "cpu" and rows > 1:
-        raise EngineError(f"device {device} has one row, {rows} were asked for; leave out rows, or choose device cpu")
-    if device == "tensorrt":
-        if exact:
-            raise EngineError("TensorRT engines compute in 16 bits; leave out --exact, or choose another --device")
-        require_unused(device, engine, dialect=None if dialect == "standard" else dialect, threads=threads)
-        from .engines.tensorrt.engine import TensorRTEngine
-
-        return TensorRTEngine(opened, capacity=context, progress=progress)
-    capacity = checked_context(opened.manifest.model.decoder, context)
-    if device == "cuda":
-        require_unused(device, engine)
-        require_cuda(opened)
-        return OnnxRuntimeEngine(opened, device=device, dialect=dialect, capacity=capacity, threads=threads)
-    return cpu_engine(opened, engine, dialect=dialect, capacity=capacity, rows=rows, threads=threads, exact=exact)
 
 
 def _recorded(chooser: Chooser, options: Mapping[str, Any]) -> Chooser:

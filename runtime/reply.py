@@ -72,7 +72,7 @@ class ReplyStream:
 
     def __del__(self) -> None:
         if hasattr(self, "_began"):
-            self.close()
+            self._scheduler.cancel(self._task, wait=False)
 
     def _read(self, finish: Callable[[], tuple[str, Reply]]) -> Generator[str, None, None]:
         yield from self._task.pieces()

@@ -101,9 +101,12 @@ class Scheduler:
         self._prefixes = Prefixes(engine, decoder)
         self._embed = embed
         self._most_waiting = most_waiting
-        # Reentrant, because the garbage collector may cancel a forgotten answer while this thread holds it.
+        # The garbage collector may cancel a forgotten answer in any thread and at any moment. So the lock is reentrant,
+        # no thread waits for another one while it holds it, and forgetting an answer does not wait for it.
         self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
+        self._idle = threading.Event()
+        self._idle.set()
         self._closed = False
         self._waiting: deque[tuple[Task, float]] = deque()
         self._prompts: deque[Task] = deque()  # they have a row; the first one's prompt is being computed
@@ -124,17 +127,25 @@ class Scheduler:
             if len(self._waiting) >= self._most_waiting:
                 raise BusyError(f"{len(self._waiting)} questions are waiting for this model; ask again later")
             self._waiting.append((task, time.perf_counter()))
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="internvl-edge", daemon=True)
-                atexit.register(self.close)
-                self._thread.start()
+            if self._thread is not None:
+                return
+            thread = self._thread = threading.Thread(target=self._work, name="internvl-edge", daemon=True)
+            self._idle.clear()
+        atexit.register(self.close)
+        thread.start()
 
-    def cancel(self, task: Task) -> None:
-        """Drop a task within one step. A task that has ended stays as it is."""
-        with self._lock:
-            task.cancelled = True
-            if self._interruptible is task:
-                self._engine.interrupt()
+    def cancel(self, task: Task, *, wait: bool = True) -> None:
+        """Drop a task within one step. A task that has ended stays as it is.
+
+        Without `wait`, a call of the engine is left to end by itself where another thread is about to change what runs.
+        """
+        task.cancelled = True
+        if self._lock.acquire(blocking=wait):
+            try:
+                if self._interruptible is task:
+                    self._engine.interrupt()
+            finally:
+                self._lock.release()
 
     def forget(self) -> None:
         """Wait until all tasks have ended, and forget what the rows hold."""
@@ -150,9 +161,8 @@ class Scheduler:
         self._wait()
 
     def _wait(self) -> None:
-        thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
-            thread.join()
+        if self._thread is not threading.current_thread():
+            self._idle.wait()
 
     def _work(self) -> None:
         try:
@@ -177,7 +187,7 @@ class Scheduler:
             self._prompts.clear()
             self._waiting.clear()
             self._prefixes = Prefixes(self._engine, self._decoder)
-            self._thread = None
+            self._end_thread()
 
     def _admit(self) -> bool:
         """Drop cancelled tasks, give free rows to waiting ones, and return whether there is anything to do."""
@@ -198,9 +208,13 @@ class Scheduler:
             self._waiting = kept
             if self._prompts or self._answers:
                 return True
-            atexit.unregister(self.close)
-            self._thread = None
+            self._end_thread()
             return False
+
+    def _end_thread(self) -> None:
+        atexit.unregister(self.close)
+        self._thread = None
+        self._idle.set()
 
     def _compute(self, task: Task, row: int) -> Generator[None, None, None]:
         """Compute a task's prompt, step by step, and take its first token."""

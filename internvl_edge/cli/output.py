@@ -72,7 +72,7 @@ def timing_line(reply: Reply) -> str:
     """Say how fast an answer was."""
     first, rate = reply.timings["first_token_s"], reply.timings["decode_tokens_per_s"]
     tokens = len(reply.output_ids)
-    speed = f", then {rate:.3g} tokens/s" if tokens > 1 else ""
+    speed = f", then {rounded(rate)} tokens/s" if tokens > 1 else ""
     return f"first token after {first:.2g} s{speed}; {tokens} token{'s' if tokens > 1 else ''}"
 
 

@@ -1,4 +1,4 @@
-"""Choose the device for "auto", and check that CUDA can run a bundle before anything is loaded.
+"""Choose the device for "auto", check that CUDA can run a bundle before anything is loaded, and load a device's engine.
 
 `choose_device` prefers TensorRT engines that `build` made for the present GPU, then CUDA, then the CPU, and says why.
 Nothing of a library is imported before the bundle has something that the library could run.
@@ -13,9 +13,13 @@ from typing import Any
 
 from internvl_edge.base.errors import EngineError
 from internvl_edge.base.extras import install, missing_package
+from internvl_edge.base.progress import Progress
 from internvl_edge.bundle.bundle import Bundle
+from internvl_edge.model.context import checked_context
 
-from .onnxruntime import PROVIDERS
+from . import Engine
+from .choice import cpu_engine
+from .onnxruntime import PROVIDERS, OnnxRuntimeEngine
 
 DEVICES = ("auto", "cpu", "cuda", "tensorrt")
 # The types for which CUDA has a kernel of GroupQueryAttention (onnxruntime, docs/OperatorKernels.md), among those that
@@ -93,6 +97,40 @@ def require_unused(device: str, engine: str, **options: object) -> None:
     for name, value in {"engine": None if engine == "auto" else engine, **options}.items():
         if value is not None:
             raise EngineError(f"{name} {value} has no effect on device {device}; leave it out, or choose device cpu")
+
+
+def load_engine(
+    opened: Bundle,
+    device: str,
+    engine: str,
+    dialect: str | None,
+    context: int | None,
+    rows: int,
+    *,
+    threads: int | None,
+    exact: bool,
+    progress: Progress,
+) -> Engine:
+    """Load the engine of a device. The arguments are those of `InternVL.load`, and none is ignored.
+
+    Raises:
+        EngineError: as `InternVL.load`.
+    """
+    if device != "cpu" and rows > 1:
+        raise EngineError(f"device {device} has one row, {rows} were asked for; leave out rows, or choose device cpu")
+    if device == "tensorrt":
+        if exact:
+            raise EngineError("TensorRT engines compute in 16 bits; leave out --exact, or choose another --device")
+        require_unused(device, engine, dialect=None if dialect == "standard" else dialect, threads=threads)
+        from .tensorrt.engine import TensorRTEngine
+
+        return TensorRTEngine(opened, capacity=context, progress=progress)
+    capacity = checked_context(opened.manifest.model.decoder, context)
+    if device == "cuda":
+        require_unused(device, engine)
+        require_cuda(opened)
+        return OnnxRuntimeEngine(opened, device=device, dialect=dialect, capacity=capacity, threads=threads)
+    return cpu_engine(opened, engine, dialect=dialect, capacity=capacity, rows=rows, threads=threads, exact=exact)
 
 
 @dataclass(frozen=True)

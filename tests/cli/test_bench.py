@@ -116,7 +116,7 @@ def test_a_plot_has_readable_labels_an_axis_for_each_kind_and_the_processor(
         Figure("prefill 1800", 22714.0, "tokens/s"),
         Figure("decode at 300", 84.26, "tokens/s"),
     ]
-    report = BenchResult("my-bundle", 2, 1e10, 1e11, 10, 10, figures, {})
+    report = BenchResult("my-bundle", "cpu", 2, 1e10, 1e11, 10, 10, figures, {})
     bench_command._plot(report, tmp_path / "plot.svg")
     text = (tmp_path / "plot.svg").read_text()
     for label in ("1.23", "2,270", "22,700", "84.3", "my-bundle: Some CPU of Mine, 2 threads"):

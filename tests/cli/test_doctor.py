@@ -265,6 +265,7 @@ def test_a_bundle_shows_its_engines_and_what_auto_takes(bundle: Path, tmp_path: 
     assert facts["engines"]["old"].endswith("; built from other files, build it again")
     assert "damaged" in facts["engines"]["broken"]
     assert facts["auto"]["--engine auto"].split()[0] == choose(opened.manifest).engine
+    assert facts["auto"]["--device auto"].startswith(("cpu (", "tensorrt ("))
     told = internvl_edge("doctor", there).stdout
     assert "engines rtx" in told
     assert "--device auto" in told

@@ -20,7 +20,7 @@ from internvl_edge import InternVL, export_bundle
 from internvl_edge.base.errors import EngineError
 from internvl_edge.base.progress import SILENT
 from internvl_edge.bundle.bundle import Bundle
-from internvl_edge.runtime import model as model_module
+from internvl_edge.runtime.engines import device as device_module
 from internvl_edge.runtime.engines.device import IDENTITY, DeviceChoice, choose_device, require_cuda
 from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from internvl_edge.runtime.engines.rows import CacheRows
@@ -256,8 +256,8 @@ def test_cuda_gets_its_arguments(monkeypatch: pytest.MonkeyPatch, float16: Bundl
             loaded.append(options.copy())
             super().__init__(opened, **options | {"device": "cpu"})
 
-    monkeypatch.setattr(model_module, "OnnxRuntimeEngine", Loaded)
-    monkeypatch.setattr(model_module, "require_cuda", lambda opened: None)
+    monkeypatch.setattr(device_module, "OnnxRuntimeEngine", Loaded)
+    monkeypatch.setattr(device_module, "require_cuda", lambda opened: None)
     with InternVL.load(float16.folder, "cuda", dialect="standard", context=300, threads=1) as model:
         assert model.chat("Hello", max_new_tokens=1).text is not None
     assert loaded == [{"device": "cuda", "dialect": "standard", "capacity": 300, "threads": 1}]
