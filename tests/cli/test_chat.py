@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -160,17 +161,20 @@ def test_ctrl_c_clears_the_line_and_a_second_one_ends(bundle: Path) -> None:
 
         def press_ctrl_c(typed: bytes) -> None:
             os.write(ours, typed)
-            until(typed)  # only then does the terminal surely wait: a signal just before that is not seen
+            until(typed)
+            time.sleep(0.3)  # Python sees no signal between readline's echo and its waiting, which no person can hit
             process.send_signal(signal.SIGINT)
 
         until(b"> ")
         press_ctrl_c(b"a line that nobody wants")
         until(b"Ctrl-C again")
+        until(b"> ", 2)
         os.write(ours, b"Hello\n")
         until(b"first token after")
         until(b"> ", 3)
         press_ctrl_c(b"another line")
         until(b"Ctrl-C again", 2)
+        until(b"> ", 4)
         press_ctrl_c(b"the last line")
         assert process.wait(timeout=60) == 0
     os.close(ours)
