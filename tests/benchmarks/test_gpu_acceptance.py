@@ -107,9 +107,9 @@ class ShortSighted(OnnxRuntimeEngine):
 
     def decode(self, embed: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         logits = super().decode(embed)
-        if self.length < 1300:
+        if self.cache.length() < 1300:
             return logits
-        return logits + 0.1 * logits.std() * np.random.default_rng(self.length).standard_normal(logits.shape)
+        return logits + 0.1 * logits.std() * np.random.default_rng(self.cache.length()).standard_normal(logits.shape)
 
 
 class Blind(OnnxRuntimeEngine):
@@ -124,7 +124,7 @@ class Rambling(OnnxRuntimeEngine):
 
     def decode(self, embed: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         logits = super().decode(embed)
-        return logits if self.length < 220 or self.length > 1000 else -logits
+        return logits if self.cache.length() < 220 or self.cache.length() > 1000 else -logits
 
 
 @pytest.mark.parametrize(

@@ -278,3 +278,23 @@ def test_no_thread_is_left_when_nothing_is_asked() -> None:
         ask(scheduler, [1, 2, 3], 4)
     scheduler.forget()
     assert not [thread for thread in threading.enumerate() if thread.name == "internvl-edge" and thread.is_alive()]
+
+
+def test_forgetting_an_answer_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The garbage collector forgets answers in any thread, also in one that is just starting."""
+    scheduler = scheduler_for(RememberingEngine())
+    start = threading.Thread.start
+
+    def checked(thread: threading.Thread) -> None:
+        assert not scheduler._lock._is_owned()  # type: ignore[attr-defined]
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", checked)
+    task = task_for([1], 3)
+    scheduler.submit(task)
+    assert [int(piece) for piece in task.pieces()] == greedy([1], 3)
+    with scheduler._lock:
+        forgetting = threading.Thread(target=scheduler.cancel, args=(task_for([2], 3),), kwargs={"wait": False})
+        start(forgetting)
+        forgetting.join(timeout=10)
+        assert not forgetting.is_alive()
