@@ -2,7 +2,7 @@
 
     python benchmarks/engine_kernels.py BUNDLE/engines/rtx/decoder.engine [--program 0] [--json]
 
-Needs neither a GPU nor TensorRT. Each program is that of one optimisation profile. Of a decoder with three, 0 is for
+Needs neither a GPU nor TensorRT. Each program is that of one optimization profile. Of a decoder with three, 0 is for
 one token with a window of the cache, 1 for one token with the whole cache, and 2 for prompts.
 
 Marks: A attention, P product, M a kernel that only moves data, C one that reads the KV cache and writes it elsewhere,

@@ -2,7 +2,7 @@
 
     python benchmarks/tensorrt_build.py BUNDLE NAME [--device rtx-3060 ...] [--dtype bfloat16] [--profiles 1]
 
-The kernels are those of the compiled programs in the engine files, one program per optimisation profile.
+The kernels are those of the compiled programs in the engine files, one program per optimization profile.
 
 Needs TensorRT for RTX, no GPU. Engines go to a scratch folder that links the bundle's files, and are removed.
 """
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("name")
     parser.add_argument("--device", action="append", help=f"default: {', '.join(DEVICES)}")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--profiles", help="optimisation profiles of the decoder; default: that of build")
+    parser.add_argument("--profiles", help="optimization profiles of the decoder; default: that of build")
     arguments = parser.parse_args()
     bundle = Bundle.open(arguments.bundle)
     scratch = Path(tempfile.mkdtemp(dir=arguments.bundle.resolve().parent))

@@ -1,7 +1,7 @@
 """Intel's AutoRound on a Llama folder: run_auto_round.py MODEL TOKENS.npy OUT --group-size 64.
 
 Needs the `auto-round` environment. OUT becomes a folder with the float32 weights that the integers stand for.
-Asymmetric, as ours; `--iters` is the number of optimisation steps per block (the tool's default is 200, its light
+Asymmetric, as ours; `--iters` is the number of optimization steps per block (the tool's default is 200, its light
 recipe has 50).
 """
 

@@ -1,6 +1,6 @@
 """The compiled programs of a decoder's engine: which ones an engine gets, what they hold, and what a step moves.
 
-An engine has one program per optimisation profile, that is per range of shapes. A program for any number of rows is
+An engine has one program per optimization profile, that is per range of shapes. A program for any number of rows is
 slow for one row: attention of several rows copies and transposes the used part of the KV cache first. So a step of one
 token has programs of its own, where memory allows them. This module knows numbers. It does not know TensorRT.
 """
@@ -17,7 +17,7 @@ COPIED = 3
 
 
 class Programs(IntEnum):
-    """The programs of a decoder's engine. The value is the number of its optimisation profiles.
+    """The programs of a decoder's engine. The value is the number of its optimization profiles.
 
     ONE serves prompts and steps of one token. STEP is one more, for steps of one token, which copies the used part of
     the cache. WHOLE is a third, for steps of one token too, which reads the whole capacity of the cache in place.

@@ -58,7 +58,7 @@ class Program:
         return int(self._engine.get_tensor_dtype(name).itemsize)
 
     def profiles(self) -> int:
-        """Return the number of optimisation profiles."""
+        """Return the number of optimization profiles."""
         return int(self._engine.num_optimization_profiles)
 
     def context(self, profile: int, stream: Any, *, repeats: bool = False, eager: bool = False) -> Context:

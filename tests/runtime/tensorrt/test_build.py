@@ -274,7 +274,7 @@ def test_a_graph_the_parser_rejects_is_one_line_that_names_the_node(tmp_path: Pa
         ({"capacity": 4}, "no room for one tile"),
         ({"capacity": 64, "chunk": 65}, "do not fit a context of 64"),
         ({"tiles": 0}, "0 tiles"),
-        ({"profiles": 4}, "4 optimisation profiles, expected 1 to 3"),
+        ({"profiles": 4}, "4 optimization profiles, expected 1 to 3"),
     ],
 )
 def test_sizes_that_cannot_be(bundle: Bundle, sizes: dict[str, int], fragment: str) -> None:

@@ -150,7 +150,7 @@ def headers(
 
 
 def profiles(config: ModelConfig, options: BuildOptions, graph: str) -> tuple[Profile, ...]:
-    """Return the optimisation profiles of an engine, that is the input shapes it is built for, one program for each.
+    """Return the optimization profiles of an engine, that is the input shapes it is built for, one program for each.
 
     The decoder's are those of `Programs`: for one token with a window of the cache, for one token with the whole cache,
     and for prompts, as far as `options.profiles` goes. A single one serves all, and its best shape is one token,
@@ -229,7 +229,7 @@ def _check_options(config: ModelConfig, target: Target, options: BuildOptions) -
     if options.dtype == "bfloat16" and min(target.sms) < 80:
         raise EngineError(f"{target.title} has no bfloat16 (compute capability below 8.0); build with --dtype float16")
     if options.profiles not in tuple(Programs):
-        raise EngineError(f"{options.profiles} optimisation profiles, expected 1 to {len(Programs)}")
+        raise EngineError(f"{options.profiles} optimization profiles, expected 1 to {len(Programs)}")
     if not 1 <= options.chunk <= options.capacity:
         raise EngineError(
             f"steps of {options.chunk} prompt tokens do not fit a context of {options.capacity}; "

@@ -1,6 +1,6 @@
 """Read the compiled programs in an engine of TensorRT for RTX: kernels in order, what each fuses, reads and writes.
 
-Such a file holds one program per optimisation profile as text: a header, the shapes of tensors, and the kernels of one
+Such a file holds one program per optimization profile as text: a header, the shapes of tensors, and the kernels of one
 run in their order. So kernels can be counted, and copies found, without a GPU and without a driver. The format is not
 documented: it is that of TensorRT for RTX 1.7. Engines of other TensorRT versions hold no such text.
 """
@@ -72,7 +72,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class CompiledProgram:
-    """The kernels of one run with one optimisation profile, in order.
+    """The kernels of one run with one optimization profile, in order.
 
     Attributes:
         kernels: all kernels.

@@ -1,4 +1,4 @@
-"""Build one engine file from one graph: optimisation profiles, limits, progress and interruption."""
+"""Build one engine file from one graph: optimization profiles, limits, progress and interruption."""
 
 from __future__ import annotations
 
