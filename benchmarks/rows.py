@@ -5,7 +5,7 @@
 An engine with eight rows and one with a single row run in turns in one process, so that a busy machine disturbs both.
 "one row" is the peer: it decodes one token of one sequence in a step, and answers one question after the other. Writes
 results/rows.json: medians of tokens per second in all for 1, 2, 4 and 8 rows after 300 and 2000 tokens, the cost of a
-lone answer in an engine with several rows, and seconds for 8 samples of one prompt (300 + 32 tokens, temperature 0.7,
+lone answer in an engine with several rows, and seconds for 8 samples of one prompt (32 tokens each, temperature 0.7,
 top_p 0.9) as one call of `samples` and as 8 calls of `chat`.
 """
 
@@ -32,7 +32,7 @@ CONTEXTS = (300, 2000)
 STEPS = 8
 SAMPLES, SAMPLE_TOKENS = 8, 32
 SENTENCE = "What is the total of this bill? "
-QUESTION_TOKENS = 280  # the template adds some; the exact number is in the results
+QUESTION_TOKENS = 280  # the template adds some; the length of the prompt is in the results
 
 
 def main() -> None:
