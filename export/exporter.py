@@ -112,6 +112,7 @@ class _Export:
         self, checkpoint: Checkpoint, folder: Path, types: Types, packed: PackedWeights, table: str, progress: Progress
     ) -> None:
         self._checkpoint = checkpoint
+        self._record = read_record(checkpoint.folder)
         self._folder = folder
         self._types = types
         self._packed = packed
@@ -141,12 +142,12 @@ class _Export:
             ir.save(graph, self._folder / names.DECODERS[dialect])
         if int8_prompts:
             ir.save(build_prompts(self._checkpoint, self._types, prompts), self._folder / names.PROMPTS)
-        if record := read_record(self._checkpoint.folder):
-            (self._folder / names.QUANTIZATION).write_text(dumps(record), encoding="utf-8")
+        if self._record:
+            (self._folder / names.QUANTIZATION).write_text(dumps(self._record), encoding="utf-8")
         return [file for file in (vision, decoder, self._packed.blocks, prompts) if file.size]
 
     def _write_manifest(self, dtype: str, activations: str) -> None:
-        config, record = self._checkpoint.config, read_record(self._checkpoint.folder)
+        config, record = self._checkpoint.config, self._record
         hub = hub_source(self._checkpoint.folder)
         tokenizer = (self._folder / names.TOKENIZER).read_bytes()
         manifest = Manifest(

@@ -190,25 +190,21 @@ def _problems(facts: dict[str, Any], packages: dict[str, str], answers: dict[str
 def _bundle_facts(folder: Path) -> dict[str, Any]:
     """Return the engines of a bundle and what "auto" takes for it, both with reasons."""
     from internvl_edge.bundle.bundle import Bundle
-    from internvl_edge.bundle.names import ENGINE_RECORD, ENGINES
     from internvl_edge.runtime.engines.choice import choose
     from internvl_edge.runtime.engines.device import choose_device
-    from internvl_edge.runtime.engines.tensorrt.record import EngineRecord, graph_inputs
+    from internvl_edge.runtime.engines.tensorrt.record import EngineRecord, engine_folders, graph_inputs
 
     opened = Bundle.open(folder)
     engines = {}
-    for path in sorted(folder.glob(f"{ENGINES}/*/{ENGINE_RECORD}")):
-        name = path.parent.name
-        if name.startswith("."):  # an interrupted build
-            continue
+    for path in engine_folders(opened):
         try:
-            record = EngineRecord.read(path.parent)
+            record = EngineRecord.read(path)
         except EngineError as error:
-            engines[name] = str(error)
+            engines[path.name] = str(error)
             continue
         capabilities = ", ".join(f"{sm / 10:.1f}" for sm in record.compute_capabilities)
         stale = "" if record.inputs == graph_inputs(opened) else "; built from other files, build it again"
-        engines[name] = f"{record.flavour} {record.version}, compute capability {capabilities}{stale}"
+        engines[path.name] = f"{record.flavour} {record.version}, compute capability {capabilities}{stale}"
     try:
         device = str(choose_device(opened))
     except EngineError as error:
