@@ -20,6 +20,7 @@ import numpy as np
 from internvl_edge.base.errors import EngineError
 from internvl_edge.base.machine import cores, peak_memory
 from internvl_edge.base.progress import Progress, as_progress
+from internvl_edge.base.run_record import RunRecord, run_record
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.bundle.manifest import Manifest
 from internvl_edge.planning.footprint import Footprint
@@ -59,7 +60,7 @@ class BenchResult:
 
     `device` is where it ran; where "auto" chose, with the reason. `bandwidth` is in bytes/s, `matrix_rate` in FLOP/s,
     and sizes are in bytes. `decode_limit` maps the name of each decode figure to its share of the speed that the
-    measured bandwidth allows.
+    measured bandwidth allows. `run` is of the whole measurement.
     """
 
     bundle: str
@@ -71,6 +72,7 @@ class BenchResult:
     peak_rss_bytes: int
     figures: list[Figure]
     decode_limit: dict[str, float]
+    run: RunRecord
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as JSON values."""
@@ -90,7 +92,7 @@ def bench(
     """
     if not 1 <= repeat <= _MOST_RUNS:
         raise EngineError(f"repeat is {repeat}, expected 1 to {_MOST_RUNS}")
-    used = threads or cores()
+    used, begun = threads or cores(), time.perf_counter()
     # Verify first: only the first load of a bundle hashes its files, and the figure `load` is for all later loads.
     progress = as_progress(progress)
     progress.expect(_PHASES)
@@ -130,6 +132,7 @@ def bench(
             figure.name: figure.value * footprint.decode_bytes(context + _DECODED // 2) / bandwidth
             for context, figure in decode.items()
         },
+        run=run_record(time.perf_counter() - begun),
     )
 
 

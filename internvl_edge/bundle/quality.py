@@ -20,9 +20,11 @@ class Measurement:
         questions: how many were asked.
         seed: which of them.
         reference: name of what the bundle was compared with; "" where it was asked alone.
-        device, engine, dialect: what computed the answers, as `InternVL.load` takes them.
+        device, engine, dialect: what computed the answers, as `InternVL.load` takes them; "auto" was the CPU.
         date: UTC, to the minute.
         answer_tokens: most tokens of an answer that were looked at; None where nobody recorded it.
+        max_tiles: most tiles of an image; None is the checkpoint's own limit.
+        exact: whether every engine computed in the bundle's own types.
     """
 
     data: str
@@ -34,13 +36,44 @@ class Measurement:
     dialect: str | None = None
     reference: str = ""
     answer_tokens: int | None = None
+    max_tiles: int | None = None
+    exact: bool = False
 
     def __str__(self) -> str:
-        return f"{self.questions} questions of {self.data}, {self.date}"
+        parts = [f"{self.questions} questions of {self.data}"]
+        if self.reference:
+            parts.append(f"against {self.reference}")
+        if self.answer_tokens:
+            parts.append(f"answers of up to {self.answer_tokens} tokens")
+        return f"{', '.join(parts)}, {self.date}".removesuffix(", ")
 
-    def is_more_than(self, questions: int, answer_tokens: int) -> bool:
-        """Whether a run of so many questions, and answers of at most so many tokens, would say less than this one."""
-        return questions < self.questions or answer_tokens < (self.answer_tokens or 0)
+    def why_kept(self, newer: Measurement) -> str:
+        """Say why a newer run must not replace this one unasked; "" where it says as much, of the same.
+
+        Fewer questions or shorter answers say less, although their figures look the same. Figures of other questions,
+        another reference or another engine cannot be held against the conditions that were stated of these.
+        """
+        if newer.questions < self.questions:
+            return f"{newer.questions} questions say less than {self.questions}"
+        if (newer.answer_tokens or 0) < (self.answer_tokens or 0):
+            return f"answers of up to {newer.answer_tokens} tokens say less than of {self.answer_tokens}"
+        return self.difference(newer)
+
+    def difference(self, other: Measurement) -> str:
+        """Say which setting makes figures of the two runs tell nothing of each other; "" where none does."""
+        for name in _COMPARED:
+            mine, others = _said(getattr(self, name)), _said(getattr(other, name))
+            if mine != others:
+                return f"{name.replace('_', ' ')} is {mine} in one run and {others} in the other"
+        return ""
+
+
+# What must be the same of two runs for their figures to be comparable.
+_COMPARED = ("data", "seed", "reference", "max_tiles", "device", "engine", "dialect", "exact")
+
+
+def _said(value: object) -> str:
+    return "not set" if value in (None, "") else "cpu" if value == "auto" else str(value)
 
 
 @dataclass(frozen=True)
@@ -82,24 +115,39 @@ class Quality:
         pairs = [(earlier, newer.get(_side(earlier), earlier)) for earlier in self.conditions]
         return [(earlier, later) for earlier, later in pairs if earlier != later]
 
+    def unmeasured(self, figures: Mapping[str, float], measured: Mapping[str, Measurement]) -> list[Condition]:
+        """The conditions on figures that newer runs of their kind did not measure."""
+        return [
+            condition
+            for condition in self.conditions
+            if METRICS[condition.metric].run in measured and condition.metric not in figures
+        ]
+
     def with_figures(
-        self, figures: Mapping[str, float], measured: Mapping[str, Measurement], conditions: Iterable[Condition]
+        self,
+        figures: Mapping[str, float],
+        measured: Mapping[str, Measurement],
+        conditions: Iterable[Condition],
+        *,
+        drop_unmeasured: bool = False,
     ) -> Quality:
         """Return this quality with the figures of newer runs, and with newer conditions.
 
-        A run replaces all figures of an earlier run of its kind, so that figures of two runs never stand together, and
-        with a figure that it did not measure goes the condition on it. A condition replaces an earlier one on the same
-        side of the same metric (see `replaced`). The other conditions are held against the newer figures. What was
-        accepted was accepted of the older figures.
+        A run replaces all figures of an earlier run of its kind, so that figures of two runs never stand together. A
+        condition replaces an earlier one on the same side of the same metric (see `replaced`). The other conditions are
+        held against the newer figures. One whose figure the newer run did not measure fails, unless it is dropped. What
+        was accepted was accepted of the older figures.
 
         Args:
             figures: by metric.
             measured: how, by the kind of run that measured them.
             conditions: newer ones.
+            drop_unmeasured: remove conditions on figures that the newer runs did not measure (see `unmeasured`).
         """
         gone = {name for name in self.figures if name in METRICS and METRICS[name].run in measured} - figures.keys()
         together = {name: value for name, value in self.figures.items() if name not in gone} | dict(figures)
-        kept = {_side(condition): condition for condition in self.conditions if condition.metric not in gone}
+        dropped = self.unmeasured(figures, measured) if drop_unmeasured else []
+        kept = {_side(condition): condition for condition in self.conditions if condition not in dropped}
         kept |= {_side(condition): condition for condition in conditions}
         return replace(
             self,

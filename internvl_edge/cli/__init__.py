@@ -33,6 +33,7 @@ COMMANDS = {
     "run": "Ask a bundle one question about images or a video.",
     "chat": "Chat with a bundle in the terminal.",
     "evaluate": "Measure the quality of a bundle's answers.",
+    "report": "Show bundles beside each other: size, quality, speed.",
     "bench": "Measure the speed and memory of a bundle on this machine.",
     "demo": "Export the shipped demo model and ask it about shipped images.",
     "doctor": "Check the installation on this machine.",

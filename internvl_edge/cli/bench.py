@@ -13,11 +13,13 @@ from internvl_edge.base.extras import require_extras
 from internvl_edge.base.files import readable_disk_errors, replacing
 from internvl_edge.base.machine import processor
 from internvl_edge.base.units import rounded, size
+from internvl_edge.bundle.manifest import Manifest
+from internvl_edge.bundle.quality_record import quality_of
 from internvl_edge.runtime.bench import BenchResult, Figure, bench
 from internvl_edge.runtime.model import MOST_ROWS
 
 from .options import chosen, engine_extra, loading_options
-from .output import print_json, print_table, quiet_option, shown_progress
+from .output import print_json, print_table, quiet_option, say_written, shown_progress, typed_command
 
 
 @click.command("bench")
@@ -32,11 +34,24 @@ from .output import print_json, print_table, quiet_option, shown_progress
     help="Also measure this many answers side by side.  [default: 1, one answer at a time]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option(
+    "--report",
+    "into_report",
+    is_flag=True,
+    help="Also write the figures into the report of the bundle, BUNDLE.report, beside what evaluate found.",
+)
 @click.option("--plot", type=click.Path(path_type=Path), help="Write a bar plot to this PNG or SVG file.")
 @quiet_option
 @loading_options
 def command(
-    bundle: Path, repeat: int, rows: int, as_json: bool, plot: Path | None, quiet: bool, **loading: Any
+    bundle: Path,
+    repeat: int,
+    rows: int,
+    as_json: bool,
+    into_report: bool,
+    plot: Path | None,
+    quiet: bool,
+    **loading: Any,
 ) -> None:
     """Measure BUNDLE on this machine, and print the figures.
 
@@ -57,6 +72,25 @@ def command(
         _print(report)
     if plot is not None:
         _plot(report, plot)
+    if into_report:
+        _write_into_report(bundle, report)
+
+
+def _write_into_report(bundle: Path, speed: BenchResult) -> None:
+    """Complete the report of the bundle. This is imported last: its memory would count in the peak RSS of the run."""
+    from internvl_edge.evaluation.report import (
+        bundle_report,
+        read_report,
+        report_folder,
+        require_own_report,
+        write_report,
+    )
+
+    folder = report_folder(bundle)
+    require_own_report(folder)
+    quality = quality_of(Manifest.read(bundle))
+    found = bundle_report(bundle, quality, speed=speed, command=typed_command())
+    say_written(write_report(found.completed_by(read_report(folder)), folder))
 
 
 def _print(report: BenchResult) -> None:

@@ -78,9 +78,9 @@ from .output import (
 )
 @click.option(
     "--replace",
-    "replace_larger",
+    "replace_recorded",
     is_flag=True,
-    help="Replace recorded figures even if they come from more questions or longer answers.",
+    help="Replace recorded figures even if they come from more questions, longer answers or other settings.",
 )
 @click.option(
     "--accept",
@@ -118,7 +118,7 @@ def command(
     otherwise.
     """
     folder = None if no_report else report or report_folder(bundle)
-    values["replace_larger"] |= not record
+    values["replace_recorded"] |= not record
     settings = EvaluationSettings(bundle, shown=6 if folder else 0, **values)
     if settings.reference is None and settings.suite is None and accept is not None:
         accepted = accept_quality(bundle, accept)
@@ -141,12 +141,14 @@ def command(
         print_table(evaluation_rows(result))
     for earlier, newer in result.replaced:
         click.echo(f"condition {earlier} of an earlier run is replaced by {newer}", err=True)
+    for condition in result.dropped:
+        click.echo(f"condition {condition} of an earlier run is dropped: this run did not measure its figure", err=True)
     for verdict in result.failed:
         click.echo(f"failed: {verdict}", err=True)
     if record:
         record_quality(bundle, quality)
     if folder:
-        found = bundle_report(bundle, quality, result.comparison, result.suite, typed_command())
+        found = bundle_report(bundle, quality, result.comparison, result.suite, command=typed_command())
         say_written(write_report(found.completed_by(read_report(folder)), folder))
     return 1 if result.failed else 0
 

@@ -7,7 +7,7 @@ checkpoint is exported first.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -45,7 +45,8 @@ class EvaluationSettings:
         max_tiles: most tiles of an image; None is the checkpoint's own limit.
         max_new_tokens: most tokens of an answer that are compared.
         fail_if: conditions, such as "kl>0.05", of which none may hold.
-        replace_larger: whether figures may replace recorded ones that come from more questions or longer answers.
+        replace_recorded: whether figures may replace recorded ones that come from more questions, longer answers or
+            other settings.
         shown: of how many questions the comparison keeps both answers and small pictures.
         device, engine, dialect, context, threads, exact: as `InternVL.load` takes them. Where device and engine are
             "auto", they are ONNX Runtime on the CPU: figures are about the bundle, not about what this machine has.
@@ -64,7 +65,7 @@ class EvaluationSettings:
     max_tiles: int | None = None
     max_new_tokens: int = 64
     fail_if: tuple[str, ...] = ()
-    replace_larger: bool = False
+    replace_recorded: bool = False
     shown: int = 6
     device: str = "auto"
     engine: str = "auto"
@@ -103,6 +104,8 @@ class EvaluationResult:
         figures: what was just measured, by metric, as `gate.METRICS` names them.
         quality: of the bundle: these figures and earlier ones of the same files, and the verdicts of all conditions.
         replaced: (earlier, newer) conditions where one of the settings replaced a recorded one.
+        dropped: recorded conditions that are gone, because the settings say `replace_recorded` and this run did not
+            measure their figures.
     """
 
     settings: EvaluationSettings
@@ -111,6 +114,7 @@ class EvaluationResult:
     figures: dict[str, float]
     quality: Quality
     replaced: list[tuple[Condition, Condition]]
+    dropped: list[Condition]
 
     @property
     def failed(self) -> tuple[Verdict, ...]:
@@ -142,7 +146,7 @@ def evaluate(settings: EvaluationSettings, progress: bool | Progress = False) ->
     Raises:
         EdgeError: neither reference nor suite, data that cannot be read, a condition on what is not measured, models
             with different prompts, a bundle, a reference or a device that is not usable, or figures that would replace
-            recorded ones of a larger run; one line each.
+            recorded ones of a larger or another run; one line each.
     """
     if settings.reference is None and settings.suite is None:
         raise EdgeError("give --reference, a checkpoint or a bundle to compare with, or --suite, or both")
@@ -150,14 +154,24 @@ def evaluate(settings: EvaluationSettings, progress: bool | Progress = False) ->
         settings = replace(settings, engine="onnxruntime")
     cases = _cases(settings)
     known = quality_of(Bundle.open(Path(settings.bundle)).manifest)
-    if not settings.replace_larger:
-        _require_no_larger(settings, cases, known)
+    if not settings.replace_recorded:
+        _require_replaceable(settings, cases, known)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", QualityWarning)
         comparison, suite = _measure(settings, cases, as_progress(progress))
     figures = {**(comparison.figures if comparison else {}), **(suite.figures if suite else {})}
-    quality = known.with_figures(figures, _measurements(settings, comparison, suite), settings.conditions)
-    return EvaluationResult(settings, comparison, suite, figures, quality, replaced=known.replaced(settings.conditions))
+    runs = {"comparison": comparison, "suite": suite}
+    measured = _measurements(settings, len(cases), {kind: found.run.date for kind, found in runs.items() if found})
+    quality = known.with_figures(figures, measured, settings.conditions, drop_unmeasured=settings.replace_recorded)
+    return EvaluationResult(
+        settings=settings,
+        comparison=comparison,
+        suite=suite,
+        figures=figures,
+        quality=quality,
+        replaced=known.replaced(settings.conditions),
+        dropped=[each for each in known.unmeasured(figures, measured) if each not in quality.conditions],
+    )
 
 
 def _cases(settings: EvaluationSettings) -> list[Case]:
@@ -180,22 +194,14 @@ def _available(settings: EvaluationSettings, cases: Sequence[Case]) -> list[str]
     return [name for name, there in available.items() if there]
 
 
-def _require_no_larger(settings: EvaluationSettings, cases: Sequence[Case], known: Quality) -> None:
-    """Refuse to replace recorded figures by those of a smaller run, which say less although they look the same."""
-    planned = {}
-    if settings.reference is not None:
-        planned["comparison"] = (len(cases), settings.max_new_tokens)
-    if settings.suite is not None:
-        planned["suite"] = (settings.samples or _SUITE_QUESTIONS, _SUITE_ANSWER_TOKENS)
+def _require_replaceable(settings: EvaluationSettings, cases: Sequence[Case], known: Quality) -> None:
+    """Refuse to replace recorded figures by those of a run that says less, or that measures something else."""
+    planned = _measurements(settings, len(cases))
     advice = "pass --replace to replace them, or --no-record to look only"
-    for kind, (questions, tokens) in planned.items():
+    for kind, newer in planned.items():
         recorded = known.measured.get(kind)
-        if recorded and recorded.is_more_than(questions, tokens):
-            length = f" and answers of up to {recorded.answer_tokens} tokens" if recorded.answer_tokens else ""
-            raise EdgeError(
-                f"{settings.bundle} has figures of {recorded}{length}; "
-                f"{questions} questions and {tokens} tokens would say less; {advice}"
-            )
+        if recorded and (why := recorded.why_kept(newer)):
+            raise EdgeError(f"{settings.bundle} has figures of {recorded}; {why}; {advice}")
     available = _available(settings, cases)
     for condition in known.conditions:
         metric = METRICS[condition.metric]
@@ -217,12 +223,11 @@ def _measure(
     with reference_bundle(str(settings.reference), progress, settings.revision) as folder:
         load_reference = partial(_load_reference, settings, folder)
         suite = ask_suite(load_reference=load_reference) if settings.suite else None
-        data = Path(settings.data).name if settings.data else "built-in pictures and texts"
         comparison = compare(
             load_bundle,
             load_reference,
             cases,
-            replace(questions, data=data, max_new_tokens=settings.max_new_tokens),
+            replace(questions, data=_data_name(settings), max_new_tokens=settings.max_new_tokens),
             progress,
             reference=Path(settings.reference).name,
             shown=settings.shown,
@@ -259,27 +264,43 @@ def _load_reference(settings: EvaluationSettings, folder: Path) -> InternVL:
 
 
 def _measurements(
-    settings: EvaluationSettings, comparison: Comparison | None, suite: SuiteResult | None
+    settings: EvaluationSettings, cases: int, dates: Mapping[str, str] | None = None
 ) -> dict[str, Measurement]:
-    """State how figures were measured, for the manifest."""
-    how = partial(Measurement, device=settings.device, engine=settings.engine, dialect=settings.dialect)
+    """State how figures are measured, by the kind of run.
+
+    Args:
+        settings: what is measured.
+        cases: how many questions the comparison has.
+        dates: when each kind of run ended, where it did.
+    """
+    how = partial(
+        Measurement,
+        seed=settings.seed,
+        device=settings.device,
+        engine=settings.engine,
+        dialect=settings.dialect,
+        max_tiles=settings.max_tiles,
+        exact=settings.exact,
+    )
+    dates = dates or {}
     measured = {}
-    if comparison:
-        data, date = comparison.settings.data, comparison.run.date
+    if settings.reference is not None:
         measured["comparison"] = how(
-            data,
-            comparison.cases,
-            settings.seed,
-            date=date,
-            reference=comparison.reference,
-            answer_tokens=comparison.settings.max_new_tokens,
+            _data_name(settings),
+            cases,
+            date=dates.get("comparison", ""),
+            reference=Path(settings.reference).name,
+            answer_tokens=settings.max_new_tokens,
         )
-    if suite:
+    if settings.suite is not None:
         measured["suite"] = how(
-            suite.settings.data,
-            suite.total.asked,
-            settings.seed,
-            date=suite.run.date,
-            answer_tokens=suite.settings.max_new_tokens,
+            settings.suite,
+            settings.samples or _SUITE_QUESTIONS,
+            date=dates.get("suite", ""),
+            answer_tokens=_SUITE_ANSWER_TOKENS,
         )
     return measured
+
+
+def _data_name(settings: EvaluationSettings) -> str:
+    return Path(settings.data).name if settings.data else "built-in pictures and texts"

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from helpers import tiny
 from internvl_edge import export_bundle
 from internvl_edge.base.errors import EdgeError, EngineError
+from internvl_edge.base.run_record import run_record
 from internvl_edge.cli import bench as bench_command
 from internvl_edge.cli.bench import command
 from internvl_edge.runtime import limits
@@ -116,7 +117,7 @@ def test_a_plot_has_readable_labels_an_axis_for_each_kind_and_the_processor(
         Figure("prefill 1800", 22714.0, "tokens/s"),
         Figure("decode at 300", 84.26, "tokens/s"),
     ]
-    report = BenchResult("my-bundle", "cpu", 2, 1e10, 1e11, 10, 10, figures, {})
+    report = BenchResult("my-bundle", "cpu", 2, 1e10, 1e11, 10, 10, figures, {}, run_record(1.0))
     bench_command._plot(report, tmp_path / "plot.svg")
     text = (tmp_path / "plot.svg").read_text()
     for label in ("1.23", "2,270", "22,700", "84.3", "my-bundle: Some CPU of Mine, 2 threads"):

@@ -8,7 +8,7 @@ import os
 import shutil
 import stat
 import warnings
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.bundle.gate import METRICS, Condition, Verdict, judge, parse_condition, require_measurable
 from internvl_edge.bundle.manifest import Manifest
 from internvl_edge.bundle.names import DECODERS, MANIFEST
-from internvl_edge.bundle.quality import Measurement, Quality
+from internvl_edge.bundle.quality import _COMPARED, Measurement, Quality
 from internvl_edge.bundle.quality_record import quality_of, quality_warning, record_quality
 from internvl_edge.cli import cli
 from internvl_edge.evaluation import Comparison, compare, evaluator
@@ -204,8 +204,15 @@ def test_figures_of_two_runs_never_stand_together() -> None:
         _measured("comparison", 60) | _measured("suite", 500),
         map(parse_condition, ["kl>0.05", "perplexity_ratio>1.2", "exact_match<0.8"]),
     )
-    second = first.with_figures({"kl": 0.03}, _measured("comparison", 80), [])
-    assert second.figures == {"kl": 0.03, "exact_match": 0.9}
+    newer = ({"kl": 0.03}, _measured("comparison", 80))
+    kept = first.with_figures(*newer, [])
+    assert kept.figures == {"kl": 0.03, "exact_match": 0.9}
+    assert [verdict.condition for verdict in kept.failed] == ["perplexity_ratio>1.2"], (
+        "a condition goes only when asked"
+    )
+    second = first.with_figures(*newer, [], drop_unmeasured=True)
+    assert second.figures == kept.figures
+    assert list(map(str, first.unmeasured(*newer))) == ["perplexity_ratio>1.2"]
     assert [verdict.condition for verdict in second.gate] == ["kl>0.05", "exact_match<0.8"]
     assert {kind: how.questions for kind, how in second.measured.items()} == {"comparison": 80, "suite": 500}
 
@@ -217,8 +224,36 @@ def test_a_run_says_less_with_fewer_questions_or_shorter_answers(
     questions: int, answer_tokens: int, says_less: bool
 ) -> None:
     recorded = _measured("comparison", 60)["comparison"]
-    assert recorded.is_more_than(questions, answer_tokens) == says_less
-    assert not replace(recorded, answer_tokens=None).is_more_than(60, 1)
+    newer = replace(recorded, questions=questions, answer_tokens=answer_tokens, date="2026-11-02 12:00 UTC")
+    assert ("say less" in recorded.why_kept(newer)) == says_less
+    assert not replace(recorded, answer_tokens=None).why_kept(replace(recorded, answer_tokens=1))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"data": "other"},
+        {"seed": 1},
+        {"reference": "other"},
+        {"max_tiles": 1},
+        {"device": "cuda"},
+        {"engine": "openvino"},
+        {"dialect": "standard"},
+        {"exact": True},
+    ],
+)
+def test_a_run_of_something_else_does_not_replace_however_large(change: dict[str, Any]) -> None:
+    recorded = _measured("comparison", 60)["comparison"]
+    newer = replace(recorded, questions=6000, **change)
+    assert next(iter(change)).replace("_", " ") in recorded.why_kept(newer)
+    assert newer.why_kept(recorded)
+    settings = {field.name for field in fields(Measurement)} - {"questions", "date", "answer_tokens"}
+    assert set(_COMPARED) == settings, "a new setting is compared, too"
+
+
+def test_the_device_that_evaluate_takes_by_itself_is_the_cpu() -> None:
+    recorded = _measured("comparison", 60)["comparison"]
+    assert not recorded.why_kept(replace(recorded, device="auto"))
 
 
 def test_a_condition_that_replaces_another_is_named() -> None:

@@ -18,25 +18,27 @@ import pytest
 from PIL import Image
 
 from helpers import tiny
-from helpers.commands import internvl_edge
-from helpers.reports import HOSTILE, full_report
+from helpers.commands import assert_one_line, internvl_edge
+from helpers.reports import HOSTILE, RUN, full_report
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.jsonable import decode, encode
 from internvl_edge.base.run_record import RunRecord
 from internvl_edge.bundle.gate import Verdict
 from internvl_edge.bundle.manifest import Manifest
 from internvl_edge.bundle.names import QUANTIZATION
-from internvl_edge.bundle.quality import Quality
+from internvl_edge.bundle.quality import Measurement, Quality
 from internvl_edge.checkpoint.record import read_record
 from internvl_edge.evaluation.divergence import DivergenceSummary, histogram
-from internvl_edge.evaluation.report import Report
+from internvl_edge.evaluation.report import Overview, Report, find_report, overview, write_overview
 from internvl_edge.evaluation.report.files import HTML, JSON, read_report, require_own_report, write_report
+from internvl_edge.evaluation.report.meaning import LANDMARKS, divergence_in_words
 from internvl_edge.evaluation.report.page import difference, render
 from internvl_edge.evaluation.report.plots import divergence_plot
 from internvl_edge.model.components import Component, Stored
 from internvl_edge.model.linear import W8A8, Scheme
 from internvl_edge.quantize.pipeline import _reports
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 BARE = Report("bundle", "b", "c", (), False, 10, ())
 
@@ -192,7 +194,7 @@ def test_a_page_of_a_whole_model_stays_below_two_megabytes(page: str) -> None:
 
 def test_plots_have_no_colours_of_their_own(page: str) -> None:
     drawings = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
-    assert len(drawings) == 7
+    assert len(drawings) == 8
     for drawing in drawings:
         assert re.findall(r"#[0-9a-fA-F]{6}\b", drawing) == []
         assert "var(--" in drawing
@@ -352,7 +354,7 @@ def test_a_browser_loads_nothing_else_and_shows_everything(
     assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
     assert page.evaluate("document.documentElement.scrollWidth") <= width, "the page scrolls sideways"
     shown = page.evaluate("[...document.querySelectorAll('svg')].filter(svg => svg.getClientRects().length).length")
-    assert shown == 7
+    assert shown == 8
     light = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)[0]")
     ink = page.evaluate("getComputedStyle(document.querySelector('svg text')).fill.match(/\\d+/g).map(Number)[0]")
     assert (light > 200, light > ink) == ((True, True) if scheme == "light" else (False, False))
@@ -368,3 +370,118 @@ def test_files_of_somebody_else_are_not_replaced_by_a_report(tmp_path: Path, nam
     (tmp_path / name).unlink()
     write_report(BARE, tmp_path)
     require_own_report(tmp_path)
+
+
+# ---- what figures mean, and several bundles ----
+
+
+def test_the_landmarks_are_the_committed_measurements() -> None:
+    results = [
+        {row["name"]: row for row in json.loads(path.read_text(encoding="utf-8"))["results"]}
+        for path in sorted(RESULTS.glob("reader-quality-*.json"))
+    ]
+    assert len(results) == 2
+    for mark in LANDMARKS:
+        rows = [(found["float"], found[name]) for found in results for name in mark.rows]
+        kls = [row["kl"] for _, row in rows]
+        points = [100 * (row["exact_match"] - whole["exact_match"]) for whole, row in rows]
+        assert mark.least == pytest.approx(min(kls), abs=1e-5)
+        assert mark.most == pytest.approx(max(kls), abs=1e-5)
+        assert mark.points == pytest.approx((min(points), max(points)), abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("kl", "words"),
+    [
+        (0.0, "less than any quantization"),
+        (0.0002, "what 8-bit weights"),
+        (0.001, "more than 8-bit weights, int8 tower or int8 cache cost"),
+        (0.005, "what 4-bit weights with AWQ cost"),
+        (0.02, "what 4-bit weights rounded without data"),
+        (0.5, "16 times the most"),
+        (math.nan, "the model is broken"),
+    ],
+)
+def test_every_divergence_has_words(kl: float, words: str) -> None:
+    assert words in divergence_in_words(kl)
+
+
+def _known(name: str, kl: float, **measured: Any) -> Report:
+    report = full_report()
+    assert report.quality is not None
+    how = replace(Measurement("reader", 64, 0, "cpu", "onnxruntime", RUN.date, reference="float"), **measured)
+    quality = replace(report.quality, figures={"kl": kl, "top1": 1 - kl}, measured={"comparison": how})
+    return replace(report, name=name, quality=quality)
+
+
+def _rows(found: Overview) -> dict[str, tuple[tuple[str, ...], int | None]]:
+    return {row.label: (row.texts, row.best) for row in found.rows}
+
+
+def test_an_overview_finds_the_best_of_each_row() -> None:
+    reports = [_known("a", 0.02), replace(_known("b", 0.01), bytes=900_000_000), _known("c", 0.03)]
+    found = overview(reports, ["x/a", "x/b", "x/c"])
+    rows = _rows(found)
+    assert found.warnings == ()
+    assert rows["kl"] == (("0.02", "0.01", "0.03"), 1)
+    assert rows["top1"] == (("98.00%", "99.00%", "97.00%"), 1)
+    assert rows["all files"] == (("812 MB", "900 MB", "812 MB"), None), "two share the smallest size"
+    assert rows["sign"][0] == ("95.0% of 300",) * 3
+    assert "suite" not in rows
+
+
+def test_an_overview_says_which_runs_cannot_be_compared() -> None:
+    reports = [_known("a", 0.02), _known("a", 0.01, seed=3), _known("c", 0.03)]
+    found = overview(reports, ["x/a", "y/a", "c"])
+    assert found.names == ("x/a", "y/a", "c"), "folders of one name are told apart"
+    (warning,) = found.warnings
+    assert "x/a and y/a: seed is 0 in one run and 3 in the other" in warning
+    assert _rows(found)["kl"] == (("0.02", "0.01", "0.03"), None)
+
+
+def test_an_overview_shows_the_answers_that_differ() -> None:
+    first, second = _known("a", 0.02), _known("b", 0.02)
+    assert first.comparison is not None
+    assert second.comparison is not None
+    pair = replace(first.comparison.samples[0], candidate="GO")
+    first = replace(first, comparison=replace(first.comparison, samples=(pair, replace(pair, name="other", same=True))))
+    second = replace(second, comparison=replace(second.comparison, samples=()))
+    (answers,) = overview([first, second], ["a", "b"]).answers
+    assert (answers.reference, answers.candidates) == ("STOP", ("GO", None))
+
+
+def test_the_overview_page_is_a_page_of_ours(tmp_path: Path) -> None:
+    reports = [_known("a", 0.02), _known("b", 0.01, seed=1)]
+    found = overview(reports, ["a", "b"])
+    written = write_overview(found, reports, tmp_path)
+    assert written.html is not None
+    text = written.html.read_text(encoding="utf-8")
+    assert decode(Overview, json.loads(written.json.read_text(encoding="utf-8"))) == found
+    assert "<script" not in text
+    assert "https://" not in text.replace(HOSTILE, "").replace("https://example.com", "")
+    assert "seed is 0 in one run and 1 in the other" in text
+    assert text.count("<svg") == 1
+
+
+def test_the_command_shows_bundles_and_a_timed_one_has_its_speed_on_the_page(made: Path, tmp_path: Path) -> None:
+    result = internvl_edge("report", made / "float", made / "int4", "-o", tmp_path / "page")
+    assert result.returncode == 0, result.stderr
+    assert "all files" in result.stdout
+    assert (tmp_path / "page" / "overview.html").exists()
+    assert "Not measured yet: internvl-edge bench int4 --report" in render(find_report(made / "int4"))
+    assert_one_line(internvl_edge("report", tmp_path), "neither a bundle nor a folder with a report.json")
+
+
+def test_bench_completes_the_report_of_a_bundle(made: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(made / "int4", tmp_path / "int4"))
+    result = internvl_edge("bench", bundle, "--report", "--repeat", 1, "--threads", 1)
+    assert result.returncode == 0, result.stderr
+    report = read_report(tmp_path / "int4.report")
+    assert report is not None
+    assert report.speed is not None
+    assert {figure.name for figure in report.speed.figures} > {"load", "decode at 300"}
+    assert report.commands["speed"].endswith("bench int4 --repeat 1 --report --threads 1")
+    assert "tokens/s after 300 tokens" in (tmp_path / "int4.report" / HTML).read_text(encoding="utf-8")
+    kept = replace(find_report(bundle), speed=None).completed_by(report)
+    assert kept.speed == report.speed
+    assert kept.commands == report.commands

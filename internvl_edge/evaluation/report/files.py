@@ -1,9 +1,11 @@
-"""Write and read `report.json` and `report.html` in a folder."""
+"""Write and read `report.json` and `report.html`, and write `overview.json` and `overview.html`, in a folder."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.extras import missing_package
@@ -13,9 +15,14 @@ from internvl_edge.base.jsonable import decode, dumps
 
 from .report import FORMAT_VERSION, Report
 
+if TYPE_CHECKING:
+    from .overview import Overview
+
 JSON = "report.json"
 _LIMIT = 64 << 20  # bytes; it holds pictures of answers
 HTML = "report.html"
+OVERVIEW_JSON = "overview.json"
+OVERVIEW_HTML = "overview.html"
 # What the page is made with, of the extra `report`.
 _PACKAGES = ("jinja2", "markupsafe", "matplotlib")
 
@@ -43,20 +50,45 @@ def write_report(report: Report, folder: Path) -> Written:
     Raises:
         EdgeError: the folder cannot be written.
     """
+
+    def render() -> str:
+        from .page import render
+
+        return render(report)
+
+    return _write(folder, JSON, HTML, dumps(report), render)
+
+
+def write_overview(found: Overview, reports: Sequence[Report], folder: Path) -> Written:
+    """Write `overview.json` and `overview.html` into a folder, as `write_report` does.
+
+    Raises:
+        EdgeError: the folder cannot be written.
+    """
+
+    def render() -> str:
+        from .page import render_overview
+
+        return render_overview(found, reports)
+
+    return _write(folder, OVERVIEW_JSON, OVERVIEW_HTML, dumps(found), render)
+
+
+def _write(folder: Path, json: str, html: str, values: str, render: Callable[[], str]) -> Written:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        replace_text(folder / JSON, dumps(report))
+        replace_text(folder / json, values)
         try:
-            from .page import render
+            page = render()
         except ModuleNotFoundError as error:
             if error.name not in _PACKAGES:
                 raise
-            older = f"; {folder / HTML} is of an earlier run" if (folder / HTML).exists() else ""
-            return Written(folder / JSON, None, missing_package(error, "report", HTML) + older)
-        replace_text(folder / HTML, render(report))
+            older = f"; {folder / html} is of an earlier run" if (folder / html).exists() else ""
+            return Written(folder / json, None, missing_package(error, "report", html) + older)
+        replace_text(folder / html, page)
     except OSError as error:
         raise EdgeError(f"the report cannot be written to {folder} ({error.strerror}); choose another folder") from None
-    return Written(folder / JSON, folder / HTML)
+    return Written(folder / json, folder / html)
 
 
 def require_own_report(folder: Path) -> None:

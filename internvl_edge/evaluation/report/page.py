@@ -18,12 +18,16 @@ from internvl_edge.base.run_record import RunRecord
 from internvl_edge.bundle.gate import METRICS, Verdict, parse_condition
 from internvl_edge.checkpoint.record import LinearReport
 from internvl_edge.model.components import Stored, weights_text
+from internvl_edge.runtime.bench import BenchResult
 
 from ..divergence import MEANINGFUL_PERPLEXITY
-from .plots import Plot, divergence_plot, layers_plot, ranges_plot
+from .meaning import changes_in_words, divergence_in_words
+from .overview import Overview
+from .plots import Plot, divergence_plot, layers_plot, ranges_plot, scale_plot, size_plot
 from .report import Report
 
 _TEMPLATE = "page.html.jinja"
+_OVERVIEW = "overview.html.jinja"
 _STYLE = "page.css"
 # Headline figures, the first that are known.
 _HEADLINES = ("kl", "top1", "exact_match", "same_answers", "perplexity_ratio")
@@ -34,6 +38,12 @@ _LABELS = {
     "exact_match": "exact answers",
     "same_answers": "same greedy answers",
     "perplexity_ratio": "perplexity over the reference's",
+}
+# What `bench` measures that matters most to whoever waits for an answer: its name -> a sentence.
+_SPEEDS = {
+    "decode at 300": "{} tokens/s after 300 tokens",
+    "first token, 1 tile + 300": "the first token of a question with one tile after {} s",
+    "load": "loads in {} s",
 }
 # An outlier channel is this many times as large as the median channel.
 _OUTLIER = 10
@@ -51,6 +61,38 @@ def _without_direction(value: Any) -> Any:
 
 def render(report: Report) -> str:
     """Render the page."""
+    return _fill(
+        _TEMPLATE,
+        report=report,
+        headlines=_headlines(report),
+        verdict=_verdict(report),
+        figures=_figures(report),
+        glance=_at_a_glance(report),
+        plots={name: plot and _markup(plot) for name, plot in _plots(report).items()},
+        conditions=[_condition(verdict) for verdict in report.quality.gate] if report.quality else [],
+        mistakes=report.suite.mistakes[:_MISTAKES] if report.suite else (),
+        largest=max((part.bytes for part in report.components), default=1),
+        choices=[linear for linear in _linears(report) if linear.reason],
+        outliers=_outliers(_linears(report)),
+        runs=_runs(report),
+        machines=_machines(_runs(report)),
+        summary=_summary(report),
+        meaningful_perplexity=int(MEANINGFUL_PERPLEXITY),
+        recipe=_flat(report.quantization.recipe) if report.quantization else [],
+    )
+
+
+def render_overview(found: Overview, reports: Sequence[Report]) -> str:
+    """Render the page that shows several bundles beside each other."""
+    points = [
+        (name, report.bytes, report.quality.figures.get("kl") if report.quality else None)
+        for name, report in zip(found.names, reports, strict=True)
+    ]
+    plot = size_plot([(name, count, kl) for name, count, kl in points if kl is not None])
+    return _fill(_OVERVIEW, overview=found, plot=plot and _markup(plot))
+
+
+def _fill(template: str, **values: Any) -> str:
     environment = jinja2.Environment(
         autoescape=True,
         finalize=_without_direction,
@@ -64,28 +106,12 @@ def render(report: Report) -> str:
         "number": number,
         "count": lambda value: f"{value:,}".replace(",", "\N{THIN SPACE}"),
         "duration": units.duration,
+        "rounded": units.rounded,
         "difference": difference,
     }
     package = files(__package__)
-    template = environment.from_string(package.joinpath(_TEMPLATE).read_text("utf-8"))
-    return template.render(
-        report=report,
-        css=Markup(package.joinpath(_STYLE).read_text("utf-8")),
-        headlines=_headlines(report),
-        verdict=_verdict(report),
-        figures=_figures(report),
-        plots={name: plot and _markup(plot) for name, plot in _plots(report).items()},
-        conditions=[_condition(verdict) for verdict in report.quality.gate] if report.quality else [],
-        mistakes=report.suite.mistakes[:_MISTAKES] if report.suite else (),
-        largest=max((part.bytes for part in report.components), default=1),
-        choices=[linear for linear in _linears(report) if linear.reason],
-        outliers=_outliers(_linears(report)),
-        runs=_runs(report),
-        machines=_machines(_runs(report)),
-        summary=_summary(report),
-        meaningful_perplexity=int(MEANINGFUL_PERPLEXITY),
-        recipe=_flat(report.quantization.recipe) if report.quantization else [],
-    )
+    css = Markup(package.joinpath(_STYLE).read_text("utf-8"))
+    return environment.from_string(package.joinpath(template).read_text("utf-8")).render(css=css, **values)
 
 
 def size(count: float) -> str:
@@ -118,13 +144,45 @@ def _headlines(report: Report) -> list[tuple[str, str]]:
     rows = [(size(report.bytes), f"all files{alone}")]
     figures = _figures(report)
     known = [name for name in _HEADLINES if name in figures][:_MOST_HEADLINES]
-    rows += [(METRICS[name].show(figures[name]), _LABELS[name]) for name in known]
+    rows += [(METRICS[name].show(figures[name]), f"{_LABELS[name]}, {_asked(report, name)}") for name in known]
     if report.quantization and report.quantization.tower and len(rows) < 1 + _MOST_HEADLINES:
         rows.append((f"{report.quantization.tower.cosine:.5f}", "cosine of the image embeddings to the float tower's"))
     errors = [linear.error for linear in _linears(report) if linear.error is not None]
     if errors and not figures:
         rows.append((f"{sum(errors) / len(errors):.3f}", "output error of a linear, mean"))
     return rows
+
+
+def _asked(report: Report, metric: str) -> str:
+    """Say over how many questions a figure was measured."""
+    how = report.quality.measured.get(METRICS[metric].run) if report.quality else None
+    return f"{how.questions} questions" if how else "number of questions not recorded"
+
+
+def _at_a_glance(report: Report) -> list[tuple[str, str]]:
+    """Answer what everybody asks first: (question, answer) rows."""
+    rows = []
+    figures = _figures(report)
+    if "kl" in figures:
+        rows.append(("Is this divergence small?", divergence_in_words(figures["kl"])))
+    if report.comparison:
+        rows.append(("What changed in the answers?", changes_in_words(report.comparison)))
+    if report.kind == "bundle":
+        rows.append(("How fast is it?", _speed(report.speed) or f"Not measured yet: {_BENCH} {report.name} --report"))
+    return rows
+
+
+_BENCH = "internvl-edge bench"
+
+
+def _speed(found: BenchResult | None) -> str:
+    if found is None:
+        return ""
+    by_name = {figure.name: figure.value for figure in found.figures}
+    parts = [text.format(units.rounded(by_name[name])) for name, text in _SPEEDS.items() if name in by_name]
+    memory = f"at most {size(found.peak_rss_bytes)} of memory"
+    where = f"{found.device}, {found.threads} threads, {found.run.machine}"
+    return f"{', '.join([*parts, memory])} ({where})."
 
 
 def _summary(report: Report) -> str:
@@ -153,7 +211,12 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _runs(report: Report) -> list[tuple[str, RunRecord]]:
-    parts = {"Quantized": report.quantization, "Compared": report.comparison, "Suite": report.suite}
+    parts = {
+        "Quantized": report.quantization,
+        "Compared": report.comparison,
+        "Suite": report.suite,
+        "Timed": report.speed,
+    }
     return [(label, part.run) for label, part in parts.items() if part]
 
 
@@ -196,6 +259,7 @@ def _linears(report: Report) -> tuple[LinearReport, ...]:
 def _plots(report: Report) -> dict[str, Plot | None]:
     plots: dict[str, Plot | None] = {}
     if report.comparison:
+        plots["scale"] = scale_plot(report.comparison.greedy.kl_mean)
         plots["divergence"] = divergence_plot(report.comparison.histogram, report.comparison.greedy)
     parts = {"vision": "vision.", "decoder": "decoder."}
     for part, prefix in parts.items():

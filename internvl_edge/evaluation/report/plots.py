@@ -22,6 +22,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from internvl_edge.checkpoint.record import LinearReport
 
 from ..divergence import DivergenceSummary, Histogram
+from .meaning import LANDMARKS
 
 # Colours that stand for the page's own until the SVG is written: what is drawn with -> CSS.
 _INK, _QUIET, _GRID, _ACCENT = "#010101", "#020202", "#030303", "#040404"
@@ -94,6 +95,56 @@ def divergence_plot(histogram: Histogram, summary: DivergenceSummary) -> Plot:
 
     described = f"Histogram of the divergence at {summary.positions} tokens; mean {summary.kl_mean:.4g} nats."
     return _plot("divergence", draw, described, height=2.9)
+
+
+def scale_plot(kl: float) -> Plot | None:
+    """Plot a mean divergence beside those of the demo readers; None where it is no number above zero."""
+    if not math.isfinite(kl) or kl <= 0:
+        return None
+
+    def draw(axes: Axes) -> None:
+        for row, mark in enumerate(reversed(LANDMARKS)):
+            axes.barh(row, mark.most - mark.least, left=mark.least, height=0.34, color=_ACCENT, alpha=0.85)
+            axes.text(0, row + 0.3, mark.kind, transform=axes.get_yaxis_transform(), color=_INK, va="bottom")
+        axes.set_xscale("log")
+        axes.set_xlim(min(1e-5, kl / 2), max(1, kl * 2))
+        axes.set_ylim(-0.5, len(LANDMARKS) - 0.1)
+        axes.set_yticks([])
+        axes.spines["left"].set_visible(False)
+        axes.grid(axis="y", visible=False)
+        axes.axvline(kl, color=_INK, linewidth=1, linestyle=(0, (3, 2)))
+        axes.text(kl, 1.01, "this bundle", transform=axes.get_xaxis_transform(), ha="center", va="bottom")
+        axes.xaxis.set_major_locator(LogLocator(10))
+        axes.xaxis.set_major_formatter(_PLAIN)
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel("mean KL divergence, nats")
+
+    return _plot("scale", draw, f"Mean divergence of {kl:.3g} nats beside those of the demo readers.", height=2.6)
+
+
+def size_plot(points: Sequence[tuple[str, int, float]]) -> Plot | None:
+    """Plot (name, bytes on disk, mean divergence in nats) of bundles; None where fewer than two can be drawn."""
+    points = [(name, size, kl) for name, size, kl in points if math.isfinite(kl) and kl > 0]
+    if len(points) < 2:
+        return None
+
+    def draw(axes: Axes) -> None:
+        for number, (name, size, kl) in enumerate(points):
+            axes.plot(
+                size / 1e6, kl, _MARKERS[number % len(_MARKERS)], color=_SERIES[number % len(_SERIES)], markersize=7
+            )
+            axes.annotate(name, (size / 1e6, kl), (7, 4), textcoords="offset points", color=_INK)
+        axes.set_yscale("log")
+        axes.set_xlim(0, 1.35 * max(size for _, size, _ in points) / 1e6)
+        lowest, highest = min(kl for *_, kl in points), max(kl for *_, kl in points)
+        axes.set_ylim(lowest / 3, highest * 3)
+        axes.yaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
+        axes.yaxis.set_major_formatter(_PLAIN)
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel("MB on disk")
+        axes.set_ylabel("mean KL divergence, nats")
+
+    return _plot("size", draw, f"Size and mean divergence of {len(points)} bundles.", height=2.9)
 
 
 def layers_plot(linears: Sequence[LinearReport], value: Value, label: str) -> Plot | None:

@@ -5,7 +5,7 @@ Sections that are not known are None. Shares are from 0 to 1, sizes in bytes, ti
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from internvl_edge.base.errors import BundleError
@@ -17,11 +17,12 @@ from internvl_edge.bundle.quality import Quality
 from internvl_edge.checkpoint.record import QuantizationRecord
 from internvl_edge.model.components import Component
 from internvl_edge.model.description import describe
+from internvl_edge.runtime.bench import BenchResult
 
 from ..compare import Comparison
 from ..suite import SuiteResult
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,9 @@ class Report:
         quality: of a bundle: its figures and its gate.
         quantization: how it was quantized.
         comparison, suite: what evaluation found.
-        commands: what repeats the runs, as typed in a shell.
+        speed: what `bench` measured.
+        commands: what repeats the runs, as typed in a shell, by the section that each made: "comparison", "suite",
+            "speed", "quantization".
     """
 
     kind: str
@@ -53,7 +56,8 @@ class Report:
     quantization: QuantizationRecord | None = None
     comparison: Comparison | None = None
     suite: SuiteResult | None = None
-    commands: tuple[str, ...] = ()
+    speed: BenchResult | None = None
+    commands: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     @property
@@ -65,11 +69,14 @@ class Report:
         """Take the older report's sections where this one has none, if both are about the same files."""
         if older is None or not self.files or older.files != self.files:
             return self
-        if (self.comparison or not older.comparison) and (self.suite or not older.suite):
-            return self
-        commands = tuple(dict.fromkeys((*self.commands, *older.commands)))
-        comparison, suite = self.comparison or older.comparison, self.suite or older.suite
-        return replace(self, comparison=comparison, suite=suite, commands=commands)
+        missing = [name for name in _SECTIONS if getattr(self, name) is None]
+        sections = {name: getattr(older, name) for name in missing}
+        kept = {name: older.commands[name] for name in missing if name in older.commands}
+        return replace(self, **sections, commands={**kept, **self.commands})
+
+
+# Sections of a bundle's report that are measured apart.
+_SECTIONS = ("comparison", "suite", "speed")
 
 
 def bundle_report(
@@ -77,6 +84,7 @@ def bundle_report(
     quality: Quality,
     comparison: Comparison | None = None,
     suite: SuiteResult | None = None,
+    speed: BenchResult | None = None,
     command: str = "",
 ) -> Report:
     """Collect everything that is known of a bundle.
@@ -84,13 +92,14 @@ def bundle_report(
     Args:
         folder: the bundle.
         quality: its figures and its gate, the newest included.
-        comparison, suite: what was just measured.
+        comparison, suite, speed: what was just measured.
         command: what measures it again, for people.
 
     Raises:
         BundleError: the folder is no bundle.
     """
     manifest = Manifest.read(folder)
+    measured = {"comparison": comparison, "suite": suite, "speed": speed}
     return Report(
         kind="bundle",
         name=folder.resolve().name,
@@ -103,7 +112,8 @@ def bundle_report(
         quantization=_quantization(folder, manifest),
         comparison=comparison,
         suite=suite,
-        commands=(command,) if command else (),
+        speed=speed,
+        commands={name: command for name, found in measured.items() if found is not None and command},
     )
 
 
@@ -125,7 +135,7 @@ def checkpoint_report(folder: Path, record: QuantizationRecord, command: str = "
         bytes=sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
         components=record.components,
         quantization=record,
-        commands=(command,) if command else (),
+        commands={"quantization": command} if command else {},
     )
 
 
