@@ -15,7 +15,7 @@ from internvl_edge.evaluation.report import (
     write_overview,
     write_report,
 )
-from internvl_edge.evaluation.report.overview import RUNS
+from internvl_edge.evaluation.report.overview import RUNS, overview_values
 
 from .output import print_columns, print_json, say_written
 
@@ -39,7 +39,7 @@ def command(bundles: tuple[Path, ...], output: Path | None, as_json: bool) -> No
     reports = [find_report(folder) for folder in bundles]
     found = overview(reports, [str(folder) for folder in bundles])
     if as_json:
-        print_json(found)
+        print_json(overview_values(reports, found))
     else:
         _print(found)
     for warning in found.warnings:

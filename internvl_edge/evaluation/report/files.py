@@ -66,12 +66,14 @@ def write_overview(found: Overview, reports: Sequence[Report], folder: Path) -> 
         EdgeError: the folder cannot be written.
     """
 
+    from .overview import overview_values
+
     def render() -> str:
         from .page import render_overview
 
         return render_overview(found, reports)
 
-    return _write(folder, OVERVIEW_JSON, OVERVIEW_HTML, dumps(found), render)
+    return _write(folder, OVERVIEW_JSON, OVERVIEW_HTML, dumps(overview_values(reports, found)), render)
 
 
 def _write(folder: Path, json: str, html: str, values: str, render: Callable[[], str]) -> Written:

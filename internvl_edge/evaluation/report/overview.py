@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from internvl_edge.base import units
 from internvl_edge.base.errors import EdgeError
@@ -100,6 +101,22 @@ def overview(reports: Sequence[Report], names: Sequence[str]) -> Overview:
     rows = [*_sizes(reports), *_figures(reports, comparable), *_tasks(reports), *_speeds(reports)]
     kept = tuple(row for row in rows if any(row.texts))
     return Overview(shown, kept, tuple(_answers(reports))[:_MOST_ANSWERS], warnings)
+
+
+def overview_values(reports: Sequence[Report], found: Overview) -> dict[str, Any]:
+    """Collect the same for programs: plain numbers in the units of `Report`, None where nothing is known."""
+    bundles = [
+        {
+            "name": name,
+            "bytes": report.bytes,
+            "components": report.components,
+            "quality": report.quality,
+            "tasks": report.suite.tasks if report.suite else None,
+            "speed": report.speed,
+        }
+        for name, report in zip(found.names, reports, strict=True)
+    ]
+    return {"bundles": bundles, "different_answers": found.answers, "warnings": found.warnings}
 
 
 def _sizes(reports: Sequence[Report]) -> list[Row]:
