@@ -7,6 +7,9 @@ PEERS holds the environments of `peers/make_env.sh`, MODELS what `peers/cpu_mode
 that loads and then waits, stopped by a signal, for its turn: A B C A B C for every figure, so that a machine whose
 speed drifts is as slow for one as for another. The first round of each figure is not counted. Weights are random in the
 shapes of a 1B: speed, memory and size do not depend on them, quality is not looked at here.
+
+A program that ends is left out from then on: its results say after what, and keep what was measured before. The results
+are written after every row, so that nothing is lost when this program is stopped.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import signal
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -55,9 +59,16 @@ PEERS = {
 }
 
 
+class Ended(Exception):  # noqa: N818
+    """A program ended, or answered something else than a line of JSON."""
+
+
 @dataclass
 class Worker:
-    """One program: its process, stopped unless it is its turn, and what was measured of it."""
+    """One program: its process, stopped unless it is its turn, and what was measured of it.
+
+    `failed` says what it was asked for when it ended; "" while it runs.
+    """
 
     label: str
     command: list[str]
@@ -66,26 +77,37 @@ class Worker:
     can: list[str] = field(default_factory=list)
     seconds: dict[str, list[float]] = field(default_factory=dict)
     memory: dict[str, dict[str, int]] = field(default_factory=dict)
+    failed: str = ""
     process: Any = None
 
     def start(self) -> None:
         """Begin anew; the time it says loading took is kept."""
         self.stop()
-        self.process = subprocess.Popen(
-            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        hello = self._answer()
+        if self.failed:
+            return
+        try:
+            self.process = subprocess.Popen(
+                self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            )
+            hello = self._answer()
+        except (OSError, Ended) as error:
+            self._fail("loading", error)
+            return
         self.loads.append(hello["load_s"])
         self.can = hello["can"]
         self.process.send_signal(signal.SIGSTOP)
 
-    def ask(self, do: str, count: int = 0) -> dict[str, Any]:
-        """One request while the others stand still."""
-        self.process.send_signal(signal.SIGCONT)
-        self.process.stdin.write(json.dumps({"do": do, "count": count}) + "\n")
-        self.process.stdin.flush()
-        answer = self._answer()
-        self.process.send_signal(signal.SIGSTOP)
+    def ask(self, do: str, count: int = 0) -> dict[str, Any] | None:
+        """One request while the others stand still; None where the program ended instead of answering."""
+        try:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.stdin.write(json.dumps({"do": do, "count": count}) + "\n")
+            self.process.stdin.flush()
+            answer = self._answer()
+            self.process.send_signal(signal.SIGSTOP)
+        except (OSError, Ended) as error:
+            self._fail(f"{do} {count}", error)
+            return None
         return answer
 
     def stop(self) -> None:
@@ -96,16 +118,23 @@ class Worker:
 
     def _answer(self) -> dict[str, Any]:
         line = self.process.stdout.readline()
-        if not line:
-            sys.exit(f"{self.label} ended: {' '.join(self.command)}")
-        answer: dict[str, Any] = json.loads(line)
+        try:
+            answer: dict[str, Any] = json.loads(line)
+        except ValueError:
+            raise Ended(f"exit status {self.process.wait()}" if not line else f"answered {line!r}") from None
         return answer
+
+    def _fail(self, doing: str, error: Exception) -> None:
+        self.stop()
+        self.failed = f"{doing}: {error}"
+        print(f"{self.label} failed at {self.failed}: {' '.join(self.command)}", file=sys.stderr, flush=True)
 
     def facts(self) -> dict[str, Any]:
         """What goes into the results."""
         return {
-            "load_s": {"median": statistics.median(self.loads), "each": self.loads},
-            "disk_bytes": sum(_size(path) for path in self.files),
+            **({"failed": self.failed} if self.failed else {}),
+            "load_s": {"median": statistics.median(self.loads) if self.loads else None, "each": self.loads},
+            "disk_bytes": sum(_size(path) for path in self.files if path.exists()),
             "memory": self.memory,
             "rows": {name: _row(name, seconds) for name, seconds in self.seconds.items()},
         }
@@ -125,28 +154,31 @@ def _row(name: str, seconds: list[float]) -> dict[str, Any]:
     return {**value, "spread": spread, "seconds": seconds}
 
 
-def measure(workers: list[Worker], rows: list[str], repeat: int) -> None:
-    """All figures of all workers, in turn; loading first."""
+def measure(workers: list[Worker], rows: list[str], repeat: int, keep: Callable[[], object]) -> None:
+    """All figures of all workers, in turn; loading first. `keep` stores what is known so far, after every row."""
     for _ in range(repeat):
         for worker in workers:
             worker.start()
     for row in rows:
         for do, count in ROWS[row]:
-            able = [worker for worker in workers if do in worker.can]
+            able = [worker for worker in workers if not worker.failed and do in worker.can]
             turn(able, do, count)  # warms up
             for _ in range(repeat):
-                for worker, seconds in zip(able, turn(able, do, count), strict=True):
+                for worker, seconds in turn(able, do, count):
                     worker.seconds.setdefault(f"{do} {count}", []).append(seconds)
         for worker in workers:
-            worker.memory[f"after {row}"] = worker.ask("memory")
+            if not worker.failed and (memory := worker.ask("memory")):
+                worker.memory[f"after {row}"] = memory
+        keep()
 
 
-def turn(workers: list[Worker], do: str, count: int) -> list[float]:
-    """Seconds of each worker, one after the other."""
+def turn(workers: list[Worker], do: str, count: int) -> list[tuple[Worker, float]]:
+    """Seconds of each worker that still runs, one after the other."""
     found = []
     for worker in workers:
-        found.append(worker.ask(do, count)["seconds"])
-        print(f"{do} {count} {worker.label}: {found[-1]:.3f} s", file=sys.stderr, flush=True)
+        if not worker.failed and (answer := worker.ask(do, count)):
+            found.append((worker, answer["seconds"]))
+            print(f"{do} {count} {worker.label}: {answer['seconds']:.3f} s", file=sys.stderr, flush=True)
     return found
 
 
@@ -184,19 +216,23 @@ def main(
     """Measure and write the results."""
     chosen = [label for label in PEERS if any(fnmatch(label, pattern) for pattern in only)]
     workers = [ours(text) for text in bundles] + [peer(label, peers, models) for label in chosen]
-    try:
-        measure(workers, rows.split(","), repeat)
-    finally:
-        for worker in workers:
-            worker.stop()
     versions = {
         environment: (peers / environment / "versions.txt").read_text(encoding="utf-8").splitlines()
         for environment in sorted({PEERS[w.label][0] for w in workers if w.label in PEERS})
     }
-    results = {worker.label: worker.facts() for worker in workers}
-    path = write_results(
-        f"cpu-peers-{name}", {"threads": THREADS, **machine_limits(), "programs": results, "peer_versions": versions}
-    )
+    limit = machine_limits()
+
+    def keep() -> Path:
+        results = {worker.label: worker.facts() for worker in workers}
+        figures = {"threads": THREADS, **limit, "programs": results, "peer_versions": versions}
+        return write_results(f"cpu-peers-{name}", figures)
+
+    try:
+        measure(workers, rows.split(","), repeat, keep)
+    finally:
+        for worker in workers:
+            worker.stop()
+    path = keep()
     print(path.read_text(encoding="utf-8"))
 
 

@@ -28,6 +28,7 @@ def table(report: dict[str, Any]) -> str:
     head = ["program", *(COLUMNS[name] for name in names), "load, s", "memory, text / all", "on disk"]
     lines = [head, ["---"] * len(head)]
     for label, facts in programs.items():
+        label = f"{label} (failed at {facts['failed']})" if "failed" in facts else label
         lines.append([label, *(figure(facts["rows"].get(name)) for name in names), *sizes(facts)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -44,9 +45,10 @@ def sizes(facts: dict[str, Any]) -> list[str]:
     peaks = [peak["resident"] / 1e9 for name, peak in facts["memory"].items()]
     text = facts["memory"].get("after decode", {}).get("resident")
     before = f"{text / 1e9:.2f}" if text else "-"
+    load = facts["load_s"]["median"]
     return [
-        f"{facts['load_s']['median']:.2f}",
-        f"{before} / {max(peaks):.2f} GB",
+        "-" if load is None else f"{load:.2f}",
+        f"{before} / {max(peaks):.2f} GB" if peaks else "-",
         f"{facts['disk_bytes'] / 1e9:.2f} GB",
     ]
 

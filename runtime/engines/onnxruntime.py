@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -101,7 +102,8 @@ class OnnxRuntimeEngine(Engine):
         self._dtype = np.dtype(opened.manifest.activations)
         self._cache_dtype = np.dtype(opened.manifest.kv_cache or self._dtype)
         self._run_options = self._ort.RunOptions()
-        self._vision = self._load_vision(opened, threads)
+        self._load_tower = partial(self._load_vision, opened, threads)
+        self._loaded_tower: Any = None
         self._text = self._session(opened, names.DECODERS[dialect], threads)
         self._prompts = self._load_prompts(opened, threads) if dialect == "onnxruntime" else None
         vision = model.vision
@@ -177,7 +179,7 @@ class OnnxRuntimeEngine(Engine):
 
     def close(self) -> None:
         """Release the sessions and the KV cache."""
-        del self._vision, self._text, self._prompts, self._buffers
+        del self._loaded_tower, self._load_tower, self._text, self._prompts, self._buffers
         self._steps.clear()
 
     def _chunks(self, embeds: NDArray[np.float32], row: int) -> list[NDArray[np.float32]]:
@@ -200,7 +202,7 @@ class OnnxRuntimeEngine(Engine):
 
     def _encode(self, pixels: NDArray[np.uint8]) -> NDArray[Any]:
         with self._interruptible() as options:
-            embeds: NDArray[Any] = self._vision.run(None, {"pixels": pixels}, options)[0]
+            embeds: NDArray[Any] = self._tower.run(None, {"pixels": pixels}, options)[0]
         return embeds
 
     @contextmanager
@@ -213,6 +215,13 @@ class OnnxRuntimeEngine(Engine):
             if options.terminate:
                 raise EngineError("the computation was interrupted") from None
             raise
+
+    @property
+    def _tower(self) -> Any:
+        """The vision tower. The first image loads it, so text alone needs neither its time nor its memory."""
+        if self._loaded_tower is None:
+            self._loaded_tower = self._load_tower()
+        return self._loaded_tower
 
     def _load_vision(self, opened: Bundle, threads: int | None) -> Any:
         return self._session(opened, names.VISION, threads, _SLEEPING)

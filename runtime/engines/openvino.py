@@ -106,7 +106,7 @@ class OpenVinoEngine(OnnxRuntimeEngine):
         del self._core
 
     def _encode(self, pixels: NDArray[np.uint8]) -> NDArray[Any]:
-        embeds: NDArray[Any] = self._vision.infer({"pixels": pixels})["image_embeds"]
+        embeds: NDArray[Any] = self._tower.infer({"pixels": pixels})["image_embeds"]
         return embeds
 
     def _entries(self, row: int) -> Iterator[tuple[str, NDArray[Any]]]:
