@@ -94,7 +94,10 @@ class Tiny:
         known: dict[str, tuple[Any, ...]] = {}
         known |= {"text": ("qwen2", "qwen3", "llama" if native else "internlm2"), "vision": ("300m", "6b")}
         known |= {"layout": ("remote", "native", "native_prefixed"), "file_format": ("safetensors", "bin")}
-        known |= {"tie": (False, True) if native or self.text == "qwen3" else (False,), "ps_version": ("v2",) if native else ("v1", "v2")}
+        known |= {
+            "tie": (False, True) if native or self.text == "qwen3" else (False,),
+            "ps_version": ("v2",) if native else ("v1", "v2"),
+        }
         for name, choices in known.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} with layout={self.layout!r}: choose from {choices}")
