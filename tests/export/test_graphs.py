@@ -24,6 +24,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "internlm2": {"text": "internlm2"},
     "qwen3, other width of heads": {"text": "qwen3", "head_dim": 32, "padding_rows": 5},
+    "qwen3, large eps": {"text": "qwen3", "rms_norm_eps": 0.5},
     "qwen3, one kv head, ties": {"text": "qwen3", "num_attention_heads": 6, "num_key_value_heads": 1, "head_dim": 24}
     | {"tie": True, "bias": True, "hidden_size": 80},
     "qwen3 native": {"text": "qwen3", "layout": "native", "head_dim": 8, "num_key_value_heads": 4},

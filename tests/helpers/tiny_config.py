@@ -51,6 +51,7 @@ class Tiny:
     `vision`: "300m" (layer_norm, qkv bias) or "6b" (rms_norm, q/k norm over all heads, no qkv bias).
     `rope_scaling`: as InternLM2 writes it, {"type": "dynamic"|"linear", "factor": number}.
     `head_dim`: 0 takes hidden_size / num_attention_heads; only Qwen3 and Llama can have another one.
+    `rms_norm_eps`: 0 takes that of the published checkpoints.
     `template`: of a remote checkpoint. `padding_rows`: rows of table and head that no token has, as Qwen3 has.
     `bias`: InternLM2's config key (biases on wqkv and wo), the attention_bias of Llama and Qwen3.
     `transformers`: 5 or 4, the dialect of a native config (`rope_parameters`, `dtype` or `rope_theta`, `torch_dtype`).
@@ -77,6 +78,7 @@ class Tiny:
     vision_num_hidden_layers: int = 2
     vision_num_attention_heads: int = 4
     vision_intermediate_size: int = 128
+    rms_norm_eps: float = 0.0
     max_position_embeddings: int = 2048
     rope_theta: float = 1e6
     rope_scaling: dict[str, Any] | None = None
@@ -103,10 +105,8 @@ class Tiny:
                 raise ValueError(f"{name}={getattr(self, name)!r} with layout={self.layout!r}: choose from {choices}")
         if not self.head_dim:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
-
-    @property
-    def rms_norm_eps(self) -> float:
-        return 1e-6 if self.text in ("qwen2", "qwen3") else 1e-5
+        if not self.rms_norm_eps:
+            object.__setattr__(self, "rms_norm_eps", 1e-6 if self.text in ("qwen2", "qwen3") else 1e-5)
 
     @property
     def shuffle(self) -> int:
