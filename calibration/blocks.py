@@ -1,8 +1,8 @@
 """One block of the vision tower or of the decoder as a function of its tensors, in torch.
 
 The residual stream is float32. Matrix products and attention run in the type of the weights. `observe(name, x)` gets
-the input of every linear layer. The blocks follow the original code (InternViT, Qwen2, InternLM2). This module knows
-the canonical tensor names below the block. It does not know files or statistics.
+the input of every linear layer. The blocks follow the original code (InternViT, Qwen2, Qwen3, InternLM2). This module
+knows the canonical tensor names below the block. It does not know files or statistics.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from internvl_edge.model.config import (
 
 Weights = Mapping[str, Tensor]
 Observe = Callable[[str, Tensor], None]
-# Gets keys before their rotation, and values, both [tokens, kv_heads, head_dim].
+# Gets keys before their rotation (after their norm, where there is one), and values, both [tokens, kv_heads, head_dim].
 ObserveCache = Callable[[Tensor, Tensor], None]
 
 
@@ -154,6 +154,11 @@ def decoder_block(
     h = rms_norm(x, weights["input_layernorm.weight"], decoder.rms_norm_eps).to(dtype)
     observe("self_attn.q_proj", h)
     q, k, v = (linear(weights, f"self_attn.{part}_proj", h).reshape(len(h), -1, decoder.head_dim) for part in "qkv")
+    if decoder.qk_norm:
+        q, k = (
+            rms_norm(x, weights[f"self_attn.{part}_norm.weight"], decoder.rms_norm_eps).to(dtype)
+            for part, x in (("q", q), ("k", k))
+        )
     observe_cache(k, v)
     attended = _causal_attention(_rotate(q, *rotary), _rotate(k, *rotary), v, lengths)
     observe("self_attn.o_proj", attended)

@@ -211,6 +211,10 @@ class GraphBuilder:
         """Apply root mean square normalisation over the last axis."""
         return self.op("RMSNormalization", x, self.vector(f"{name}.weight"), axis=-1, epsilon=epsilon)
 
+    def head_norm(self, x: ir.Value, name: str, epsilon: float, head_dim: int) -> ir.Value:
+        """Apply root mean square normalisation to each head of x [batch, seq, heads * head_dim]."""
+        return self.reshape(self.rms_norm(self.reshape(x, [0, 0, -1, head_dim]), name, epsilon), [0, 0, -1])
+
     def layer_norm(self, x: ir.Value, name: str, epsilon: float) -> ir.Value:
         """Apply layer normalisation over the last axis."""
         weight, bias = self.vector(f"{name}.weight"), self.vector(f"{name}.bias")

@@ -130,6 +130,11 @@ def _block(
     block = f"decoder.layers.{n}"
     h = g.rms_norm(x, f"{block}.input_layernorm", decoder.rms_norm_eps)
     q, k, v = (g.linear(h, f"{block}.self_attn.{name}_proj") for name in "qkv")
+    if decoder.qk_norm:
+        q, k = (
+            g.head_norm(x, f"{block}.self_attn.{name}_norm", decoder.rms_norm_eps, decoder.head_dim)
+            for name, x in (("q", q), ("k", k))
+        )
     attended, key, value = attend(q, k, v, cache)
     if not whole:
         return None, (key, value)

@@ -37,8 +37,9 @@ _LLAMA = (
     ScaleGroup("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
     ScaleGroup("mlp.up_proj", ("mlp.down_proj",)),
 )
-# All three architectures have the same canonical names. An architecture with another block needs its own line.
-SCALE_GROUPS: dict[str, tuple[ScaleGroup, ...]] = {"qwen2": _LLAMA, "internlm2": _LLAMA, "llama": _LLAMA}
+# These architectures have the same canonical names. An architecture with another block needs its own line. The norms
+# of q and k in Qwen3 are between no producer and its consumers.
+SCALE_GROUPS: dict[str, tuple[ScaleGroup, ...]] = dict.fromkeys(("qwen2", "qwen3", "internlm2", "llama"), _LLAMA)
 HEAD_GROUP = ScaleGroup("norm", ("lm_head",))
 
 

@@ -26,6 +26,22 @@ def small_oracle() -> Path:
     return SMALL_ORACLE
 
 
+# The checkpoints of other families: those that are committed, and those of the full oracle.
+SMALL_FAMILIES = ("internvl3_5-qwen3-tiny", "internvl2-internlm2-tiny")
+FAMILIES = (*SMALL_FAMILIES, "internvl3_5-hf-qwen3-tiny", "internvl3-qwen2-tiny", "internvl2-qwen2-tiny")
+
+
+@pytest.fixture(
+    scope="session",
+    params=[*(f"small/{name}" for name in SMALL_FAMILIES), *(f"full/{name}" for name in FAMILIES)],
+)
+def family(request: pytest.FixtureRequest) -> Path:
+    """The folder of a checkpoint of another family with its goldens; the images are in `../../images`."""
+    layer, name = request.param.split("/")
+    oracle: Path = request.getfixturevalue(f"{layer}_oracle")
+    return oracle / "families" / name
+
+
 @pytest.fixture(scope="session")
 def full_oracle() -> Path:
     """The folder of the same checkpoints with the full vocabularies, which is not committed.

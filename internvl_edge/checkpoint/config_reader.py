@@ -20,8 +20,19 @@ from internvl_edge.model.preprocess import MAX_TILES
 from .json_files import read_json
 from .lora import refuse_adapter_files
 
-TEMPLATES = ("internvl2_5",)
+TEMPLATES = ("internvl2_5", "Hermes-2", "internlm2-chat")
 NATIVE_TEMPLATE = "internvl_native"
+_TEXT_MODELS = ("qwen2", "qwen3", "internlm2", "llama")
+# Text models of published InternVL checkpoints that are not supported, and what they are.
+_REFUSED_TEXT_MODELS = {
+    "qwen3_moe": "a mixture of experts (InternVL3.5-30B-A3B and 241B-A28B)",
+    "gpt_oss": "GPT-OSS, a mixture of experts (InternVL3.5-GPT-OSS-20B-A4B)",
+    "phi3": "Phi-3 (InternVL2-4B)",
+    "internlm3": "InternLM3",
+}
+_ROPE_KINDS = ("default", "linear", "dynamic")
+# What the checkpoints with a router and a second projector (InternVL3.5-Flash) have at the top level.
+_FLASH = ("flash_mode", "is_flash_model", "flash_relative_threshold", "flash_absolute_threshold")
 # What transformers' image processor does where its file does not say; the projector is a constant of its classes.
 NATIVE_TILES = (1, 12)
 NATIVE_QK_NORM_EPS = 1e-6
@@ -52,7 +63,7 @@ class Fields:
         """Return a nested object, which must exist."""
         value = self.values.get(name)
         if not isinstance(value, dict):
-            raise CheckpointError(f"{self.file}: {self.path}{name} is missing; is this an InternVL 2.5 checkpoint?")
+            raise CheckpointError(f"{self.file}: {self.path}{name} is missing; is this an InternVL checkpoint?")
         return Fields(value, f"{self.path}{name}.", self.file)
 
     def optional_section(self, name: str) -> Fields:
@@ -150,23 +161,44 @@ def read_config(folder: Path) -> ModelConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(
-            f"{folder} is not a checkpoint: no config.json in it; give a folder or hub id of InternVL 2.5"
+            f"{folder} is not a checkpoint: no config.json in it; give a folder or hub id of InternVL"
         )
     fields = Fields(read_json(path))
     layout = fields.values.get("model_type")
+    _refuse_flash(fields)
     if layout == "internvl_chat":
         config = _remote(fields)
     elif layout == "internvl":
         config = _native(fields, folder)
     else:
         raise CheckpointError(
-            f"config.json: model_type is {shown(layout)}, expected internvl_chat or internvl (InternVL 2.5)"
+            f"config.json: model_type is {shown(layout)}, expected internvl_chat or internvl (InternVL)"
         )
     try:
         require_possible(config)
     except ValueError as error:
         raise CheckpointError(f"config.json: {error}") from None
     return config
+
+
+def may_tie(layout: str, architecture: str) -> bool:
+    """Whether `config.json` decides if the head is the token table; elsewhere it never is.
+
+    The code of remote checkpoints up to InternVL3 forces `tie_word_embeddings` to False. That of InternVL3.5, the only
+    one with Qwen3, takes it from `llm_config`.
+    """
+    return layout == "native" or architecture == "qwen3"
+
+
+def _refuse_flash(fields: Fields) -> None:
+    """Refuse checkpoints that choose by an image's content how many tokens its tiles have."""
+    for name in ("model_type", *_FLASH):
+        value = fields.values.get(name)
+        if (name != "model_type" and value not in (None, False)) or str(value).startswith("internvl_flash"):
+            raise CheckpointError(
+                f"config.json: {name} is {shown(value)}: this is an InternVL3.5-Flash checkpoint, whose router is not "
+                "supported; give the checkpoint of the same size without Flash"
+            )
 
 
 def _remote(fields: Fields) -> ModelConfig:
@@ -189,7 +221,7 @@ def _remote(fields: Fields) -> ModelConfig:
             qk_normalization=vision.flag("qk_normalization"),
             qk_norm_eps=vision.real("layer_norm_eps"),
         ),
-        decoder=_decoder(text, tie=False),  # the original forces both tie_word_embeddings to False
+        decoder=_decoder(text, "remote", text.flag("tie_word_embeddings", default=False)),
         downsample_ratio=fields.real("downsample_ratio"),
         ps_version=fields.choice("ps_version", ("v1", "v2")),
         select_layer=fields.index("select_layer"),
@@ -216,7 +248,7 @@ def _native(fields: Fields, folder: Path) -> ModelConfig:
             qk_normalization=vision.flag("use_qk_norm"),
             qk_norm_eps=NATIVE_QK_NORM_EPS,
         ),
-        decoder=_decoder(text, tie),
+        decoder=_decoder(text, "native", tie),
         downsample_ratio=fields.real("downsample_ratio"),
         ps_version="v2",
         select_layer=fields.index("vision_feature_layer"),
@@ -290,6 +322,8 @@ def _vision(
     fields: Fields, image_size: int, qkv_bias: bool, qk_normalization: bool, qk_norm_eps: float
 ) -> VisionConfig:
     fields.choice("hidden_act", ("gelu",))
+    if fields.flag("use_moe", default=False):
+        raise fields.refusal("use_moe", True, "false: a mixture of experts is not supported")
     if fields.count("num_channels", default=3, largest=3) != 3:
         raise CheckpointError(f"config.json: {fields.path}num_channels is {fields.values['num_channels']}, expected 3")
     if "image_size" in fields and fields.side("image_size") != image_size:
@@ -312,14 +346,16 @@ def _vision(
     )
 
 
-def _decoder(fields: Fields, tie: bool) -> DecoderConfig:
-    architecture = fields.choice("model_type", ("qwen2", "internlm2", "llama"))
+def _decoder(fields: Fields, layout: str, tie: bool) -> DecoderConfig:
+    architecture = _text_model(fields)
     fields.choice("hidden_act", ("silu",))
     if fields.flag("use_sliding_window", default=False):
         raise CheckpointError(f"config.json: {fields.path}use_sliding_window is true, which is not supported")
-    _refuse_other_attention(fields)
+    _refuse_other_layers(fields)
     heads, hidden_size = fields.count("num_attention_heads"), fields.count("hidden_size")
-    if "head_dim" not in fields and hidden_size % heads:
+    # transformers takes 128 where a Qwen3 file does not say it, and the quotient elsewhere: no value is guessed.
+    quotient = None if architecture == "qwen3" else hidden_size // heads
+    if quotient is not None and "head_dim" not in fields and hidden_size % heads:
         raise CheckpointError(
             f"config.json: {fields.path}hidden_size {hidden_size} is not a multiple of num_attention_heads {heads}"
         )
@@ -331,7 +367,7 @@ def _decoder(fields: Fields, tie: bool) -> DecoderConfig:
         num_hidden_layers=fields.count("num_hidden_layers"),
         num_attention_heads=heads,
         num_key_value_heads=fields.count("num_key_value_heads", default=heads),
-        head_dim=fields.count("head_dim", default=hidden_size // heads),
+        head_dim=fields.count("head_dim", default=quotient),
         intermediate_size=fields.count("intermediate_size"),
         vocab_size=fields.count("vocab_size"),
         rms_norm_eps=fields.real("rms_norm_eps"),
@@ -339,12 +375,25 @@ def _decoder(fields: Fields, tie: bool) -> DecoderConfig:
         rope=_rope(fields),
         qkv_bias=architecture == "qwen2" or bias,
         output_bias=architecture != "qwen2" and bias,
-        tie_word_embeddings=tie,
+        tie_word_embeddings=tie and may_tie(layout, architecture),
+        qk_norm=architecture == "qwen3",
     )
 
 
-def _refuse_other_attention(fields: Fields) -> None:
-    """Refuse settings that change which tokens a layer sees."""
+def _text_model(fields: Fields) -> str:
+    kind = fields.values.get("model_type")
+    if isinstance(kind, str) and kind in _REFUSED_TEXT_MODELS:
+        raise CheckpointError(
+            f"config.json: {fields.path}model_type is {kind}: {_REFUSED_TEXT_MODELS[kind]} is not supported; "
+            f"supported: {', '.join(_TEXT_MODELS)}"
+        )
+    return fields.choice("model_type", _TEXT_MODELS)
+
+
+def _refuse_other_layers(fields: Fields) -> None:
+    """Refuse settings that change which tokens a layer sees, or which weights a token meets."""
+    if (experts := fields.values.get("moe_config")) is not None:
+        raise fields.refusal("moe_config", experts, "null: a mixture of experts is not supported")
     kinds = fields.values.get("layer_types")
     if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
         raise fields.refusal("layer_types", kinds, "full_attention everywhere")
@@ -354,8 +403,12 @@ def _rope(fields: Fields) -> RopeConfig:
     """v4 files write `rope_theta` and `rope_scaling`, v5 files one object `rope_parameters`."""
     rope = fields.optional_section("rope_parameters" if "rope_parameters" in fields else "rope_scaling")
     kind = rope.values.get("rope_type", rope.values.get("type", "default"))
-    if not isinstance(kind, str) or kind not in ("default", "linear", "dynamic"):
-        raise CheckpointError(f"config.json: {rope.path}type is {shown(kind)}, supported: default, linear, dynamic")
+    if not isinstance(kind, str) or kind not in _ROPE_KINDS:
+        advice = "; without it the model has the context that it was trained with" if kind == "yarn" else ""
+        raise CheckpointError(
+            f"config.json: {rope.path}type is {shown(kind)}, which is not supported{advice}; supported: "
+            f"{', '.join(_ROPE_KINDS)}"
+        )
     for each in (rope, fields):
         if each.real("partial_rotary_factor", default=1.0) != 1:
             raise each.refusal("partial_rotary_factor", each.values["partial_rotary_factor"], "1")

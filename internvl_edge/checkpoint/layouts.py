@@ -78,6 +78,9 @@ _LLAMA = {
         for name in (*_DECODER_LINEARS, "input_layernorm", "post_attention_layernorm")
     },
 }
+_QWEN3 = _LLAMA | {
+    f"decoder.layers.#.self_attn.{part}_norm": _one(f"{_LLAMA_BLOCK}self_attn.{part}_norm") for part in "qk"
+}
 _INTERNLM2 = {
     "decoder.embed_tokens": _one("language_model.model.tok_embeddings"),
     "decoder.norm": _one("language_model.model.norm"),
@@ -96,9 +99,11 @@ _INTERNLM2 = {
 _TOWERS = {"remote": _REMOTE, "native": _NATIVE}
 _DECODERS = {
     ("remote", "qwen2"): _LLAMA,
+    ("remote", "qwen3"): _QWEN3,
     ("remote", "llama"): _LLAMA,
     ("remote", "internlm2"): _INTERNLM2,
     ("native", "qwen2"): _LLAMA,
+    ("native", "qwen3"): _QWEN3,
     ("native", "llama"): _LLAMA,
 }
 
@@ -210,6 +215,9 @@ def _decoder_shapes(decoder: DecoderConfig) -> _Shapes:
         shapes |= _linear(block + "self_attn.q_proj", query, hidden, decoder.qkv_bias)
         shapes |= _linear(block + "self_attn.k_proj", key_value, hidden, decoder.qkv_bias)
         shapes |= _linear(block + "self_attn.v_proj", key_value, hidden, decoder.qkv_bias)
+        if decoder.qk_norm:
+            for part in "qk":
+                shapes |= _norm(f"{block}self_attn.{part}_norm", decoder.head_dim, bias=False)
         shapes |= _linear(block + "self_attn.o_proj", hidden, query, decoder.output_bias)
         shapes |= _norm(block + "post_attention_layernorm", hidden, bias=False)
         shapes |= _linear(block + "mlp.gate_proj", intermediate, hidden, bias=False)

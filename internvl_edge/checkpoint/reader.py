@@ -19,7 +19,7 @@ from internvl_edge.model.config import ModelConfig
 from internvl_edge.model.linear import PackedLinear, Scheme, concatenate
 
 from . import layouts
-from .config_reader import read_config
+from .config_reader import may_tie, read_config
 from .json_files import read_json
 from .kv_scales import KvScales
 from .lora import refuse_adapter_tensors
@@ -32,7 +32,7 @@ _FLOAT_TYPES = {"F32": ("float32", 32), "F16": ("float16", 16), "BF16": ("bfloat
 
 
 class Checkpoint:
-    """An InternVL 2.5 checkpoint in either layout, with float weights or quantized ones.
+    """An InternVL checkpoint in either layout, with float weights or quantized ones.
 
     Attributes:
         folder: the folder of the checkpoint.
@@ -205,9 +205,9 @@ class Checkpoint:
         table = layouts.tensor_source(self.config, "decoder.embed_tokens.weight").names[0]
         if stored != head or not self._is_stored(table):
             return "config.json needs it, download it again"
-        if self.config.layout == "remote":
+        if not may_tie(self.config.layout, self.config.decoder.architecture):
             return (
-                "in this layout heads are never tied, whatever llm_config.tie_word_embeddings says in config.json; if "
+                "in this family heads are never tied, whatever llm_config.tie_word_embeddings says in config.json; if "
                 f"the model was trained with a tied head, store a copy of {table} under this name"
             )
         return (

@@ -20,7 +20,7 @@ from internvl_edge.checkpoint.hub import hub_source, refuse_revision, resolve_ch
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.checkpoint.record import read_record
 from internvl_edge.model.components import weights_text
-from internvl_edge.model.description import describe
+from internvl_edge.model.description import describe, family
 from internvl_edge.model.linear import Scheme, count_schemes
 from internvl_edge.runtime.engines.tensorrt.record import EngineRecord, engine_folders, graph_inputs
 
@@ -46,7 +46,7 @@ def command(path: str, revision: str | None, as_json: bool) -> None:
         values, rows = _checkpoint_values(checkpoint), _checkpoint_rows(checkpoint)
         config, cache = checkpoint.config, "int8" if checkpoint.kv_scales else "float32"
     if as_json:
-        print_json({**values, "kv_cache_dtype": cache, "config": asdict(config)})
+        print_json({**values, "family": family(config), "kv_cache_dtype": cache, "config": asdict(config)})
     else:
         print_table([*rows, *describe(config, cache)])
 

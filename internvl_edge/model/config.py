@@ -1,4 +1,4 @@
-"""The configuration of one InternVL 2.5 model: frozen numbers that all other parts read.
+"""The configuration of one InternVL model: frozen numbers that all other parts read.
 
 This module does not know files. `config_reader` builds these objects from a checkpoint's `config.json`, and `bundle`
 stores them in a manifest.
@@ -53,7 +53,11 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """A Qwen2, InternLM2 or Llama-style text model. `architecture` is used only to look up tensor names."""
+    """A Qwen2, Qwen3, InternLM2 or Llama-style text model. `architecture` is used only to look up names in tables.
+
+    `qk_norm` is an RMSNorm over each head of queries and keys before their rotation, with `rms_norm_eps`. `head_dim`
+    times the number of heads may differ from `hidden_size`.
+    """
 
     architecture: str
     hidden_size: int
@@ -69,6 +73,7 @@ class DecoderConfig:
     qkv_bias: bool
     output_bias: bool
     tie_word_embeddings: bool
+    qk_norm: bool = False
 
     @property
     def num_query_groups(self) -> int:

@@ -1,6 +1,7 @@
 """The conversation format of each family of checkpoints, as data. `model.prompt` writes prompts with it.
 
-Sources: the `internvl2_5` conversation of the original code; the chat template of native checkpoints.
+Sources: the conversations `internvl2_5` (InternVL2.5, 3 and 3.5), `Hermes-2` and `internlm2-chat` (InternVL2) of the
+original code; the chat template of native checkpoints.
 """
 
 from __future__ import annotations
@@ -46,7 +47,17 @@ _INTERNVL2_5 = PromptTemplate(
     merges_unmarked_images=True,
 )
 _NATIVE = replace(_INTERNVL2_5, name="internvl_native", system=None, merges_unmarked_images=False)
-TEMPLATES = {template.name: template for template in (_INTERNVL2_5, _NATIVE)}
+# InternVL2: no line end between turns.
+_HERMES_2 = replace(
+    _INTERNVL2_5,
+    name="Hermes-2",
+    system=(
+        "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
+    ),
+    turn_end="<|im_end|>",
+)
+_INTERNLM2_CHAT = replace(_HERMES_2, name="internlm2-chat")
+TEMPLATES = {template.name: template for template in (_INTERNVL2_5, _HERMES_2, _INTERNLM2_CHAT, _NATIVE)}
 
 
 def template_for(name: str, system_message: str | None = None) -> PromptTemplate:

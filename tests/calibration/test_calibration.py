@@ -38,6 +38,8 @@ KINDS: dict[str, dict[str, Any]] = {
         "ps_version": "v1",
         "rope_scaling": {"type": "linear", "factor": 4.0},
     },
+    "qwen3, large eps": {"text": "qwen3", "head_dim": 24, "rms_norm_eps": 0.5},
+    "qwen3 native, ties": {"text": "qwen3", "layout": "native", "num_key_value_heads": 1, "tie": True, "bias": True},
     "6b": {"vision": "6b", "text": "internlm2", "vision_hidden_size": 96, "vision_num_attention_heads": 6},
     "native llama": {"layout": "native", "text": "llama", "bias": True},
     "earlier layer": {"select_layer": -2, "vision_num_hidden_layers": 3},

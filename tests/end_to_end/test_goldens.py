@@ -34,7 +34,7 @@ class Golden:
         self.cases = json.loads((oracle / name / "golden.json").read_text(encoding="utf-8"))
         self.arrays = np.load(oracle / name / "golden.npz")
         self._checkpoint = oracle / name / "checkpoint"
-        self._scratch = scratch / name
+        self._scratch = scratch / Path(name).name
 
     def bundle(self, dtype: str = "float32") -> Path:
         folder = self._scratch / dtype
@@ -54,6 +54,11 @@ def goldens(oracle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 def native(small_oracle: Path, tmp_path_factory: pytest.TempPathFactory) -> Golden:
     """The committed checkpoint; that of the full oracle is the same."""
     return Golden(small_oracle, NATIVE, tmp_path_factory.mktemp("bundles"))
+
+
+@pytest.fixture(scope="module")
+def family_golden(family: Path, tmp_path_factory: pytest.TempPathFactory) -> Golden:
+    return Golden(family.parents[1], f"families/{family.name}", tmp_path_factory.mktemp("family"))
 
 
 def model_for(golden: Golden, dialect: str, dtype: str = "float32") -> InternVL:
@@ -90,6 +95,26 @@ def test_every_case_gives_the_tokens_of_the_original(goldens: dict[str, Golden],
                 assert reply.output_ids == expected["output_ids"][row], case_id
             if expected["tiles_per_image"] is not None:
                 assert [tiles for reply in replies for tiles in reply.tiles] == expected["tiles_per_image"]
+
+
+@pytest.mark.parametrize("dialect", DECODERS)
+def test_every_family_gives_the_tokens_of_its_oracle(family_golden: Golden, dialect: str) -> None:
+    """InternVL3.5 in both layouts, InternVL3 and InternVL2, with the tiles of the original in all of them."""
+    golden = family_golden
+    with model_for(golden, dialect) as model:
+        for case in golden.cases["cases"]:
+            images = [str(golden.images / image["file"]) for image in case.get("images", [])]
+            limits = [image["max_num"] for image in case.get("images", [])]
+            if "messages" in case:
+                question, history, system = turns(case["messages"])
+            else:
+                question, system = case["question"], case.get("system")
+                history = [(asked, answer) for asked, answer in case.get("history") or []]
+            reply = model.chat(
+                question, images, max_tiles=limits or None, history=history, system=system, max_new_tokens=24
+            )
+            assert reply.prompt_ids == golden.arrays[f"{case['id']}/input_ids"][0].tolist(), case["id"]
+            assert reply.output_ids == case["expected"]["output_ids"][0], case["id"]
 
 
 @pytest.mark.parametrize("dialect", DECODERS)

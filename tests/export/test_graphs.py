@@ -23,6 +23,16 @@ from internvl_edge.runtime.engines.onnxruntime import PREFILL_SIZES, OnnxRuntime
 KINDS: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "internlm2": {"text": "internlm2"},
+    "qwen3, other width of heads": {"text": "qwen3", "head_dim": 32, "padding_rows": 5},
+    "qwen3, large eps": {"text": "qwen3", "rms_norm_eps": 0.5},
+    "qwen3, one kv head, ties": {"text": "qwen3", "num_attention_heads": 6, "num_key_value_heads": 1, "head_dim": 24}
+    | {"tie": True, "bias": True, "hidden_size": 80},
+    "qwen3 native": {"text": "qwen3", "layout": "native", "head_dim": 8, "num_key_value_heads": 4},
+    "qwen3 native with prefix, ties, 6b tower": {"text": "qwen3", "layout": "native_prefixed", "tie": True}
+    | {"head_dim": 40, "vision": "6b", "shards": 3, "transformers": 4},
+    "tiles of one token per 16 patches": {"downsample_ratio": 0.25, "text": "qwen3", "head_dim": 16},
+    "tiles without a shuffle": {"downsample_ratio": 1.0, "template": "Hermes-2"},
+    "internlm2-chat": {"text": "internlm2", "template": "internlm2-chat"},
     "internlm2 with biases": {"text": "internlm2", "bias": True},
     "6b tower": {"vision": "6b"},
     "earlier vision layer": {"select_layer": -2},
@@ -174,12 +184,13 @@ def test_eps_and_approximations_that_logits_cannot_show(tmp_path: Path) -> None:
         gelus = [node for node in graph.node if node.op_type == "Gelu"]
         assert len(gelus) == 3
         assert not any(attribute.name == "approximate" for node in gelus for attribute in node.attribute)
-    for text, expected in (("qwen2", 1e-6), ("internlm2", 1e-5)):
+    for text, expected, count in (("qwen2", 1e-6, 5), ("internlm2", 1e-5, 5), ("qwen3", 1e-6, 9)):
         bundle = export_bundle(tiny.write_checkpoint(tmp_path / text, text=text), tmp_path / f"{text}-bundle")
         for name in DECODERS.values():
             graph = onnx.load(bundle / name, load_external_data=False).graph
             norms = [node for node in graph.node if node.op_type == "RMSNormalization"]
-            assert len(norms) == 5
+            assert len(norms) == count
+            assert sum("_norm.weight" in node.input[1] for node in norms) == count - 5
             for node in norms:
                 assert next(a.f for a in node.attribute if a.name == "epsilon") == pytest.approx(expected, rel=1e-6)
 

@@ -20,7 +20,7 @@ from internvl_edge.model.linear import PackedLinear, Scheme
 from internvl_edge.runtime.engines import onnxruntime as engine_module
 from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
 
-BODIES = {"qwen2": Scheme(4, 64, True), "internlm2": Scheme(4, 32, False)}
+BODIES = {"qwen2": Scheme(4, 64, True), "qwen3": Scheme(4, 64, False), "internlm2": Scheme(4, 32, False)}
 
 
 @pytest.fixture(scope="module", params=list(BODIES))

@@ -22,7 +22,7 @@ from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.model.rope import RotaryAngles
 
 
-@pytest.mark.parametrize("text", ["qwen2", "internlm2"])
+@pytest.mark.parametrize("text", ["qwen2", "qwen3", "internlm2"])
 def test_both_dialects_compute_what_the_reference_computes_with_a_rounded_cache(tmp_path: Path, text: str) -> None:
     checkpoint = tiny.write_checkpoint(tmp_path / "checkpoint", text=text)
     scales = write_scales(checkpoint)

@@ -39,6 +39,11 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "qwen2 awq": ({}, {}),
     "qwen2 awq, skewed": ({}, {"skewed": True, "place": "top"}),
     "internlm2 awq, fused, .bin": ({"text": "internlm2"}, {"file_format": "bin", "listed": False}),
+    "qwen3 awq": ({"text": "qwen3", "head_dim": 32}, {}),
+    "qwen3 native, tied, int4 symmetric": (
+        {"text": "qwen3", "head_dim": 24, "layout": "native_prefixed", "tie": True},
+        COMPRESSED | {"body": Scheme(4, 32, True)},
+    ),
     "native awq": ({"layout": "native_prefixed"}, {"place": "both"}),
     "int4 symmetric, int8 head": ({"text": "internlm2"}, COMPRESSED | {"body": Scheme(4, 64, True), "head": INT8}),
     "int8": ({}, COMPRESSED | {"body": INT8, "head": INT8, "listed": False}),

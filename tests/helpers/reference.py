@@ -1,4 +1,4 @@
-"""An independent InternVL 2.5 in plain torch. Every graph and engine is compared with it.
+"""An independent InternVL in plain torch. Every graph and engine is compared with it.
 
 It reads a checkpoint folder with its own code (remote-code and native layout, either key prefix, safetensors or `.bin`,
 one file or shards) and computes what the original code computes: tiles, image features, logits, greedy tokens with a
@@ -64,6 +64,7 @@ USED = re.compile(
     r"|mlp1\.[013]\.(weight|bias)"
     r"|language_model\.(lm_head|model\.embed_tokens|model\.norm)\.weight"
     r"|language_model\.model\.layers\.\d+\.(input|post_attention)_layernorm\.weight"
+    r"|language_model\.model\.layers\.\d+\.self_attn\.[qk]_norm\.weight"
     r"|language_model\.model\.layers\.\d+\.(self_attn\.[qkvo]_proj\.(weight|bias)|mlp\.(gate|up|down)_proj\.weight)"
 )
 
@@ -299,6 +300,8 @@ class Reference:
         n, name = self.numbers, f"language_model.model.layers.{layer}.self_attn"
         q, k, v = (self._linear(x, f"{name}.{part}_proj") for part in "qkv")
         q, k, v = (part.reshape(len(x), -1, n.head_dim).transpose(0, 1) for part in (q, k, v))
+        if f"{name}.q_norm.weight" in self.weights:  # Qwen3: over each head, before the rotation
+            q, k = (self._rms_norm(part, f"{name}.{which}_norm", n.rms_eps) for which, part in (("q", q), ("k", k)))
         keys, values = cache.append(layer, _rotate(k, *rotary), v)
         groups, new, length = n.heads // n.kv_heads, len(x), keys.shape[1]
         q = _rotate(q, *rotary).reshape(n.kv_heads, groups, new, n.head_dim)

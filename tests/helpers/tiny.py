@@ -30,16 +30,17 @@ def write_checkpoint(folder: str | Path, **choices: Any) -> Path:
     """Write a checkpoint with the given fields of `Tiny` into `folder` (made if absent) and return it."""
     tiny, folder = Tiny(**choices), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    thinks = tiny.text == "qwen3"
     if tiny.layout != "remote":
-        vocabulary = tiny_tokenizers.write_native(folder)
-    elif tiny.text == "qwen2":
-        vocabulary = tiny_tokenizers.write_qwen2(folder)
+        vocabulary = tiny_tokenizers.write_native(folder, thinks)
+    elif tiny.text in ("qwen2", "qwen3"):
+        vocabulary = tiny_tokenizers.write_qwen2(folder, thinks)
     else:
         vocabulary = tiny_tokenizers.write_internlm2(folder)
     config = (remote_config if tiny.layout == "remote" else native_config)(tiny, vocabulary)
     for name, content in ({"config.json": config | tiny.config} | side_files(tiny, vocabulary)).items():
         (folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
-    weights = _canonical_weights(tiny, vocabulary.size)
+    weights = _canonical_weights(tiny, vocabulary.size + tiny.padding_rows)
     named = _remote_names(tiny, weights) if tiny.layout == "remote" else _native_names(tiny, weights)
     _save(folder, tiny, named)
     return folder
@@ -98,8 +99,9 @@ def _draw_vision(tiny: Tiny, draw: Any, linear: Any, norm: Any) -> None:
         for part in "12":
             norm(f"{block}.norm{part}", width, bias=not large)
             draw(f"{block}.ls{part}", width, std=0.2, mean=0.6)
-    norm("mlp1.0", 4 * width, bias=True)
-    linear("mlp1.1", tiny.hidden_size, 4 * width, bias=True)
+    merged = tiny.shuffle**2 * width
+    norm("mlp1.0", merged, bias=True)
+    linear("mlp1.1", tiny.hidden_size, merged, bias=True)
     linear("mlp1.3", tiny.hidden_size, tiny.hidden_size, gain=1.5, bias=True)
 
 
@@ -114,6 +116,9 @@ def _draw_text(tiny: Tiny, draw: Any, linear: Any, norm: Any) -> None:
         for part, count in heads.items():
             gain = 1.1 if part == "v" else 1.7
             linear(f"{layer}.self_attn.{part}_proj", count * tiny.head_dim, width, gain=gain, bias=qkv_bias)
+        if tiny.text == "qwen3":
+            norm(f"{layer}.self_attn.q_norm", tiny.head_dim)
+            norm(f"{layer}.self_attn.k_norm", tiny.head_dim)
         linear(f"{layer}.self_attn.o_proj", width, tiny.num_attention_heads * tiny.head_dim, bias=output_bias)
         linear(f"{layer}.mlp.gate_proj", inner, width)
         linear(f"{layer}.mlp.up_proj", inner, width)

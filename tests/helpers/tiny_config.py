@@ -46,11 +46,14 @@ PRETRAINED_DEFAULTS: dict[str, Any] = {
 class Tiny:
     """All choices of one tiny checkpoint; `write_checkpoint` takes them as keyword arguments.
 
-    `text`: "qwen2", "internlm2" (remote only) or "llama" (native only, the native form of InternLM2).
+    `text`: "qwen2", "qwen3", "internlm2" (remote only) or "llama" (native only, the native form of InternLM2).
     `layout`: "remote", "native" or "native_prefixed" (in-memory names with `model.` in front, top-level `lm_head`).
     `vision`: "300m" (layer_norm, qkv bias) or "6b" (rms_norm, q/k norm over all heads, no qkv bias).
     `rope_scaling`: as InternLM2 writes it, {"type": "dynamic"|"linear", "factor": number}.
-    `bias`: InternLM2's config key (biases on wqkv and wo), Llama's attention_bias.
+    `head_dim`: 0 takes hidden_size / num_attention_heads; only Qwen3 and Llama can have another one.
+    `rms_norm_eps`: 0 takes that of the published checkpoints.
+    `template`: of a remote checkpoint. `padding_rows`: rows of table and head that no token has, as Qwen3 has.
+    `bias`: InternLM2's config key (biases on wqkv and wo), the attention_bias of Llama and Qwen3.
     `transformers`: 5 or 4, the dialect of a native config (`rope_parameters`, `dtype` or `rope_theta`, `torch_dtype`).
     `config`: keys that replace or add to the top level of config.json, last of all.
     """
@@ -66,11 +69,16 @@ class Tiny:
     num_hidden_layers: int = 2
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
+    head_dim: int = 0
     intermediate_size: int = 128
+    padding_rows: int = 0
+    downsample_ratio: float = 0.5
+    template: str = "internvl2_5"
     vision_hidden_size: int = 64
     vision_num_hidden_layers: int = 2
     vision_num_attention_heads: int = 4
     vision_intermediate_size: int = 128
+    rms_norm_eps: float = 0.0
     max_position_embeddings: int = 2048
     rope_theta: float = 1e6
     rope_scaling: dict[str, Any] | None = None
@@ -86,25 +94,29 @@ class Tiny:
     def __post_init__(self) -> None:
         native = self.layout in ("native", "native_prefixed")
         known: dict[str, tuple[Any, ...]] = {}
-        known |= {"text": ("qwen2", "llama") if native else ("qwen2", "internlm2"), "vision": ("300m", "6b")}
+        known |= {"text": ("qwen2", "qwen3", "llama" if native else "internlm2"), "vision": ("300m", "6b")}
         known |= {"layout": ("remote", "native", "native_prefixed"), "file_format": ("safetensors", "bin")}
-        known |= {"tie": (False, True) if native else (False,), "ps_version": ("v2",) if native else ("v1", "v2")}
+        known |= {
+            "tie": (False, True) if native or self.text == "qwen3" else (False,),
+            "ps_version": ("v2",) if native else ("v1", "v2"),
+        }
         for name, choices in known.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} with layout={self.layout!r}: choose from {choices}")
+        if not self.head_dim:
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        if not self.rms_norm_eps:
+            object.__setattr__(self, "rms_norm_eps", 1e-6 if self.text in ("qwen2", "qwen3") else 1e-5)
 
     @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
-    @property
-    def rms_norm_eps(self) -> float:
-        return 1e-6 if self.text == "qwen2" else 1e-5
+    def shuffle(self) -> int:
+        """The number of patches that the pixel shuffle merges along each side."""
+        return round(1 / self.downsample_ratio)
 
     @property
     def tokens_per_tile(self) -> int:
-        """The number of image tokens of one tile at downsample_ratio 0.5."""
-        return (self.image_size // self.patch_size // 2) ** 2
+        """The number of image tokens of one tile."""
+        return (self.image_size // self.patch_size // self.shuffle) ** 2
 
 
 def remote_config(tiny: Tiny, vocabulary: Vocabulary) -> Json:
@@ -117,7 +129,7 @@ def remote_config(tiny: Tiny, vocabulary: Vocabulary) -> Json:
             "AutoModel": "modeling_internvl_chat.InternVLChatModel",
             "AutoModelForCausalLM": "modeling_internvl_chat.InternVLChatModel",
         },
-        "downsample_ratio": 0.5,
+        "downsample_ratio": tiny.downsample_ratio,
         "dynamic_image_size": True,
         "force_image_size": tiny.image_size,
         "llm_config": PRETRAINED_DEFAULTS | _text_numbers(tiny, vocabulary) | _remote_text(tiny, vocabulary),
@@ -126,7 +138,7 @@ def remote_config(tiny: Tiny, vocabulary: Vocabulary) -> Json:
         "model_type": "internvl_chat",
         "ps_version": tiny.ps_version,
         "select_layer": tiny.select_layer,
-        "template": "internvl2_5",
+        "template": tiny.template,
         "tie_word_embeddings": False,
         "torch_dtype": tiny.dtype,
         "transformers_version": None,
@@ -161,8 +173,28 @@ def _remote_text(tiny: Tiny, vocabulary: Vocabulary) -> Json:
         "rope_scaling": tiny.rope_scaling,
         "rope_theta": tiny.rope_theta,
         "torch_dtype": tiny.dtype,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": tiny.tie,
     }
+    if tiny.text == "qwen3":
+        return common | {
+            "_name_or_path": "Qwen/Qwen3-0.6B",
+            "architectures": ["Qwen3ForCausalLM"],
+            "attention_bias": tiny.bias,
+            "attention_dropout": 0.0,
+            "bos_token_id": vocabulary.ids["<|endoftext|>"],
+            "debug": False,
+            "eos_token_id": vocabulary.ids["<|im_end|>"],
+            "ep_size": 1,
+            "head_dim": tiny.head_dim,
+            "max_window_layers": tiny.num_hidden_layers,
+            "micro_forward": False,
+            "model_type": "qwen3",
+            "skip_checkpoint": False,
+            "sliding_window": None,
+            "use_cache": False,
+            "use_deepep": False,
+            "use_sliding_window": False,
+        }
     if tiny.text == "qwen2":
         return common | {
             "_attn_implementation_autoset": True,
@@ -199,7 +231,7 @@ def native_config(tiny: Tiny, vocabulary: Vocabulary) -> Json:
     dtype = "dtype" if tiny.transformers == 5 else "torch_dtype"
     return {
         "architectures": ["InternVLForConditionalGeneration"],
-        "downsample_ratio": 0.5,
+        "downsample_ratio": tiny.downsample_ratio,
         dtype: tiny.dtype,
         "image_seq_length": tiny.tokens_per_tile,
         "image_token_id": vocabulary.ids["<IMG_CONTEXT>"],
@@ -244,10 +276,11 @@ def _native_text(tiny: Tiny, vocabulary: Vocabulary) -> Json:
         text["rope_parameters"] = {"rope_theta": tiny.rope_theta} | (rope or {"rope_type": "default"})
     else:
         text |= {"rope_theta": tiny.rope_theta, "rope_scaling": rope, "torch_dtype": tiny.dtype}
-    if tiny.text == "qwen2":
+    if tiny.text in ("qwen2", "qwen3"):
+        own = {} if tiny.text == "qwen2" else {"attention_bias": tiny.bias, "head_dim": tiny.head_dim}
         layer_types = ["full_attention"] * tiny.num_hidden_layers
         window = {"max_window_layers": 28, "sliding_window": None, "use_sliding_window": False}
-        return text | window | {"layer_types": layer_types}
+        return text | own | window | {"layer_types": layer_types}
     return text | {"attention_bias": tiny.bias, "head_dim": tiny.head_dim, "mlp_bias": False, "pretraining_tp": 1}
 
 
@@ -261,7 +294,7 @@ def _text_numbers(tiny: Tiny, vocabulary: Vocabulary) -> Json:
         "num_hidden_layers": tiny.num_hidden_layers,
         "num_key_value_heads": tiny.num_key_value_heads,
         "rms_norm_eps": tiny.rms_norm_eps,
-        "vocab_size": vocabulary.size,
+        "vocab_size": vocabulary.size + tiny.padding_rows,
     }
 
 

@@ -30,6 +30,7 @@ QWEN2_PLAIN = [
     *["<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"],
     *["<|repo_name|>", "<|file_sep|>"],
 ]
+QWEN3_PLAIN = ["<tool_response>", "</tool_response>", "<think>", "</think>"]
 INTERNLM2_SPECIAL = [
     *["<|plugin|>", "<|interpreter|>", "<|action_end|>", "<|action_start|>", "<|im_end|>", "<|im_start|>"],
 ]
@@ -46,13 +47,13 @@ class Vocabulary(NamedTuple):
     ids: dict[str, int]
 
 
-def write_qwen2(folder: Path) -> Vocabulary:
-    """Write vocab.json, merges.txt and the added tokens: the files of a remote-code Qwen2 checkpoint."""
+def write_qwen2(folder: Path, thinks: bool = False) -> Vocabulary:
+    """Write vocab.json, merges.txt and the added tokens: the files of a remote-code Qwen2 or (`thinks`) Qwen3."""
     vocab, merges = _byte_level_bpe()
     _write_json(folder / "vocab.json", vocab)
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    added = _numbered([*QWEN2_SPECIAL, *QWEN2_PLAIN, *IMAGE_TOKENS], len(vocab))
+    added = _numbered([*QWEN2_SPECIAL, *QWEN2_PLAIN, *(QWEN3_PLAIN if thinks else ()), *IMAGE_TOKENS], len(vocab))
     _write_json(folder / "added_tokens.json", added)
     special = [*QWEN2_SPECIAL[1:], *IMAGE_TOKENS]
     roles = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
@@ -74,13 +75,14 @@ def write_qwen2(folder: Path) -> Vocabulary:
     return Vocabulary(len(vocab) + len(added), added)
 
 
-def write_native(folder: Path) -> Vocabulary:
+def write_native(folder: Path, thinks: bool = False) -> Vocabulary:
     """Write one tokenizer.json with the byte-level BPE of `write_qwen2`.
 
     The native layout has this for every text model.
     """
     vocab, merges = _byte_level_bpe()
-    added = _numbered([*QWEN2_SPECIAL, *QWEN2_PLAIN, *IMAGE_TOKENS, "<video>"], len(vocab))
+    plain = [*QWEN2_PLAIN, *(QWEN3_PLAIN if thinks else ())]
+    added = _numbered([*QWEN2_SPECIAL, *plain, *IMAGE_TOKENS, "<video>"], len(vocab))
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": QWEN2_PATTERN}, "behavior": "Isolated", "invert": False}
     model: dict[str, Any] = {
@@ -204,8 +206,9 @@ def _numbered(tokens: list[str], first: int) -> dict[str, int]:
 
 def _decoder(added: dict[str, int]) -> dict[str, dict[str, Any]]:
     """Return the `added_tokens_decoder` of tokenizer_config.json."""
+    plain = QWEN2_PLAIN + QWEN3_PLAIN
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-    return {str(i): {"content": token, **flags, "special": token not in QWEN2_PLAIN} for token, i in added.items()}
+    return {str(i): {"content": token, **flags, "special": token not in plain} for token, i in added.items()}
 
 
 def _write_json(path: Path, value: object) -> None:

@@ -33,6 +33,11 @@ HERE = Path(__file__).resolve().parent
 NATIVE = "internvl-hf-qwen2-tiny"
 ROWS = {"internvl2_5-qwen2-tiny": 4090, "internvl2_5-internlm2-tiny": 4041}
 """Tokens that stay; their remainder by 64 is that of the full vocabulary, so that padding is tested alike."""
+FAMILIES = "families"
+FAMILY_ROWS = {"internvl3_5-qwen3-tiny": 1344, "internvl2-internlm2-tiny": 1309}
+"""The families that are committed; rows that no token has (Qwen3's) stay all."""
+FAMILY_FEATURES = "feat/wide_2000x800.jpg/max6/stride"
+"""Of the features of each family, those that are committed."""
 TABLES = {
     "language_model.model.embed_tokens.weight",
     "language_model.lm_head.weight",
@@ -86,9 +91,11 @@ def merges_of(checkpoint: Path) -> list[tuple[str, str]]:
     return [(left, right) for left, right in (line.split() for line in lines[1:] if line)]
 
 
-def used_ids(arrays: dict[str, np.ndarray], texts: dict[str, Any]) -> set[int]:
+def used_ids(arrays: dict[str, np.ndarray], texts: dict[str, Any] | None = None) -> set[int]:
     """Every id in the goldens of one checkpoint."""
-    used = set(texts["template_prompt_Hi_ids"]).union(*(row["ids"] for row in texts["rows"]))
+    used = set[int]()
+    if texts is not None:
+        used = set(texts["template_prompt_Hi_ids"]).union(*(row["ids"] for row in texts["rows"]))
     return used.union(*(array.ravel().tolist() for name, array in arrays.items() if name.endswith(ID_ARRAYS)))
 
 
@@ -97,8 +104,12 @@ def inside(piece: str) -> Iterator[str]:
 
 
 def choose_ids(checkpoint: Path, used: set[int], rows: int) -> list[int]:
-    """The ids that stay, in their old order: those used, the pieces they are merged from, and the lowest others."""
+    """The ids that stay, in their old order: those used, the pieces they are merged from, and the lowest others.
+
+    Rows beyond all tokens stay, too.
+    """
     pieces, added = pieces_of(checkpoint), set(added_tokens(checkpoint).values())
+    added |= set(range(max(added) + 1, read_json(checkpoint / "config.json")["llm_config"]["vocab_size"]))
     whole = [piece for piece, index in pieces.items() if index in used]
     parts = {pieces[part] for piece in whole for part in inside(piece) if part in pieces}
     kept = used | added | parts
@@ -131,6 +142,7 @@ def cut_checkpoint(source: Path, target: Path, new: Renumber) -> None:
     cut = {name: tensor[new.kept] if name in TABLES else tensor for name, tensor in weights.items()}
     save_file(cut, target / "model.safetensors", {"format": "pt"})
     config = read_json(source / "config.json")
+    config |= renumber_roles(config, new)
     config["llm_config"] |= {"vocab_size": len(new.kept)} | renumber_roles(config["llm_config"], new)
     write_json(target / "config.json", config, indent=2)
     generation = read_json(source / "generation_config.json")
@@ -234,8 +246,22 @@ def cut_oracle(full: Path, target: Path) -> None:
         texts[f"public/{name}"] = cut_texts(texts[f"public/{name}"], new)
         entries[name] = cut_entry(entries[name], new)
         print(f"{name}: {len(new.kept)} tokens stay, {len(used)} of them are in the goldens")
+    for name, rows in FAMILY_ROWS.items():
+        cut_family(full / FAMILIES / name, target / FAMILIES / name, rows)
     write_json(target / "tokenizer_goldens.json", texts)
     write_json(target / "python_inputs.json", inputs | {"entries": list(entries.values())})
+
+
+def cut_family(source: Path, target: Path, rows: int) -> None:
+    """A checkpoint of another family, which has no texts beside its cases."""
+    with np.load(source / "golden.npz") as file:
+        arrays = {key: file[key] for key in file if not key.startswith("feat/") or key.startswith(FAMILY_FEATURES)}
+    new = Renumber(choose_ids(source / "checkpoint", used_ids(arrays), rows))
+    cut_checkpoint(source / "checkpoint", target / "checkpoint", new)
+    cut = cut_arrays(arrays, new)
+    np.savez_compressed(target / "golden.npz", **cut)
+    write_json(target / "golden.json", cut_cases(read_json(source / "golden.json"), cut, new))
+    print(f"{source.name}: {len(new.kept)} rows stay")
 
 
 # The judges
@@ -291,12 +317,14 @@ def around_added_tokens(added: dict[str, int], encode: Encode) -> Encode:
 
 def judge_tokenizers(oracle: Path) -> None:
     """Every text and every prompt of the goldens becomes the goldens' ids."""
-    for name in ROWS:
-        folder, texts = oracle / name, read_json(oracle / "tokenizer_goldens.json")[f"public/{name}"]
+    for name in (*ROWS, *(f"{FAMILIES}/{family}" for family in FAMILY_ROWS)):
+        folder = oracle / name
+        texts = read_json(oracle / "tokenizer_goldens.json").get(f"public/{name}")
         make = sentencepiece_encoder if (folder / "checkpoint" / "tokenizer.model").is_file() else byte_level_encoder
         encode, arrays = make(folder / "checkpoint"), np.load(folder / "golden.npz")
-        wanted = [(row["text"], row["ids"]) for row in texts["rows"]]
-        wanted.append((texts["template_prompt_Hi"], texts["template_prompt_Hi_ids"]))
+        wanted = [(row["text"], row["ids"]) for row in texts["rows"]] if texts else []
+        if texts:
+            wanted.append((texts["template_prompt_Hi"], texts["template_prompt_Hi_ids"]))
         for case in read_json(folder / "golden.json")["cases"]:
             masks = arrays[f"{case['id']}/attention_mask"]
             for row, short in enumerate(case["expected"]["prompt_compact"]):

@@ -130,6 +130,8 @@ class ExactGrid(Grid):
         {"text": "internlm2"},
         {"text": "internlm2", "bias": True, "num_key_value_heads": 1},
         {"layout": "native", "text": "llama"},
+        {"text": "qwen3", "head_dim": 24, "num_key_value_heads": 1},
+        {"text": "qwen3", "head_dim": 32, "bias": True, "layout": "native_prefixed"},
     ],
     ids=str,
 )

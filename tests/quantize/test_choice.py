@@ -181,7 +181,11 @@ def test_statistics_do_not_know_the_samples_held_out(tmp_path: Path) -> None:
     torch.testing.assert_close(inputs.subset, kept[np.arange(7) * len(kept) // 7], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", [{}, {"text": "internlm2", "bias": True, "num_key_value_heads": 1}], ids=str)
+@pytest.mark.parametrize(
+    "kind",
+    [{}, {"text": "internlm2", "bias": True, "num_key_value_heads": 1}, {"text": "qwen3", "head_dim": 24}],
+    ids=str,
+)
 def test_predictions_are_what_is_measured(
     tmp_path: Path, kind: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

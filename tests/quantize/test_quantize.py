@@ -32,6 +32,8 @@ from internvl_edge.recipe.recipe import Recipe
 KINDS: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "internlm2": {"text": "internlm2", "bias": True, "shards": 2, "dtype": "float16"},
+    "qwen3": {"text": "qwen3", "head_dim": 32, "padding_rows": 5, "shards": 2},
+    "qwen3 native": {"text": "qwen3", "head_dim": 24, "layout": "native", "num_attention_heads": 8, "shards": 2},
     "native": {"layout": "native_prefixed"},
 }
 RECIPES: dict[str, Recipe] = {

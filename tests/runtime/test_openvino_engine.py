@@ -25,7 +25,7 @@ CAPACITY = 1400
 needs_openvino = pytest.mark.skipif(not openvino.is_available(), reason="openvino 2026.3 or newer is not installed")
 
 
-@pytest.fixture(scope="module", params=["qwen2", "internlm2"])
+@pytest.fixture(scope="module", params=["qwen2", "qwen3", "internlm2"])
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("openvino")
     return export_bundle(tiny.write_checkpoint(folder / "checkpoint", text=request.param), folder / "bundle")

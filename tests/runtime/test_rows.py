@@ -21,7 +21,7 @@ from internvl_edge.runtime.engines.openvino import OpenVinoEngine
 ROWS = 8
 
 
-@pytest.fixture(scope="module", params=["qwen2", "internlm2"])
+@pytest.fixture(scope="module", params=["qwen2", "qwen3", "internlm2"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_checkpoint(tmp_path_factory.mktemp("checkpoint"), text=request.param)
 

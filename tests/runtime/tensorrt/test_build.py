@@ -69,7 +69,7 @@ def networks(bundle: Bundle, dtype: str = "bfloat16", decomposed: bool = False) 
 # -- what TensorRT reads in the graphs ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["qwen2", "internlm2"])
+@pytest.mark.parametrize("text", ["qwen2", "qwen3", "internlm2"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_decoder_is_attention_layers_over_a_cache_written_in_place(tmp_path: Path, text: str, dtype: str) -> None:
     bundle = export(tmp_path, text=text)
@@ -116,7 +116,7 @@ def test_an_int8_cache_is_read_as_int8_and_what_is_new_comes_out(tmp_path: Path,
     assert record.files[ENGINES["decoder"]]["bytes"] > 0
 
 
-@pytest.mark.parametrize("kind", [{}, {"text": "internlm2", "vision": "6b"}])
+@pytest.mark.parametrize("kind", [{}, {"text": "internlm2", "vision": "6b"}, {"text": "qwen3", "head_dim": 32}])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_decomposed_graphs_need_no_newer_layers(tmp_path: Path, kind: dict[str, Any], dtype: str) -> None:
     """What TensorRT 10.3 is given; its own parser is not here, that of TensorRT for RTX takes it and builds it."""
@@ -150,6 +150,27 @@ def test_no_float32_but_norms_and_logits(bundle: Bundle) -> None:
         assert products["HALF"] == heads
         assert outputs_of_type(network, "REDUCE")["FLOAT"] == norms
         assert outputs_of_type(network, "CAST")["FLOAT"] <= 2 * norms + 1
+
+
+@pytest.mark.parametrize("scales", [False, True], ids=["cache of floats", "int8 cache"])
+@pytest.mark.parametrize("quantized", [None, {"skewed": True}, SYMMETRIC], ids=["floats", "awq", "symmetric"])
+def test_decoders_with_norms_of_heads_build(tmp_path: Path, quantized: dict[str, Any] | None, scales: bool) -> None:
+    """Qwen3's heads are wider than hidden / heads; the norms of q and k are two more sums in float32 per layer."""
+    source = tiny.write_checkpoint(tmp_path / "plain", text="qwen3", head_dim=32, padding_rows=5)
+    if quantized is not None:
+        source, _ = write_quantized(source, tmp_path, **quantized)
+    if scales:
+        write_scales(source)
+    bundle = Bundle.open(export_bundle(source, tmp_path / "bundle", "float16"))
+    decoder = bundle.manifest.model.decoder
+    assert decoder.head_dim * decoder.num_attention_heads != decoder.hidden_size
+    _, network = networks(bundle)
+    norms, corrections = 4 * decoder.num_hidden_layers + 1, 4 * decoder.num_hidden_layers
+    zero_points = quantized is not None and quantized != SYMMETRIC
+    assert outputs_of_type(network, "REDUCE")["FLOAT"] == norms + corrections * zero_points
+    record, built = build_engines(bundle, RTX, options_for(RTX, "bfloat16", **SIZES))
+    assert built
+    assert record.files[ENGINES["decoder"]]["bytes"] > 0
 
 
 def test_the_tower_takes_bytes_and_has_one_attention_per_layer(bundle: Bundle) -> None:

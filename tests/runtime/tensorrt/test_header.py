@@ -32,6 +32,7 @@ EXACT = ("session.qdq_matmulnbits_accuracy_level", "1")
 KINDS: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "internlm2": {"text": "internlm2"},
+    "qwen3": {"text": "qwen3", "head_dim": 32, "padding_rows": 5},
     "native, 6b": {"layout": "native", "vision": "6b"},
 }
 NUMPY = {
