@@ -31,10 +31,17 @@ from internvl_edge.planning.planner import WIDE_CACHE, build_bytes, choose_progr
 from internvl_edge.planning.programs import Programs
 from internvl_edge.planning.storage import bundle_storage
 from internvl_edge.planning.versions import compiler_settings, keeps_int8_cache, reads_decomposable
+from internvl_edge.runtime.engines.tensorrt.flavour import Flavour, compiler, load_flavour
+from internvl_edge.runtime.engines.tensorrt.record import (
+    ENGINES,
+    TIMING_CACHE,
+    BuildOptions,
+    EngineRecord,
+    engine_folder,
+    graph_inputs,
+)
+from internvl_edge.runtime.engines.tensorrt.self_check import check_engines
 
-from ..flavour import Flavour, compiler, load_flavour
-from ..record import ENGINES, TIMING_CACHE, BuildOptions, EngineRecord, engine_folder, graph_inputs
-from ..self_check import check_engines
 from .engine import Build, Built, Profile, Shape, build_engine, interruptible
 from .operators import require_operators
 
@@ -247,7 +254,7 @@ def _check_options(config: ModelConfig, target: Target, options: BuildOptions) -
 
 def _check_device(target: Target) -> None:
     """Raise EngineError unless the present GPU is the target, because TensorRT builds for the device it runs on."""
-    from ..cuda import Cuda
+    from internvl_edge.runtime.engines.tensorrt.cuda import Cuda
 
     cuda = Cuda()
     found = cuda.compute_capability()

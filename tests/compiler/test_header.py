@@ -18,13 +18,13 @@ from helpers.tiny_quantized import write_quantized
 from internvl_edge import export_bundle
 from internvl_edge.base.errors import BundleError
 from internvl_edge.bundle.bundle import Bundle
+from internvl_edge.compiler.bundle_engines import headers
+from internvl_edge.compiler.header import decoder_header, vision_header
 from internvl_edge.export import DTYPES, exporter
 from internvl_edge.model.linear import Scheme
 from internvl_edge.model.rope import RotaryAngles
 from internvl_edge.runtime.engines import onnxruntime as engine_module
 from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from internvl_edge.runtime.engines.tensorrt.build.bundle_engines import headers
-from internvl_edge.runtime.engines.tensorrt.build.header import decoder_header, vision_header
 from internvl_edge.runtime.engines.tensorrt.record import BuildOptions
 
 CAPACITY = 64

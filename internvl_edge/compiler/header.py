@@ -34,7 +34,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ..runtime_cache import NEW_ENTRIES
+from internvl_edge.runtime.engines.tensorrt.runtime_cache import NEW_ENTRIES
+
 from .decompose import Heads, decompose
 from .editor import GraphEditor, first_of
 
