@@ -135,19 +135,15 @@ def headers(
         EngineError: onnx-ir is not installed.
     """
     with requires("rtx", "build", EngineError):
-        from .decompose import Heads
-        from .header import decoder_header, vision_header
-    activations = opened.manifest.activations
+        from .graphs import decoder_header, vision_header
+    manifest = opened.manifest
     vision, decoder = opened.path(names.VISION), opened.path(names.DECODERS["standard"])
-    text, tower = opened.manifest.model.decoder, opened.manifest.model.vision
-    width = tower.hidden_size // tower.num_attention_heads
-    vision_heads = Heads(tower.num_attention_heads, tower.num_attention_heads, width) if decomposed else None
-    decoder_heads = Heads(text.num_attention_heads, text.num_key_value_heads, text.head_dim) if decomposed else None
+    types = manifest.dtype, options.dtype
     return {
-        "vision": (vision_header(vision, activations, options.dtype, vision_heads, decomposable), vision),
+        "vision": (vision_header(vision, manifest.model, *types, decomposed, decomposable), vision),
         "decoder": (
             decoder_header(
-                *(decoder, activations, options.dtype, options.capacity, decoder_heads),
+                *(decoder, manifest.model, *types, options.capacity, decomposed),
                 decomposable=decomposable,
                 wide_cache=wide_cache,
             ),
