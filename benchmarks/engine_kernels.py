@@ -16,7 +16,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from internvl_edge.runtime.engines.tensorrt.build.compiled import CompiledProgram, Kernel, compiled_programs
+from internvl_edge.compiler.compiled import CompiledProgram, Kernel, compiled_programs
 
 
 def main() -> None:

@@ -97,7 +97,7 @@ def open_engine(name: str, bundle: Bundle, sm: int) -> Engine:
     if name == "onnxruntime":
         require_cuda(bundle)
         return OnnxRuntimeEngine(bundle, device="cuda", capacity=CAPACITY)
-    from internvl_edge.runtime.engines.tensorrt.build.bundle_engines import build_engines, options_for
+    from internvl_edge.compiler.bundle_engines import build_engines, options_for
 
     target = Target("acceptance", "this GPU", name, (f"{sm // 10}.{sm % 10}",))
     build_engines(bundle, target, options_for(target, capacity=CAPACITY), check=False)  # `parity` compares more

@@ -24,10 +24,10 @@ from record import run_measured, write_results
 
 from internvl_edge.base.jsonable import encode
 from internvl_edge.bundle.bundle import Bundle
+from internvl_edge.compiler.bundle_engines import headers, options_for
+from internvl_edge.compiler.compiled import compiled_programs
+from internvl_edge.compiler.network import parsed_network
 from internvl_edge.planning.devices import Devices
-from internvl_edge.runtime.engines.tensorrt.build.bundle_engines import headers, options_for
-from internvl_edge.runtime.engines.tensorrt.build.compiled import compiled_programs
-from internvl_edge.runtime.engines.tensorrt.build.network import parsed_network
 from internvl_edge.runtime.engines.tensorrt.flavour import load_flavour
 
 PROGRAM = [sys.executable, "-c", "from internvl_edge.cli import main; main()"]

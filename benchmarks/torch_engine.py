@@ -19,11 +19,11 @@ import torch
 from numpy.typing import NDArray
 
 from internvl_edge.bundle.bundle import Bundle
+from internvl_edge.compiler.bundle_engines import headers
 from internvl_edge.model.rope import RotaryAngles
 from internvl_edge.runtime.engines import Engine
 from internvl_edge.runtime.engines.rows import CacheRows
 from internvl_edge.runtime.engines.steps import steps, steps_from
-from internvl_edge.runtime.engines.tensorrt.build.bundle_engines import headers
 from internvl_edge.runtime.engines.tensorrt.record import BuildOptions
 
 _TYPES = {

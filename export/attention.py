@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from internvl_edge.model.config import DecoderConfig
 
-from .builder import MICROSOFT, GraphBuilder
+from .builder import MICROSOFT, GraphBuilder, Heads
 from .weights import Array
 
 Dialect = str
@@ -47,6 +47,8 @@ class LayerCache:
 
 # (q, k, v [batch, seq, width], cache) -> (attended [batch, seq, width], present key, present value)
 Attend = Callable[[ir.Value, ir.Value, ir.Value, LayerCache], tuple[ir.Value, ir.Value, ir.Value]]
+# Adds the nodes that all layers share, and returns what adds those of one.
+Attention = Callable[[GraphBuilder, DecoderConfig, Inputs], Attend]
 
 
 def _standard_attention(g: GraphBuilder, decoder: DecoderConfig, inputs: Inputs) -> Attend:
@@ -63,30 +65,37 @@ def _standard_attention(g: GraphBuilder, decoder: DecoderConfig, inputs: Inputs)
 
     def attend(q: ir.Value, k: ir.Value, v: ir.Value, cache: LayerCache) -> tuple[ir.Value, ir.Value, ir.Value]:
         q, k, v = (g.heads(x, decoder.head_dim) for x in (q, k, v))
-        q, k = (g.op("RotaryEmbedding", x, inputs.cos, inputs.sin) for x in (q, k))
+        q, k = (g.rotary(x, inputs.cos, inputs.sin) for x in (q, k))
         if cache.scales is not None:
-            key_scale, value_scale = cache.scales
-            k, v = (_round(g, x, scale) for x, scale in ((k, key_scale), (v, value_scale)))
-            q = g.op("Mul", q, _query_heads(g, decoder, key_scale))
+            k, v = (
+                g.op("QuantizeLinear", divide(g, x, scale), *g.unit_scale())
+                for x, scale in zip((k, v), cache.scales, strict=True)
+            )
+            q = multiply(g, decoder, q, cache.scales[0])
         (key, used_key), (value, used_value) = scatter_and_slice(cache.key, k), scatter_and_slice(cache.value, v)
         if cache.scales is not None:
             used_key, used_value = (g.op("DequantizeLinear", x, *g.unit_scale()) for x in (used_key, used_value))
-        attended = g.op("Attention", q, used_key, used_value, mask)
+        attended = g.attention(q, used_key, used_value, heads_of(decoder), mask)
         if cache.scales is not None:
-            attended = g.op("Mul", attended, _query_heads(g, decoder, cache.scales[1]))
+            attended = multiply(g, decoder, attended, cache.scales[1])
         return g.merge_heads(attended, decoder.num_attention_heads * decoder.head_dim), key, value
 
     return attend
 
 
-def _round(g: GraphBuilder, x: ir.Value, scale: Array) -> ir.Value:
-    """Round x [batch, kv_heads, seq, head_dim] to int8 multiples of `scale`."""
-    return g.op("QuantizeLinear", g.op("Mul", x, g.floats((1 / scale)[None, :, None])), *g.unit_scale())
+def heads_of(decoder: DecoderConfig) -> Heads:
+    """Return the heads of a decoder's attention."""
+    return Heads(decoder.num_attention_heads, decoder.num_key_value_heads, decoder.head_dim)
 
 
-def _query_heads(g: GraphBuilder, decoder: DecoderConfig, scale: Array) -> ir.Value:
-    """Repeat the scales of KV heads for the query heads that read them, [1, heads, 1, head_dim]."""
-    return g.floats(np.repeat(scale, decoder.num_query_groups, axis=0)[None, :, None])
+def divide(g: GraphBuilder, x: ir.Value, scale: Array) -> ir.Value:
+    """Divide keys or values x [batch, kv_heads, seq, head_dim] by their scales [kv_heads, head_dim]."""
+    return g.op("Mul", x, g.floats((1 / scale)[None, :, None]))
+
+
+def multiply(g: GraphBuilder, decoder: DecoderConfig, x: ir.Value, scale: Array) -> ir.Value:
+    """Multiply x [batch, heads, seq, head_dim] by the scales [kv_heads, head_dim] of the KV heads that it reads."""
+    return g.op("Mul", x, g.floats(np.repeat(scale, decoder.num_query_groups, axis=0)[None, :, None]))
 
 
 def _onnxruntime_attention(g: GraphBuilder, decoder: DecoderConfig, inputs: Inputs) -> Attend:
@@ -118,7 +127,7 @@ def _onnxruntime_attention(g: GraphBuilder, decoder: DecoderConfig, inputs: Inpu
     return attend
 
 
-ATTENTION: dict[Dialect, Callable[[GraphBuilder, DecoderConfig, Inputs], Attend]] = {
+ATTENTION: dict[Dialect, Attention] = {
     "standard": _standard_attention,
     "onnxruntime": _onnxruntime_attention,
 }

@@ -1,20 +1,24 @@
 """The building blocks of graphs: `linear`, `rms_norm`, `slice`, `heads` and others over onnx-ir.
 
-This module knows ONNX operators and where weights are stored. It does not know InternVL.
+This module knows ONNX operators and where weights are stored. It does not know InternVL. A subclass of `GraphBuilder`
+writes the same graphs with other operators, for a reader that lacks some of these.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import onnx_ir as ir
 
-from .weights import Array, WeightFile
+from internvl_edge.checkpoint.kv_scales import KvScales
+from internvl_edge.model.config import ModelConfig
+from internvl_edge.model.linear import PackedLinear, Scheme
 
-OPSET = 24
+from .weights import Array
+
 MICROSOFT = "com.microsoft"
 INT64_MAX = 2**63 - 1
 
@@ -36,6 +40,42 @@ class Types:
         return ir.DataType.FLOAT16 if self.weights == ir.DataType.BFLOAT16 else self.weights
 
 
+@dataclass(frozen=True)
+class Heads:
+    """The heads of attention: the number for queries, the number for keys and values, and the width of each."""
+
+    query: int
+    key: int
+    width: int
+
+
+class Source(Protocol):
+    """What graphs are written from: a `Checkpoint`, whose attributes and methods these are, or what stands for one."""
+
+    config: ModelConfig
+    shapes: dict[str, tuple[int, ...]]
+    schemes: dict[str, Scheme]
+    kv_scales: KvScales | None
+
+    def tensor(self, name: str) -> Array:
+        """Return one tensor by canonical name."""
+
+    def linear(self, name: str) -> PackedLinear | None:
+        """Return a quantized linear by canonical name, or None for float weights."""
+
+    def input_scale(self, name: str) -> float:
+        """Return the scale of the inputs of a linear with int8 inputs."""
+
+
+class Weights(Protocol):
+    """Where the weights of a graph are placed, such as a `WeightFile`."""
+
+    def add(
+        self, name: str, dtype: ir.DataType, shape: tuple[int, ...], read: Callable[[], Array], exact: bool = True
+    ) -> ir.TensorProtocol:
+        """Return the tensor for a weight. If not `exact`, it can have another float type, and the graph casts it."""
+
+
 class PackedMatMul(Protocol):
     """Writes the products with quantized weights; see `quantized.PackedWeights`."""
 
@@ -47,40 +87,57 @@ class GraphBuilder:
     """One ONNX graph under construction. Matrices go to the shared `WeightFile`, small constants into the header.
 
     `read(name)` returns a tensor by canonical name, `shapes` holds the tensors that exist, and `packed` writes the
-    quantized linears.
+    quantized linears. `sizes` gives numbers to dimensions of inputs and outputs that have names.
+
+    Attributes:
+        types: what the following nodes compute in.
     """
+
+    opset: ClassVar[int] = 24
+    ir_version: ClassVar[int] = 11
+    # Whether uint8 tensors can be reshaped and transposed, which moves fewer bytes than floats.
+    moves_bytes: ClassVar[bool] = True
 
     def __init__(
         self,
         name: str,
         types: Types,
-        file: WeightFile,
-        shapes: dict[str, tuple[int, ...]],
+        file: Weights,
+        shapes: Mapping[str, tuple[int, ...]],
         read: Callable[[str], Array],
         packed: PackedMatMul | None = None,
+        sizes: Mapping[str, int] | None = None,
     ) -> None:
         self.types = types
+        self._sizes = sizes or {}
         self._file = file
         self._shapes = shapes
         self._read = read
         self._packed = packed
         self._group_sums: dict[tuple[ir.Value, int], ir.Value] = {}
-        self._graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name=name)
+        self._graph = ir.Graph([], [], nodes=[], opset_imports={"": self.opset}, name=name)
         self._constants: dict[bytes, ir.Value] = {}
 
     # -- inputs, outputs, constants ---------------------------------------------------------------------------------
 
     def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
         """Add a graph input."""
-        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=self._shape(shape))
         self._graph.inputs.append(value)
         return value
 
     def output(self, value: ir.Value, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> None:
         """Make a value a graph output with this name."""
         value.name = name
-        value.type, value.shape = ir.TensorType(dtype), ir.Shape(shape)
+        value.type, value.shape = ir.TensorType(dtype), self._shape(shape)
         self._graph.outputs.append(value)
+
+    def _shape(self, shape: Sequence[int | str]) -> ir.Shape:
+        return ir.Shape([self._sizes.get(dim, dim) if isinstance(dim, str) else dim for dim in shape])
+
+    def compute_in(self, dtype: ir.DataType) -> None:
+        """Let the following nodes compute in another type. Values that they read must be cast to it."""
+        self.types = replace(self.types, activations=dtype)
 
     def constant(self, values: Any, dtype: Any = np.int64) -> ir.Value:
         """Add a small constant to the header. Equal constants are shared."""
@@ -100,7 +157,7 @@ class GraphBuilder:
 
     def model(self) -> ir.Model:
         """Return the finished model."""
-        return ir.Model(self._graph, ir_version=11, producer_name="internvl-edge")
+        return ir.Model(self._graph, ir_version=self.ir_version, producer_name="internvl-edge")
 
     # -- weights ----------------------------------------------------------------------------------------------------
 
@@ -131,9 +188,17 @@ class GraphBuilder:
 
         It is stored in the activations' type, so that no precision is lost.
         """
-        return self._weight(
+        return self.weight(
             name, self.types.activations, shape or self._shapes[name], read or (lambda: self._read(name))
         )
+
+    def factor(self, name: str, shape: tuple[int, ...], read: Callable[[], Array]) -> ir.Value:
+        """Add a matrix that is stored in the activations' type."""
+        return self._weight(name, self.types.activations, shape, read)
+
+    def columns(self, outputs: int) -> int:
+        """Return the number of columns that a quantized matrix with `outputs` columns has in the graph."""
+        return outputs
 
     def weight(
         self,
@@ -141,15 +206,16 @@ class GraphBuilder:
         dtype: ir.DataType,
         shape: tuple[int, ...],
         read: Callable[[], Array],
-        file: WeightFile | None = None,
+        file: Weights | None = None,
+        exact: bool = True,
     ) -> ir.Value:
         """Add any tensor to a weights file, by default the graph's own, in its stored type."""
         value = self._graph.initializers.get(name)
-        return value or self._initializer((file or self._file).add(name, dtype, shape, read))
+        return value or self._initializer((file or self._file).add(name, dtype, shape, read, exact))
 
     def _weight(self, name: str, dtype: ir.DataType, shape: tuple[int, ...], read: Callable[[], Array]) -> ir.Value:
-        value = self.weight(name, dtype, shape, read)
-        return value if dtype == self.types.activations else self.cast(value, self.types.activations)
+        value = self.weight(name, dtype, shape, read, exact=False)
+        return value if value.dtype == self.types.activations else self.cast(value, self.types.activations)
 
     def _initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
         value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)  # type: ignore[arg-type]
@@ -175,6 +241,10 @@ class GraphBuilder:
     def cast(self, x: ir.Value, dtype: ir.DataType) -> ir.Value:
         """Change the element type."""
         return self.op("Cast", x, to=int(dtype))
+
+    def bytes_to_floats(self, x: ir.Value) -> ir.Value:
+        """Change uint8 to the activations' type, which holds all of its values exactly."""
+        return self.cast(x, self.types.activations)
 
     def reshape(self, x: ir.Value, shape: Sequence[int]) -> ir.Value:
         """Reshape x. A size of 0 keeps a dimension, and -1 takes the rest."""
@@ -219,6 +289,22 @@ class GraphBuilder:
         """Apply layer normalisation over the last axis."""
         weight, bias = self.vector(f"{name}.weight"), self.vector(f"{name}.bias")
         return self.op("LayerNormalization", x, weight, bias, axis=-1, epsilon=epsilon)
+
+    def rotary(self, x: ir.Value, cos: ir.Value, sin: ir.Value) -> ir.Value:
+        """Rotate x [batch, heads, seq, head_dim] by angles with cos and sin [batch, seq, head_dim / 2]."""
+        return self.op("RotaryEmbedding", x, cos, sin)
+
+    def attention(
+        self, q: ir.Value, k: ir.Value, v: ir.Value, heads: Heads, visible: ir.Value | None = None
+    ) -> ir.Value:
+        """Return softmax(q k^T / sqrt(width)) v for each head, in the shape of q.
+
+        Without `visible`, q, k and v are [batch, seq, heads * width]. With it, q is [batch, heads, seq, width], k and v
+        are [batch, heads, slots, width], and `visible` [batch, 1, seq, slots] says what each token sees.
+        """
+        if visible is None:
+            return self.op("Attention", q, k, v, q_num_heads=heads.query, kv_num_heads=heads.key)
+        return self.op("Attention", q, k, v, visible)
 
     def silu(self, x: ir.Value) -> ir.Value:
         """Return x * sigmoid(x)."""

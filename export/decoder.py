@@ -11,6 +11,7 @@ host computes the rotary angles, so the graph has no length limit and no state f
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -19,11 +20,13 @@ import onnx_ir as ir
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.model.config import DecoderConfig
 
-from .attention import ATTENTION, Attend, Dialect, Inputs, LayerCache
-from .builder import INT64_MAX, GraphBuilder, Types
+from .attention import ATTENTION, Attend, Attention, Dialect, Inputs, LayerCache
+from .builder import INT64_MAX, GraphBuilder, Source, Types
 from .quantized import PackedWeights
 from .weights import Array, WeightFile
 
+HEAD = "decoder.lm_head"
+PADDING = f"{HEAD}.padding"
 # A float16 value that is below every logit.
 _NEVER = -3e4
 # The number of lm_head rows that are examined at a time. All rows as floats would be the largest array in memory.
@@ -50,24 +53,36 @@ def build_decoder(
     matmul = partial(packed.matmul, dialect=dialect) if packed else None
     g = GraphBuilder("decoder", types, file, checkpoint.shapes, checkpoint.tensor, matmul)
     keep = g.input("logits_to_keep", ir.DataType.INT64, [1])
-    x, presents = layers(g, checkpoint, dialect)
+    stored = cache_type(types, checkpoint)
+    x, presents = layers(g, checkpoint, ATTENTION[dialect], stored)
     assert x is not None
     x = g.slice(x, g.op("Neg", keep), g.constant([INT64_MAX]), axis=1)
-    logits = g.linear(g.rms_norm(x, "decoder.norm", decoder.rms_norm_eps), "decoder.lm_head")
-    if checkpoint.quantization:
-        penalty = g.vector("decoder.lm_head.padding", (decoder.vocab_size,), partial(_padding, checkpoint, vocabulary))
-        logits = g.op("Add", logits, penalty)
-    if types.activations != ir.DataType.FLOAT:
-        logits = g.cast(logits, ir.DataType.FLOAT)
-    g.output(logits, "logits", ir.DataType.FLOAT, ["batch", "kept", decoder.vocab_size])
-    output_cache(g, checkpoint, presents)
+    x = g.rms_norm(x, "decoder.norm", decoder.rms_norm_eps)
+    output_logits(g, decoder, x, partial(_padding, checkpoint, vocabulary) if checkpoint.quantization else None)
+    output_cache(g, decoder, stored, presents)
     return g.model()
 
 
+def output_logits(
+    g: GraphBuilder, decoder: DecoderConfig, x: ir.Value, padding: Callable[[], Array] | None
+) -> ir.Value:
+    """Make the logits of hidden states x [batch, kept, hidden], which are normed, an output of the graph.
+
+    `padding` reads the penalty [vocab] that is added to them, and is None where there is none.
+    """
+    logits = g.linear(x, HEAD)
+    if padding is not None:
+        logits = g.op("Add", logits, g.vector(PADDING, (decoder.vocab_size,), padding))
+    if g.types.activations != ir.DataType.FLOAT:
+        logits = g.cast(logits, ir.DataType.FLOAT)
+    g.output(logits, "logits", ir.DataType.FLOAT, ["batch", "kept", decoder.vocab_size])
+    return logits
+
+
 def layers(
-    g: GraphBuilder, checkpoint: Checkpoint, dialect: Dialect, whole: bool = True
+    g: GraphBuilder, checkpoint: Source, attention: Attention, stored: ir.DataType, whole: bool = True
 ) -> tuple[ir.Value | None, Cache]:
-    """Add the graph's inputs and all layers.
+    """Add the graph's inputs and all layers, with a cache of type `stored`.
 
     Return the last layer's hidden state [batch, seq, hidden] and the new cache. If `whole` is False, the last layer
     ends with its keys and values, and there is no hidden state.
@@ -78,8 +93,8 @@ def layers(
     half: list[int | str] = ["batch", "seq", decoder.head_dim // 2]
     cos, sin = g.input("cos", activations, half), g.input("sin", activations, half)
     past_length = g.input("past_length", ir.DataType.INT64, ["batch"])
-    attend = ATTENTION[dialect](g, decoder, Inputs(cos, sin, past_length, g.op("Shape", x, start=1, end=2)))
-    scales, stored = checkpoint.kv_scales, _cache_type(g, checkpoint)
+    attend = attention(g, decoder, Inputs(cos, sin, past_length, g.op("Shape", x, start=1, end=2)))
+    scales = checkpoint.kv_scales
     presents: Cache = []
     for n in range(decoder.num_hidden_layers):
         assert x is not None
@@ -92,16 +107,17 @@ def layers(
     return x, presents
 
 
-def output_cache(g: GraphBuilder, checkpoint: Checkpoint, presents: Cache) -> None:
+def output_cache(g: GraphBuilder, decoder: DecoderConfig, stored: ir.DataType, presents: Cache) -> None:
     """Make the new cache an output of the graph."""
-    stored, shape = _cache_type(g, checkpoint), _cache_shape(checkpoint.config.decoder)
+    shape = _cache_shape(decoder)
     for n, pair in enumerate(presents):
         for kind, value in zip(("key", "value"), pair, strict=True):
             g.output(value, f"present.{n}.{kind}", stored, shape)
 
 
-def _cache_type(g: GraphBuilder, checkpoint: Checkpoint) -> ir.DataType:
-    return g.types.activations if checkpoint.kv_scales is None else ir.DataType.INT8
+def cache_type(types: Types, checkpoint: Source) -> ir.DataType:
+    """Return the type of the cache: int8 where the checkpoint has scales for it."""
+    return types.activations if checkpoint.kv_scales is None else ir.DataType.INT8
 
 
 def _padding(checkpoint: Checkpoint, vocabulary: int | None) -> Array:
@@ -109,8 +125,8 @@ def _padding(checkpoint: Checkpoint, vocabulary: int | None) -> Array:
 
     Padding is the rows beyond the tokenizer's vocabulary and the rows of zeros.
     """
-    packed = checkpoint.linear("decoder.lm_head")
-    head = checkpoint.tensor("decoder.lm_head.weight") if packed is None else packed.values
+    packed = checkpoint.linear(HEAD)
+    head = checkpoint.tensor(f"{HEAD}.weight") if packed is None else packed.values
     penalty = np.zeros(len(head), np.float32)
     for start in range(0, len(head), _ROWS):
         rows = np.arange(start, min(start + _ROWS, len(head)))

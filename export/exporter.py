@@ -147,7 +147,7 @@ class _Export:
         return [file for file in (vision, decoder, self._packed.blocks, prompts) if file.size]
 
     def _write_manifest(self, dtype: str, activations: str) -> None:
-        config, record = self._checkpoint.config, self._record
+        config, record, packing = self._checkpoint.config, self._record, self._checkpoint.quantization
         hub = hub_source(self._checkpoint.folder)
         tokenizer = (self._folder / names.TOKENIZER).read_bytes()
         manifest = Manifest(
@@ -163,7 +163,7 @@ class _Export:
             kv_cache="int8" if self._checkpoint.kv_scales else None,
             linears=self._linears(),
             components=self._components(dtype),
-            quantization=self._packed.summary(),
+            quantization=self._packed.summary(packing.method) if packing else None,
             hub=hub or (record.hub if record else None),
         )
         manifest.write(self._folder)

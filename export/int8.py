@@ -19,10 +19,9 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.model.linear import PackedLinear
 
-from .builder import GraphBuilder
+from .builder import GraphBuilder, Source
 from .weights import NUMPY_DTYPES, Array
 
 # The smallest positive float16 value. float32 graphs are converted to float16 for some devices.
@@ -39,7 +38,7 @@ class IntegerMatMul:
         output_scale: the factors to fold, by linear. The caller must scale the bias.
     """
 
-    def __init__(self, checkpoint: Checkpoint, output_scale: OutputScale) -> None:
+    def __init__(self, checkpoint: Source, output_scale: OutputScale) -> None:
         self._checkpoint = checkpoint
         self._output_scale = output_scale
         self._inputs: dict[tuple[ir.Value, float], ir.Value] = {}
@@ -52,21 +51,20 @@ class IntegerMatMul:
         scheme = self._checkpoint.schemes.get(name)
         if scheme is None or not scheme.static_inputs:
             return None
-        linear = self._linear(name)
-        out, inputs = linear.values.shape
+        out, inputs = self._checkpoint.shapes[f"{name}.weight"]
         values = g.weight(f"{name}.int8", ir.DataType.INT8, (inputs, out), lambda: self._scaled(name).values.T)
         scale = g.vector(f"{name}.int8_scale", (out,), lambda: self._scaled(name).scale[:, 0])
-        return g.op("MatMul", self._rounded(g, x, linear, unsigned), g.op("DequantizeLinear", values, scale, axis=1))
+        return g.op("MatMul", self._rounded(g, x, name, unsigned), g.op("DequantizeLinear", values, scale, axis=1))
 
-    def _rounded(self, g: GraphBuilder, x: ir.Value, linear: PackedLinear, unsigned: bool) -> ir.Value:
+    def _rounded(self, g: GraphBuilder, x: ir.Value, name: str, unsigned: bool) -> ir.Value:
         """Return x after rounding to int8, once for all linears that share it.
 
         The zero point sets the integers' type.
         """
-        assert linear.input_scale is not None
-        key = x, linear.input_scale
+        step = self._checkpoint.input_scale(name)
+        key = x, step
         if key not in self._inputs:
-            scale = g.constant(linear.input_scale, NUMPY_DTYPES[g.types.activations])
+            scale = g.constant(step, NUMPY_DTYPES[g.types.activations])
             zero = g.constant(128, np.uint8) if unsigned else g.constant(0, np.int8)
             self._inputs[key] = g.op("DequantizeLinear", g.op("QuantizeLinear", x, scale, zero), scale, zero)
         return self._inputs[key]

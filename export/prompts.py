@@ -22,8 +22,9 @@ from internvl_edge.base.errors import EdgeError
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.model.linear import PackedLinear
 
+from .attention import ATTENTION
 from .builder import MICROSOFT, GraphBuilder, Types
-from .decoder import layers, output_cache
+from .decoder import cache_type, layers, output_cache
 from .weights import Array, WeightFile
 
 _LARGEST = 127
@@ -44,8 +45,9 @@ def build_prompts(checkpoint: Checkpoint, types: Types, file: WeightFile) -> ir.
     if not any(scheme.bits == 4 for name, scheme in checkpoint.schemes.items() if name.startswith("decoder.layers")):
         raise EdgeError("prompts in int8 are made from 4-bit weights, and this decoder has none; quantize it first")
     g = GraphBuilder("prompts", types, file, checkpoint.shapes, checkpoint.tensor, _TokenwiseMatMul(checkpoint))
-    _, presents = layers(g, checkpoint, "onnxruntime", whole=False)
-    output_cache(g, checkpoint, presents)
+    stored = cache_type(types, checkpoint)
+    _, presents = layers(g, checkpoint, ATTENTION["onnxruntime"], stored, whole=False)
+    output_cache(g, checkpoint.config.decoder, stored, presents)
     return g.model()
 
 

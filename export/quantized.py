@@ -27,11 +27,10 @@ import onnx_ir as ir
 
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.bundle.manifest import DecoderQuantization
-from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.model.components import bits_per_weight
 from internvl_edge.model.linear import PackedLinear, Scheme
 
-from .builder import MICROSOFT, GraphBuilder, Types
+from .builder import MICROSOFT, GraphBuilder, Source, Types
 from .int8 import IntegerMatMul
 from .weights import NUMPY_DTYPES, Array, WeightFile
 
@@ -56,7 +55,7 @@ class PackedWeights:
         blocks: the file with ONNX Runtime's form of the weights. The standard form is in the builder's own file.
     """
 
-    def __init__(self, checkpoint: Checkpoint, types: Types) -> None:
+    def __init__(self, checkpoint: Source, types: Types) -> None:
         self._checkpoint = checkpoint
         self._types = types
         self.blocks = WeightFile(BLOCKS)
@@ -110,7 +109,8 @@ class PackedWeights:
     def _dequantized(self, g: GraphBuilder, x: ir.Value, name: str, scheme: Scheme, out: int, inputs: int) -> ir.Value:
         # One scale per output is DequantizeLinear's per-axis form. A scale per group is its blocked form.
         groups = inputs // scheme.group_size if scheme.group_size else 1
-        grid = (groups, out) if scheme.group_size else (out,)
+        columns = g.columns(out)
+        grid = (groups, columns) if scheme.group_size else (columns,)
         form: dict[str, Any] = {"axis": 0, "block_size": scheme.group_size} if scheme.group_size else {"axis": 1}
 
         def part(
@@ -118,12 +118,15 @@ class PackedWeights:
         ) -> ir.Value:
             return g.weight(f"{name}.{last}", dtype, shape, partial(self._part, name, read))
 
-        values = part("values", _INTEGERS[scheme.bits], (inputs, out), lambda linear: linear.signed()[0].T)
+        values = part("values", _INTEGERS[scheme.bits], (inputs, columns), lambda linear: linear.signed()[0].T)
         scale = part("scale", g.types.activations, grid, lambda linear: linear.scale.T)
         y = g.op("MatMul", x, g.op("DequantizeLinear", values, scale, **form))
+        if columns > out:
+            y = g.slice(y, g.constant([0]), g.constant([out]), axis=2)
         if scheme.symmetric:
             return y
-        correction = part("correction", g.types.activations, (groups, out), correction_of)
+        read = partial(self._part, name, correction_of)
+        correction = g.factor(f"{name}.correction", (groups, out), read)
         return g.op("Add", y, g.op("MatMul", g.group_sums(x, groups), correction))
 
     def _part(self, name: str, read: Callable[[PackedLinear], Array]) -> Array:
@@ -139,18 +142,16 @@ class PackedWeights:
             self._last = name, linear
         return read(self._last[1])
 
-    def summary(self) -> DecoderQuantization | None:
-        """Return the manifest's description of a quantized decoder, or None for float weights.
+    def summary(self, method: str) -> DecoderQuantization | None:
+        """Return the manifest's description of a decoder that a method quantized, or None for float weights.
 
         Call it after the weights are written.
         """
-        quantization = self._checkpoint.quantization
-        schemes = {name: scheme for name, scheme in self._checkpoint.schemes.items() if name.startswith("decoder.")}
-        if quantization is None or not schemes:
+        if not any(name.startswith("decoder.") for name in self._checkpoint.schemes):
             return None
         missed, whole = (sum(error) for error in zip((0.0, 0.0), *self._errors.values(), strict=True))
         return DecoderQuantization(
-            method=quantization.method,
+            method=method,
             bits_per_weight=round(self._bits_per_weight(), 3),
             weight_error=math.sqrt(missed / whole) if whole else 0.0,
         )

@@ -9,15 +9,16 @@ graph computes in floats.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx_ir as ir
 
-from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.model.config import PIXEL_MEAN, PIXEL_STD, PROJECTOR_NORM_EPS, ModelConfig
 
-from .builder import GraphBuilder, Types
+from .builder import GraphBuilder, Heads, Source, Types, Weights
 from .int8 import IntegerMatMul
-from .weights import Array, WeightFile
+from .weights import Array
 
 # Pixels enter as pixel / 256. This is exact in float16 and bfloat16, and the folded weights keep their magnitude.
 PIXEL_SCALE = 2.0**-8
@@ -26,7 +27,7 @@ PIXEL_SCALE = 2.0**-8
 class FoldedVision:
     """A checkpoint's vision tensors after folding, in float64 where values change."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Source) -> None:
         self._checkpoint = checkpoint
         layers = checkpoint.config.vision_layers_used
         self._scale_of = {f"vision.layers.{n}.attn.proj": f"vision.layers.{n}.ls1" for n in range(layers)}
@@ -68,12 +69,14 @@ class FoldedVision:
         return np.asarray(self._checkpoint.tensor(name), np.float64)
 
 
-def build_vision(checkpoint: Checkpoint, types: Types, file: WeightFile) -> ir.Model:
-    """Build the vision model of a checkpoint. Weights are placed in `file`."""
+def build_vision(
+    checkpoint: Source, types: Types, file: Weights, builder: Callable[..., GraphBuilder] = GraphBuilder
+) -> ir.Model:
+    """Build the vision model of a checkpoint with the operators of a builder. Weights are placed in `file`."""
     config = checkpoint.config
     folded = FoldedVision(checkpoint)
     integers = IntegerMatMul(checkpoint, folded.layer_scale)
-    g = GraphBuilder("vision", types, file, checkpoint.shapes, folded.read, integers)
+    g = builder("vision", types, file, checkpoint.shapes, folded.read, integers)
     size = config.vision.image_size
     pixels = g.input("pixels", ir.DataType.UINT8, ["tiles", size, size, 3])
     x = _embed(g, config, folded, pixels)
@@ -91,10 +94,11 @@ def _embed(g: GraphBuilder, config: ModelConfig, folded: FoldedVision, pixels: i
     """
     vision = config.vision
     grid, patch, hidden = vision.grid_size, vision.patch_size, vision.hidden_size
+    if not g.moves_bytes:
+        pixels = g.bytes_to_floats(pixels)
     patches = g.reshape(pixels, [0, grid, patch, grid, patch, 3])
     patches = g.reshape(g.op("Transpose", patches, perm=[0, 1, 3, 2, 4, 5]), [0, grid * grid, patch * patch * 3])
-    scale = g.cast(g.constant(PIXEL_SCALE, np.float32), g.types.activations)
-    x = g.op("Mul", g.cast(patches, g.types.activations), scale)
+    x = g.op("Mul", g.bytes_to_floats(patches) if g.moves_bytes else patches, g.floats(PIXEL_SCALE))
     weight = g.matrix("vision.patch_embedding.folded", (patch * patch * 3, hidden), folded.patch_weight, folded=True)
     positions = g.vector("vision.position_embedding.folded", (1, grid * grid, hidden), folded.patch_positions)
     x = g.op("Add", g.op("MatMul", x, weight), positions)
@@ -116,7 +120,7 @@ def _block(g: GraphBuilder, config: ModelConfig, x: ir.Value, block: str) -> ir.
         q = g.rms_norm(q, f"{block}.attn.q_norm", vision.qk_norm_eps)
         k = g.rms_norm(k, f"{block}.attn.k_norm", vision.qk_norm_eps)
     heads = vision.num_attention_heads
-    attended = g.op("Attention", q, k, v, q_num_heads=heads, kv_num_heads=heads)
+    attended = g.attention(q, k, v, Heads(heads, heads, vision.hidden_size // heads))
     x = g.op("Add", x, g.linear(attended, f"{block}.attn.proj", folded=True))
     hidden = g.op("Gelu", g.linear(_norm(g, config, x, f"{block}.norm2"), f"{block}.mlp.fc1"))
     return g.op("Add", x, g.linear(hidden, f"{block}.mlp.fc2", folded=True))

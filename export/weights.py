@@ -55,11 +55,12 @@ class WeightFile:
         self._entries: dict[str, _Entry] = {}
 
     def add(
-        self, name: str, dtype: ir.DataType, shape: tuple[int, ...], read: Callable[[], Array]
+        self, name: str, dtype: ir.DataType, shape: tuple[int, ...], read: Callable[[], Array], exact: bool = True
     ) -> ir.ExternalTensor:
         """Reserve a place for a tensor. The same name always returns the same place.
 
-        `read` is called when the tensor is written. It can return any float dtype, or one byte per integer.
+        `read` is called when the tensor is written. It can return any float dtype, or one byte per integer. The tensor
+        has the type that was asked for, also where it need not be `exact`.
         """
         if name not in self._entries:
             bits = _INTEGER_BITS.get(dtype) or 8 * NUMPY_DTYPES[dtype].itemsize

@@ -95,6 +95,13 @@ class Checkpoint:
         bias = f"{name}.bias"
         return replace(linear, bias=self.tensor(bias)) if self.has(bias) else linear
 
+    def input_scale(self, name: str) -> float:
+        """Return the scale of the inputs of a linear with int8 inputs, by canonical module name."""
+        linear = self.linear(name)
+        assert linear is not None
+        assert linear.input_scale is not None
+        return linear.input_scale
+
     def has(self, name: str) -> bool:
         """Return whether the model has this tensor (biases and norms differ between variants)."""
         return name in self.shapes

@@ -78,7 +78,7 @@ def command(
     Engines for RTX cards can be built on a machine without a GPU. Engines for a Jetson must be built on that device.
     """
     target = Devices(table).target(name)
-    from internvl_edge.runtime.engines.tensorrt.build.bundle_engines import build_engines, notes, options_for
+    from internvl_edge.compiler.bundle_engines import build_engines, notes, options_for
 
     opened = Bundle.open(bundle)
     options = options_for(target, dtype, opened=opened, **sizes)

@@ -96,7 +96,7 @@ class Miscompilation:
 # The environment variable from which TensorRT's compiler reads settings, words with spaces between.
 COMPILER_SETTINGS = "__LUNOWUD"
 # Do not join products that share an input. TensorRT for RTX 1.7 dequantizes joined int8 weights in memory for each step
-# and those of single products inside the product (kernels of built engines, tests/runtime/tensorrt).
+# and those of single products inside the product (kernels of built engines, tests/compiler).
 UNJOINED = "-peep:fc_h_fusion=off"
 # All our graphs have batch 1, which both faults need.
 MISCOMPILATIONS = (

@@ -7,7 +7,7 @@ from typing import Any
 
 from helpers.fake_gpu import FakeCuda, FakeTensorRT
 from internvl_edge.bundle.bundle import Bundle, sha256
-from internvl_edge.runtime.engines.tensorrt.build.bundle_engines import headers
+from internvl_edge.compiler.bundle_engines import headers
 from internvl_edge.runtime.engines.tensorrt.cuda import Cuda
 from internvl_edge.runtime.engines.tensorrt.engine import TensorRTEngine
 from internvl_edge.runtime.engines.tensorrt.flavour import Flavour, make_log

@@ -182,10 +182,15 @@ class OneLayer:
     def __init__(self, linear: PackedLinear) -> None:
         self._linear = linear
         self.schemes = {"layer": W8A8}
+        self.shapes = {"layer.weight": linear.values.shape}
 
     def linear(self, name: str) -> PackedLinear:
         assert name == "layer"
         return self._linear
+
+    def input_scale(self, name: str) -> float | None:
+        assert name == "layer"
+        return self._linear.input_scale
 
 
 def graph_of(folder: Path, linear: PackedLinear, factor: np.ndarray | None, dtype: ir.DataType) -> Path:

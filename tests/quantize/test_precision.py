@@ -298,9 +298,9 @@ def test_every_preset_runs_in_both_dialects(tmp_path: Path, name: str, text: str
 @pytest.mark.parametrize("name", ["w8a8", "mixed", "orin", "rtx"])
 def test_int8_graphs_build_in_tensorrt(tmp_path: Path, name: str) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed (pip install tensorrt-rtx-cu13)")
+    from internvl_edge.compiler import build_engines
+    from internvl_edge.compiler.bundle_engines import options_for
     from internvl_edge.planning.devices import Devices
-    from internvl_edge.runtime.engines.tensorrt.build import build_engines
-    from internvl_edge.runtime.engines.tensorrt.build.bundle_engines import options_for
 
     # Blocks of 64 are the smallest that TensorRT documents.
     recipe = {

@@ -30,12 +30,12 @@ from internvl_edge import export_bundle
 from internvl_edge.base.errors import EdgeError, EngineError
 from internvl_edge.base.progress import Progress
 from internvl_edge.bundle.bundle import Bundle
+from internvl_edge.compiler import build_engines, bundle_engines
+from internvl_edge.compiler.bundle_engines import headers, options_for
+from internvl_edge.compiler.engine import Build, build_engine
+from internvl_edge.compiler.network import parsed_network
 from internvl_edge.model.linear import Scheme
 from internvl_edge.planning.devices import Devices, Target
-from internvl_edge.runtime.engines.tensorrt.build import build_engines, bundle_engines
-from internvl_edge.runtime.engines.tensorrt.build.bundle_engines import headers, options_for
-from internvl_edge.runtime.engines.tensorrt.build.engine import Build, build_engine
-from internvl_edge.runtime.engines.tensorrt.build.network import parsed_network
 from internvl_edge.runtime.engines.tensorrt.flavour import load_flavour
 from internvl_edge.runtime.engines.tensorrt.record import ENGINES, RECORD, EngineRecord, engine_folder
 

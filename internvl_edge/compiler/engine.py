@@ -15,8 +15,8 @@ from typing import Any
 
 from internvl_edge.base.errors import EngineError
 from internvl_edge.base.machine import peak_memory
+from internvl_edge.runtime.engines.tensorrt.flavour import Flavour, last_error
 
-from ..flavour import Flavour, last_error
 from .network import parsed_network
 
 Shape = tuple[int, ...]

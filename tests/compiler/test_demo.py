@@ -13,14 +13,14 @@ from internvl_edge import export_bundle
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.calibration import DataOptions
 from internvl_edge.checkpoint.reader import Checkpoint
+from internvl_edge.compiler import build_engines
+from internvl_edge.compiler.bundle_engines import headers, options_for
+from internvl_edge.compiler.operators import require_operators
 from internvl_edge.demo import CHECKPOINT
 from internvl_edge.planning.devices import Devices
 from internvl_edge.planning.versions import VERSIONS, has_new_layers, keeps_int8_cache, reads_decomposable
 from internvl_edge.quantize import quantize_checkpoint
 from internvl_edge.recipe.files import make_recipe, read_recipe
-from internvl_edge.runtime.engines.tensorrt.build import build_engines
-from internvl_edge.runtime.engines.tensorrt.build.bundle_engines import headers, options_for
-from internvl_edge.runtime.engines.tensorrt.build.operators import require_operators
 from internvl_edge.runtime.engines.tensorrt.record import ENGINES, BuildOptions
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed (pip install tensorrt-rtx-cu13)")

@@ -19,6 +19,8 @@ from helpers.tiny_quantized import write_quantized
 from internvl_edge import export_bundle
 from internvl_edge.base.errors import EngineError
 from internvl_edge.bundle.bundle import Bundle
+from internvl_edge.compiler.bundle_engines import headers
+from internvl_edge.compiler.operators import operators, require_operators
 from internvl_edge.model.linear import Scheme
 from internvl_edge.planning.versions import (
     COMPILER_SETTINGS,
@@ -36,8 +38,6 @@ from internvl_edge.planning.versions import (
     since,
 )
 from internvl_edge.runtime.engines.tensorrt import flavour as flavour_module
-from internvl_edge.runtime.engines.tensorrt.build.bundle_engines import headers
-from internvl_edge.runtime.engines.tensorrt.build.operators import operators, require_operators
 from internvl_edge.runtime.engines.tensorrt.flavour import avoid_miscompilations, compiler, load_flavour
 from internvl_edge.runtime.engines.tensorrt.record import BuildOptions
 

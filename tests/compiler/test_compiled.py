@@ -26,19 +26,19 @@ from helpers.tiny_quantized import write_quantized
 from internvl_edge import export_bundle
 from internvl_edge.base.errors import EngineError
 from internvl_edge.bundle.bundle import Bundle
-from internvl_edge.demo import CHECKPOINT
-from internvl_edge.model.linear import Scheme
-from internvl_edge.planning.devices import Devices
-from internvl_edge.planning.programs import Programs
-from internvl_edge.runtime.engines.tensorrt.build.bundle_engines import (
+from internvl_edge.compiler.bundle_engines import (
     build_engines,
     headers,
     notes,
     options_for,
     profiles,
 )
-from internvl_edge.runtime.engines.tensorrt.build.compiled import CompiledProgram, Kernel, compiled_programs
-from internvl_edge.runtime.engines.tensorrt.build.engine import Build, build_engine
+from internvl_edge.compiler.compiled import CompiledProgram, Kernel, compiled_programs
+from internvl_edge.compiler.engine import Build, build_engine
+from internvl_edge.demo import CHECKPOINT
+from internvl_edge.model.linear import Scheme
+from internvl_edge.planning.devices import Devices
+from internvl_edge.planning.programs import Programs
 from internvl_edge.runtime.engines.tensorrt.flavour import load_flavour
 from internvl_edge.runtime.engines.tensorrt.record import ENGINES, engine_folder
 

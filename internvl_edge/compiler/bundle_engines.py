@@ -31,10 +31,17 @@ from internvl_edge.planning.planner import WIDE_CACHE, build_bytes, choose_progr
 from internvl_edge.planning.programs import Programs
 from internvl_edge.planning.storage import bundle_storage
 from internvl_edge.planning.versions import compiler_settings, keeps_int8_cache, reads_decomposable
+from internvl_edge.runtime.engines.tensorrt.flavour import Flavour, compiler, load_flavour
+from internvl_edge.runtime.engines.tensorrt.record import (
+    ENGINES,
+    TIMING_CACHE,
+    BuildOptions,
+    EngineRecord,
+    engine_folder,
+    graph_inputs,
+)
+from internvl_edge.runtime.engines.tensorrt.self_check import check_engines
 
-from ..flavour import Flavour, compiler, load_flavour
-from ..record import ENGINES, TIMING_CACHE, BuildOptions, EngineRecord, engine_folder, graph_inputs
-from ..self_check import check_engines
 from .engine import Build, Built, Profile, Shape, build_engine, interruptible
 from .operators import require_operators
 
@@ -128,19 +135,15 @@ def headers(
         EngineError: onnx-ir is not installed.
     """
     with requires("rtx", "build", EngineError):
-        from .decompose import Heads
-        from .header import decoder_header, vision_header
-    activations = opened.manifest.activations
+        from .graphs import decoder_header, vision_header
+    manifest = opened.manifest
     vision, decoder = opened.path(names.VISION), opened.path(names.DECODERS["standard"])
-    text, tower = opened.manifest.model.decoder, opened.manifest.model.vision
-    width = tower.hidden_size // tower.num_attention_heads
-    vision_heads = Heads(tower.num_attention_heads, tower.num_attention_heads, width) if decomposed else None
-    decoder_heads = Heads(text.num_attention_heads, text.num_key_value_heads, text.head_dim) if decomposed else None
+    types = manifest.dtype, options.dtype
     return {
-        "vision": (vision_header(vision, activations, options.dtype, vision_heads, decomposable), vision),
+        "vision": (vision_header(vision, manifest.model, *types, decomposed, decomposable), vision),
         "decoder": (
             decoder_header(
-                *(decoder, activations, options.dtype, options.capacity, decoder_heads),
+                *(decoder, manifest.model, *types, options.capacity, decomposed),
                 decomposable=decomposable,
                 wide_cache=wide_cache,
             ),
@@ -247,7 +250,7 @@ def _check_options(config: ModelConfig, target: Target, options: BuildOptions) -
 
 def _check_device(target: Target) -> None:
     """Raise EngineError unless the present GPU is the target, because TensorRT builds for the device it runs on."""
-    from ..cuda import Cuda
+    from internvl_edge.runtime.engines.tensorrt.cuda import Cuda
 
     cuda = Cuda()
     found = cuda.compute_capability()

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl_edge.base.errors import EngineError
-
-from ..flavour import Flavour, last_error
+from internvl_edge.runtime.engines.tensorrt.flavour import Flavour, last_error
 
 
 @contextmanager

@@ -22,11 +22,11 @@ from internvl_edge import export_bundle
 from internvl_edge.base import machine
 from internvl_edge.base.errors import EngineError
 from internvl_edge.bundle.bundle import Bundle, sha256
+from internvl_edge.compiler import bundle_engines
+from internvl_edge.compiler.bundle_engines import build_engines, options_for
+from internvl_edge.compiler.engine import Build, Built
 from internvl_edge.planning.devices import Target
 from internvl_edge.runtime.engines.tensorrt import self_check
-from internvl_edge.runtime.engines.tensorrt.build import bundle_engines
-from internvl_edge.runtime.engines.tensorrt.build.bundle_engines import build_engines, options_for
-from internvl_edge.runtime.engines.tensorrt.build.engine import Build, Built
 from internvl_edge.runtime.engines.tensorrt.record import EngineRecord, engine_folder
 
 TARGET = Target("board", "a board", "tensorrt", ("8.6",))

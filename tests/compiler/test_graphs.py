@@ -1,8 +1,12 @@
-"""Headers tailored for TensorRT: the same numbers as the bundle's own graphs, in another type and fixed sizes."""
+"""Graphs written for TensorRT: the same numbers as the bundle's own graphs, in another type and fixed sizes."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +18,20 @@ import pytest
 
 from helpers import tiny
 from helpers.kv_scales import write_scales
+from helpers.repository import REPOSITORY
 from helpers.tiny_quantized import write_quantized
 from internvl_edge import export_bundle
 from internvl_edge.base.errors import BundleError
 from internvl_edge.bundle.bundle import Bundle
+from internvl_edge.checkpoint.reader import Checkpoint
+from internvl_edge.compiler.bundle_engines import headers
+from internvl_edge.compiler.graphs import decoder_header, vision_header
+from internvl_edge.compiler.stored import StoredGraph
 from internvl_edge.export import DTYPES, exporter
 from internvl_edge.model.linear import Scheme
 from internvl_edge.model.rope import RotaryAngles
 from internvl_edge.runtime.engines import onnxruntime as engine_module
 from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from internvl_edge.runtime.engines.tensorrt.build.bundle_engines import headers
-from internvl_edge.runtime.engines.tensorrt.build.header import decoder_header, vision_header
 from internvl_edge.runtime.engines.tensorrt.record import BuildOptions
 
 CAPACITY = 64
@@ -124,7 +131,10 @@ def test_quantized_decoders_keep_their_correction(tmp_path: Path, monkeypatch: p
     sums = [node for node in model.graph if node.op_type == "ReduceSum"]
     assert sums
     for node in sums:
-        producer = node.inputs[0].producer()  # type: ignore[union-attr]
+        parts = node.inputs[0].producer()  # type: ignore[union-attr]
+        assert parts is not None
+        assert parts.op_type == "Reshape"
+        producer = parts.inputs[0].producer()  # type: ignore[union-attr]
         assert producer is not None
         assert (producer.op_type, producer.attributes["to"].as_int()) == ("Cast", int(ir.DataType.FLOAT))
     assert {node.inputs[1].dtype for node in model.graph if node.op_type == "DequantizeLinear"} == {  # type: ignore[union-attr]
@@ -203,7 +213,10 @@ def test_the_token_is_chosen_from_logits_of_a_float16_product(tmp_path: Path) ->
     assert cast.op_type == "Cast"
     assert cast.attributes["to"].as_int() == int(ir.DataType.FLOAT16)
     assert weights is not None
-    assert weights.dtype == ir.DataType.FLOAT16
+    stored = weights.producer()
+    assert stored is not None
+    assert (stored.op_type, stored.attributes["to"].as_int()) == ("Cast", int(ir.DataType.FLOAT16))
+    assert isinstance(_source(weights).const_value, ir.ExternalTensor)
 
 
 def _assert_same_numbers(bundle: Bundle, tolerance: float, decomposed: bool = False) -> None:
@@ -286,10 +299,82 @@ def _source(value: ir.Value | None) -> ir.Value:
 
 def test_another_graph_is_refused(tmp_path: Path) -> None:
     bundle = opened(tmp_path, "float16")
-    with pytest.raises(BundleError, match="not the graph that export writes"):
-        decoder_header(bundle.path("decoder.onnxruntime.onnx"), "float32", "float16", CAPACITY)
-    with pytest.raises(BundleError, match="an input pixels"):
-        vision_header(bundle.path("decoder.onnx"), "float32", "float16")
+    model = bundle.manifest.model
+    with pytest.raises(
+        BundleError, match=r"not the graph that export writes \(expected the weight vision.*export the bun"
+    ):
+        vision_header(bundle.path("decoder.onnx"), model, "float16", "float16")
+    other = replace(model, decoder=replace(model.decoder, intermediate_size=3))
+    with pytest.raises(BundleError, match=r"gate_proj.weight of shape \[64, 3\], found \[64, 128\]\); export"):
+        decoder_header(bundle.path("decoder.onnx"), other, "float16", "float16", CAPACITY)
+    shallow = replace(model, decoder=replace(model.decoder, num_hidden_layers=1))
+    with pytest.raises(BundleError, match=r"expected no weight decoder\.layers\.1\.") as error:
+        decoder_header(bundle.path("decoder.onnx"), shallow, "float16", "float16", CAPACITY)
+    assert "\n" not in str(error.value)
+
+
+def test_a_quantized_graph_of_another_dialect_is_refused(tmp_path: Path) -> None:
+    checkpoint, _ = write_quantized(tiny.write_checkpoint(tmp_path / "plain"), tmp_path / "checkpoint")
+    bundle = Bundle.open(export_bundle(checkpoint, tmp_path / "bundle", "float16"))
+    path = bundle.path("decoder.onnxruntime.onnx")
+    with pytest.raises(BundleError, match=r"decoder\.onnxruntime\.onnx is not the graph that export writes"):
+        decoder_header(path, bundle.manifest.model, "float16", "float16", CAPACITY)
+
+
+def test_a_weight_that_does_not_fit_the_type_is_named(tmp_path: Path) -> None:
+    bundle = opened(tmp_path, "float32")
+    graph = StoredGraph(bundle.path("decoder.onnx"), bundle.manifest.model)
+    name = "decoder.norm.weight"
+    tensor = graph.add(name, ir.DataType.FLOAT, (64,), lambda: np.zeros(64))
+    assert isinstance(tensor, ir.ExternalTensor)
+    with bundle.path("decoder.data").open("r+b") as file:
+        file.seek(tensor.offset or 0)
+        file.write(np.float32(1e6).tobytes())
+    with pytest.raises(BundleError, match=rf"{name} does not fit float16; try another --dtype"):
+        graph.add(name, ir.DataType.FLOAT16, (64,), lambda: np.zeros(64))
+    wide = graph.add(name, ir.DataType.BFLOAT16, (64,), lambda: np.zeros(64)).numpy()
+    assert float(wide[0]) == pytest.approx(1e6, rel=0.01)
+
+
+@pytest.mark.parametrize("activations", ["float32", "float16"])
+def test_what_a_graph_says_of_its_checkpoint_is_what_the_checkpoint_says(tmp_path: Path, activations: str) -> None:
+    """Schemes, the scales of int8 inputs and of the cache; format 1 of the manifest does not know them all."""
+    plain = tiny.write_checkpoint(tmp_path / "plain", vision_hidden_size=128)
+    script = REPOSITORY / "benchmarks" / "int8_tower.py"
+    subprocess.run([sys.executable, str(script), str(plain), str(tmp_path / "tower")], check=True)
+    mixed = {"method": "compressed-tensors", "body": Scheme(4, 32, False), "head": Scheme(8, None, True)}
+    decoder, _ = write_quantized(plain, tmp_path / "decoder", **mixed)
+    write_scales(decoder)
+    for folder, name in ((tmp_path / "tower", "vision.onnx"), (decoder, "decoder.onnx")):
+        checkpoint = Checkpoint(folder)
+        bundle = Bundle.open(export_bundle(folder, tmp_path / f"bundle of {name}", "float16", activations))
+        graph = StoredGraph(bundle.path(name), checkpoint.config)
+        part = "decoder." if name == "decoder.onnx" else ("vision.", "projector.")
+        assert graph.schemes == {key: scheme for key, scheme in checkpoint.schemes.items() if key.startswith(part)}
+        assert graph.schemes
+        inputs = [key for key, scheme in graph.schemes.items() if scheme.static_inputs]
+        assert bool(inputs) == (name == "vision.onnx")
+        close = {"rtol": 1e-6 if activations == "float32" else 1e-3}
+        for key in inputs:
+            np.testing.assert_allclose(graph.input_scale(key), checkpoint.input_scale(key), **close)
+        if name == "decoder.onnx":
+            assert graph.kv_scales is not None
+            assert checkpoint.kv_scales is not None
+            np.testing.assert_allclose(graph.kv_scales.key, checkpoint.kv_scales.key, **close)
+            np.testing.assert_allclose(graph.kv_scales.value, checkpoint.kv_scales.value, **close)
+
+
+def test_the_tower_of_a_bundle_of_format_1_is_written_again(tmp_path: Path) -> None:
+    """Its graph was made with the last version that wrote format 1."""
+    shutil.copytree(REPOSITORY / "tests" / "data" / "format-1" / "mixed", tmp_path / "bundle")
+    bundle = Bundle.open(tmp_path / "bundle")
+    model = bundle.manifest.model
+    pixels = np.random.default_rng(3).integers(0, 256, (2, *[model.vision.image_size] * 2, 3), np.uint8)
+    expected = session(bundle, bundle.path("vision.onnx").read_bytes(), "own.onnx").run(None, {"pixels": pixels})[0]
+    for decomposed in (False, True):
+        header = vision_header(bundle.path("vision.onnx"), model, bundle.manifest.dtype, "float16", decomposed)
+        found = session(bundle, header, "written.onnx").run(None, {"pixels": pixels})[0]
+        assert np.sqrt(np.square(found - expected).mean()) < 0.03 * expected.std()  # int8 inputs round differently
 
 
 def test_bundles_may_be_links(tmp_path: Path) -> None:

@@ -22,12 +22,12 @@ from helpers.repository import REPOSITORY
 from internvl_edge import export_bundle
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.checkpoint.reader import Checkpoint
+from internvl_edge.compiler.bundle_engines import headers, options_for, profiles
+from internvl_edge.compiler.compiled import compiled_programs
+from internvl_edge.compiler.engine import Build, Built, build_engine
+from internvl_edge.compiler.network import parsed_network
 from internvl_edge.planning.devices import Devices
 from internvl_edge.planning.programs import Programs
-from internvl_edge.runtime.engines.tensorrt.build.bundle_engines import headers, options_for, profiles
-from internvl_edge.runtime.engines.tensorrt.build.compiled import compiled_programs
-from internvl_edge.runtime.engines.tensorrt.build.engine import Build, Built, build_engine
-from internvl_edge.runtime.engines.tensorrt.build.network import parsed_network
 from internvl_edge.runtime.engines.tensorrt.flavour import load_flavour
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed (pip install tensorrt-rtx-cu13)")
