@@ -268,6 +268,11 @@ class InternVL:
         self._scheduler.forget()
         return self._engine
 
+    @property
+    def rows(self) -> int:
+        """The most answers that are computed together."""
+        return self._engine.cache.rows
+
     def trace(
         self, question: Text, images: Images = (), answer: Sequence[int] | None = None, **options: Unpack[ChatOptions]
     ) -> Trace:

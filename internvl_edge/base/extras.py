@@ -16,6 +16,7 @@ _MODULES = {
     "openvino": ("onnxruntime", "openvino"),
     "export": _EXPORT,
     "quantize": (*_EXPORT, "torch"),
+    "parquet": ("pyarrow",),
     "report": ("jinja2", "matplotlib"),
     "synthetic": ("fontpkg_arimo", "cvttf_NotoSansCJK_Medium"),
     "video": ("av",),
