@@ -18,6 +18,7 @@ _MODULES = {
     "quantize": (*_EXPORT, "torch"),
     "parquet": ("pyarrow",),
     "report": ("jinja2", "matplotlib"),
+    "structured": ("llguidance",),
     "synthetic": ("fontpkg_arimo", "cvttf_NotoSansCJK_Medium"),
     "video": ("av",),
 }

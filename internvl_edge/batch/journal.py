@@ -12,16 +12,18 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.files import readable_disk_errors, replace_text, replacing, sync
 from internvl_edge.base.json_files import parse, read_object
+from internvl_edge.base.jsonable import encode
 from internvl_edge.base.locks import only_writer
 from internvl_edge.base.run_record import run_record
 from internvl_edge.base.text import shown
-from internvl_edge.bundle.bundle import sha256
+from internvl_edge.bundle.manifest import Manifest, manifest_digest
 
 from .items import Ask, Item
 from .rows import Row
@@ -185,20 +187,16 @@ def record_path(path: Path) -> Path:
     return path.with_name(path.name + RECORD_SUFFIX)
 
 
-def answering_record(manifest: Path, engine: Mapping[str, Any], ask: Ask) -> dict[str, Any]:
+def answering_record(manifest: Manifest, engine: Mapping[str, Any], ask: Ask) -> dict[str, Any]:
     """Return the record of a batch: everything beside its items that decides answers.
 
     Args:
-        manifest: the bundle's manifest, which has the hash of each of its files.
+        manifest: the bundle's, which has the hash of each of its files. Its measured quality decides nothing.
         engine: what the engine computes and how, where answers may differ by it.
         ask: how items are asked.
     """
-    return {
-        "bundle": sha256(manifest),
-        **engine,
-        **ask.described(),
-        VERSIONS: run_record(0).versions,
-    }
+    bundle = manifest_digest(encode(replace(manifest, quality=None)))
+    return {"bundle": bundle, **engine, **ask.described(), VERSIONS: run_record(0).versions}
 
 
 def line_of(row: Row) -> bytes:

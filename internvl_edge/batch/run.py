@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from queue import Full, Queue
 
@@ -22,6 +23,9 @@ from .rows import Row, answer
 # Items beyond the rows of the model whose images are read, cut into tiles and held in memory: 7 MB for 12 tiles.
 READ_AHEAD = 2
 Rows = Generator[tuple[Item, Row], None, None]
+Load = Callable[[], AbstractContextManager[InternVL]]
+# Errors that are said as they come; all of them are in the output.
+_SHOWN_ERRORS = 3
 # Seconds after which a thread that waits looks whether it is still wanted.
 _LOOK = 0.2
 
@@ -70,7 +74,7 @@ def answers(model: InternVL, items: Iterable[Item], read_ahead: int = READ_AHEAD
 
 
 def run(
-    model: InternVL,
+    load: Load,
     items: list[Item],
     journal: Journal,
     *,
@@ -80,7 +84,8 @@ def run(
     """Answer the items that a journal does not have, and write each row into it as soon as it is finished.
 
     Args:
-        model, items: what is asked; items about the same images are asked one after the other.
+        load: loads the model, which is closed at the end. It is not called where the journal has all rows.
+        items: what is asked; those about the same images are asked one after the other.
         journal: an open one.
         max_errors: stop as soon as more rows than this have errors, those of earlier runs included.
         progress: shows rate, time left and failures.
@@ -90,25 +95,33 @@ def run(
         EngineError: the engine failed.
     """
     todo = journal.unfinished(items)
-    wanted = {item.id for item in items}
-    failed = len(journal.failed & wanted)
-    earlier, tokens, stopped = len(items) - len(todo), 0, ""
-    done, began = earlier, time.monotonic()
-    with progress.phase("answering", len(items), "items") as step:
-        step(earlier)
-        results = answers(model, grouped(todo))
-        while True:
-            if max_errors is not None and failed > max_errors:
-                stopped = f"{failed} rows have errors, which is more than --max-errors {max_errors}"
-                break
-            if (found := next(results, None)) is None:
-                break
-            _, row = found
-            journal.write(row)
-            done, tokens, failed = done + 1, tokens + row.output_tokens, failed + (row.error is not None)
-            _tell(step, done - earlier, failed, time.monotonic() - began)
-        results.close()
-    return Summary(len(items), earlier, done - failed, failed, tokens, time.monotonic() - began, stopped)
+    failed = len(journal.failed.intersection(item.id for item in items))
+    earlier, tokens, began = len(items) - len(todo), 0, time.monotonic()
+    if todo and _too_many(failed, max_errors) is None:
+        with load() as model, progress.phase("answering", len(items), "items") as step:
+            step(earlier)
+            began = time.monotonic()
+            with closing(answers(model, grouped(todo))) as results:
+                for done, (_, row) in enumerate(results, start=1):
+                    journal.write(row)
+                    tokens += row.output_tokens
+                    failed += row.error is not None
+                    if row.error is not None and failed <= _SHOWN_ERRORS:
+                        progress.remark(f"{row.id}: {row.error}")
+                    _tell(step, done, failed, time.monotonic() - began)
+                    if _too_many(failed, max_errors):
+                        break
+    finished = len(journal.finished.keys() & {item.id for item in items})
+    seconds = time.monotonic() - began
+    stopped = _too_many(failed, max_errors) or ""
+    return Summary(len(items), earlier, finished - failed, failed, tokens, seconds, stopped)
+
+
+def _too_many(failed: int, most: int | None) -> str | None:
+    """Say that there are too many errors; None where there are not."""
+    if most is None or failed <= most:
+        return None
+    return f"{failed} rows have errors, more than --max-errors {most}"
 
 
 def _tell(step: Step, done: int, failed: int, seconds: float) -> None:
