@@ -202,7 +202,7 @@ def answering_record(manifest: Manifest, engine: Mapping[str, Any], ask: Ask) ->
 def line_of(row: Row) -> bytes:
     """Return a row as one line of JSON."""
     text = json.dumps(row.as_json(), ensure_ascii=False, allow_nan=False, default=str)
-    return text.encode("utf-8", "backslashreplace") + b"\n"
+    return text.encode("utf-8", "replace") + b"\n"
 
 
 def rows_of(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
