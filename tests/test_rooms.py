@@ -26,7 +26,7 @@ LEVELS = (
     {"bundle"},
     {"planning"},
     {"calibration", "export", "runtime"},
-    {"compiler", "quantize"},
+    {"batch", "compiler", "quantize"},
     {"evaluation"},
     {"adapters", "cli"},
 )
@@ -37,7 +37,7 @@ MODULES = sorted(
     for name in names
     if name.endswith(".py")
 )
-TORCH_FREE = ("base", "demo", "model", "recipe", "bundle", "planning", "export", "runtime", "compiler")
+TORCH_FREE = ("base", "demo", "model", "recipe", "bundle", "planning", "export", "runtime", "batch", "compiler")
 
 
 def room_of(path: Path) -> str | None:
