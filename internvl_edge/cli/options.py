@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from internvl_edge.base.progress import Progress
 from internvl_edge.bundle.bundle import Bundle
@@ -72,6 +73,12 @@ _ANSWERING = (
     click.option(
         "--system",
         help="System text of the prompt; an empty text leaves the system turn out.  [default: the checkpoint's]",
+    ),
+    click.option(
+        "--think",
+        is_flag=True,
+        help="Ask for thinking before the answer, with the system text that InternVL3.5 was trained with, and "
+        "temperature 0.6 unless set. Give --max-new-tokens room for it.",
     ),
     click.option(
         "--max-new-tokens", type=int, default=1024, show_default=True, help="Maximum number of tokens of the answer."
@@ -197,7 +204,14 @@ def chat_options(values: dict[str, Any]) -> ChatOptions:
     tiles = values.pop("max_tiles")
     options: ChatOptions = {"max_tiles": tiles[0] if len(tiles) == 1 else (tiles or None)}
     options.update(values)  # type: ignore[typeddict-item]  # the commands' options are the fields of ChatOptions
+    if options.get("think") and not is_given("temperature"):
+        del options["temperature"]
     return options
+
+
+def is_given(name: str) -> bool:
+    """Whether an option of the running command was given, on the command line or otherwise."""
+    return click.get_current_context().get_parameter_source(name) is not ParameterSource.DEFAULT
 
 
 def _apply(options: tuple[Callable[[Command], Command], ...], command: Command) -> Command:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from internvl_edge.base.errors import PromptError
 from internvl_edge.base.extras import require_extras
@@ -17,10 +16,11 @@ from internvl_edge.base.json_files import read_bytes
 from internvl_edge.base.text import shown
 from internvl_edge.model.prompt import Text, video_parts
 from internvl_edge.runtime.answer_format import MOST_BYTES, AnswerFormat
-from internvl_edge.runtime.reply import Reply
+from internvl_edge.runtime.reply import Reply, ReplyStream
+from internvl_edge.runtime.thinking import told_apart
 from internvl_edge.runtime.voting import MOST_VOTES, SAMPLING, reasoning_question
 
-from .options import answering_options, chat_options, engine_extra, load_model, loading_options
+from .options import answering_options, chat_options, engine_extra, is_given, load_model, loading_options
 from .output import print_json, quiet_option, reading, shown_progress, timing_line
 
 # More rows would not be much faster on a CPU.
@@ -102,8 +102,8 @@ def command(
         (question, list(images)) if video is None else _about_video(question, images, video, frames, values)
     )
     values["answer_format"] = _answer_format(json_schema, regex, choices)
-    if reason and values["answer_format"] and not choices:
-        raise PromptError("--reason asks for free text first; leave it out, or give --choice for the form of the end")
+    if reason:
+        _check_reasoning(values, choices)
     if votes is not None or (reason and choices):
         voting = {"votes": votes or 1, "sure": sure, "reason": reason, "choices": choices or None}
         _vote(bundle, asked, sources, voting, as_json, quiet, values)
@@ -122,11 +122,32 @@ def command(
         if as_json:
             print_json(_as_json(stream.reply))
             return
-        for piece in chain(first, stream):
-            click.echo(piece, nl=False)
-        click.echo()
+        _print_answer(stream, first, values["think"], quiet)
         if sys.stderr.isatty() and not quiet:
             click.secho(timing_line(stream.reply), dim=True, err=True)
+
+
+def _check_reasoning(values: dict[str, Any], choices: tuple[str, ...]) -> None:
+    if values["think"]:
+        raise PromptError("--reason and --think both ask for reasoning before the answer; give one of them")
+    if values["answer_format"] and not choices:
+        raise PromptError("--reason asks for free text first; leave it out, or give --choice for the form of the end")
+
+
+def _print_answer(stream: ReplyStream, first: list[str], think: bool, quiet: bool) -> None:
+    """Print the answer as it comes; thinking before it is dimmed, on standard error, and left out if `quiet`."""
+    pieces, answered = chain(first, stream), False
+    for is_thinking, piece in told_apart(pieces) if think else ((False, piece) for piece in pieces):
+        if not is_thinking:
+            answered = True
+            click.echo(piece, nl=False)
+        elif not quiet:
+            click.secho(piece, dim=True, nl=False, err=True)
+    if think and stream.reply.thinking is not None and not quiet:
+        click.echo(err=True)
+    if think and not answered and stream.reply.finish_reason == "length":
+        raise PromptError("the tokens were used up before the end of the thinking; raise --max-new-tokens")
+    click.echo()
 
 
 def _about_video(
@@ -153,13 +174,13 @@ def _vote(
 ) -> None:
     if voting["choices"]:
         values["answer_format"] = None
-    given = {name for name in SAMPLING if _is_given(name)}
+    given = {name for name in SAMPLING if is_given(name)}
     with ExitStack() as stack, shown_progress(quiet) as progress:
         progress.expect(2)
         model = stack.enter_context(load_model(bundle, values, progress, rows=min(voting["votes"], _MOST_ROWS)))
         options: dict[str, Any] = dict(chat_options(values))
         for name in SAMPLING.keys() - given:
-            del options[name]
+            options.pop(name, None)
         with progress.phase(f"{reading(len(images))}, {voting['votes']} votes"):
             outcome = model.vote(question, images, **voting, **options)
     if as_json:
@@ -179,10 +200,6 @@ def _vote(
     first = outcome.counts[outcome.answer]
     others = "".join(f", {count} {shown(answer)}" for answer, count in list(outcome.counts.items())[1:])
     click.secho(f"{first} of {len(outcome.replies)} replies agree{others}", dim=True, err=True)
-
-
-def _is_given(name: str) -> bool:
-    return click.get_current_context().get_parameter_source(name) is not ParameterSource.DEFAULT
 
 
 def _answer_format(json_schema: Path | None, regex: str | None, choices: tuple[str, ...]) -> AnswerFormat | None:
@@ -205,6 +222,8 @@ def _answer_format(json_schema: Path | None, regex: str | None, choices: tuple[s
 def _as_json(reply: Reply) -> dict[str, Any]:
     return {
         "text": reply.text,
+        "thinking": reply.thinking,
+        "answer": reply.answer,
         "output_ids": reply.output_ids,
         "prompt_tokens": len(reply.prompt_ids),
         "image_tokens": reply.image_tokens,
