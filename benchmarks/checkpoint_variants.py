@@ -1,4 +1,4 @@
-"""What each published size of InternVL 2.5 is: its numbers, its tensors by name and shape, and its JSON files.
+"""What published sizes of InternVL 2.5 and 3.5 are: their numbers, tensors by name and shape, and JSON files.
 
 Facts for benchmarks, in the remote-code layout. Knows nothing about the values of weights beyond their scale, nor about
 files; `random_checkpoint` writes them.
@@ -20,6 +20,7 @@ QWEN2_TOKENS = (
     *("<|image_pad|>", "<|video_pad|>", "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>"),
     *("<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>"),
 )
+QWEN3_TOKENS = (*QWEN2_TOKENS, "<tool_response>", "</tool_response>", "<think>", "</think>")
 INTERNLM2_TOKENS = (
     *("<|plugin|>", "<|interpreter|>", "<|action_end|>", "<|action_start|>", "<|im_end|>", "<|im_start|>"),
 )
@@ -51,17 +52,20 @@ class Variant:
     intermediate_size: int
     vocab_size: int
     vision: Vision = Vision()
+    wide_heads: int | None = None
+    padding: int = 0
 
     @property
     def head_dim(self) -> int:
         """Width of one attention head of the text model."""
-        return self.hidden_size // self.heads
+        return self.wide_heads or self.hidden_size // self.heads
 
     @property
     def added_tokens(self) -> dict[str, int]:
-        """Special tokens and their ids: the last ids of the vocabulary."""
-        tokens = (*(QWEN2_TOKENS if self.text == "qwen2" else INTERNLM2_TOKENS), *IMAGE_TOKENS)
-        return {token: self.vocab_size - len(tokens) + index for index, token in enumerate(tokens)}
+        """Special tokens and their ids: the last ids of the vocabulary before its padding."""
+        own = {"qwen2": QWEN2_TOKENS, "qwen3": QWEN3_TOKENS, "internlm2": INTERNLM2_TOKENS}[self.text]
+        tokens = (*own, *IMAGE_TOKENS)
+        return {token: self.vocab_size - self.padding - len(tokens) + index for index, token in enumerate(tokens)}
 
 
 INTERNVIT_6B = Vision(hidden_size=3200, layers=45, heads=25, intermediate_size=12800, large=True)
@@ -70,6 +74,10 @@ VARIANTS = {
     "2B": Variant("internlm2", "internlm/internlm2_5-1_8b-chat", 2048, 24, 16, 8, 8192, 92553),
     "4B": Variant("qwen2", "Qwen/Qwen2.5-3B-Instruct", 2048, 36, 16, 2, 11008, 151674),
     "8B": Variant("internlm2", "internlm/internlm2_5-7b-chat", 4096, 32, 32, 8, 14336, 92553),
+    "3.5-1B": Variant("qwen3", "Qwen/Qwen3-0.6B", 1024, 28, 16, 8, 3072, 151936, wide_heads=128, padding=258),
+    "3.5-2B": Variant("qwen3", "Qwen/Qwen3-1.7B", 2048, 28, 16, 8, 6144, 151936, wide_heads=128, padding=258),
+    "3.5-4B": Variant("qwen3", "Qwen/Qwen3-4B", 2560, 36, 32, 8, 9728, 151936, wide_heads=128, padding=258),
+    "3.5-8B": Variant("qwen3", "Qwen/Qwen3-8B", 4096, 36, 32, 8, 12288, 151936, wide_heads=128, padding=258),
     # The 26B's kind in few layers: the 6B tower at its real width, and the 2B's InternLM2.
     "26B-small": Variant(
         "internlm2", "internlm/internlm2_5-20b-chat", 2048, 4, 16, 8, 8192, 92553, replace(INTERNVIT_6B, layers=4)
@@ -98,7 +106,7 @@ def tensors(variant: Variant) -> Iterator[Tensor]:
     yield from _norm("mlp1.0", merged, bias=True)
     yield from _linear("mlp1.1", variant.hidden_size, merged, bias=True)
     yield from _linear("mlp1.3", variant.hidden_size, variant.hidden_size, bias=True)
-    yield from (_qwen2_tensors if variant.text == "qwen2" else _internlm2_tensors)(variant)
+    yield from (_internlm2_tensors if variant.text == "internlm2" else _qwen_tensors)(variant)
 
 
 def _linear(name: str, out: int, inp: int, bias: bool = False) -> Iterator[Tensor]:
@@ -136,15 +144,24 @@ def _vision_tensors(vision: Vision) -> Iterator[Tensor]:
             yield Tensor(f"{block}.ls{part}", (width,), constant=LAYER_SCALE)
 
 
-def _qwen2_tensors(variant: Variant) -> Iterator[Tensor]:
-    width, kv_width = variant.hidden_size, variant.kv_heads * variant.head_dim
+def _qwen_tensors(variant: Variant) -> Iterator[Tensor]:
+    """Qwen2 has biases on q, k and v, Qwen3 a norm over each head of q and k."""
+    width, kv_width, q_width = (
+        variant.hidden_size,
+        variant.kv_heads * variant.head_dim,
+        variant.heads * variant.head_dim,
+    )
+    bias = variant.text == "qwen2"
     yield Tensor("language_model.model.embed_tokens.weight", (variant.vocab_size, width), std=0.5)
     for index in range(variant.layers):
         layer = f"language_model.model.layers.{index}"
-        yield from _linear(f"{layer}.self_attn.q_proj", width, width, bias=True)
-        yield from _linear(f"{layer}.self_attn.k_proj", kv_width, width, bias=True)
-        yield from _linear(f"{layer}.self_attn.v_proj", kv_width, width, bias=True)
-        yield from _linear(f"{layer}.self_attn.o_proj", width, width)
+        yield from _linear(f"{layer}.self_attn.q_proj", q_width, width, bias=bias)
+        yield from _linear(f"{layer}.self_attn.k_proj", kv_width, width, bias=bias)
+        yield from _linear(f"{layer}.self_attn.v_proj", kv_width, width, bias=bias)
+        if variant.text == "qwen3":
+            yield from _norm(f"{layer}.self_attn.q_norm", variant.head_dim)
+            yield from _norm(f"{layer}.self_attn.k_norm", variant.head_dim)
+        yield from _linear(f"{layer}.self_attn.o_proj", width, q_width)
         yield from _linear(f"{layer}.mlp.gate_proj", variant.intermediate_size, width)
         yield from _linear(f"{layer}.mlp.up_proj", variant.intermediate_size, width)
         yield from _linear(f"{layer}.mlp.down_proj", width, variant.intermediate_size)
@@ -176,7 +193,7 @@ def json_files(variant: Variant) -> dict[str, Any]:
     added = variant.added_tokens
     vocab = base_vocabulary(variant)
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    named = ({} if variant.text == "qwen2" else {"<unk>": 0, "<s>": 1, "</s>": 2}) | added
+    named = ({"<unk>": 0, "<s>": 1, "</s>": 2} if variant.text == "internlm2" else {}) | added
     entries = [{"id": index, "content": token, **flags} for token, index in named.items()]
     decoder = {str(entry.pop("id")): entry for entry in [dict(entry) for entry in entries]}
     ends = [added["<|im_end|>"], added["<|im_start|>"]]
@@ -186,9 +203,9 @@ def json_files(variant: Variant) -> dict[str, Any]:
         "preprocessor_config.json": _image_processor(variant.vision),
         "tokenizer.json": _tokenizer(variant, vocab, entries),
         "tokenizer_config.json": _tokenizer_config(variant) | {"added_tokens_decoder": decoder},
-        "added_tokens.json": added if variant.text == "qwen2" else {token: added[token] for token in IMAGE_TOKENS},
+        "added_tokens.json": {token: added[token] for token in IMAGE_TOKENS} if variant.text == "internlm2" else added,
     }
-    if variant.text == "qwen2":
+    if variant.text != "internlm2":
         files["vocab.json"] = vocab
     return files
 
@@ -197,7 +214,7 @@ def base_vocabulary(variant: Variant) -> dict[str, int]:
     """A byte-level vocabulary that fills all ids below the added tokens: the bytes, then words that no merge makes."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     bytes_ = [chr(byte) for byte in printable] + [chr(256 + index) for index in range(256 - len(printable))]
-    tokens = [*([] if variant.text == "qwen2" else ["<unk>", "<s>", "</s>"]), *bytes_]
+    tokens = [*(["<unk>", "<s>", "</s>"] if variant.text == "internlm2" else []), *bytes_]
     letters = "abcdefghijklmnopqrstuvwxyz"
     for index in range(min(variant.added_tokens.values()) - len(tokens)):
         word = "".join(letters[index // 26**place % 26] for place in (3, 2, 1, 0))
@@ -221,7 +238,7 @@ def _tokenizer(variant: Variant, vocab: dict[str, int], added: list[dict[str, An
         "added_tokens": added,
         "normalizer": None,
         "pre_tokenizer": byte_level,
-        "post_processor": None if variant.text == "qwen2" else start,
+        "post_processor": start if variant.text == "internlm2" else None,
         "decoder": byte_level,
         "model": {"type": "BPE", "byte_fallback": False, "fuse_unk": False, "vocab": vocab, "merges": []},
     }
@@ -229,7 +246,7 @@ def _tokenizer(variant: Variant, vocab: dict[str, int], added: list[dict[str, An
 
 def _tokenizer_config(variant: Variant) -> dict[str, Any]:
     common = {"clean_up_tokenization_spaces": False, "model_max_length": 8192}
-    if variant.text == "qwen2":
+    if variant.text != "internlm2":
         roles = {"bos_token": None, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": None}
         return common | roles | {"tokenizer_class": "Qwen2Tokenizer", "add_bos_token": False}
     roles = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
@@ -287,6 +304,11 @@ def _text_config(variant: Variant) -> dict[str, Any]:
         "torch_dtype": "bfloat16",
         "vocab_size": variant.vocab_size,
     }
+    if variant.text == "qwen3":
+        own = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "attention_bias": False}
+        ids = {"bos_token_id": 151643, "eos_token_id": 151645, "head_dim": variant.head_dim, "rms_norm_eps": 1e-6}
+        window = {"sliding_window": None, "use_sliding_window": False}
+        return common | own | ids | window | {"max_position_embeddings": 40960, "rope_scaling": None}
     if variant.text == "qwen2":
         ids = {"bos_token_id": 151643, "eos_token_id": 151645}
         window = {"sliding_window": None, "use_sliding_window": False}

@@ -1,4 +1,4 @@
-"""Write a random-weight InternVL 2.5 checkpoint in a variant's real shapes, names and files.
+"""Write a random-weight InternVL 2.5 or 3.5 checkpoint in a variant's real shapes, names and files.
 
     python benchmarks/random_checkpoint.py 1B OUT
 
@@ -84,7 +84,7 @@ def write(
         _write_shards(partial, list(tensors(variant)), NormalBlock(seed), shard_bytes, advance)
         for name, content in json_files(variant).items():
             (partial / name).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-        if variant.text == "qwen2":
+        if variant.text != "internlm2":
             (partial / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
         partial.replace(out)
     except BaseException:

@@ -16,6 +16,7 @@ from internvl_edge.base.text import shown
 from internvl_edge.model.prompt import ImagePlace, Text
 
 from .answer_format import AnswerFormat
+from .thinking import thinking_options
 
 
 class ChatOptions(TypedDict, total=False):
@@ -25,6 +26,8 @@ class ChatOptions(TypedDict, total=False):
         max_tiles: the most tiles of an image, one number or one per image; the default is the checkpoint's own limit.
         history: earlier turns as (question, answer). Their `<image>` marks take the first images.
         system: system text instead of the checkpoint's; "" leaves the system turn out.
+        think: ask for thinking before the answer, with the system text that InternVL3.5 was trained with and a
+            temperature of 0.6 unless another is given. `Reply.thinking` and `Reply.answer` tell the two apart.
         max_new_tokens: the most tokens of the answer; the default is 1024.
         temperature, top_k, top_p, min_p, repetition_penalty, frequency_penalty, presence_penalty, logit_bias, seed: see
             `Sampling`; the default is greedy.
@@ -46,6 +49,7 @@ class ChatOptions(TypedDict, total=False):
     max_tiles: int | Sequence[int] | None
     history: Sequence[tuple[Text, str]] | None
     system: str | None
+    think: bool | None
     max_new_tokens: int | None
     temperature: float | None
     top_k: int | None
@@ -70,6 +74,7 @@ class ChatOptions(TypedDict, total=False):
 
 # How other programs name our options, or what to use instead of theirs.
 _MEANT = {
+    "enable_thinking": "think",
     "do_sample": "temperature: 0 is greedy",
     "generation_config": "its fields as options: max_new_tokens=..., temperature=...",
     "grammar": "answer_format=AnswerFormat.regex(...)",
@@ -99,13 +104,15 @@ _MEANT = {
 def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that are given, as plain Python values; those that are None are left out.
 
+    `think` becomes the options that it stands for.
+
     Raises:
         PromptError: an option that does not exist, or a value of another type; the right one is named.
     """
     for name in options:
         if name not in _CHECKS:
             raise PromptError(_unknown(name))
-    return {name: _CHECKS[name](name, value) for name, value in options.items() if value is not None}
+    return thinking_options({name: _CHECKS[name](name, value) for name, value in options.items() if value is not None})
 
 
 def _unknown(name: str) -> str:
@@ -197,6 +204,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "max_tiles": _tiles,
     "history": _history,
     "system": _text,
+    "think": _flag,
     "max_new_tokens": whole_number,
     "temperature": _number,
     "top_k": whole_number,

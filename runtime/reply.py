@@ -9,6 +9,7 @@ from internvl_edge.base.errors import PromptError
 
 from .logprobs import TokenLogprob
 from .scheduler import Scheduler, Task
+from .thinking import split_thinking
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,16 @@ class Reply:
     finish_reason: str
     timings: dict[str, float]
     logprobs: list[TokenLogprob] | None = None
+
+    @property
+    def thinking(self) -> str | None:
+        """What `text` has between `<think>` at its beginning and `</think>`; None where it does not begin so."""
+        return split_thinking(self.text)[0]
+
+    @property
+    def answer(self) -> str:
+        """`text` without its thinking; empty where the thinking did not come to an end."""
+        return split_thinking(self.text)[1]
 
 
 class ReplyStream:

@@ -128,14 +128,15 @@ def checked_choices(choices: Sequence[str] | None) -> tuple[str, ...] | None:
 def find_answer(reply: Reply, reason: bool, choices: Sequence[str] | None = None) -> str | None:
     """Return the answer in a reply, or None where it has none.
 
-    After reasoning it is in the last `\\boxed{}`, or behind the last "Final answer:" or "Answer:". A reply of one line
-    without any of them is its own answer. With `choices` the answer is the choice that the text names.
+    Thinking is left out. After reasoning the answer is in the last `\\boxed{}`, or behind the last "Final answer:" or
+    "Answer:". A reply of one line without any of them is its own answer. With `choices` the answer is the choice that
+    the text names.
     """
-    text: str | None = reply.text
+    text: str | None = reply.answer
     if reason:
-        marked = (found[-1] for mark in _MARKS if (found := mark.findall(reply.text)))
-        is_short = reply.finish_reason == "stop" and "\n" not in reply.text
-        text = next(marked, reply.text if is_short else None)
+        marked = (found[-1] for mark in _MARKS if (found := mark.findall(reply.answer)))
+        is_short = reply.finish_reason == "stop" and "\n" not in reply.answer
+        text = next(marked, reply.answer if is_short else None)
     if text is None or not normalised(text):
         return None
     return text.strip() if choices is None else _chosen(text, choices)

@@ -80,6 +80,12 @@ _ANSWERING = (
         help="System text of the prompt; an empty text leaves the system turn out.  [default: the checkpoint's]",
     ),
     click.option(
+        "--think",
+        is_flag=True,
+        help="Ask for thinking before the answer, with the system text that InternVL3.5 was trained with, and "
+        "temperature 0.6 unless set. Give --max-new-tokens room for it.",
+    ),
+    click.option(
         "--max-new-tokens", type=int, default=1024, show_default=True, help="Maximum number of tokens of the answer."
     ),
     click.option(
@@ -262,6 +268,8 @@ def chat_options(values: dict[str, Any]) -> ChatOptions:
     tiles = values.pop("max_tiles")
     options: ChatOptions = {"max_tiles": tiles[0] if len(tiles) == 1 else (tiles or None)}
     options.update(values)  # type: ignore[typeddict-item]  # the commands' options are the fields of ChatOptions
+    if options.get("think") and not is_given("temperature"):
+        del options["temperature"]
     return options
 
 

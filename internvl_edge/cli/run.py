@@ -14,7 +14,8 @@ from internvl_edge.base.errors import PromptError
 from internvl_edge.base.extras import require_extras
 from internvl_edge.base.text import shown
 from internvl_edge.model.prompt import Text, video_parts
-from internvl_edge.runtime.reply import Reply
+from internvl_edge.runtime.reply import Reply, ReplyStream
+from internvl_edge.runtime.thinking import told_apart
 from internvl_edge.runtime.voting import SAMPLING, reasoning_question
 
 from .options import (
@@ -91,8 +92,8 @@ def command(
         (question, list(images)) if video is None else _about_video(question, images, video, frames, values)
     )
     values["answer_format"] = answer_format(json_schema, regex, choices)
-    if reason and values["answer_format"] and not choices:
-        raise PromptError("--reason asks for free text first; leave it out, or give --choice for the form of the end")
+    if reason:
+        _check_reasoning(values, choices)
     if votes is not None or (reason and choices):
         voting = {"votes": votes or 1, "sure": sure, "reason": reason, "choices": choices or None}
         _vote(bundle, asked, sources, voting, as_json, quiet, values)
@@ -111,11 +112,32 @@ def command(
         if as_json:
             print_json(_as_json(stream.reply))
             return
-        for piece in chain(first, stream):
-            click.echo(piece, nl=False)
-        click.echo()
+        _print_answer(stream, first, values["think"], quiet)
         if sys.stderr.isatty() and not quiet:
             click.secho(timing_line(stream.reply), dim=True, err=True)
+
+
+def _check_reasoning(values: dict[str, Any], choices: tuple[str, ...]) -> None:
+    if values["think"]:
+        raise PromptError("--reason and --think both ask for reasoning before the answer; give one of them")
+    if values["answer_format"] and not choices:
+        raise PromptError("--reason asks for free text first; leave it out, or give --choice for the form of the end")
+
+
+def _print_answer(stream: ReplyStream, first: list[str], think: bool, quiet: bool) -> None:
+    """Print the answer as it comes; thinking before it is dimmed, on standard error, and left out if `quiet`."""
+    pieces, answered = chain(first, stream), False
+    for is_thinking, piece in told_apart(pieces) if think else ((False, piece) for piece in pieces):
+        if not is_thinking:
+            answered = True
+            click.echo(piece, nl=False)
+        elif not quiet:
+            click.secho(piece, dim=True, nl=False, err=True)
+    if think and stream.reply.thinking is not None and not quiet:
+        click.echo(err=True)
+    if think and not answered and stream.reply.finish_reason == "length":
+        raise PromptError("the tokens were used up before the end of the thinking; raise --max-new-tokens")
+    click.echo()
 
 
 def _about_video(
@@ -148,7 +170,7 @@ def _vote(
         model = stack.enter_context(load_model(bundle, values, progress, rows=min(voting["votes"], _MOST_ROWS)))
         options: dict[str, Any] = dict(chat_options(values))
         for name in SAMPLING.keys() - given:
-            del options[name]
+            options.pop(name, None)
         with progress.phase(f"{reading(len(images))}, {voting['votes']} votes"):
             outcome = model.vote(question, images, **voting, **options)
     if as_json:
@@ -173,6 +195,8 @@ def _vote(
 def _as_json(reply: Reply) -> dict[str, Any]:
     return {
         "text": reply.text,
+        "thinking": reply.thinking,
+        "answer": reply.answer,
         "output_ids": reply.output_ids,
         "prompt_tokens": len(reply.prompt_ids),
         "image_tokens": reply.image_tokens,

@@ -34,10 +34,13 @@ PUBLISHED = {
     "2B": (2048, 24, 16, 8, 128, 8192, 92553, 1e-5, "internlm2", {"type": "dynamic", "factor": 2.0}),
     "4B": (2048, 36, 16, 2, 128, 11008, 151674, 1e-6, "qwen2", None),
     "8B": (4096, 32, 32, 8, 128, 14336, 92553, 1e-5, "internlm2", {"type": "dynamic", "factor": 2.0}),
+    "3.5-1B": (1024, 28, 16, 8, 128, 3072, 151936, 1e-6, "qwen3", None),
+    "3.5-8B": (4096, 36, 32, 8, 128, 12288, 151936, 1e-6, "qwen3", None),
 }
 IDS = {
     "1B": {"<|im_start|>": 151644, "<|im_end|>": 151645, "<img>": 151665, "</img>": 151666, "<IMG_CONTEXT>": 151667}
     | {"<|endoftext|>": 151643, "<box>": 151672, "</box>": 151673},
+    "3.5-1B": {"<think>": 151667, "</think>": 151668, "<img>": 151669, "<IMG_CONTEXT>": 151671, "</box>": 151677},
     "8B": {"<|im_end|>": 92542, "<|im_start|>": 92543, "<img>": 92544, "</img>": 92545, "<IMG_CONTEXT>": 92546}
     | {"<s>": 1, "</s>": 2, "</box>": 92552},
 }
@@ -48,7 +51,8 @@ def shrunken(name: str) -> variants.Variant:
     variant = variants.VARIANTS[name]
     vision = replace(variant.vision, hidden_size=64, heads=4, intermediate_size=128, layers=2, image_size=56)
     variant = replace(variant, hidden_size=64, heads=4, kv_heads=2, intermediate_size=128, layers=2, vocab_size=512)
-    return replace(variant, vision=vision)
+    wide_heads, padding = variant.wide_heads and 32, variant.padding and 2
+    return replace(variant, vision=vision, wide_heads=wide_heads, padding=padding)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -56,10 +60,10 @@ def test_configuration_has_the_published_numbers(name: str) -> None:
     config = variants.config(variants.VARIANTS[name])
     text, vision = config["llm_config"], config["vision_config"]
     keys = ["hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
-    head_dim = text["hidden_size"] // text["num_attention_heads"]
+    head_dim = text.get("head_dim", text["hidden_size"] // text["num_attention_heads"])
     rest = ["intermediate_size", "vocab_size", "rms_norm_eps", "model_type", "rope_scaling"]
     assert (*(text[key] for key in keys), head_dim, *(text[key] for key in rest)) == PUBLISHED[name]
-    assert (text["rope_theta"], text["max_position_embeddings"]) == (1e6, 32768)
+    assert (text["rope_theta"], text["max_position_embeddings"]) == (1e6, 40960 if "3.5" in name else 32768)
     keys = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size", "patch_size"]
     assert [vision[key] for key in keys] == [1024, 24, 16, 4096, 448, 14]
     assert (config["ps_version"], config["select_layer"], config["max_dynamic_patch"]) == ("v2", -1, 12)
@@ -124,7 +128,7 @@ def test_shards_respect_their_limit_and_the_index(tmp_path: Path) -> None:
 def test_tokenizer_has_the_real_size_and_special_ids(name: str) -> None:
     files = variants.json_files(variants.VARIANTS[name])
     tokenizer = tokenizers.Tokenizer.from_str(json.dumps(files["tokenizer.json"]))
-    assert tokenizer.get_vocab_size() == variants.VARIANTS[name].vocab_size
+    assert tokenizer.get_vocab_size() == variants.VARIANTS[name].vocab_size - variants.VARIANTS[name].padding
     assert {token: tokenizer.token_to_id(token) for token in IDS[name]} == IDS[name]
     text = "<img><IMG_CONTEXT></img> 你好 🙂 é\n"
     ids = tokenizer.encode(text).ids

@@ -103,7 +103,7 @@ MISTAKES: list[tuple[tuple[str, ...], Any, str]] = [
     (("downsample_ratio",), 0.4, "downsample_ratio 0.4"),
     (("downsample_ratio",), 3, "downsample_ratio 3 "),
     (("select_layer",), -9, "select_layer -9"),
-    (("template",), "Hermes-2", "template is 'Hermes-2'"),
+    (("template",), "phi3-chat", "template is 'phi3-chat'"),
 ]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from helpers.commands import internvl_edge
+from helpers.tiny import write_checkpoint
 from helpers.tiny_quantized import write_quantized
 from internvl_edge import export_bundle
 from internvl_edge.bundle.bundle import Bundle
@@ -53,6 +54,7 @@ def test_a_checkpoint_is_numbers(checkpoint: Path, tmp_path: Path) -> None:
     assert sum(facts["quantized_linears"].values()) == len(opened.schemes)
     assert sum(part["bytes"] for part in facts["components"]) < facts["bytes"]
     assert facts_of(checkpoint)["quantization_method"] is None
+    assert facts["family"] == "InternVL2.5"
     shown = text_of(quantized)
     assert shown["parameters"].endswith(" million")
     assert "awq" in shown["quantized"]
@@ -114,3 +116,20 @@ def test_no_number_is_text(checkpoint: Path, bundle: Path) -> None:
 def test_sizes_are_whole_numbers(checkpoint: Path, bundle: Path, name: str) -> None:
     for path in (checkpoint, bundle):
         assert isinstance(facts_of(path)[name], int)
+
+
+@pytest.mark.parametrize(
+    ("choices", "name"),
+    [
+        ({"text": "qwen3", "head_dim": 32}, "InternVL3.5"),
+        ({"text": "qwen3", "layout": "native"}, "InternVL3.5"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "InternVL3"),
+        ({"text": "internlm2", "template": "internlm2-chat"}, "InternVL2"),
+    ],
+)
+def test_the_family_is_named(tmp_path: Path, choices: dict[str, Any], name: str) -> None:
+    made = write_checkpoint(tmp_path / "checkpoint", **choices)
+    bundle = export_bundle(made, tmp_path / "bundle")
+    for path in (made, bundle):
+        assert text_of(path)["family"] == name
+        assert facts_of(path)["family"] == name

@@ -38,7 +38,7 @@ def test_every_option_that_is_documented_is_checked() -> None:
         "keep_special": True,
         "plain_text": True,
     }
-    assert set(given) == set(ChatOptions.__annotations__)
+    assert set(given) | {"think"} == set(ChatOptions.__annotations__)
     assert checked_options(given) == given
     assert checked_options(dict.fromkeys(given)) == {}
 
@@ -46,6 +46,7 @@ def test_every_option_that_is_documented_is_checked() -> None:
 @pytest.mark.parametrize(
     ("name", "right"),
     [
+        ("enable_thinking", "did you mean think?"),
         ("max_tokens", "did you mean max_new_tokens?"),
         ("image", r"did you mean images=\[...\]?"),
         ("generation_config", "max_new_tokens="),
