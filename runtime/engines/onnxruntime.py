@@ -41,7 +41,7 @@ PREFILL_SIZES = (256, 128, 64)
 _INT8_PREFILL_SIZES = (512, 256, 128, 64)
 # Prompts of fewer tokens than this use the decoder graph: the int8 graph would not make them faster. What counts is the
 # whole prompt, not the part that is not yet in the cache, so that the answer does not depend on earlier prompts.
-_SHORTEST_PROMPT = 16
+SHORTEST_PROMPT = 16
 # ONNX Runtime fuses the quantized weights of the standard dialect when it loads the graph. These entries make it round
 # activations to int8 (accuracy level 4), and use blocks of 128 inputs where weights have one scale per output. The
 # graph of the onnxruntime dialect holds the same settings.
@@ -125,7 +125,7 @@ class OnnxRuntimeEngine(Engine):
 
     def steps(self, length: int) -> list[int]:
         """Return the sizes of the steps of a prompt of `length` tokens. The int8 graph leaves the last token over."""
-        if self._prompts is not None and length >= _SHORTEST_PROMPT:
+        if self._prompts is not None and length >= SHORTEST_PROMPT:
             return [*steps(length - 1, _INT8_PREFILL_SIZES), 1]
         return steps(length, PREFILL_SIZES)
 
@@ -133,7 +133,7 @@ class OnnxRuntimeEngine(Engine):
         """Append a prompt [seq, hidden] to a row, in chunks (see `Engine`)."""
         total = self.cache.room_for(len(embeds), row)
         *chunks, last = self._chunks(embeds, row)
-        in_int8 = self._prompts is not None and total >= _SHORTEST_PROMPT
+        in_int8 = self._prompts is not None and total >= SHORTEST_PROMPT
         for chunk in chunks:
             step = _Step(self, self._prompts if in_int8 else self._text, tokens=len(chunk), kept=0 if in_int8 else 1)
             self._append(step, chunk, total, row)

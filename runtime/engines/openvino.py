@@ -22,14 +22,15 @@ from internvl_edge.base.extras import requires
 from internvl_edge.bundle import names
 from internvl_edge.bundle.bundle import Bundle
 
-from .onnxruntime import OnnxRuntimeEngine
+from .onnxruntime import SHORTEST_PROMPT, OnnxRuntimeEngine
 from .steps import steps
 
 # The first release that can read RMSNormalization, RotaryEmbedding and GroupQueryAttention in these graphs.
 OLDEST = (2026, 3)
 # Prompt tokens per step, the largest first. OpenVINO gains from larger steps than ONNX Runtime does. There are few
 # sizes because OpenVINO keeps memory for every length that it has seen. The rest of a prompt, fewer tokens than the
-# smallest size, goes to ONNX Runtime: the two copies of the KV cache would take longer than the product.
+# smallest size, goes to ONNX Runtime: the two copies of the KV cache would take longer than the product. With the int8
+# graph, the rest is padded to the smallest size instead, so that ONNX Runtime need not hold this graph as well.
 PREFILL_SIZES = (512, 256, 128, 64)
 
 
@@ -45,8 +46,8 @@ def is_available() -> bool:
 class OpenVinoEngine(OnnxRuntimeEngine):
     """Runs `vision.onnx` and prompts in OpenVINO, and single tokens in ONNX Runtime (see `Engine` for the protocol).
 
-    Prompts stay with ONNX Runtime in two cases: the bundle has an int8 graph for prompts, which is as fast; or OpenVINO
-    has no graph that it can read, because the bundle has no onnxruntime dialect or an int8 KV cache.
+    Prompts are computed by the bundle's int8 graph where it has one. They stay with ONNX Runtime where OpenVINO has no
+    graph that it can read, because the bundle has no onnxruntime dialect or an int8 KV cache.
 
     Args:
         opened: the bundle.
@@ -65,22 +66,25 @@ class OpenVinoEngine(OnnxRuntimeEngine):
         self._core = _import_openvino().Core()
         self._exact = exact
         self._requests: list[Any] = []
+        self._pads = False
         super().__init__(opened, capacity=capacity, rows=rows, threads=threads)
         self.tiles_at_once = 1
-        has_graph = names.DECODERS["onnxruntime"] in opened.manifest.files and self._cache_dtype == self._dtype
-        if has_graph and self._prompts is None:
-            compiled = self._compiled(opened, names.DECODERS["onnxruntime"], threads)
+        if self._prompts is None and (name := self._prompt_graph(opened)) is not None:
+            compiled = self._compiled(opened, name, threads)
+            self._pads = name == names.PROMPTS
             # Two requests take turns, because each one reads the cache that the other one returned.
             self._requests = [compiled.create_infer_request() for _ in range(2)]
 
     def steps(self, length: int) -> list[int]:
-        """Return the sizes of the steps of a prompt of `length` tokens."""
-        return steps(length, PREFILL_SIZES) if self._requests else super().steps(length)
+        """Return the sizes of the steps of a prompt of `length` tokens. The int8 graph leaves the last token over."""
+        if self._pads and length >= SHORTEST_PROMPT:
+            return [*steps(length - 1, PREFILL_SIZES), 1]
+        return steps(length, PREFILL_SIZES) if self._requests and not self._pads else super().steps(length)
 
     def prefill_steps(self, embeds: NDArray[np.float32], row: int = 0) -> Generator[None, None, NDArray[np.float32]]:
         """Append a prompt [seq, hidden] to a row, in chunks (see `Engine`)."""
         start, total = self.cache.length(row), self.cache.room_for(len(embeds), row)
-        chunks = [each for each in self._chunks(embeds, row) if self._requests and len(each) >= PREFILL_SIZES[-1]]
+        chunks = self._openvino_chunks(embeds, row, total)
         if not chunks:
             return (yield from super().prefill_steps(embeds, row))
         cache = {name: np.ascontiguousarray(array[:, :, :start]) for name, array in self._entries(row)}
@@ -89,7 +93,7 @@ class OpenVinoEngine(OnnxRuntimeEngine):
             inputs = self._inputs(chunk, start + first, total) | _past(cache)
             results = self._requests[turn % 2].infer(inputs, share_inputs=True, share_outputs=True)
             cache = {name: results[f"present.{name}"] for name in cache}
-            first += len(chunk)
+            first += len(chunk)  # only the last chunk can be padded, so the cache before it has no entries of padding
             yield
         for name, array in self._entries(row):
             array[:, :, start : start + first] = cache[name][:, :, start : start + first]
@@ -114,15 +118,37 @@ class OpenVinoEngine(OnnxRuntimeEngine):
         place = self._buffers.places[row]
         return ((name, array[place : place + 1]) for name, array in self._buffers.arrays.items())
 
+    def _openvino_chunks(self, embeds: NDArray[np.float32], row: int, total: int) -> list[NDArray[np.float32]]:
+        """The chunks [seq, hidden] of a prompt that OpenVINO computes; the prompt has `total` tokens in the end."""
+        if not self._requests:
+            return []
+        chunks = self._chunks(embeds, row)
+        if self._pads:
+            return chunks[:-1] if total >= SHORTEST_PROMPT else []
+        return [each for each in chunks if len(each) >= PREFILL_SIZES[-1]]
+
     def _inputs(self, embeds: NDArray[np.float32], past: int, total: int) -> dict[str, NDArray[Any]]:
-        cos, sin = self._angles.at(past, len(embeds), total)
-        return {
-            "inputs_embeds": embeds[None].astype(self._dtype, copy=False),
-            "cos": cos[None].astype(self._dtype, copy=False),
-            "sin": sin[None].astype(self._dtype, copy=False),
-            "past_length": np.array([past]),
-            "logits_to_keep": np.array([1]),
-        }
+        tokens = len(embeds)
+        size = max(tokens, PREFILL_SIZES[-1]) if self._pads else tokens
+        inputs: dict[str, NDArray[Any]] = {"past_length": np.array([past])}
+        for name, values in zip(
+            ("inputs_embeds", "cos", "sin"), (embeds, *self._angles.at(past, tokens, total)), strict=True
+        ):
+            inputs[name] = np.zeros((1, size, values.shape[-1]), self._dtype)
+            inputs[name][0, :tokens] = values
+        return inputs if self._pads else inputs | {"logits_to_keep": np.array([1])}
+
+    def _load_prompts(self, opened: Bundle, threads: int | None) -> Any:
+        """Load the int8 graph in ONNX Runtime only where OpenVINO cannot run it."""
+        return None if self._prompt_graph(opened) == names.PROMPTS else super()._load_prompts(opened, threads)
+
+    def _prompt_graph(self, opened: Bundle) -> str | None:
+        """The graph that computes prompts in OpenVINO, or None."""
+        if self._cache_dtype != self._dtype:
+            return None
+        if names.PROMPTS in opened.manifest.files and machine.multiplies_int8_exactly():
+            return names.PROMPTS
+        return names.DECODERS["onnxruntime"] if names.DECODERS["onnxruntime"] in opened.manifest.files else None
 
     def _load_vision(self, opened: Bundle, threads: int | None) -> Any:
         return self._compiled(opened, names.VISION, threads).create_infer_request()

@@ -14,10 +14,12 @@ import pytest
 from PIL import Image
 
 from helpers import tiny
+from helpers.tiny_quantized import write_quantized
 from internvl_edge import InternVL, export_bundle
 from internvl_edge.base import machine
 from internvl_edge.base.errors import EngineError
 from internvl_edge.bundle.bundle import Bundle
+from internvl_edge.model.linear import Scheme
 from internvl_edge.runtime.engines import choice, openvino
 from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
 
@@ -96,6 +98,33 @@ def test_a_bundle_without_the_graph_for_prompts_leaves_them_to_onnx_runtime(tmp_
     engine, expected = _engine(Bundle.open(bundle)), OnnxRuntimeEngine(Bundle.open(bundle), capacity=CAPACITY)
     prompt = _embeds(bundle, 100)
     np.testing.assert_allclose(engine.prefill(prompt), expected.prefill(prompt), atol=1e-5)
+
+
+@needs_openvino
+@pytest.mark.skipif(not machine.multiplies_int8_exactly(), reason="this CPU does not add int8 products exactly")
+def test_the_int8_graph_for_prompts_runs_in_openvino_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime does not hold it, a rest is padded, and a continued prompt gets the numbers of the whole one."""
+    monkeypatch.setattr(machine, "multiplies_bfloat16", lambda: False)
+    source = tiny.write_checkpoint(tmp_path / "float")
+    body = Scheme(4, 64, symmetric=True)
+    quantized, _ = write_quantized(source, tmp_path, method="compressed-tensors", body=body)
+    opened = Bundle.open(export_bundle(quantized, tmp_path / "bundle", int8_prompts=True))
+    reference, engine = OnnxRuntimeEngine(opened, capacity=CAPACITY), _engine(opened)
+    assert reference._prompts is not None
+    assert engine._prompts is None
+    for count in (openvino.PREFILL_SIZES[0] + 131, 64, 65, 20, 16, 15, 2):
+        prompt = _embeds(tmp_path / "bundle", count)
+        expected, found = np.array(reference.prefill(prompt)), np.array(engine.prefill(prompt))
+        assert reference.cache.length() == engine.cache.length() == count
+        np.testing.assert_allclose(found, expected, atol=0.05 * expected.std(), err_msg=f"{count} tokens")
+        whole = [np.array(array[0, :, :count]) for array in engine._buffers.arrays.values()]
+        for end in np.cumsum(engine.steps(count))[:-1].tolist():
+            engine.cache.reset(end)
+            np.testing.assert_array_equal(engine.prefill(prompt[end:]), found)
+            again = [array[0, :, :count] for array in engine._buffers.arrays.values()]
+            assert all(np.array_equal(a, b) for a, b in zip(whole, again, strict=True)), "the cache is another one"
+        reference.cache.reset()
+        engine.cache.reset()
 
 
 @needs_openvino
