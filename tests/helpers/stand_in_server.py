@@ -20,7 +20,7 @@ USAGE = {
     "total_tokens": 1938,
     "prompt_tokens_details": {"cached_tokens": 1536},
 }
-TIMINGS = {"first_token_s": 0.42, "decode_tokens_per_s": 38.1, "tiles": 7}
+TIMINGS = {"first_token_s": 0.42, "decode_tokens_per_s": 38.1, "tiles": [4, 3]}
 
 
 @dataclass

@@ -246,7 +246,7 @@ def test_a_question_is_needed(opened: Any, server: StandIn) -> None:
 # ---- limits of the server ----
 
 
-@pytest.mark.parametrize("limit", [{"body_bytes": 1_000_000}, {"image_pixels": 300_000}])
+@pytest.mark.parametrize("limit", [{"body_bytes": 1_000_000}, {"pixels": 300_000}])
 def test_images_are_reduced_when_they_are_over_a_limit_and_only_then(
     browser: Any, server: StandIn, limit: dict[str, int]
 ) -> None:
@@ -262,12 +262,12 @@ def test_images_are_reduced_when_they_are_over_a_limit_and_only_then(
     assert sent[0] == small, "an image that is not in the way is sent as it is"
     reduced = Image.open(io.BytesIO(base64.b64decode(sent[1].partition(",")[2])))
     assert len(json.dumps(server.questions[0])) < limit.get("body_bytes", 10**9)
-    assert reduced.width * reduced.height <= limit.get("image_pixels", 1499 * 999)
+    assert reduced.width * reduced.height <= limit.get("pixels", 1499 * 999)
     assert reduced.width / reduced.height == pytest.approx(1.5, abs=0.01)
 
 
 def test_a_reduced_image_is_named(browser: Any, server: StandIn) -> None:
-    server.limits = {"image_pixels": 300_000}
+    server.limits = {"pixels": 300_000}
     with visit(browser, server) as page:
         page.wait_for_selector("#state[data-state=ready]")
         give(page, "drop", ("photo.png", "image/png", noise(900, 600)))
@@ -277,6 +277,39 @@ def test_a_reduced_image_is_named(browser: Any, server: StandIn) -> None:
     assert remark == (
         "photo.png was reduced from 900 × 600 to 670 × 447 pixels: it is over what this server accepts."
     )
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_a_photograph_is_sent_upright(opened: Any, server: StandIn, orientation: int, order: str) -> None:
+    """The note of a camera is not applied by the model's own code, but every browser shows it."""
+    exif = Image.Exif()
+    exif.endian = order
+    exif[0x010F], exif[0x0112] = "maker", orientation
+    pixels = np.zeros((40, 80, 3), dtype=np.uint8)
+    pixels[:20, :40] = 255  # white in the upper left as it is stored
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, "JPEG", exif=exif)
+    give(opened, "drop", ("photo.jpg", "image/jpeg", data.getvalue()))
+    opened.wait_for_selector("#attached li")
+    ask(opened, "What is it?")
+    turn = finished(opened)
+    url = server.questions[0]["messages"][0]["content"][0]["image_url"]["url"]
+    sent = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+    white = {1: "upper left", 3: "lower right", 6: "upper right", 8: "lower left"}[orientation]
+    found = np.asarray(sent.convert("L"))
+    height, width = found.shape
+    places = {
+        "upper left": found[: height // 2, : width // 2],
+        "upper right": found[: height // 2, width // 2 :],
+        "lower left": found[height // 2 :, : width // 2],
+        "lower right": found[height // 2 :, width // 2 :],
+    }
+    assert max(places, key=lambda place: places[place].mean()) == white
+    assert (width, height) == ((80, 40) if orientation in (1, 3) else (40, 80))
+    assert sent.getexif().get(0x0112, 1) == 1
+    assert (base64.b64decode(url.partition(",")[2]) == data.getvalue()) == (orientation == 1)
+    assert turn.locator(".remark").count() == (orientation != 1)
 
 
 def test_what_cannot_be_reduced_enough_is_said_and_not_sent(browser: Any, server: StandIn) -> None:
@@ -396,6 +429,8 @@ def test_the_seconds_run_down(opened: Any, server: StandIn) -> None:
         (Plan(status=400, message="temperature is -1, expected 0 to 2"), "The server did not accept", "expected 0 to 2"),
         (Plan(status=404, message="no such model"), "The server does not know", "no such model"),
         (Plan(status=413, message="21 MB, at most 20 MB"), "The request is too large", "at most 20 MB"),
+        (Plan(status=403, message="the Host is not allowed"), "The server did not accept", "Host is not allowed"),
+        (Plan(status=504, message="not complete after 300 s"), "The answer took longer", "300 s"),
         (Plan(status=500, message="the engine stopped"), "The server failed on this question (status 500)", "engine"),
         (Plan(("half ",), error="out of time"), "The server ended the answer early.", "out of time"),
     ],
