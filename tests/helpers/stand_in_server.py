@@ -102,6 +102,8 @@ def stand_in() -> Iterator[StandIn]:
             state.paths.append(self.path)
             if self.path == "/":
                 self._send(200, page.body, page.headers)
+            elif self.path == "/livez":
+                self._send(200, b"{}", _JSON)
             elif self.path == "/readyz":
                 status, after, text = state.ready
                 self._send(status, text.encode(), {"Retry-After": after} if after else {})
