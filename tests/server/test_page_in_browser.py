@@ -274,9 +274,7 @@ def test_a_reduced_image_is_named(browser: Any, server: StandIn) -> None:
         page.wait_for_selector("#attached li")
         ask(page, "What is it?")
         remark = finished(page).locator(".remark").inner_text()
-    assert remark == (
-        "photo.png was reduced from 900 × 600 to 670 × 447 pixels: it is over what this server accepts."
-    )
+    assert remark == ("photo.png was reduced from 900 × 600 to 670 × 447 pixels: it is over what this server accepts.")
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
@@ -399,7 +397,9 @@ def test_the_policy_is_in_force(browser: Any, server: StandIn) -> None:
 def test_a_server_without_time_says_when_to_ask_again(
     opened: Any, server: StandIn, status: int, heading: str, form: str
 ) -> None:
-    after = "42" if form == "seconds" else format_datetime(datetime.fromtimestamp(time() + 42, timezone.utc), usegmt=True)
+    after = (
+        "42" if form == "seconds" else format_datetime(datetime.fromtimestamp(time() + 42, timezone.utc), usegmt=True)
+    )
     server.plans.append(Plan(status=status, headers={"Retry-After": after}, message="8 questions wait already."))
     ask(opened, "What is the total?")
     turn = finished(opened)
@@ -426,7 +426,11 @@ def test_the_seconds_run_down(opened: Any, server: StandIn) -> None:
 @pytest.mark.parametrize(
     ("plan", "heading", "detail"),
     [
-        (Plan(status=400, message="temperature is -1, expected 0 to 2"), "The server did not accept", "expected 0 to 2"),
+        (
+            Plan(status=400, message="temperature is -1, expected 0 to 2"),
+            "The server did not accept",
+            "expected 0 to 2",
+        ),
         (Plan(status=404, message="no such model"), "The server does not know", "no such model"),
         (Plan(status=413, message="21 MB, at most 20 MB"), "The request is too large", "at most 20 MB"),
         (Plan(status=403, message="the Host is not allowed"), "The server did not accept", "Host is not allowed"),
@@ -545,14 +549,14 @@ def test_a_setting_that_is_no_number_is_said_before_anything_is_sent(
 
 # ---- copies ----
 
-WORDS = "What's \"it\"? $HOME `id` $(id) \\n\nJSON\n€ \\u0000image 0"
+WORDS = 'What\'s "it"? $HOME `id` $(id) \\n\nJSON\n€ \\u0000image 0'
 
 
 @pytest.fixture
 def told(browser: Any, server: StandIn, tmp_path: Path) -> Iterator[Any]:
     """A conversation of two questions with images of awkward names, whose files lie in the folder of the test."""
     data = (DEMO / "receipt.png").read_bytes()
-    names = ["it's a \"receipt\" $HOME.png", "sign.png"]
+    names = ['it\'s a "receipt" $HOME.png', "sign.png"]
     for name in names:
         (tmp_path / name).write_bytes(data)
     server.plans.append(Plan((f"So: {WORDS}",)))
@@ -656,7 +660,15 @@ def test_everything_is_reached_and_used_by_keyboard(opened: Any, server: StandIn
     for _ in range(40):
         opened.keyboard.press("Tab")
         reached.append(opened.evaluate("document.activeElement.id || document.activeElement.textContent.trim()"))
-    for name in ("Skip to the question", "fresh", "Copy answer", "Copy as curl", "Copy as Python", "Ask again", "question"):
+    for name in (
+        "Skip to the question",
+        "fresh",
+        "Copy answer",
+        "Copy as curl",
+        "Copy as Python",
+        "Ask again",
+        "question",
+    ):
         assert name in reached
     for name in ("Add images", "send", "tiles", "system", "length", "key"):
         assert name in reached or name == "tiles", "the field of tiles is there once it is asked for"

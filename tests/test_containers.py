@@ -1,0 +1,169 @@
+"""The compose file and the Kubernetes manifests: their validators accept them, and their parts fit each other."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+import pytest
+
+from helpers.repository import REPOSITORY
+
+yaml = pytest.importorskip("yaml")
+
+COMPOSE_TEXT = (REPOSITORY / "compose.yaml").read_text(encoding="utf-8")
+KUBERNETES = REPOSITORY / "docs" / "kubernetes"
+DOCKERFILE = (REPOSITORY / "Dockerfile").read_text(encoding="utf-8")
+PORT = 23333
+
+
+def interpolated(text: str) -> str:
+    """The compose file as it is without any variable of the environment."""
+    return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text)
+
+
+COMPOSE: dict[str, Any] = yaml.safe_load(interpolated(COMPOSE_TEXT))
+SERVICE: dict[str, Any] = COMPOSE["services"]["server"]
+OBJECTS: dict[str, Any] = {
+    item["kind"]: item for path in sorted(KUBERNETES.glob("*.yaml")) for item in yaml.safe_load_all(path.read_text())
+}
+POD: dict[str, Any] = OBJECTS["Deployment"]["spec"]["template"]["spec"]
+CONTAINER: dict[str, Any] = POD["containers"][0]
+
+
+def after(arguments: list[str], option: str) -> str:
+    return arguments[arguments.index(option) + 1]
+
+
+# ---- what validators say ----
+
+
+def compose_is_valid(text: str) -> None:
+    compose_spec = pytest.importorskip("compose_spec")
+    read = compose_spec.PyCompose.from_yaml(interpolated(text))
+    read.validate()
+    read.to_spec()
+
+
+def test_the_compose_file_follows_the_compose_specification() -> None:
+    compose_is_valid(COMPOSE_TEXT)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [("read_only: true", "reed_only: true"), ("cap_drop:\n      - ALL", "cap_drop: 7"), ("35s", "35 parsecs")],
+)
+def test_a_compose_file_that_does_not_is_found(right: str, wrong: str) -> None:
+    pytest.importorskip("compose_spec")
+    assert right in COMPOSE_TEXT
+    with pytest.raises(ValueError, match="."):
+        compose_is_valid(COMPOSE_TEXT.replace(right, wrong))
+
+
+@pytest.mark.parametrize("version", ["1.30", "1.34", "1.37"])
+@pytest.mark.parametrize("kind", sorted(set(OBJECTS) - {"ServiceMonitor"}))
+def test_kubernetes_takes_each_manifest(kind: str, version: str) -> None:
+    """The schemas of three releases of Kubernetes, in which an unknown field is an error."""
+    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+    kubernetes_validate.validate(OBJECTS[kind], version, strict=True)
+
+
+def test_a_manifest_that_kubernetes_would_refuse_is_found() -> None:
+    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+    wrong = copy.deepcopy(OBJECTS["Deployment"])
+    wrong["spec"]["template"]["spec"]["containers"][0]["livenessProbe"]["httpGet"]["pth"] = "/livez"
+    with pytest.raises(kubernetes_validate.ValidationError, match="pth"):
+        kubernetes_validate.validate(wrong, "1.37", strict=True)
+
+
+# ---- how the parts fit ----
+
+
+def test_a_drain_is_over_before_the_server_is_killed() -> None:
+    drain = int(after(CONTAINER["args"], "--drain"))
+    wait = int(CONTAINER["lifecycle"]["preStop"]["exec"]["command"][1])
+    assert POD["terminationGracePeriodSeconds"] >= drain + wait + 5
+    assert int(SERVICE["stop_grace_period"].rstrip("s")) >= int(after(SERVICE["command"], "--drain")) + 5
+
+
+def test_probes_ask_the_path_that_means_what_they_do() -> None:
+    """A server that loads or drains is not ready, and must not be restarted for it."""
+    paths = {name: CONTAINER[name]["httpGet"]["path"] for name in CONTAINER if name.endswith("Probe")}
+    assert paths == {"startupProbe": "/readyz", "readinessProbe": "/readyz", "livenessProbe": "/livez"}
+    startup = CONTAINER["startupProbe"]
+    assert startup["failureThreshold"] * startup["periodSeconds"] >= 300
+
+
+def test_nothing_runs_as_root_or_may_become_it() -> None:
+    assert POD["securityContext"]["runAsNonRoot"] is True
+    assert f"\nUSER {POD['securityContext']['runAsUser']}\n" in DOCKERFILE
+    assert POD["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert CONTAINER["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert POD["automountServiceAccountToken"] is False
+    assert SERVICE["read_only"] is True
+    assert SERVICE["cap_drop"] == ["ALL"]
+    assert SERVICE["security_opt"] == ["no-new-privileges:true"]
+    assert int(SERVICE["user"]) > 0
+
+
+def test_only_cache_and_temporary_files_are_written() -> None:
+    mounts = {mount["name"]: mount for mount in CONTAINER["volumeMounts"]}
+    volumes = {volume["name"]: volume for volume in POD["volumes"]}
+    assert set(mounts) == set(volumes)
+    assert {mount["mountPath"] for mount in mounts.values() if not mount.get("readOnly")} == {"/cache", "/tmp"}
+    assert "emptyDir" in volumes["cache"]
+    assert "XDG_CACHE_HOME=/cache" in DOCKERFILE
+    assert [volume for volume in SERVICE["volumes"] if not volume.endswith(":ro")] == ["cache:/cache"]
+    assert SERVICE["tmpfs"][0].startswith("/tmp:")
+    assert "cache" in COMPOSE["volumes"]
+
+
+def test_every_server_has_a_key_where_it_looks_for_it() -> None:
+    file = after(CONTAINER["args"], "--api-key-file")
+    mount = next(mount for mount in CONTAINER["volumeMounts"] if file.startswith(f"{mount['mountPath']}/"))
+    secret = next(volume["secret"] for volume in POD["volumes"] if volume["name"] == mount["name"])
+    assert f"{mount['mountPath']}/{secret['items'][0]['path']}" == file
+    credentials = OBJECTS["ServiceMonitor"]["spec"]["endpoints"][0]["authorization"]["credentials"]
+    assert credentials == {"name": secret["secretName"], "key": secret["items"][0]["key"]}
+    command = (KUBERNETES / "server.yaml").read_text(encoding="utf-8")
+    assert f"create secret generic {secret['secretName']} --from-literal={secret['items'][0]['key']}=" in command
+    assert after(SERVICE["command"], "--api-key-file") == f"/run/secrets/{SERVICE['secrets'][0]}"
+    assert SERVICE["secrets"] == list(COMPOSE["secrets"])
+
+
+def test_requests_reach_the_server() -> None:
+    labels = OBJECTS["Deployment"]["spec"]["template"]["metadata"]["labels"].items()
+    for selector in (
+        OBJECTS["Deployment"]["spec"]["selector"]["matchLabels"],
+        OBJECTS["Service"]["spec"]["selector"],
+        OBJECTS["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"],
+    ):
+        assert selector.items() <= labels
+    monitor = OBJECTS["ServiceMonitor"]["spec"]
+    assert monitor["selector"]["matchLabels"].items() <= OBJECTS["Service"]["metadata"]["labels"].items()
+    (port,) = OBJECTS["Service"]["spec"]["ports"]
+    (opened,) = CONTAINER["ports"]
+    assert (port["port"], port["targetPort"], opened["containerPort"]) == (PORT, opened["name"], PORT)
+    assert monitor["endpoints"][0]["port"] == port["name"]
+    assert monitor["endpoints"][0]["path"] == "/metrics"
+    assert OBJECTS["NetworkPolicy"]["spec"]["ingress"][0]["ports"][0]["port"] == opened["name"]
+    assert f"EXPOSE {PORT}" in DOCKERFILE
+    assert SERVICE["ports"] == [f"127.0.0.1:{PORT}:{PORT}"], "other machines reach it when somebody decides so"
+
+
+def test_the_bundle_is_only_read() -> None:
+    (claim,) = [volume["persistentVolumeClaim"] for volume in POD["volumes"] if "persistentVolumeClaim" in volume]
+    assert claim == {"claimName": OBJECTS["PersistentVolumeClaim"]["metadata"]["name"], "readOnly": True}
+    assert CONTAINER["args"][0] == SERVICE["command"][0] == "/bundle"
+    assert "/bundle" in [mount["mountPath"] for mount in CONTAINER["volumeMounts"] if mount.get("readOnly")]
+
+
+def test_images_are_those_that_the_dockerfile_says_how_to_build() -> None:
+    assert CONTAINER["image"] == SERVICE["image"]
+    assert f"docker build -t {SERVICE['image']} --target {SERVICE['build']['target']} ." in DOCKERFILE
+    assert re.search(rf"^FROM \S+ AS {SERVICE['build']['target']}$", DOCKERFILE, re.MULTILINE)
