@@ -264,10 +264,25 @@ class InternVL:
             streams.append(self._answer(request, prompt, chooser, text, guesser))
         return streams
 
+    def prompt_tokens(self, question: Text, images: Images = (), **options: Unpack[ChatOptions]) -> list[int]:
+        """Return the tokens of the prompt of a question, image tokens included. Raises as `chat`."""
+        ids: list[int] = self.requests.build(question, images, checked_options(options)).prompt_ids.tolist()
+        return ids
+
+    @property
+    def context(self) -> int:
+        """The most tokens that prompt and answer may have together."""
+        return self.requests.capacity
+
     @property
     def stop_ids(self) -> Sequence[int]:
         """The tokens that end an answer."""
         return tuple(self._stop_ids)
+
+    @property
+    def runs_on(self) -> tuple[str, str]:
+        """The name of the engine's class, and of the decoder graph that it runs."""
+        return type(self._engine).__name__, self._engine.dialect
 
     @property
     def load_now(self) -> Load:

@@ -68,7 +68,11 @@ class Request:
 
 
 class RequestBuilder:
-    """Makes the requests of one model from questions and images."""
+    """Makes the requests of one model from questions and images.
+
+    Attributes:
+        capacity: the most tokens of prompt and answer together.
+    """
 
     def __init__(
         self, config: ModelConfig, template: PromptTemplate, tokenizer: Tokenizer, image_token: int, capacity: int
@@ -77,7 +81,7 @@ class RequestBuilder:
         self._template = template
         self._tokenizer = tokenizer
         self._image_token = image_token
-        self._capacity = capacity
+        self.capacity = capacity
         self._warned = False
 
     def build(self, question: Text, images: Images, options: Mapping[str, Any]) -> Request:
@@ -188,10 +192,10 @@ class RequestBuilder:
                 ContextWarning,
                 stacklevel=2,
             )
-        if len(ids) + max_new_tokens > self._capacity:
+        if len(ids) + max_new_tokens > self.capacity:
             raise PromptError(
                 f"prompt {len(ids)} tokens ({image_tokens} of images) + answer up to {max_new_tokens} exceed the "
-                f"context of {self._capacity}; use fewer tiles, a shorter answer or a larger context"
+                f"context of {self.capacity}; use fewer tiles, a shorter answer or a larger context"
             )
 
     def _check_biases(self, options: Mapping[str, Any]) -> None:

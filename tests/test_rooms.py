@@ -26,7 +26,7 @@ LEVELS = (
     {"bundle"},
     {"planning"},
     {"calibration", "export", "runtime"},
-    {"quantize"},
+    {"quantize", "server"},
     {"evaluation"},
     {"adapters", "cli"},
 )

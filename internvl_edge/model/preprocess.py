@@ -97,7 +97,9 @@ def _from_address(text: str) -> str | bytes:
         try:
             return b64decode(unquote_to_bytes(data), validate=True) if ";base64" in header else unquote_to_bytes(data)
         except ValueError:
-            raise ImageError(f"a data: address of {len(text)} characters is damaged (its base64 is not valid)") from None
+            raise ImageError(
+                f"a data: address of {len(text)} characters is damaged (its base64 is not valid)"
+            ) from None
     if rest.startswith("//") and scheme.lower() in ("http", "https", "ftp", "s3", "gs"):
         raise ImageError(
             f"{one_line(text, _SHOWN)} is an address; images are not fetched, download it and give the file"
