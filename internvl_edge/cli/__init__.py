@@ -32,6 +32,7 @@ COMMANDS = {
     "build": "Build TensorRT engines from a bundle, for a device.",
     "run": "Ask a bundle one question about images or a video.",
     "chat": "Chat with a bundle in the terminal.",
+    "serve": "Answer over HTTP, in the form of OpenAI's interface.",
     "evaluate": "Measure the quality of a bundle's answers.",
     "bench": "Measure the speed and memory of a bundle on this machine.",
     "demo": "Export the shipped demo model and ask it about shipped images.",

@@ -1,6 +1,6 @@
 """Options that several commands share.
 
-`run`, `chat`, `bench` and `evaluate` share how a bundle is loaded; `run` and `chat` also share how it answers.
+`run`, `chat`, `serve`, `bench` and `evaluate` share how a bundle is loaded; `run` and `chat` also share how it answers.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from internvl_edge.runtime.engines.choice import ENGINES, choose
 from internvl_edge.runtime.engines.device import DEVICES, choose_device
 from internvl_edge.runtime.model import InternVL
 from internvl_edge.runtime.options import ChatOptions
+from internvl_edge.runtime.scheduler import MOST_WAITING
 
 Command = Callable[..., Any]
 LOADING_NAMES = ("device", "engine", "dialect", "context", "threads", "exact")
@@ -161,12 +162,15 @@ def answering_options(command: Command) -> Command:
     return _apply(_ANSWERING, command)
 
 
-def load_model(folder: Path, values: dict[str, Any], progress: Progress, rows: int = 1) -> InternVL:
+def load_model(
+    folder: Path, values: dict[str, Any], progress: Progress, rows: int = 1, most_waiting: int = MOST_WAITING
+) -> InternVL:
     """Load a bundle as the options say. This removes the loading options from `values`. On a GPU there is one row."""
     options = {name: values.pop(name) for name in LOADING_NAMES}
     with progress.phase(f"loading {folder}"):
         options |= chosen(folder, options, progress)
-        return InternVL.load(folder, rows=rows if options["device"] == "cpu" else 1, progress=progress, **options)
+        rows = rows if options["device"] == "cpu" else 1
+        return InternVL.load(folder, rows=rows, most_waiting=most_waiting, progress=progress, **options)
 
 
 def engine_extra(folder: Path, device: str, engine: str) -> tuple[str, ...]:
