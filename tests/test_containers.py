@@ -51,13 +51,17 @@ def test_the_compose_file_follows_the_compose_specification() -> None:
 
 
 @pytest.mark.parametrize(
-    ("right", "wrong"),
-    [("read_only: true", "reed_only: true"), ("cap_drop:\n      - ALL", "cap_drop: 7"), ("35s", "35 parsecs")],
+    ("right", "wrong", "named"),
+    [
+        ("read_only: true", "reed_only: true", "reed_only"),
+        ("cap_drop:\n      - ALL", "cap_drop: 7", "cap_drop"),
+        ("35s", "35 parsecs", "stop_grace_period"),
+    ],
 )
-def test_a_compose_file_that_does_not_is_found(right: str, wrong: str) -> None:
+def test_a_compose_file_that_does_not_is_found(right: str, wrong: str, named: str) -> None:
     pytest.importorskip("compose_spec")
     assert right in COMPOSE_TEXT
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match=named):
         compose_is_valid(COMPOSE_TEXT.replace(right, wrong))
 
 

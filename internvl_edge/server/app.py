@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import secrets
 import time
@@ -30,6 +29,7 @@ from .errors import ApiError, broken, from_edge, invalid, no_endpoint, unavailab
 from .fields import check
 from .log import AccessLog, failure
 from .openapi import document
+from .page import load_page
 from .services import Call, Services
 from .settings import RETRY_DRAINING_S, RETRY_LOADING_S
 
@@ -125,7 +125,7 @@ class _Endpoints:
     def __init__(self, services: Services) -> None:
         self._services = services
         self._created = int(time.time())
-        self._page = _read_page()
+        self._page = load_page()
 
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._describe()]})
@@ -183,29 +183,20 @@ class _Endpoints:
         return JSONResponse(document(self._services.settings))
 
     async def page(self, request: Request) -> Response:
-        if self._page is None:
-            raise no_endpoint("GET", "/")
         return Response(self._page.body, headers=self._page.headers)
 
     def _describe(self) -> dict[str, Any]:
-        model = self._services.served.peek
+        model, limits = self._services.served.peek, self._services.settings.limits
         described: dict[str, Any] = {
             "id": self._services.settings.model,
             "object": "model",
             "created": self._created,
             "owned_by": "internvl-edge",
+            "limits": {"body_bytes": limits.body_bytes, "images": limits.images, "pixels": limits.pixels},
         }
         if model is not None:
             described["max_model_len"] = model.context
         return described
-
-
-def _read_page() -> Any:
-    """The page with its headers, where this installation has one."""
-    try:
-        return importlib.import_module(f"{__package__}.page").load_page()
-    except ModuleNotFoundError:
-        return None
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -19,7 +19,7 @@ class Page:
 
     Attributes:
         body: the page in UTF-8.
-        headers: the headers of the response, with their usual names.
+        headers: those that a page needs beside what every response has.
     """
 
     body: bytes
@@ -35,7 +35,6 @@ def load_page() -> Page:
         "Cache-Control": "no-cache",
         "Permissions-Policy": "geolocation=(), microphone=()",
         "Referrer-Policy": "no-referrer",
-        "X-Content-Type-Options": "nosniff",
         "X-Frame-Options": "DENY",
     }
     return Page(html.encode("utf-8"), headers)

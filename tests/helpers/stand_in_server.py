@@ -86,92 +86,107 @@ class StandIn:
         self.url = ""
 
 
+class _Server(ThreadingHTTPServer):
+    """The server of one stand-in."""
+
+    daemon_threads = True
+
+    def __init__(self, state: StandIn) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.state = state
+        self.page = load_page()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """Answers the requests of one connection from the state that its server holds."""
+
+    server: _Server
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        state = self.server.state
+        state.paths.append(self.path)
+        if self.path == "/":
+            self._send(200, self.server.page.body, self.server.page.headers)
+        elif self.path == "/livez":
+            self._send(200, b"{}", _JSON)
+        elif self.path == "/readyz":
+            status, after, text = state.ready
+            self._send(status, text.encode(), {"Retry-After": after} if after else {})
+        elif self.path == "/v1/models" and self._admitted():
+            entry = {"id": MODEL, "object": "model", "limits": state.limits}
+            self._send(200, json.dumps({"object": "list", "data": [entry]}).encode(), _JSON)
+        elif self.path != "/v1/models":
+            self._refuse(404, f"There is no {self.path} here.")
+
+    def do_POST(self) -> None:
+        state = self.server.state
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        state.questions.append(json.loads(body))
+        state.keys.append(self.headers.get("Authorization"))
+        if not self._admitted():
+            return
+        plan = state.plans.popleft() if state.plans else Plan(("45", ".00"))
+        if plan.status != 200:
+            self._refuse(plan.status, plan.message, plan.headers)
+            return
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream; charset=utf-8")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.close_connection = True
+        try:
+            self._stream(plan)
+        except OSError:
+            state.gone.set()
+
+    def _stream(self, plan: Plan) -> None:
+        end = plan.line * 2
+        sent = 0
+        for event in plan.events():
+            text = event if isinstance(event, str) else f"data: {json.dumps(event, ensure_ascii=False)}"
+            data = (text + end).encode()
+            step = plan.cut or len(data)
+            for start in range(0, len(data), step):
+                self._write(data[start : start + step])
+            sent += isinstance(event, dict)
+            while plan.hold is not None and sent == 2 and not plan.hold.wait(0.05):
+                self._write(f": waiting{end}".encode())
+        if plan.finish_reason is not None:
+            self.wfile.write(b"0\r\n\r\n")
+
+    def _write(self, data: bytes) -> None:
+        self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+        self.wfile.flush()
+
+    def _admitted(self) -> bool:
+        key = self.server.state.key
+        admitted = key is None or self.headers.get("Authorization") == f"Bearer {key}"
+        if not admitted:
+            self._refuse(401, "Give the key as 'Authorization: Bearer KEY'.")
+        return admitted
+
+    def _refuse(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
+        error = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}}
+        self._send(status, json.dumps(error).encode(), {**_JSON, **(headers or {})})
+
+    def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+
 @contextmanager
 def stand_in() -> Iterator[StandIn]:
     """Run a stand-in on a port of this machine that is free."""
     state = StandIn()
-    page = load_page()
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-        def do_GET(self) -> None:
-            state.paths.append(self.path)
-            if self.path == "/":
-                self._send(200, page.body, page.headers)
-            elif self.path == "/livez":
-                self._send(200, b"{}", _JSON)
-            elif self.path == "/readyz":
-                status, after, text = state.ready
-                self._send(status, text.encode(), {"Retry-After": after} if after else {})
-            elif self.path == "/v1/models" and self._admitted():
-                entry = {"id": MODEL, "object": "model", "limits": state.limits}
-                self._send(200, json.dumps({"object": "list", "data": [entry]}).encode(), _JSON)
-            elif self.path != "/v1/models":
-                self._refuse(404, f"There is no {self.path} here.")
-
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            state.questions.append(json.loads(body))
-            state.keys.append(self.headers.get("Authorization"))
-            if not self._admitted():
-                return
-            plan = state.plans.popleft() if state.plans else Plan(("45", ".00"))
-            if plan.status != 200:
-                self._refuse(plan.status, plan.message, plan.headers)
-                return
-            self.send_response(200)
-            self.send_header("Content-Type", "text/event-stream; charset=utf-8")
-            self.send_header("Transfer-Encoding", "chunked")
-            self.send_header("Connection", "close")
-            self.end_headers()
-            self.close_connection = True
-            try:
-                self._stream(plan)
-            except OSError:
-                state.gone.set()
-
-        def _stream(self, plan: Plan) -> None:
-            end = plan.line * 2
-            sent = 0
-            for event in plan.events():
-                text = event if isinstance(event, str) else f"data: {json.dumps(event, ensure_ascii=False)}"
-                data = (text + end).encode()
-                step = plan.cut or len(data)
-                for start in range(0, len(data), step):
-                    self._write(data[start : start + step])
-                sent += isinstance(event, dict)
-                while plan.hold is not None and sent == 2 and not plan.hold.wait(0.05):
-                    self._write(f": waiting{end}".encode())
-            if plan.finish_reason is not None:
-                self.wfile.write(b"0\r\n\r\n")
-
-        def _write(self, data: bytes) -> None:
-            self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
-            self.wfile.flush()
-
-        def _admitted(self) -> bool:
-            admitted = state.key is None or self.headers.get("Authorization") == f"Bearer {state.key}"
-            if not admitted:
-                self._refuse(401, "Give the key as 'Authorization: Bearer KEY'.")
-            return admitted
-
-        def _refuse(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
-            error = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}}
-            self._send(status, json.dumps(error).encode(), {**_JSON, **(headers or {})})
-
-        def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
-            self.send_response(status)
-            for name, value in {**headers, "Content-Length": str(len(body))}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(body)
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    server = _Server(state)
     state.url = f"http://127.0.0.1:{server.server_address[1]}/"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +19,9 @@ QUERIES = [(panel["title"], target["expr"]) for panel in PANELS for target in pa
 VARIABLES = {variable["name"]: variable for variable in DASHBOARD["templating"]["list"]}
 # What a query says -> what Grafana puts in its place.
 _FILLED = {"$__rate_interval": "1m", "$instance": ".*", "$job": ".*"}
-_LABELS = {"outcome", "field", "instance", "job", "le", "bundle", "engine", "dialect", "sha"}
-_WORDS = re.compile(r"\b(?:internvl_edge|process)_[a-z0-9_]+\b")
+_SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
+# Labels that Prometheus itself adds.
+_OUTER = {"instance", "job", "le"}
 
 
 def filled(query: str) -> str:
@@ -75,9 +77,57 @@ def test_each_query_can_be_read(title: str, query: str) -> None:
     assert any(type(node).__name__ == "VectorSelector" for node in nodes(tree))
 
 
+@pytest.fixture(scope="module")
+def served() -> dict[str, set[str]]:
+    """Each series of the server -> its labels."""
+    pytest.importorskip("prometheus_client")
+    from internvl_edge.server.metrics import Metrics
+
+    admission: Any = SimpleNamespace(running=0)
+    model: Any = SimpleNamespace(progress=0.0, peek=None)
+    metrics = Metrics(admission, model)
+    labels = {
+        metric._name: set(metric._labelnames) for metric in vars(metrics).values() if hasattr(metric, "_labelnames")
+    }
+    return {
+        family.name + suffix: labels.get(family.name, set())
+        for family in metrics.registry.collect()
+        for suffix in _SUFFIXES[family.type]
+    }
+
+
+@pytest.mark.parametrize(("title", "query"), QUERIES, ids=[f"{title}-{n}" for n, (title, _) in enumerate(QUERIES)])
+def test_each_query_asks_for_what_the_server_has(title: str, query: str, served: dict[str, set[str]]) -> None:
+    promql = pytest.importorskip("promql_parser")
+    tree = promql.parse(filled(query))
+    selectors = [node for node in nodes(tree) if type(node).__name__ == "VectorSelector"]
+    assert selectors
+    assert {selector.name for selector in selectors} <= set(served)
+    known = _OUTER.union(*(served[selector.name] for selector in selectors))
+    used = {matcher.name for selector in selectors for matcher in selector.matchers.matchers}
+    used |= set(
+        re.findall(
+            r"\{\{(\w+)\}\}", str([t["legendFormat"] for p in PANELS for t in p["targets"] if t["expr"] == query])
+        )
+    )
+    used |= {name for node in nodes(tree) if getattr(node, "modifier", None) for name in grouped(node.modifier)}
+    assert used <= known
+
+
+def test_every_metric_of_the_server_is_on_the_dashboard(served: dict[str, set[str]]) -> None:
+    own = {re.sub("_(bucket|sum|count)$", "", name) for name in served if name.startswith("internvl_edge_")}
+    assert len(own) > 15
+    assert {name for name in own if name not in TEXT} == set()
+
+
+def grouped(modifier: Any) -> list[str]:
+    """The labels of `by (...)`."""
+    return list(getattr(modifier, "labels", ()))
+
+
 def test_a_query_that_is_none_is_found() -> None:
     promql = pytest.importorskip("promql_parser")
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match="invalid promql query"):
         promql.parse("sum by (le (rate(x[1m])))")
 
 

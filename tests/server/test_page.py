@@ -104,7 +104,6 @@ def test_the_page_is_served_as_it_is_installed() -> None:
     assert page.body == FILE.read_bytes()
     assert page.headers["Content-Security-Policy"] == content_security_policy(TEXT)
     assert page.headers["Content-Type"] == "text/html; charset=utf-8"
-    assert page.headers["X-Content-Type-Options"] == "nosniff"
 
 
 def test_the_page_stays_small() -> None:

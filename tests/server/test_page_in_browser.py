@@ -26,12 +26,11 @@ import pytest
 from PIL import Image
 
 from helpers.browser import launched_browser
-from helpers.repository import REPOSITORY
+from helpers.page_driver import DEMO, Visit, ask, drop_receipt, finished, give, text
 from helpers.stand_in_server import MODEL, Plan, StandIn, stand_in
 
 pytestmark = pytest.mark.slow
 
-DEMO = REPOSITORY / "internvl_edge" / "demo"
 HOSTILE = "<img src=x onerror=\"document.title='ran'\"><script>document.title='ran'</script> & \u202e"
 
 
@@ -50,34 +49,8 @@ def server() -> Iterator[StandIn]:
 @pytest.fixture
 def opened(browser: Any, server: StandIn) -> Iterator[Any]:
     """The page on a desktop; at the end, nothing was asked of another host and no script has failed."""
-    with visit(browser, server) as page:
+    with Visit(browser, server.url) as page:
         yield page
-
-
-class visit:  # noqa: N801 - reads as a verb
-    """Open the page in a context of its own; on exit, check that it was a quiet visit."""
-
-    def __init__(self, browser: Any, server: StandIn, width: int = 1200, height: int = 800, **options: Any) -> None:
-        self._server = server
-        self._context = browser.new_context(viewport={"width": width, "height": height}, **options)
-        self._requests: list[str] = []
-        self._problems: list[str] = []
-
-    def __enter__(self) -> Any:
-        page = self._context.new_page()
-        page.set_default_timeout(10_000)
-        page.on("request", lambda request: self._requests.append(request.url))
-        page.on("pageerror", lambda error: self._problems.append(str(error)))
-        page.on("console", lambda message: self._problems.append(message.text))
-        page.goto(self._server.url)
-        return page
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        self._context.close()
-        if kind is None:
-            own = (self._server.url, "data:", f"blob:{self._server.url}")
-            assert [url for url in self._requests if not url.startswith(own)] == []
-            assert [text for text in self._problems if not text.startswith("Failed to load resource")] == []
 
 
 def noise(width: int, height: int, kind: str = "PNG") -> bytes:
@@ -86,52 +59,6 @@ def noise(width: int, height: int, kind: str = "PNG") -> bytes:
     data = io.BytesIO()
     Image.fromarray(pixels).save(data, kind)
     return data.getvalue()
-
-
-def give(page: Any, event: str, *given: tuple[str, str, bytes]) -> None:
-    """Drop or paste files of a name, a type and bytes."""
-    page.evaluate(
-        """([event, files]) => {
-            const carried = new DataTransfer();
-            for (const [name, type, data] of files) {
-                carried.items.add(new File([Uint8Array.from(atob(data), (each) => each.charCodeAt(0))], name, {type}));
-            }
-            const options = {bubbles: true, cancelable: true};
-            if (event === 'paste') {
-                document.activeElement.dispatchEvent(new ClipboardEvent(event, {...options, clipboardData: carried}));
-            } else {
-                for (const each of event === 'drop' ? ['dragenter', 'dragover', 'drop'] : [event]) {
-                    document.querySelector('main').dispatchEvent(
-                        new DragEvent(each, {...options, dataTransfer: carried}));
-                }
-            }
-        }""",
-        [event, [(name, kind, base64.b64encode(data).decode()) for name, kind, data in given]],
-    )
-
-
-def drop_receipt(page: Any, name: str = "receipt.png") -> str:
-    """Drop the receipt of the demo; return its data URL."""
-    data = (DEMO / "receipt.png").read_bytes()
-    give(page, "drop", (name, "image/png", data))
-    page.wait_for_selector("#attached li")
-    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
-
-
-def ask(page: Any, question: str) -> None:
-    page.fill("#question", question)
-    page.click("#send")
-
-
-def finished(page: Any, number: int = 1) -> Any:
-    """Wait for the end of a turn and return it."""
-    turn = page.locator(f"#turns > li:nth-child({number})")
-    turn.locator(".actions").wait_for()
-    return turn
-
-
-def text(page: Any, selector: str) -> str:
-    return str(page.locator(selector).inner_text())
 
 
 # ---- images and questions ----
@@ -211,7 +138,7 @@ def test_images_are_picked_and_removed(opened: Any, server: StandIn) -> None:
 
 
 def test_a_phone_takes_a_photo(browser: Any, server: StandIn) -> None:
-    with visit(browser, server, 390, 800, has_touch=True, is_mobile=True) as page:
+    with Visit(browser, server.url, 390, 800, has_touch=True, is_mobile=True) as page:
         assert page.get_attribute("#camera", "capture") == "environment"
         with page.expect_file_chooser() as chooser:
             page.tap(".zone button:has-text('Take a photo')")
@@ -251,7 +178,7 @@ def test_images_are_reduced_when_they_are_over_a_limit_and_only_then(
     browser: Any, server: StandIn, limit: dict[str, int]
 ) -> None:
     server.limits = limit
-    with visit(browser, server) as page:
+    with Visit(browser, server.url) as page:
         page.wait_for_selector("#state[data-state=ready]")
         small = drop_receipt(page)
         give(page, "drop", ("photo.png", "image/png", noise(1500, 1000)))
@@ -268,7 +195,7 @@ def test_images_are_reduced_when_they_are_over_a_limit_and_only_then(
 
 def test_a_reduced_image_is_named(browser: Any, server: StandIn) -> None:
     server.limits = {"pixels": 300_000}
-    with visit(browser, server) as page:
+    with Visit(browser, server.url) as page:
         page.wait_for_selector("#state[data-state=ready]")
         give(page, "drop", ("photo.png", "image/png", noise(900, 600)))
         page.wait_for_selector("#attached li")
@@ -312,7 +239,7 @@ def test_a_photograph_is_sent_upright(opened: Any, server: StandIn, orientation:
 
 def test_what_cannot_be_reduced_enough_is_said_and_not_sent(browser: Any, server: StandIn) -> None:
     server.limits = {"body_bytes": 1000}
-    with visit(browser, server) as page:
+    with Visit(browser, server.url) as page:
         page.wait_for_selector("#state[data-state=ready]")
         drop_receipt(page)
         ask(page, "What is it?")
@@ -353,7 +280,7 @@ def test_a_stop_ends_the_request_and_keeps_what_was_said(opened: Any, server: St
 def test_what_comes_from_outside_is_text(browser: Any, server: StandIn) -> None:
     server.plans.append(Plan((HOSTILE,)))
     server.plans.append(Plan(status=400, message=HOSTILE))
-    with visit(browser, server) as page:
+    with Visit(browser, server.url) as page:
         drop_receipt(page, f"{HOSTILE}.png")
         ask(page, HOSTILE)
         turn = finished(page)
@@ -480,7 +407,7 @@ def test_an_answer_that_was_cut_says_so(opened: Any, server: StandIn) -> None:
 
 def test_a_loading_server_becomes_ready(browser: Any, server: StandIn) -> None:
     server.ready = (503, "1", "loading the model")
-    with visit(browser, server) as page:
+    with Visit(browser, server.url) as page:
         page.wait_for_selector("#state:has-text('Loading')")
         server.ready = (200, None, "ready")
         page.wait_for_selector("#state[data-state=ready]")
@@ -492,7 +419,7 @@ def test_a_loading_server_becomes_ready(browser: Any, server: StandIn) -> None:
 
 def test_a_key_is_asked_for_sent_and_kept_in_memory_alone(browser: Any, server: StandIn) -> None:
     server.key = "secret-key"
-    with visit(browser, server) as page:
+    with Visit(browser, server.url) as page:
         page.wait_for_selector("#state:has-text('Needs a key')")
         ask(page, "What is the total?")
         turn = finished(page)
@@ -560,7 +487,7 @@ def told(browser: Any, server: StandIn, tmp_path: Path) -> Iterator[Any]:
     for name in names:
         (tmp_path / name).write_bytes(data)
     server.plans.append(Plan((f"So: {WORDS}",)))
-    with visit(browser, server) as page:
+    with Visit(browser, server.url) as page:
         page.context.grant_permissions(["clipboard-read", "clipboard-write"])
         page.wait_for_selector("#state[data-state=ready]")
         page.fill("#system", "Say: $1")
@@ -626,7 +553,7 @@ def test_the_copied_python_asks_the_same(
 
 def test_copying_works_without_the_clipboard_api(browser: Any, server: StandIn) -> None:
     """A page over plain HTTP from another machine has no `navigator.clipboard`."""
-    with visit(browser, server) as page:
+    with Visit(browser, server.url) as page:
         page.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
         page.evaluate(
             """addEventListener('copy', () => {
@@ -681,7 +608,7 @@ def test_everything_is_reached_and_used_by_keyboard(opened: Any, server: StandIn
 
 
 def test_the_sheet_of_settings_gives_the_focus_back(browser: Any, server: StandIn) -> None:
-    with visit(browser, server, 700) as page:
+    with Visit(browser, server.url, 700) as page:
         page.focus("#open-settings")
         page.keyboard.press("Enter")
         assert page.locator("#sheet").is_visible()
@@ -725,7 +652,7 @@ def tell(page: Any, server: StandIn) -> None:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1300, 768, 320])
 def test_every_screen_shows_everything(browser: Any, server: StandIn, width: int, scheme: str) -> None:
-    with visit(browser, server, width, color_scheme=scheme) as page:
+    with Visit(browser, server.url, width, color_scheme=scheme) as page:
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         tell(page, server)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, "the page scrolls sideways"
@@ -747,7 +674,7 @@ def test_every_screen_shows_everything(browser: Any, server: StandIn, width: int
 
 
 def test_the_appearance_is_chosen_and_kept(browser: Any, server: StandIn) -> None:
-    with visit(browser, server, color_scheme="light") as page:
+    with Visit(browser, server.url, color_scheme="light") as page:
         shade = "getComputedStyle(document.documentElement).backgroundColor.match(/\\d+/g).map(Number)[0]"
         assert page.evaluate(shade) > 200
         page.check("input[name=appearance][value=dark]", force=True)
@@ -759,7 +686,7 @@ def test_the_appearance_is_chosen_and_kept(browser: Any, server: StandIn) -> Non
 
 
 def test_nothing_moves_for_those_who_asked_for_it(browser: Any, server: StandIn) -> None:
-    with visit(browser, server, reduced_motion="reduce") as page:
+    with Visit(browser, server.url, reduced_motion="reduce") as page:
         hold = threading.Event()
         server.plans.append(Plan(("One", " two"), hold=hold))
         ask(page, "Count.")
@@ -789,7 +716,7 @@ def test_axe_finds_no_serious_violation(browser: Any, server: StandIn, width: in
         assert results["testEngine"]["name"] == "axe-core"
         checked += 1
 
-    with visit(browser, server, width, color_scheme=scheme, bypass_csp=False) as page:
+    with Visit(browser, server.url, width, color_scheme=scheme, bypass_csp=False) as page:
         page.wait_for_selector("#state[data-state=ready]")
         page.evaluate(axe)
         check(page, "empty")
