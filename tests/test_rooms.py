@@ -37,7 +37,7 @@ MODULES = sorted(
     for name in names
     if name.endswith(".py")
 )
-TORCH_FREE = ("base", "demo", "model", "recipe", "bundle", "planning", "export", "runtime")
+TORCH_FREE = ("base", "demo", "model", "recipe", "bundle", "planning", "export", "runtime", "server")
 
 
 def room_of(path: Path) -> str | None:

@@ -14,7 +14,7 @@ from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.json_files import read_bytes
 
 from .errors import INVALID, ApiError
-from .settings import Settings
+from .settings import HEAD_BYTES, Settings
 
 # Paths that need no key: they say nothing but whether the server lives and is ready, and the page holds no secret.
 OPEN_PATHS = ("/livez", "/readyz", "/health", "/")
@@ -63,10 +63,12 @@ class Access:
         """Refuse a request that may not be answered.
 
         Raises:
-            ApiError: 400, 401, 403 or 415.
+            ApiError: 400, 401, 403, 415 or 431.
         """
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         names = [name for name, _ in headers]
+        if sum(len(name) + len(value) for name, value in headers) + len(scope["raw_path"]) > HEAD_BYTES:
+            raise _closing(431, f"the head of the request has more than {HEAD_BYTES} bytes; send fewer headers")
         if b"transfer-encoding" in names and b"content-length" in names:
             # Two parties that read such a request differently see two requests (smuggling).
             raise _closing(400, "the request has both Transfer-Encoding and Content-Length; send one of them")

@@ -43,7 +43,7 @@ class Admission:
         """Seconds until a row is likely to be free for one more request: those that wait x the mean service time."""
         waiting = max(1, self.running - self._rows)
         seconds = waiting * self._service_s / self._rows
-        return min(MOST_RETRY_S, max(LEAST_RETRY_S, math.ceil(seconds)))
+        return min(MOST_RETRY_S, max(LEAST_RETRY_S, math.ceil(round(seconds, 3))))
 
     @contextmanager
     def request(self) -> Iterator[anyio.CancelScope]:

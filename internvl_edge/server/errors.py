@@ -92,5 +92,5 @@ def from_edge(error: EdgeError, param: str | None = None, retry_after: int = 1) 
     if isinstance(error, (PromptError, ImageError)):
         return invalid(param, str(error))
     if isinstance(error, FormError):
-        return invalid(param or "response_format", str(error))
+        return invalid("response_format", str(error))
     return broken()

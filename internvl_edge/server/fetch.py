@@ -67,9 +67,9 @@ def is_public(address: str) -> bool:
     except ValueError:
         return False
     if isinstance(found, ipaddress.IPv6Address):
-        inside = [found.ipv4_mapped, found.sixtofour, *(found.teredo or ())]
         if found in _EMBEDDED:
-            inside.append(ipaddress.IPv4Address(int(found) & 0xFFFFFFFF))
+            return is_public(str(ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)))
+        inside = [found.ipv4_mapped, found.sixtofour, *(found.teredo or ())]
         if any(not is_public(str(each)) for each in inside if each is not None):
             return False
     special = found.is_multicast or found.is_reserved or found.is_unspecified or found.is_loopback
