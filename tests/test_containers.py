@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import tempfile
+import urllib.request
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from helpers.commands import PROGRAM
 from helpers.repository import REPOSITORY
+from internvl_edge import export_bundle
+from internvl_edge.demo import CHECKPOINT
 
 yaml = pytest.importorskip("yaml")
 
@@ -171,3 +182,88 @@ def test_images_are_those_that_the_dockerfile_says_how_to_build() -> None:
     assert CONTAINER["image"] == SERVICE["image"]
     assert f"docker build -t {SERVICE['image']} --target {SERVICE['build']['target']} ." in DOCKERFILE
     assert re.search(rf"^FROM \S+ AS {SERVICE['build']['target']}$", DOCKERFILE, re.MULTILINE)
+
+
+# ---- the server as a container runs it, without a container ----
+
+
+def python_of_everybody() -> str:
+    """An interpreter of this version that other users may run; that of an environment may lie in somebody's home."""
+    if not hasattr(os, "geteuid") or os.geteuid() != 0:
+        pytest.skip("only root can run something as another user")
+    for found in (sys.executable, f"/usr/bin/python3.{sys.version_info.minor}"):
+        try:
+            if subprocess.run([found, "-c", ""], user=10001, cwd="/", check=False).returncode == 0:
+                return found
+        except OSError:
+            continue
+    pytest.skip("no Python that another user may run")
+
+
+def test_a_bundle_of_another_user_is_served_and_nothing_is_written_into_it() -> None:
+    """The user of the image has no home that it could write into, and reads what root has written."""
+    for package in ("onnxruntime", "starlette", "uvicorn", "prometheus_client"):
+        pytest.importorskip(package)
+    python = python_of_everybody()
+    with tempfile.TemporaryDirectory() as scratch:  # others may not look into the folders of pytest
+        folder = Path(scratch)
+        folder.chmod(0o755)
+        bundle = export_bundle(CHECKPOINT, folder / "bundle")
+        (cache := folder / "cache").mkdir()
+        os.chown(cache, 10001, 10001)
+        before = {path: (path.stat().st_mtime_ns, path.stat().st_mode) for path in bundle.rglob("*")}
+        environment = {
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if not path.startswith(sys.base_prefix)),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "HOME": "/nonexistent",
+            "XDG_CACHE_HOME": str(cache),
+            "TMPDIR": str(cache),
+            "INTERNVL_EDGE_API_KEY": "a-long-secret",
+        }
+        command = [
+            python,
+            *PROGRAM[1:],
+            "serve",
+            str(bundle),
+            "--host",
+            "0.0.0.0",
+            "--port",
+            "0",
+            "--threads",
+            "1",
+            "--quiet",
+        ]
+        process = subprocess.Popen(
+            command, user=10001, group=10001, extra_groups=[], cwd=cache, env=environment,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        try:
+            assert process.stderr is not None
+            line = process.stderr.readline()
+            assert "answers at http" in line, line
+            port = int(line.rpartition(":")[2].partition("/")[0])
+            request = urllib.request.Request(
+                f"http://127.0.0.1:{port}/v1/chat/completions",
+                json.dumps({"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}).encode(),
+                {"Content-Type": "application/json", "Authorization": "Bearer a-long-secret"},
+            )
+            with urllib.request.urlopen(request, timeout=60) as response:
+                assert json.load(response)["usage"]["completion_tokens"] > 0
+            process.send_signal(signal.SIGTERM)
+            process.communicate(timeout=30)
+        finally:
+            process.kill()
+            process.communicate()
+        after_it = {path: (path.stat().st_mtime_ns, path.stat().st_mode) for path in bundle.rglob("*")}
+        assert after_it == before
+
+
+def test_every_option_of_the_manifests_is_one_of_serve() -> None:
+    from internvl_edge.cli.serve import command
+
+    for arguments in (CONTAINER["args"], SERVICE["command"], ["/bundle", "--host", "0.0.0.0"]):
+        values = command.make_context("serve", list(arguments)).params
+        assert str(values["bundle"]) == "/bundle"
+        assert values["host"] == "0.0.0.0"
+        assert values["port"] == PORT
