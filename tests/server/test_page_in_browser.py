@@ -249,6 +249,18 @@ def test_what_cannot_be_reduced_enough_is_said_and_not_sent(browser: Any, server
     assert server.questions == []
 
 
+def test_too_many_images_are_said_and_not_sent(browser: Any, server: StandIn) -> None:
+    server.limits = {"images": 1}
+    with Visit(browser, server.url) as page:
+        page.wait_for_selector("#state[data-state=ready]")
+        for number in (1, 2):
+            drop_receipt(page)
+            ask(page, "What is it?")
+            finished(page, number)
+        assert "has 2, at most 1 are accepted" in finished(page, 2).locator(".trouble").inner_text()
+    assert len(server.questions) == 1
+
+
 # ---- streams, stops and refusals ----
 
 
