@@ -16,7 +16,7 @@ _MODULES = {
     "openvino": ("onnxruntime", "openvino"),
     "export": _EXPORT,
     "quantize": (*_EXPORT, "torch"),
-    "serve": ("starlette", "uvicorn", "prometheus_client"),
+    "serve": ("starlette", "uvicorn", "prometheus_client", "anyio", "h11"),
     "report": ("jinja2", "matplotlib"),
     "synthetic": ("fontpkg_arimo", "cvttf_NotoSansCJK_Medium"),
     "video": ("av",),

@@ -206,12 +206,12 @@ async def _http_error(request: Request, error: Exception) -> Response:
         allowed = dict(error.headers or {})
         found = ApiError(
             405,
-            f"{one_line(request.url.path, 100)} takes {allowed.get('Allow', 'another method')}",
+            f"{one_line(request.scope['path'], 100)} takes {allowed.get('Allow', 'another method')}",
             code="method_not_allowed",
             headers=allowed,
         )
     else:
-        found = no_endpoint(request.method, request.url.path)
+        found = no_endpoint(request.method, request.scope["path"])
     return JSONResponse(found.body, found.status, found.headers)
 
 

@@ -63,6 +63,22 @@ def test_every_path_needs_a_key(locked: RunningServer, method: str, path: str) -
         assert found.error["code"] == "invalid_api_key"
 
 
+@pytest.mark.parametrize(
+    "request_line",
+    [
+        "GET /v1/models HTTP/1.1\r\nHost: x/livez?",
+        "GET /v1/models HTTP/1.1\r\nHost: x/livez#",
+        "GET http://x/livez@/v1/models HTTP/1.1\r\nHost: x",
+        "GET @x/livez HTTP/1.1\r\nHost: x",
+        "GET /v1/models HTTP/1.1\r\nHost: x\r\nX-Original-URL: /livez\r\nX-Rewrite-URL: /livez",
+    ],
+)
+def test_no_other_header_or_form_of_address_gets_around_a_key(locked: RunningServer, request_line: str) -> None:
+    """CVE-2026-48710 and CVE-2026-54282 of starlette: an address that is put together from Host and path."""
+    found = locked.raw(f"{request_line}\r\nConnection: close\r\n\r\n".encode())
+    assert found.split(b" ")[1] in (b"400", b"401")
+
+
 def test_what_stands_open_says_nothing(locked: RunningServer) -> None:
     stranger = Client(locked.port)
     assert stranger.get("/livez").json == {"status": "live"}
