@@ -389,6 +389,41 @@ def test_every_failure_is_said_in_words(opened: Any, server: StandIn, plan: Plan
     assert turn.get_by_role("button", name="Ask again").is_visible()
 
 
+def test_a_question_without_an_answer_is_no_history(opened: Any, server: StandIn) -> None:
+    server.plans.append(Plan(status=500, message="the engine stopped"))
+    ask(opened, "First?")
+    finished(opened)
+    ask(opened, "Second?")
+    finished(opened, 2)
+    assert server.questions[1]["messages"] == [{"role": "user", "content": "Second?"}]
+    assert opened.locator("#turns > li:nth-child(1) button:has-text('Ask again')").count() == 0, "only the last one"
+
+
+def test_a_new_conversation_ends_the_answer_of_the_old_one(opened: Any, server: StandIn) -> None:
+    server.plans.append(Plan(("Once upon ", "a time"), hold=threading.Event()))
+    ask(opened, "Tell a story.")
+    opened.wait_for_selector(".answer[aria-busy=true]")
+    opened.click("#fresh")
+    assert server.gone.wait(5)
+    opened.wait_for_selector("#send")
+    assert opened.locator("#turns > li").count() == 0
+    ask(opened, "Hello?")
+    assert finished(opened).locator(".answer").inner_text() == "45.00"
+
+
+def test_one_question_at_a_time(opened: Any, server: StandIn) -> None:
+    hold = threading.Event()
+    server.plans.append(Plan(("One", " two"), hold=hold))
+    ask(opened, "Count.")
+    opened.wait_for_selector(".answer[aria-busy=true]")
+    opened.fill("#question", "And on?")
+    opened.keyboard.press("Enter")
+    assert opened.input_value("#question") == "And on?", "what was written stays"
+    hold.set()
+    finished(opened)
+    assert len(server.questions) == 1
+
+
 def test_a_connection_that_breaks_leaves_what_was_said(opened: Any, server: StandIn) -> None:
     hold = threading.Event()
     server.plans.append(Plan(("half ", "way"), hold=hold, finish_reason=None))
@@ -587,6 +622,11 @@ def test_everything_is_reached_and_used_by_keyboard(opened: Any, server: StandIn
     opened.keyboard.type("One")
     opened.keyboard.press("Shift+Enter")
     opened.keyboard.type("two")
+    opened.evaluate(  # the Enter that accepts a word of an input method asks nothing
+        "document.activeElement.dispatchEvent("
+        "new KeyboardEvent('keydown', {key: 'Enter', isComposing: true, bubbles: true}))"
+    )
+    assert server.questions == []
     server.plans.append(Plan(("first",), hold=threading.Event()))
     opened.keyboard.press("Enter")
     opened.wait_for_selector(".answer[aria-busy=true]")
