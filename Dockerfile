@@ -1,4 +1,4 @@
-# One Dockerfile for all targets. It builds the wheel itself, so a clone and BuildKit (Docker 23 or newer) are enough:
+# One Dockerfile for the command line and for the server (`--target serve`), on all devices. It builds the wheel itself, so a clone and BuildKit (Docker 23 or newer) are enough:
 #
 #   CPU, x86-64 or Arm:
 #     docker build -t internvl-edge .
@@ -9,6 +9,10 @@
 #   Jetson with JetPack 6.2 (TensorRT 10.3):
 #     docker build -t internvl-edge:jetson --build-arg EXTRA=jetson --build-arg BASE=nvcr.io/nvidia/l4t-jetpack:r36.4.0 .
 #
+# The server is the target `serve` of any of these: the same command with `--target serve`. docs/containers.md has more.
+#
+#   docker build -t internvl-edge:serve --target serve .
+#
 # Run it as yourself, so that what it writes into your folders is yours, and keep its cache in a volume:
 #
 #   docker run --rm --user "$(id -u):$(id -g)" -v internvl-edge-cache:/cache -v "$PWD:/data" internvl-edge \
@@ -17,6 +21,11 @@
 #       internvl-edge:rtx build bundle
 #   docker run --rm --user "$(id -u):$(id -g)" -v internvl-edge-cache:/cache -v "$PWD:/data" --runtime nvidia \
 #       internvl-edge:jetson build bundle --device orin-nano-8gb
+#
+# The server reads a bundle, and writes only into its cache:
+#
+#   docker run --rm --read-only --tmpfs /tmp -v internvl-edge-cache:/cache -v "$PWD/bundle:/bundle:ro" \
+#       -p 127.0.0.1:23333:23333 -e INTERNVL_EDGE_API_KEY internvl-edge:serve
 #
 # Base images are named by tag. To pin them, look a digest up and give it instead; none is written here, because a digest
 # is right for one moment and one registry, and nobody could have checked it:
@@ -32,7 +41,7 @@ COPY . /source
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /dist /source && cp /source/constraints.txt /dist
 
 # hadolint ignore=DL3006
-FROM ${BASE}
+FROM ${BASE} AS command
 
 ARG EXTRA=cpu
 LABEL org.opencontainers.image.title="internvl-edge" \
@@ -66,3 +75,25 @@ USER 10001
 WORKDIR /data
 ENTRYPOINT ["internvl-edge"]
 CMD ["--help"]
+
+
+FROM command AS serve
+# The server's own packages, and those for answers in a given form.
+USER 0
+# hadolint ignore=DL3013
+RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \
+    if python3 -c "import sys; sys.exit(sys.version_info < (3, 11))"; then tested="--constraint /dist/constraints.txt"; fi \
+    && pip install ${tested:+$tested} "$(echo /dist/internvl_edge-*.whl)[serve,structured]"
+# A bundle of another user is only read: it must be readable by all, or the container must run as its owner (`--user`).
+USER 10001
+EXPOSE 23333
+# Live, not ready: a server that loads or drains must not be restarted for it. A proxy in the environment is not asked.
+HEALTHCHECK --interval=30s --timeout=5s --start-period=60s --retries=3 \
+    CMD ["python3", "-c", "import urllib.request as r; r.build_opener(r.ProxyHandler({})).open('http://127.0.0.1:23333/livez', timeout=4)"]
+STOPSIGNAL SIGTERM
+ENTRYPOINT ["internvl-edge", "serve"]
+# All addresses of the container, which nothing reaches unless a port is published. The server refuses this without a key.
+CMD ["/bundle", "--host", "0.0.0.0"]
+
+# Without --target: the command line.
+FROM command

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from internvl_edge.model.preprocess import ImageSource
-from internvl_edge.model.prompt import IMAGE, IMAGE_MARK, ImagePlace, Text
+from internvl_edge.model.prompt import IMAGE_MARK, Text, image_places, marked_text
 
 from .model import InternVL
 from .options import ChatOptions, checked_options
@@ -46,10 +46,9 @@ class Conversation:
         """
         asked: Text = question
         if self._options.get("plain_text"):
-            asked = [*self._places(len(images)), question]
+            asked = [*image_places(len(images), len(self.images)), question]
         elif images and IMAGE_MARK not in question:
-            marks = (IMAGE_MARK if isinstance(part, ImagePlace) else part for part in self._places(len(images)))
-            asked = "".join(marks) + question
+            asked = marked_text(image_places(len(images), len(self.images))) + question
         all_images = [*self.images, *images]
         answer = self._model.stream(asked, all_images, **(self._options | {"history": self.history}))
         yield from answer
@@ -61,9 +60,3 @@ class Conversation:
         """Forget all turns and images."""
         self.history.clear()
         self.images.clear()
-
-    def _places(self, count: int) -> list[str | ImagePlace]:
-        if count == 1 and not self.images:
-            return [IMAGE, "\n"]
-        first = len(self.images) + 1
-        return [part for number in range(first, first + count) for part in (f"Image-{number}: ", IMAGE, "\n")]

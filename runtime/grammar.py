@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_edge.base.errors import EngineError, PromptError
+from internvl_edge.base.errors import EngineError, FormError, PromptError
 from internvl_edge.base.extras import requires
 from internvl_edge.base.text import one_line
 
@@ -134,7 +134,7 @@ class Constrained:
         """Return the next token for logits [vocab], and leave the logits unchanged.
 
         Raises:
-            EngineError: the form became too complex for llguidance, or no token can continue it.
+            FormError: the form became too complex for llguidance, or no token can continue it.
         """
         if self._sampler.is_greedy and self.take(token := self._sampler.pick(logits)):
             return token
@@ -178,9 +178,9 @@ class Constrained:
             raise self._failure("no token of this model continues it")
         return mask
 
-    def _failure(self, otherwise: str) -> EngineError:
+    def _failure(self, otherwise: str) -> FormError:
         reason = _reason(self._matcher.get_error() or otherwise)
-        return EngineError(f"the form of this answer failed: {reason}; give a simpler one")
+        return FormError(f"the form of this answer failed: {reason}; give a simpler one")
 
 
 class ForcedTokens:

@@ -20,13 +20,18 @@ def pixel_key(tiles: NDArray[np.uint8]) -> bytes:
 
 
 class ImageCache:
-    """An LRU cache of image tokens, with a limit in bytes and the pixels of the tiles as key."""
+    """An LRU cache of image tokens, with a limit in bytes and the pixels of the tiles as key.
+
+    Attributes:
+        hits: images that were found.
+    """
 
     def __init__(self, engine: Engine, max_bytes: int = DEFAULT_BYTES) -> None:
         self._engine = engine
         self._max_bytes = max_bytes
         self._bytes = 0
         self._entries: OrderedDict[bytes, NDArray[np.float32]] = OrderedDict()
+        self.hits = 0
 
     def encode_steps(self, tiles: NDArray[np.uint8]) -> Generator[None, None, NDArray[np.float32]]:
         """Return the image tokens [tiles, tokens_per_tile, hidden] of one image, from its tiles [tiles, S, S, 3].
@@ -35,6 +40,7 @@ class ImageCache:
         """
         key = pixel_key(tiles)
         if key in self._entries:
+            self.hits += 1
             self._entries.move_to_end(key)
             return self._entries[key]
         parts = []

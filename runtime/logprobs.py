@@ -6,8 +6,9 @@ them by default. Thus they say how sure the model is, not how likely a setting m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,10 +77,10 @@ class LogprobRecorder:
         """Refuse, because there are no logits to record."""
         return False
 
-    def logprobs(self, tokenizer: Tokenizer) -> list[TokenLogprob]:
-        """Return the record of each token so far."""
+    def logprobs(self, tokenizer: Tokenizer, start: int = 0) -> list[TokenLogprob]:
+        """Return the record of each token so far, from the one with number `start` on."""
         found = []
-        for tokens, values in self._records:
+        for tokens, values in self._records[start:]:
             chosen, *top = (_logprob(tokenizer, int(t), float(v)) for t, v in zip(tokens, values, strict=True))
             found.append(TokenLogprob(chosen.token, chosen.text, chosen.bytes, chosen.logprob, top))
         return found
@@ -88,3 +89,12 @@ class LogprobRecorder:
 def _logprob(tokenizer: Tokenizer, token: int, value: float) -> Logprob:
     data = tokenizer.token_bytes(token, skip_special=False)
     return Logprob(token, data.decode("utf-8", "replace"), data, value)
+
+
+def recorded(chooser: Chooser, options: Mapping[str, Any]) -> Chooser:
+    """Return a chooser that records log probabilities if the options ask for them."""
+    if options.get("logprobs"):
+        return LogprobRecorder(chooser, options.get("top_logprobs", 0))
+    if options.get("top_logprobs"):
+        raise PromptError("top_logprobs needs logprobs=True; set both, or leave it out")
+    return chooser

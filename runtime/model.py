@@ -30,14 +30,14 @@ from .engines import Engine
 from .engines.device import DEVICES, DeviceChoice, choose_device, load_engine
 from .grammar import Constrained, ForcedTokens, Grammars
 from .image_cache import ImageCache, pixel_key
-from .logprobs import LogprobRecorder
+from .logprobs import LogprobRecorder, TokenLogprob, recorded
 from .lookup import Guesser, PromptLookup
 from .options import ChatOptions, checked_options, whole_number
 from .prefixes import Keys, Prompt, image_keys
-from .reply import Reply, ReplyStream
+from .reply import Reply, ReplyStream, timings
 from .request import Images, Request, RequestBuilder
 from .sampling import Chooser, Sampler, Sampling
-from .scheduler import Scheduler, Task
+from .scheduler import MOST_WAITING, Load, Scheduler, Task
 from .text_stream import TextStream
 from .trace import Recorder, Trace
 from .voting import Vote, vote
@@ -58,16 +58,23 @@ class InternVL:
     Attributes:
         config: what the model is.
         choice: the device that "auto" took and why; None where the device was given.
+        requests: checks and prepares questions; `requests.tile` decodes an image before it is asked about.
     """
 
     def __init__(
-        self, opened: Bundle, engine: Engine, choice: DeviceChoice | None = None, *, prompts_first: bool = False
+        self,
+        opened: Bundle,
+        engine: Engine,
+        choice: DeviceChoice | None = None,
+        *,
+        most_waiting: int = MOST_WAITING,
+        prompts_first: bool = False,
     ) -> None:
         manifest = opened.manifest
         self.config = manifest.model
         self.choice = choice
         self._tokenizer = Tokenizer(opened.path(names.TOKENIZER))
-        self._requests = RequestBuilder(
+        self.requests = RequestBuilder(
             self.config, manifest.template, self._tokenizer, manifest.tokens.image, capacity=engine.cache.capacity
         )
         self._stop_ids = manifest.tokens.stop
@@ -76,7 +83,9 @@ class InternVL:
         self._table = opened.embeddings()
         self._images = ImageCache(engine)
         self._engine = engine
-        self._scheduler = Scheduler(engine, self.config.decoder, self._table.__getitem__, prompts_first=prompts_first)
+        self._scheduler = Scheduler(
+            engine, self.config.decoder, self._table.__getitem__, most_waiting, prompts_first=prompts_first
+        )
         self._source = manifest.source
 
     @classmethod
@@ -91,6 +100,7 @@ class InternVL:
         rows: int = 1,
         threads: int | None = None,
         exact: bool = False,
+        most_waiting: int = MOST_WAITING,
         prompts_first: bool = False,
         progress: bool | Progress = False,
     ) -> InternVL:
@@ -114,6 +124,7 @@ class InternVL:
             threads: CPU threads; the default is all available cores.
             exact: compute in the types of the bundle, as ONNX Runtime does. Without it, OpenVINO rounds a bundle that
                 computes in float16 to bfloat16 where the CPU is faster with it.
+            most_waiting: answers that may wait for a row; a further one is refused with a BusyError.
             prompts_first: with several rows, read images and prompts of waiting questions before answers under way go
                 on. This gives the most answers in an hour, but those under way stand still meanwhile. The answers are
                 the same.
@@ -149,7 +160,7 @@ class InternVL:
         loaded = load_engine(
             opened, device, engine, dialect, context, rows, threads=threads, exact=exact, progress=as_progress(progress)
         )
-        return cls(opened, loaded, choice, prompts_first=prompts_first)
+        return cls(opened, loaded, choice, most_waiting=most_waiting, prompts_first=prompts_first)
 
     def chat(self, question: Text, images: Images = (), **options: Unpack[ChatOptions]) -> Reply:
         """Answer a question.
@@ -250,7 +261,7 @@ class InternVL:
         sampling = Sampling(**{name: checked[name] for name in Sampling.__dataclass_fields__ if name in checked})
         form = checked.get("answer_format")
         matchers = [None if form is None else self._grammars.matcher(form) for _ in range(count)]
-        request = self._requests.build(question, images, checked)
+        request = self.requests.build(question, images, checked)
         prompt = self._prompt(request)
         counted = request.prompt_ids.tolist() if self.config.layout == "native" else ()
         streams = []
@@ -259,11 +270,41 @@ class InternVL:
             temperature = 0.0 if first_greedy and index == 0 else sampling.temperature
             sampler = Sampler(replace(sampling, seed=seed, temperature=temperature), counted)
             constrained = None if matcher is None else Constrained(sampler, matcher, self._stop_ids)
-            chooser = _recorded(constrained or sampler, checked)
+            chooser = recorded(constrained or sampler, checked)
             text = TextStream(self._tokenizer, self._stop_texts(checked), checked.get("keep_special", False))
             guesser = self._guesser(request, checked, constrained)
             streams.append(self._answer(request, prompt, chooser, text, guesser))
         return streams
+
+    def prompt_tokens(self, question: Text, images: Images = (), **options: Unpack[ChatOptions]) -> list[int]:
+        """Return the tokens of the prompt of a question, image tokens included. Raises as `chat`."""
+        ids: list[int] = self.requests.build(question, images, checked_options(options)).prompt_ids.tolist()
+        return ids
+
+    @property
+    def context(self) -> int:
+        """The most tokens that prompt and answer may have together."""
+        return self.requests.capacity
+
+    @property
+    def stop_ids(self) -> Sequence[int]:
+        """The tokens that end an answer."""
+        return tuple(self._stop_ids)
+
+    @property
+    def runs_on(self) -> tuple[str, str]:
+        """The name of the engine's class, and of the decoder graph that it runs."""
+        return type(self._engine).__name__, self._engine.dialect
+
+    @property
+    def load_now(self) -> Load:
+        """What is computed and what waits at this moment, and when the last step was."""
+        return self._scheduler.load
+
+    @property
+    def image_cache_hits(self) -> int:
+        """Images whose tokens were taken from the cache since the model was loaded."""
+        return self._images.hits
 
     @property
     def engine(self) -> Engine:
@@ -296,7 +337,7 @@ class InternVL:
         checked = checked_options(options)
         if "answer_format" in checked:
             raise PromptError("trace follows the model or given tokens, no answer_format; leave it out")
-        request = self._requests.build(question, images, checked)
+        request = self.requests.build(question, images, checked)
         recorder = Recorder(answer)
         reply = self._answer(request, self._prompt(request), recorder, TextStream(self._tokenizer), None).reply
         return Trace(reply, recorder.logits)
@@ -342,13 +383,16 @@ class InternVL:
                 image_tokens=int(request.is_image.sum()),
                 tiles=[len(tiles) for tiles in request.tiles],
                 finish_reason="stop" if text.stopped or decoding.stopped else "length",
-                timings=_timings(request.seconds, task),
-                logprobs=chooser.logprobs(self._tokenizer) if isinstance(chooser, LogprobRecorder) else None,
+                timings=timings(request.seconds, task),
+                logprobs=new_logprobs(0) if isinstance(chooser, LogprobRecorder) else None,
             )
+
+        def new_logprobs(start: int) -> list[TokenLogprob]:
+            return chooser.logprobs(self._tokenizer, start) if isinstance(chooser, LogprobRecorder) else []
 
         decoding = Decoding(chooser, self._stop_ids, request.max_new_tokens, accept, guesser)
         task = Task(prompt, decoding)
-        return ReplyStream(self._scheduler, task, finish)
+        return ReplyStream(self._scheduler, task, finish, new_logprobs)
 
     def _prompt(self, request: Request) -> Prompt:
         def embed() -> Generator[None, None, NDArray[np.float32]]:
@@ -390,24 +434,3 @@ class InternVL:
                 [image_keys(pixel_key(tiles), len(tiles) * per_tile) for tiles in request.tiles]
             )
         return keys
-
-
-def _timings(preprocess_s: float, task: Task) -> dict[str, float]:
-    """Return `Reply.timings`."""
-    seconds = {"preprocess_s": preprocess_s, **task.seconds}
-    rates = {
-        "first_token_s": sum(seconds[name] for name in ("preprocess_s", "waiting_s", "vision_s", "prefill_s")),
-        "prefill_tokens": task.computed,
-        "prefill_tokens_per_s": task.computed / max(seconds["prefill_s"], 1e-9),
-        "decode_tokens_per_s": (len(task.decoding.tokens) - 1) / max(seconds["decode_s"], 1e-9),
-    }
-    return {name: round(value, 4) for name, value in (seconds | rates).items()}
-
-
-def _recorded(chooser: Chooser, options: Mapping[str, Any]) -> Chooser:
-    """Return a chooser that records log probabilities if the options ask for them."""
-    if options.get("logprobs"):
-        return LogprobRecorder(chooser, options.get("top_logprobs", 0))
-    if options.get("top_logprobs"):
-        raise PromptError("top_logprobs needs logprobs=True; set both, or leave it out")
-    return chooser

@@ -23,7 +23,8 @@ class ChatOptions(TypedDict, total=False):
     """The options of a request, beside question and images. None is the same as leaving an option out.
 
     Attributes:
-        max_tiles: the most tiles of an image, one number or one per image; the default is the checkpoint's own limit.
+        max_tiles: the most tiles of an image, one number or one per image; the default, and None, is the checkpoint's
+            own limit.
         history: earlier turns as (question, answer). Their `<image>` marks take the first images.
         system: system text instead of the checkpoint's; "" leaves the system turn out.
         think: ask for thinking before the answer, with the system text that InternVL3.5 was trained with and a
@@ -46,7 +47,7 @@ class ChatOptions(TypedDict, total=False):
         keep_special: keep special tokens such as `<box>` in the text of the answer. The original code drops them.
     """
 
-    max_tiles: int | Sequence[int] | None
+    max_tiles: int | Sequence[int | None] | None
     history: Sequence[tuple[Text, str]] | None
     system: str | None
     think: bool | None
@@ -152,10 +153,10 @@ def _flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def _tiles(name: str, value: Any) -> int | list[int]:
+def _tiles(name: str, value: Any) -> int | list[int | None]:
     if isinstance(value, (str, bytes, Mapping)) or not getattr(value, "shape", (1,)) or not hasattr(value, "__iter__"):
         return whole_number(name, value)  # numpy's scalars and arrays without an axis are single numbers
-    return [whole_number(name, each) for each in value]
+    return [None if each is None else whole_number(name, each) for each in value]
 
 
 def _texts(name: str, value: Any) -> tuple[str, ...]:

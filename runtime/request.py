@@ -18,15 +18,34 @@ from internvl_edge.base.errors import ContextWarning, PromptError
 from internvl_edge.base.text import shown
 from internvl_edge.model.config import ModelConfig
 from internvl_edge.model.context import trained_context
-from internvl_edge.model.preprocess import ImageSource, is_image_source, load_image, tile_image
+from internvl_edge.model.preprocess import (
+    MAX_PIXELS,
+    ImageSource,
+    is_image_source,
+    load_image,
+    tile_count,
+    tile_image,
+)
 from internvl_edge.model.prompt import Segment, Text, build_segments
 from internvl_edge.model.template import PromptTemplate
 from internvl_edge.model.tokenizer import Tokenizer
 
 from .options import is_text
 
+
+@dataclass(frozen=True)
+class Tiles:
+    """An image that is already decoded and tiled (`RequestBuilder.tile`). It stands for the image in any question.
+
+    Attributes:
+        pixels: uint8 [tiles, S, S, 3].
+    """
+
+    pixels: NDArray[np.uint8]
+
+
 # One image, or one entry per `<image>` mark; a list of images shares one mark.
-Images = ImageSource | Sequence[ImageSource | Sequence[ImageSource]] | None
+Images = ImageSource | Tiles | Sequence[ImageSource | Tiles | Sequence[ImageSource | Tiles]] | None
 
 
 @dataclass(frozen=True)
@@ -49,7 +68,11 @@ class Request:
 
 
 class RequestBuilder:
-    """Makes the requests of one model from questions and images."""
+    """Makes the requests of one model from questions and images.
+
+    Attributes:
+        capacity: the most tokens of prompt and answer together.
+    """
 
     def __init__(
         self, config: ModelConfig, template: PromptTemplate, tokenizer: Tokenizer, image_token: int, capacity: int
@@ -58,7 +81,7 @@ class RequestBuilder:
         self._template = template
         self._tokenizer = tokenizer
         self._image_token = image_token
-        self._capacity = capacity
+        self.capacity = capacity
         self._warned = False
 
     def build(self, question: Text, images: Images, options: Mapping[str, Any]) -> Request:
@@ -97,25 +120,58 @@ class RequestBuilder:
             return np.array(self._tokenizer.encode_segments(segments), np.int64)
         return np.array(self._tokenizer.encode("".join(segment.text for segment in segments)), np.int64)
 
-    def _tile(self, sources: list[ImageSource], options: Mapping[str, Any]) -> list[NDArray[np.uint8]]:
+    def tile(
+        self,
+        source: ImageSource,
+        max_tiles: int | None = None,
+        *,
+        exif: bool = False,
+        background: str | None = None,
+        max_pixels: int = MAX_PIXELS,
+    ) -> Tiles:
+        """Decode and tile one image. The result stands for the image in any question.
+
+        Args:
+            source: a path, bytes or a Pillow image.
+            max_tiles: the most tiles; None is the checkpoint's own limit.
+            exif, background: see `ChatOptions`.
+            max_pixels: the most pixels (width x height); a larger image is refused before memory is allocated.
+
+        Raises:
+            ImageError: it cannot be read or exceeds a limit.
+        """
+        image = load_image(source, exif=exif, background=background, max_pixels=max_pixels)
+        return Tiles(tile_image(image, **self._tiling(max_tiles)))
+
+    def text_tokens(self, text: str) -> list[int]:
+        """Return the tokens of a text in which special tokens are nothing but characters. Raises PromptError."""
+        return self._tokenizer.encode_segments([Segment(text, is_template=False)])
+
+    def tile_count(self, width: int, height: int, max_tiles: int | None = None) -> int:
+        """Return the number of tiles of an image of this size. Raises ImageError as `tile`."""
+        return tile_count(width, height, **self._tiling(max_tiles))
+
+    def _tiling(self, max_tiles: int | None) -> dict[str, Any]:
+        config = self._config
+        limit = config.max_tiles if max_tiles is None else max_tiles
+        return {
+            "image_size": config.vision.image_size,
+            "max_tiles": limit,
+            "min_tiles": min(config.min_tiles, limit),
+            "use_thumbnail": config.use_thumbnail,
+        }
+
+    def _tile(self, sources: list[Any], options: Mapping[str, Any]) -> list[NDArray[np.uint8]]:
         limits = options.get("max_tiles")
-        if limits is None:
-            limits = self._config.max_tiles
-        if isinstance(limits, int):
+        if limits is None or isinstance(limits, int):
             limits = [limits] * len(sources)
         if len(limits) != len(sources):
             raise PromptError(
                 f"max_tiles has {len(limits)} numbers for {len(sources)} images; give one, or one per image"
             )
-        config, exif, background = self._config, options.get("exif", False), options.get("background")
+        exif, background = options.get("exif", False), options.get("background")
         return [
-            tile_image(
-                load_image(source, exif=exif, background=background),
-                image_size=config.vision.image_size,
-                max_tiles=limit,
-                min_tiles=min(config.min_tiles, limit),
-                use_thumbnail=config.use_thumbnail,
-            )
+            (source if isinstance(source, Tiles) else self.tile(source, limit, exif=exif, background=background)).pixels
             for source, limit in zip(sources, limits, strict=True)
         ]
 
@@ -136,10 +192,10 @@ class RequestBuilder:
                 ContextWarning,
                 stacklevel=2,
             )
-        if len(ids) + max_new_tokens > self._capacity:
+        if len(ids) + max_new_tokens > self.capacity:
             raise PromptError(
                 f"prompt {len(ids)} tokens ({image_tokens} of images) + answer up to {max_new_tokens} exceed the "
-                f"context of {self._capacity}; use fewer tiles, a shorter answer or a larger context"
+                f"context of {self.capacity}; use fewer tiles, a shorter answer or a larger context"
             )
 
     def _check_biases(self, options: Mapping[str, Any]) -> None:
@@ -158,7 +214,7 @@ class RequestBuilder:
             )
 
 
-def _groups(images: Images) -> list[list[ImageSource]]:
+def _groups(images: Images) -> list[list[Any]]:
     """The images of each mark.
 
     Raises:
@@ -166,13 +222,17 @@ def _groups(images: Images) -> list[list[ImageSource]]:
     """
     if images is None:
         return []
-    entries = [images] if is_image_source(images) else images
+    entries = [images] if _is_one(images) else images
     if isinstance(entries, Mapping) or not hasattr(entries, "__iter__"):
         raise PromptError(f"images is a {type(images).__name__}, expected a list of paths, bytes or Pillow images")
     return [_group(entry) for entry in entries]
 
 
-def _group(entry: Any) -> list[ImageSource]:
-    if is_image_source(entry) or isinstance(entry, Mapping) or not hasattr(entry, "__iter__"):
+def _is_one(value: Any) -> bool:
+    return isinstance(value, Tiles) or is_image_source(value)
+
+
+def _group(entry: Any) -> list[Any]:
+    if _is_one(entry) or isinstance(entry, Mapping) or not hasattr(entry, "__iter__"):
         return [entry]  # whatever is no image is named when it is read
     return list(entry)

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
 
@@ -32,6 +33,26 @@ MOST_WAITING = 256
 _DECODES_PER_PROMPT_STEP = 4
 
 
+@dataclass(frozen=True)
+class Load:
+    """What a scheduler has to do.
+
+    Attributes:
+        computed: answers that have a row.
+        waiting: answers that wait for one.
+        progress: `time.monotonic()` of the last step, or of the answer that ended the last pause.
+    """
+
+    computed: int
+    waiting: int
+    progress: float
+
+    @property
+    def stalled_s(self) -> float:
+        """Seconds since the last step, while there is something to do; else 0."""
+        return time.monotonic() - self.progress if self.computed or self.waiting else 0.0
+
+
 class Task:
     """One answer to be computed.
 
@@ -43,6 +64,7 @@ class Task:
         seconds: "waiting_s" until there was a row; "vision_s" and "prefill_s" in the steps of its prompt, without those
             of others between them; "decode_s" from the first token to the last.
         computed: tokens of the prompt that were computed for this task.
+        wake: is called in the scheduler's thread whenever there is something new to read; it must return at once.
     """
 
     def __init__(self, prompt: Prompt, decoding: Decoding) -> None:
@@ -53,12 +75,13 @@ class Task:
         self.row: int | None = None
         self.steps: Generator[None, None, None] | None = None
         self.cancelled = False
+        self.wake: Callable[[], None] | None = None
         self._began = 0.0
         self._pieces: SimpleQueue[str | BaseException | None] = SimpleQueue()
 
     def emit(self, piece: str) -> None:
         """Give a piece of text to the thread that reads `pieces`."""
-        self._pieces.put(piece)
+        self._put(piece)
 
     def pieces(self) -> Iterator[str]:
         """Yield what is emitted, and wait for it, until the answer is complete. Raises what ended it before."""
@@ -71,7 +94,17 @@ class Task:
         """Say that nothing more will be emitted, because the answer is complete or because of an error."""
         if self._began:
             self.seconds["decode_s"] = time.perf_counter() - self._began
-        self._pieces.put(error)
+        self._put(error)
+
+    @property
+    def has_news(self) -> bool:
+        """Whether `pieces` can go on without waiting."""
+        return not self._pieces.empty()
+
+    def _put(self, piece: str | BaseException | None) -> None:
+        self._pieces.put(piece)
+        if self.wake is not None:
+            self.wake()
 
     def begin(self, logits: NDArray[np.float32]) -> None:
         """Take the first token from the logits [vocab] after the prompt."""
@@ -117,6 +150,12 @@ class Scheduler:
         self._answers: list[Task] = []  # they are decoded
         self._interruptible: Task | None = None  # only this one is computed by the engine's present call
         self._decodes = 0  # since the last step of a prompt
+        self._progress = time.monotonic()
+
+    @property
+    def load(self) -> Load:
+        """What there is to do at this moment."""
+        return Load(len(self._prompts) + len(self._answers), len(self._waiting), self._progress)
 
     def submit(self, task: Task) -> None:
         """Compute a task as soon as there is a row for it.
@@ -133,6 +172,7 @@ class Scheduler:
             self._waiting.append((task, time.perf_counter()))
             if self._thread is not None:
                 return
+            self._progress = time.monotonic()
             thread = self._thread = threading.Thread(target=self._work, name="internvl-edge", daemon=True)
             self._idle.clear()
         atexit.register(self.close)
@@ -178,6 +218,7 @@ class Scheduler:
                 else:
                     self._decodes += 1
                     self._decode_step()
+                self._progress = time.monotonic()
         except BaseException as error:
             self._give_up(error)
             raise

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from internvl_edge.model.prompt import Text
 
 from .answer_format import AnswerFormat
 from .options import whole_number
-from .reply import Reply
+from .reply import Reply, ReplyStream
 from .request import Images
 
 if TYPE_CHECKING:
@@ -75,6 +75,37 @@ def vote(
     options: Mapping[str, Any],
 ) -> Vote:
     """See `InternVL.vote`."""
+    steps = vote_steps(model, question, images, votes, reason, choices, sure, options)
+    try:
+        while True:
+            _ = next(steps).reply  # waits
+    except StopIteration as end:
+        outcome: Vote = end.value
+        return outcome
+    finally:
+        steps.close()
+
+
+def vote_steps(
+    model: InternVL,
+    question: Text,
+    images: Images,
+    votes: int,
+    reason: bool,
+    choices: Sequence[str] | None,
+    sure: float | None,
+    options: Mapping[str, Any],
+    begin: Callable[[ReplyStream], None] = ReplyStream.begin,
+) -> Generator[ReplyStream, None, Vote]:
+    """Vote as `InternVL.vote` does, for callers that must not wait, such as an event loop.
+
+    Each stream that is yielded must be finished before the next `next`. The result is the vote. Closing the generator
+    ends all answers under way.
+
+    Args:
+        model, question, images, votes, reason, choices, sure, options: see `InternVL.vote`.
+        begin: begins the computation of an answer.
+    """
     if not 1 <= whole_number("votes", votes) <= MOST_VOTES:
         raise PromptError(f"votes is {votes}, expected 1 to {MOST_VOTES}")
     if sure is not None and not 0.5 < sure <= 1:
@@ -91,11 +122,17 @@ def vote(
     ballot = Ballot(votes, sure)
     try:
         for stream in streams:
-            stream.begin()
-        for stream in streams:
+            begin(stream)
+        for stream in list(streams):
+            yield stream
             answer = find_answer(stream.reply, reason, choices)
             if answer is None and choices is not None:  # only after reasoning, which may have ended without a choice
-                answer = model.chat(asked, images, **final | {"answer_start": stream.reply.text + _CONCLUSION}).text
+                final["answer_start"] = stream.reply.text + _CONCLUSION
+                concluding = model.sample_streams(asked, images, 1, **final)[0]
+                streams.append(concluding)
+                begin(concluding)
+                yield concluding
+                answer = concluding.reply.text
             ballot.add(stream.reply, answer)
             if ballot.is_decided:
                 break

@@ -21,6 +21,7 @@ _FONTS = ("cvttf-", "fontpkg-")
 # Releases with published advisories, and one for each branch that was repaired in several.
 VULNERABLE = {
     "click": ("8.3.2",),
+    "h11": ("0.14.0",),
     "jinja2": ("3.1.5",),
     "onnx": ("1.20.1", "1.21.0"),
     "pillow": ("11.3.0", "12.1.1", "12.2.0"),
@@ -30,6 +31,7 @@ VULNERABLE = {
     "requests": ("2.32.5",),
     "sentencepiece": ("0.2.0",),
     "setuptools": ("78.1.0", "82.0.0"),
+    "starlette": ("0.49.0", "1.0.0", "1.2.1"),
     "torch": ("2.5.1", "2.9.1", "2.10.0", "2.12.1"),
     "transformers": ("4.57.6", "5.2.0", "5.9.0"),
 }

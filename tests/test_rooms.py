@@ -26,7 +26,7 @@ LEVELS = (
     {"bundle"},
     {"planning"},
     {"calibration", "export", "runtime"},
-    {"batch", "compiler", "quantize"},
+    {"batch", "compiler", "quantize", "server"},
     {"evaluation"},
     {"adapters", "cli"},
 )
@@ -37,7 +37,9 @@ MODULES = sorted(
     for name in names
     if name.endswith(".py")
 )
-TORCH_FREE = ("base", "demo", "model", "recipe", "bundle", "planning", "export", "runtime", "batch", "compiler")
+TORCH_FREE = (
+    *("base", "demo", "model", "recipe", "bundle", "planning", "export", "runtime", "batch", "compiler", "server"),
+)
 
 
 def room_of(path: Path) -> str | None:

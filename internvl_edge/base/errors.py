@@ -38,6 +38,10 @@ class EngineError(EdgeError):
     """The device or its libraries cannot run the bundle."""
 
 
+class FormError(EngineError):
+    """The form that an answer must have became too complex, or no token of the model can continue it."""
+
+
 class BusyError(EngineError):
     """Too many questions wait for a model. A later one may be taken."""
 

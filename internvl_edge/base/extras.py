@@ -17,6 +17,7 @@ _MODULES = {
     "export": _EXPORT,
     "quantize": (*_EXPORT, "torch"),
     "parquet": ("pyarrow",),
+    "serve": ("starlette", "uvicorn", "prometheus_client", "anyio", "h11"),
     "report": ("jinja2", "matplotlib"),
     "structured": ("llguidance",),
     "synthetic": ("fontpkg_arimo", "cvttf_NotoSansCJK_Medium"),

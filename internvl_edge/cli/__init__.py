@@ -34,6 +34,7 @@ COMMANDS = {
     "run": "Ask a bundle one question about images or a video.",
     "chat": "Chat with a bundle in the terminal.",
     "batch": "Ask a bundle about every image of a folder or row of a table.",
+    "serve": "Answer over HTTP, in the form of OpenAI's interface.",
     "evaluate": "Measure the quality of a bundle's answers.",
     "report": "Show bundles beside each other: size, quality, speed.",
     "bench": "Measure the speed and memory of a bundle on this machine.",

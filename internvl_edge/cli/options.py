@@ -1,7 +1,7 @@
 """Options that several commands share.
 
-`run`, `chat`, `batch`, `bench` and `evaluate` share how a bundle is loaded; `run`, `chat` and `batch` also share how it
-answers, `run` and `batch` the form of answers and votes.
+All commands that load a bundle share how it is loaded; `run`, `chat` and `batch` also share how it answers, `run` and
+`batch` the form of answers and votes.
 """
 
 from __future__ import annotations
@@ -229,15 +229,13 @@ def is_given(name: str) -> bool:
     return click.get_current_context().get_parameter_source(name) is not ParameterSource.DEFAULT
 
 
-def load_model(
-    folder: Path, values: dict[str, Any], progress: Progress, rows: int = 1, prompts_first: bool = False
-) -> InternVL:
+def load_model(folder: Path, values: dict[str, Any], progress: Progress, rows: int = 1, **scheduling: Any) -> InternVL:
     """Load a bundle as the options say. This removes the loading options from `values`. On a GPU there is one row."""
     options = {name: values.pop(name) for name in LOADING_NAMES}
     with progress.phase(f"loading {folder}"):
         options |= chosen(folder, options, progress)
         rows = rows if options["device"] == "cpu" else 1
-        return InternVL.load(folder, rows=rows, prompts_first=prompts_first, progress=progress, **options)
+        return InternVL.load(folder, rows=rows, progress=progress, **options, **scheduling)
 
 
 def engine_extra(folder: Path, device: str, engine: str) -> tuple[str, ...]:

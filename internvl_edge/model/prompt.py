@@ -114,6 +114,18 @@ def build_segments(
     return [*segments, Segment(template.assistant_prefix, True)]
 
 
+def image_places(count: int, earlier: int) -> list[str | ImagePlace]:
+    """Return the places of `count` images in front of a question, after `earlier` images of the conversation.
+
+    A lone image has a line. Several, in one turn or over turns, get numbers as in the training of the model
+    (`Image-1: <image>`).
+    """
+    if count == 1 and not earlier:
+        return [IMAGE, "\n"]
+    numbers = range(earlier + 1, earlier + count + 1)
+    return [part for number in numbers for part in (f"Image-{number}: ", IMAGE, "\n")]
+
+
 def marked_text(text: Text) -> str:
     """Return a text in one piece, with a mark in the place of each image."""
     return "".join(IMAGE_MARK if isinstance(part, ImagePlace) else part for part in _pieces(text, plain=True))

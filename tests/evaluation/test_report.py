@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from helpers import tiny
+from helpers.browser import launched_browser
 from helpers.commands import assert_one_line, internvl_edge
 from helpers.reports import HOSTILE, RUN, full_report
 from internvl_edge.base.errors import EdgeError
@@ -39,7 +40,6 @@ from internvl_edge.model.linear import W8A8, Scheme
 from internvl_edge.quantize.pipeline import _reports
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 BARE = Report("bundle", "b", "c", (), False, 10, ())
 
 
@@ -324,14 +324,8 @@ def test_evaluate_puts_the_quantization_and_the_answers_into_one_report(made: Pa
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-    if found is None:
-        pytest.skip(f"no browser ({', '.join(BROWSERS)}); install Debian's chromium-headless-shell")
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
+    with launched_browser() as opened:
         yield opened
-        opened.close()
 
 
 @pytest.mark.slow
