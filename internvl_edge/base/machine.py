@@ -40,6 +40,11 @@ def multiplies_bfloat16() -> bool:
     return bool(_BFLOAT16 & cpu_features())
 
 
+def multiplies_int8_tiles() -> bool:
+    """Return whether this CPU has instructions for products of int8 matrices (AMX; x86 only)."""
+    return "amx_int8" in cpu_features()
+
+
 def memory(*fields: str) -> int | None:
     """Return the sum in bytes of /proc/meminfo fields ("MemTotal", "MemAvailable", "SwapFree"); None elsewhere."""
     found = [_proc_field("meminfo", field).split() for field in fields]

@@ -46,8 +46,10 @@ def is_available() -> bool:
 class OpenVinoEngine(OnnxRuntimeEngine):
     """Runs `vision.onnx` and prompts in OpenVINO, and single tokens in ONNX Runtime (see `Engine` for the protocol).
 
-    Prompts are computed by the bundle's int8 graph where it has one. They stay with ONNX Runtime where OpenVINO has no
-    graph that it can read, because the bundle has no onnxruntime dialect or an int8 KV cache.
+    A bundle with an int8 graph for prompts has them computed by this graph: in OpenVINO where the CPU has AMX, which
+    ONNX Runtime uses less well, and otherwise in ONNX Runtime, which is faster then (docs/performance.md). Prompts also
+    stay with ONNX Runtime where OpenVINO has no graph that it can read, because the bundle has no onnxruntime dialect
+    or an int8 KV cache.
 
     Args:
         opened: the bundle.
@@ -139,7 +141,7 @@ class OpenVinoEngine(OnnxRuntimeEngine):
         return inputs if self._pads else inputs | {"logits_to_keep": np.array([1])}
 
     def _load_prompts(self, opened: Bundle, threads: int | None) -> Any:
-        """Load the int8 graph in ONNX Runtime only where OpenVINO cannot run it."""
+        """Load the int8 graph in ONNX Runtime only where OpenVINO does not run it."""
         return None if self._prompt_graph(opened) == names.PROMPTS else super()._load_prompts(opened, threads)
 
     def _prompt_graph(self, opened: Bundle) -> str | None:
@@ -147,7 +149,7 @@ class OpenVinoEngine(OnnxRuntimeEngine):
         if self._cache_dtype != self._dtype:
             return None
         if names.PROMPTS in opened.manifest.files and machine.multiplies_int8_exactly():
-            return names.PROMPTS
+            return names.PROMPTS if machine.multiplies_int8_tiles() else None
         return names.DECODERS["onnxruntime"] if names.DECODERS["onnxruntime"] in opened.manifest.files else None
 
     def _load_vision(self, opened: Bundle, threads: int | None) -> Any:

@@ -105,6 +105,7 @@ def test_a_bundle_without_the_graph_for_prompts_leaves_them_to_onnx_runtime(tmp_
 def test_the_int8_graph_for_prompts_runs_in_openvino_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ONNX Runtime does not hold it, a rest is padded, and a continued prompt gets the numbers of the whole one."""
     monkeypatch.setattr(machine, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(machine, "multiplies_int8_tiles", lambda: True)
     source = tiny.write_checkpoint(tmp_path / "float")
     body = Scheme(4, 64, symmetric=True)
     quantized, _ = write_quantized(source, tmp_path, method="compressed-tensors", body=body)
@@ -112,6 +113,8 @@ def test_the_int8_graph_for_prompts_runs_in_openvino_alone(tmp_path: Path, monke
     reference, engine = OnnxRuntimeEngine(opened, capacity=CAPACITY), _engine(opened)
     assert reference._prompts is not None
     assert engine._prompts is None
+    monkeypatch.setattr(machine, "multiplies_int8_tiles", lambda: False)
+    assert _engine(opened)._prompts is not None, "without AMX, ONNX Runtime computes prompts"
     for count in (openvino.PREFILL_SIZES[0] + 131, 64, 65, 20, 16, 15, 2):
         prompt = _embeds(tmp_path / "bundle", count)
         expected, found = np.array(reference.prefill(prompt)), np.array(engine.prefill(prompt))
