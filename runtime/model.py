@@ -282,6 +282,11 @@ class InternVL:
         return ids
 
     @property
+    def rows(self) -> int:
+        """The most answers that are computed together."""
+        return self._engine.cache.rows
+
+    @property
     def context(self) -> int:
         """The most tokens that prompt and answer may have together."""
         return self.requests.capacity

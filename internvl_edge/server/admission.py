@@ -22,12 +22,13 @@ class Admission:
 
     Attributes:
         draining: whether the server is about to end and takes no more requests.
+        rows: answers that are computed together.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.draining = False
-        self._rows = settings.rows
-        self._most = settings.rows + settings.limits.queue
+        self.rows = settings.rows
+        self._queue = settings.limits.queue
         self._memory = settings.limits.memory_bytes
         self._bytes = 0
         self._running: set[anyio.CancelScope] = set()
@@ -41,8 +42,8 @@ class Admission:
     @property
     def retry_after(self) -> int:
         """Seconds until a row is likely to be free for one more request: those that wait x the mean service time."""
-        waiting = max(1, self.running - self._rows)
-        seconds = waiting * self._service_s / self._rows
+        waiting = max(1, self.running - self.rows)
+        seconds = waiting * self._service_s / self.rows
         return min(MOST_RETRY_S, max(LEAST_RETRY_S, math.ceil(round(seconds, 3))))
 
     @contextmanager
@@ -54,7 +55,7 @@ class Admission:
         """
         if self.draining:
             raise unavailable("draining", "this server is about to end; ask another one", RETRY_DRAINING_S)
-        if self.running >= self._most:
+        if self.running >= self.rows + self._queue:
             raise queue_full(
                 f"{self.running} requests are under way, as many as this server takes; ask again later",
                 self.retry_after,

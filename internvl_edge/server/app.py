@@ -20,11 +20,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.text import one_line
+from internvl_edge.runtime.model import InternVL
+from internvl_edge.runtime.request import Tiles
 
 from .access import Access
 from .body import Disconnected, read_body
 from .chat import Chat, asked_question
-from .chat_request import check_model, read_chat, read_json, refuse_unknown
+from .chat_request import ChatRequest, check_model, read_chat, read_json, refuse_unknown
 from .errors import ApiError, broken, from_edge, invalid, no_endpoint, unavailable
 from .fields import check
 from .log import AccessLog, failure
@@ -153,9 +155,7 @@ class _Endpoints:
                     count = partial(model.requests.text_tokens, values["prompt"])
                 elif "messages" in values:
                     chat = read_chat({"messages": values["messages"]}, services.settings, model.config.max_tiles)
-                    tiles = await services.images.read(chat.images, model, memory)
-                    asked = asked_question(chat, tiles)
-                    count = partial(model.prompt_tokens, asked.question, asked.images, **asked.options)
+                    count = partial(_count, model, chat, await services.images.read(chat.images, model, memory))
                 else:
                     raise invalid("prompt", "there is neither a prompt nor messages; give one of them")
                 try:
@@ -197,6 +197,11 @@ class _Endpoints:
         if model is not None:
             described["max_model_len"] = model.context
         return described
+
+
+def _count(model: InternVL, chat: ChatRequest, tiles: list[Tiles]) -> list[int]:
+    asked = asked_question(chat, tiles)
+    return model.prompt_tokens(asked.question, asked.images, **asked.options)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

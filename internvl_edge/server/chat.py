@@ -36,6 +36,7 @@ from .settings import RETRY_DRAINING_S, WAITING_S
 # Seconds that the last words of a stream may take to be sent.
 _LAST_WORDS_S = 5.0
 _MOST_NAMED_FIELDS = 20
+_DEFAULT_TOKENS = 1024
 _LOG = logging.getLogger(__name__)
 
 
@@ -167,7 +168,7 @@ class Chat:
 
     async def _vote(self, turn: _Turn, model: InternVL, asked: AskedQuestion) -> tuple[list[Reply], Vote]:
         request, response, writer = turn.request, turn.response, turn.writer
-        options = dict(asked.options) | dict(request.options)
+        options = _options(model, asked, request)
         steps = vote_steps(
             model,
             asked.question,
@@ -324,7 +325,7 @@ def _begin(model: InternVL, asked: AskedQuestion, request: ChatRequest, reader: 
     question = asked.question
     if request.reason:
         question = reasoning_question(question)
-    options = dict(asked.options) | dict(request.options)
+    options = _options(model, asked, request)
     streams = model.sample_streams(question, asked.images, request.samples, **options)
     try:
         for stream in streams:
@@ -334,6 +335,12 @@ def _begin(model: InternVL, asked: AskedQuestion, request: ChatRequest, reader: 
             stream.close()
         raise
     return streams
+
+
+def _options(model: InternVL, asked: AskedQuestion, request: ChatRequest) -> dict[str, Any]:
+    """All options of a question. Without a limit of the client's, an answer leaves half of a small context."""
+    most = min(_DEFAULT_TOKENS, max(1, model.context // 2))
+    return {"max_new_tokens": most} | dict(asked.options) | dict(request.options)
 
 
 def _is_plain(name: str) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, TextIO
 
-from internvl_edge.base.errors import EdgeError
+from internvl_edge.base.errors import EdgeError, FormError, ImageError, PromptError
 from internvl_edge.base.text import one_line
 
 _MOST_WAITING = 10_000
@@ -76,9 +76,10 @@ class ServerMessages(logging.Handler):
 def failure(error: BaseException) -> str:
     """Return an error as its type and the places in the code that it came through.
 
-    Its text may hold something of a request, so only a text of our own is shown.
+    Its text may hold something of a request, so only a text of our own that is not about requests is shown.
     """
     frames = traceback.extract_tb(error.__traceback__)[-4:]
     places = " < ".join(f"{frame.filename.rpartition('/')[2]}:{frame.lineno}" for frame in reversed(frames))
-    text = f" ({one_line(str(error), 200)})" if isinstance(error, EdgeError) else ""
+    ours = isinstance(error, EdgeError) and not isinstance(error, (PromptError, ImageError, FormError))
+    text = f" ({one_line(str(error), 200)})" if ours else ""
     return f"{type(error).__name__}{text} at {places}"

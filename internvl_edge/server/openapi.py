@@ -64,6 +64,7 @@ _MESSAGE = {
     },
 }
 _OBJECT = {"type": "object"}
+_EXAMPLE = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 16}
 
 
 def document(settings: Settings) -> dict[str, Any]:
@@ -73,7 +74,7 @@ def document(settings: Settings) -> dict[str, Any]:
     for name in ("n", "votes"):
         fields[name]["maximum"] = settings.limits.samples
     fields["model"] = {"const": settings.model}
-    chat = {"type": "object", "required": ["messages"], "properties": fields}
+    chat = {"type": "object", "required": ["messages"], "properties": fields, "examples": [_EXAMPLE]}
     tokenize = {
         "type": "object",
         "properties": {
@@ -81,6 +82,7 @@ def document(settings: Settings) -> dict[str, Any]:
             "prompt": {"type": "string"},
             "messages": {"type": "array", "minItems": 1, "items": _MESSAGE},
         },
+        "examples": [{"prompt": "Hello"}],
     }
     model = {"type": "object", "required": ["id", "object", "created", "owned_by"]}
     key: list[dict[str, Any]] = [{"key": []}] if settings.keys else []
@@ -97,7 +99,7 @@ def document(settings: Settings) -> dict[str, Any]:
         "/v1/models": {"get": _operation("List the model.", _json(_OBJECT), key)},
         "/v1/models/{model}": {
             "get": _operation("Describe the model.", _json(model), key, None, (404,))
-            | {"parameters": [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]}
+            | {"parameters": [{"name": "model", "in": "path", "required": True, "schema": {"const": settings.model}}]}
         },
         "/tokenize": {
             "post": _operation(

@@ -156,7 +156,7 @@ class EdgeServer:
         services = Services(settings, served, admission, ImageReader(settings.limits, fetcher), metrics)
         config = self._config(services)
         server = self._server = _DrainingServer(config, admission, settings.drain_s)
-        loading = asyncio.ensure_future(self._start(served, metrics, server))
+        loading = asyncio.ensure_future(self._start(served, services, server))
         try:
             await server.serve(sockets=[self._socket])
         finally:
@@ -193,13 +193,14 @@ class EdgeServer:
             ) from None
         return config
 
-    async def _start(self, served: ServedModel, metrics: Metrics, server: _DrainingServer) -> None:
+    async def _start(self, served: ServedModel, services: Services, server: _DrainingServer) -> None:
         await served.start()
         model = served.peek
         if model is None:
             server.should_exit = True
             return
-        metrics.loaded(self._settings.model, *model.runs_on, sha256(self._bundle / MANIFEST))
+        services.admission.rows = model.rows  # a GPU has one, whatever was asked for
+        services.metrics.loaded(self._settings.model, *model.runs_on, sha256(self._bundle / MANIFEST))
         self._ready(self.address)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import time
 from collections.abc import Iterator
@@ -75,6 +77,21 @@ def test_a_key_may_be_in_the_environment(bundle: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("INTERNVL_EDGE_API_KEY", "sk-a-key-for-tests")
     with serving(bundle) as (_, port):
         assert ask(port, "/v1/models").status == 401
+
+
+def test_tls(bundle: Path, tmp_path: Path) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl")
+    names = ("-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost")
+    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "key.pem", "-out", "cert.pem"]
+    subprocess.run([*made, "-days", "1", *names], cwd=tmp_path, check=True, capture_output=True)
+    with serving(bundle, "--tls-cert", tmp_path / "cert.pem", "--tls-key", tmp_path / "key.pem") as (_, port):
+        context = ssl.create_default_context(cafile=str(tmp_path / "cert.pem"))
+        connection = http.client.HTTPSConnection("localhost", port, timeout=60, context=context)
+        connection.request("GET", "/readyz")
+        assert connection.getresponse().status == 200
+        with pytest.raises((OSError, http.client.HTTPException)):
+            ask(port)
 
 
 def test_mistakes_are_one_line(bundle: Path, tmp_path: Path) -> None:

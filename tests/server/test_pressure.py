@@ -128,6 +128,25 @@ def test_a_request_has_a_deadline(bundle: Path, streamed: bool) -> None:
         server.wait_for(lambda: busy(server) == 0)
 
 
+def test_an_answer_without_a_limit_leaves_half_of_a_small_context(bundle: Path) -> None:
+    with running(bundle, load=lambda: load_demo(bundle, context=64)) as server:
+        assert server.model is not None
+        server.model._stop_ids = []
+        found = server.ask("Hello").json
+        assert found["usage"]["completion_tokens"] == 32
+        assert server.ask("Hello", max_tokens=60).status == 400
+
+
+def test_the_rows_are_those_of_the_model(bundle: Path) -> None:
+    with running(bundle, load=lambda: load_demo(bundle, rows=1), rows=4, queue=0) as server:
+        assert server.model is not None
+        server.model._stop_ids = []
+        slow_down(server.model, 0.02)
+        first = server.open("Hello", stream=True, max_tokens=30)
+        assert server.ask("Hello").status == 429
+        assert list(read_events(first))[-1] == "[DONE]"
+
+
 def test_requests_that_wait_get_their_own_answers(bundle: Path) -> None:
     asked = demo_questions()
     from helpers.servers import image_part
