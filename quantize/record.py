@@ -6,9 +6,9 @@ import math
 from dataclasses import asdict
 from pathlib import Path
 
+from internvl_edge.base.hub import hub_source
 from internvl_edge.base.run_record import run_record
 from internvl_edge.calibration.dataset import CalibrationSet
-from internvl_edge.checkpoint.hub import hub_source
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.checkpoint.record import LinearReport, QuantizationRecord, TowerReport, weight_files
 from internvl_edge.model.components import bits_per_weight

@@ -15,10 +15,10 @@ from typing import Any
 from internvl_edge.base.errors import BundleError, EdgeError
 from internvl_edge.base.files import replace_text
 from internvl_edge.base.folders import restore
+from internvl_edge.base.hub import HubSource
 from internvl_edge.base.json_files import read_object
 from internvl_edge.base.jsonable import decode, dumps, encode
 from internvl_edge.base.text import is_file_name, shown
-from internvl_edge.checkpoint.hub import HubSource
 from internvl_edge.checkpoint.layouts import linear_names
 from internvl_edge.model.components import Component
 from internvl_edge.model.config import ModelConfig

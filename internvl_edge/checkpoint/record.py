@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from internvl_edge.base.errors import CheckpointError
+from internvl_edge.base.hub import HubSource
 from internvl_edge.base.json_files import read
 from internvl_edge.base.jsonable import decode
 from internvl_edge.base.run_record import RunRecord
 from internvl_edge.model.components import Component
 from internvl_edge.model.linear import Scheme
-
-from .hub import HubSource
 
 RECORD = "quantization.json"
 # What `evaluation.report` adds to a quantized checkpoint.

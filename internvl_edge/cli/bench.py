@@ -14,6 +14,7 @@ from internvl_edge.base.files import readable_disk_errors, replacing
 from internvl_edge.base.machine import processor
 from internvl_edge.base.units import rounded, size
 from internvl_edge.runtime.bench import BenchResult, Figure, bench
+from internvl_edge.runtime.find import find_bundle
 from internvl_edge.runtime.model import MOST_ROWS
 
 from .options import chosen, engine_extra, loading_options
@@ -48,9 +49,10 @@ def command(
     plot_extra = () if plot is None else ("report",)
     require_extras("bench", *engine_extra(bundle, loading["device"], loading["engine"]), *plot_extra)
     with shown_progress(quiet) as progress:
+        folder = find_bundle(bundle, loading.pop("revision"), loading["device"])
         with progress.waiting("verifying the bundle"):
-            loading |= chosen(bundle, loading, progress)
-        report = bench(bundle, repeat=repeat, rows=rows, progress=progress, **loading)
+            loading |= chosen(folder, loading, progress)
+        report = bench(folder, repeat=repeat, rows=rows, progress=progress, **loading)
     if as_json:
         print_json(report.to_dict())
     else:
