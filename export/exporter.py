@@ -29,6 +29,7 @@ from internvl_edge.bundle.manifest import FileEntry, Manifest, SpecialTokens
 from internvl_edge.bundle.token_table import TYPES, int8_table, table_bytes
 from internvl_edge.checkpoint.chat_template import check_chat_template
 from internvl_edge.checkpoint.layouts import linear_names
+from internvl_edge.checkpoint.license import read_license
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.checkpoint.record import read_record
 from internvl_edge.checkpoint.tokenizer_files import build_tokenizer, end_tokens, token_ids
@@ -165,6 +166,7 @@ class _Export:
             components=self._components(dtype),
             quantization=self._packed.summary(),
             hub=hub or (record.hub if record else None),
+            license=read_license(self._checkpoint.folder),
         )
         manifest.write(self._folder)
 

@@ -24,7 +24,7 @@ LEVELS = (
     {"model"},
     {"checkpoint", "recipe"},
     {"bundle"},
-    {"planning"},
+    {"planning", "publishing"},
     {"calibration", "export", "runtime"},
     {"quantize"},
     {"evaluation"},

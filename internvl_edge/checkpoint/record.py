@@ -19,7 +19,7 @@ from internvl_edge.model.linear import Scheme
 
 RECORD = "quantization.json"
 # What `evaluation.report` adds to a quantized checkpoint.
-_REPORTS = ("report.json", "report.html")
+REPORTS = ("report.json", "report.html")
 
 
 @dataclass(frozen=True)
@@ -148,4 +148,4 @@ def quantized_files(checkpoint: Path) -> set[str]:
     record = read_record(checkpoint)
     if record is None:
         raise CheckpointError(f"{checkpoint} is no quantized checkpoint with a {RECORD} that fits its weights")
-    return {RECORD, *_REPORTS, "config.json", *record.weights, *record.files}
+    return {RECORD, *REPORTS, "config.json", *record.weights, *record.files}

@@ -34,6 +34,7 @@ COMMANDS = {
     "chat": "Chat with a bundle in the terminal.",
     "evaluate": "Measure the quality of a bundle's answers.",
     "bench": "Measure the speed and memory of a bundle on this machine.",
+    "push": "Put a bundle or a quantized checkpoint on the hub.",
     "demo": "Export the shipped demo model and ask it about shipped images.",
     "doctor": "Check the installation on this machine.",
 }

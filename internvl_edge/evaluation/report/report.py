@@ -8,11 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from internvl_edge.base.errors import BundleError
-from internvl_edge.base.json_files import read
-from internvl_edge.base.jsonable import decode
+from internvl_edge.bundle.bundle import read_quantization
 from internvl_edge.bundle.manifest import Manifest
-from internvl_edge.bundle.names import QUANTIZATION
 from internvl_edge.bundle.quality import Quality
 from internvl_edge.checkpoint.record import QuantizationRecord
 from internvl_edge.model.components import Component
@@ -100,7 +97,7 @@ def bundle_report(
         bytes=sum(entry.bytes for entry in manifest.files.values()),
         components=manifest.components,
         quality=quality,
-        quantization=_quantization(folder, manifest),
+        quantization=read_quantization(folder, manifest),
         comparison=comparison,
         suite=suite,
         commands=(command,) if command else (),
@@ -127,12 +124,3 @@ def checkpoint_report(folder: Path, record: QuantizationRecord, command: str = "
         quantization=record,
         commands=(command,) if command else (),
     )
-
-
-def _quantization(folder: Path, manifest: Manifest) -> QuantizationRecord | None:
-    if QUANTIZATION not in manifest.files:
-        return None
-    try:
-        return decode(QuantizationRecord, read(folder / QUANTIZATION, BundleError, "export the bundle again"))
-    except (BundleError, ValueError):  # that of another version
-        return None
