@@ -28,6 +28,7 @@ LEVELS = (
     {"calibration", "export", "runtime"},
     {"quantize"},
     {"evaluation"},
+    {"deployment"},
     {"adapters", "cli"},
 )
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

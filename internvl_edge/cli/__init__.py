@@ -30,6 +30,7 @@ COMMANDS = {
     "devices": "List the devices that plan and build support.",
     "plan": "Predict whether a model fits a device, and its speed there.",
     "build": "Build TensorRT engines from a bundle, for a device.",
+    "deploy": "Go from a checkpoint to a device in one resumable run.",
     "run": "Ask a bundle one question about images or a video.",
     "chat": "Chat with a bundle in the terminal.",
     "evaluate": "Measure the quality of a bundle's answers.",

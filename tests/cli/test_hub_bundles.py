@@ -241,7 +241,7 @@ def test_every_command_takes_a_hub_id(files: dict[str, bytes], bundle: Path, tmp
         assert_one_line(wrong, "it has no revision 'v9'")
     commands: dict[str, tuple[str, ...]] = {
         "run": ASK,
-        "bench": ("--repeat", "1", "--device", "cpu", "--engine", "onnxruntime", "--context", "600", "--json"),
+        "bench": ("--repeat", "1", "--device", "cpu", "--engine", "onnxruntime", "--json"),
         "inspect": (),
     }
     for name, options in commands.items():  # from the cache, without network
