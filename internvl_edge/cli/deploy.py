@@ -10,6 +10,7 @@ import click
 
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.extras import require_extras, requires
+from internvl_edge.base.jsonable import encode
 from internvl_edge.base.text import command_line
 from internvl_edge.base.units import duration
 from internvl_edge.planning.devices import Devices
@@ -109,7 +110,7 @@ def command(
     with shown_progress(quiet) as progress:
         done = deploy(request, progress, _silent if as_json else _say)
     if as_json:
-        print_json(done)
+        print_json({**encode(done), "folder": str(done.folder), "bundle": str(done.bundle)})
         return
     click.echo(f"{done.folder}: done in {duration(done.seconds)}")
     _say_next(done)
@@ -122,7 +123,7 @@ def _silent(number: int, stage: Stage) -> None:
 def _say(number: int, stage: Stage) -> None:
     from internvl_edge.deployment import DEPLOY_PHASES
 
-    took = "done before" if stage.kept else duration(stage.seconds)
+    took = "done before" if stage.kept else duration(stage.seconds) if stage.seconds >= 0.01 else "at once"
     click.echo(f"[{number} of {DEPLOY_PHASES}] {stage.name}: {stage.text} ({took})")
     sys.stdout.flush()
 

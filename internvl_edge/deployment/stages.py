@@ -30,7 +30,7 @@ from internvl_edge.bundle.manifest import is_bundle
 from internvl_edge.bundle.quality_record import quality_of, record_quality
 from internvl_edge.calibration import DataOptions, choose_compute
 from internvl_edge.calibration.pipeline import partial_path
-from internvl_edge.calibration.work import checkpoint_identity
+from internvl_edge.calibration.work import checkpoint_identity, discard
 from internvl_edge.checkpoint.config_reader import read_config
 from internvl_edge.checkpoint.hub import resolve_checkpoint, resolve_configuration
 from internvl_edge.checkpoint.record import read_record
@@ -166,7 +166,7 @@ class _Run:
             else:
                 others = {} if self.target.device is None else self._others()
                 chosen = choose(self._config, self.target, storages, self.request.context, others)
-                self.state.begin("plan", inputs, "")
+                self.state.begin("plan", inputs, "planned")
                 self.state.end("plan", "planned", time.perf_counter() - began, encode(chosen))
                 self.choice = chosen
         usable = "" if self.target.usable_memory is None else f" of {size(self.target.usable_memory)}"
@@ -200,7 +200,7 @@ class _Run:
             entry = self.state.done("quantize", inputs, self._made_checkpoint)
             if entry is None:
                 continued = self.state.begin("quantize", inputs, self._made_checkpoint())
-                made = quantize_checkpoint(
+                quantize_checkpoint(
                     source,
                     self._checkpoint,
                     recipe,
@@ -210,12 +210,14 @@ class _Run:
                     force=True,
                     progress=self.progress,
                 )
-                write_report(checkpoint_report(made.folder, made.record, self.request.command), made.folder)
+            _tidy(self._checkpoint)
+            record = read_record(self._checkpoint)
+            assert record is not None
+            if entry is None or not entry.made:
+                write_report(checkpoint_report(self._checkpoint, record, self.request.command), self._checkpoint)
                 self.state.end("quantize", self._made_checkpoint(), time.perf_counter() - began)
             self._require_fitting()
-        record = read_record(self._checkpoint)
-        weights = size(sum(record.weights.values())) if record else ""
-        self._say(f"{self.request.output / 'checkpoint'}, {weights}", began, entry)
+        self._say(f"{self.request.output / 'checkpoint'}, {size(sum(record.weights.values()))}", began, entry)
 
     def export(self) -> None:
         """Make DIR/bundle, with the decoder graph that the target needs."""
@@ -240,6 +242,8 @@ class _Run:
                     force=True,
                     progress=self.progress,
                 )
+            _tidy(self._bundle)
+            if entry is None or not entry.made:
                 self.state.end("export", self._made_bundle(), time.perf_counter() - began)
         total = sum(file.bytes for file in Bundle.open(self._bundle).manifest.files.values())
         self._say(f"{self.request.output / 'bundle'}, {size(total)}", began, entry)
@@ -267,6 +271,7 @@ class _Run:
                 report = bundle_report(self._bundle, result.quality, result.comparison, command=self.request.command)
                 write_report(report, report_folder(self._bundle))
                 record_quality(self._bundle, result.quality)
+            if entry is None or not entry.made:
                 self.state.end("evaluate", self._measured(), time.perf_counter() - began)
         quality = quality_of(Bundle.open(self._bundle).manifest)
         self._say(
@@ -379,6 +384,13 @@ class _Run:
 def _storage(recipe: Recipe) -> Storage:
     """Return what a recipe makes; of one that decides layer by layer, what its own scheme would."""
     return recipe_storage(replace(recipe, layers=(), automatic=None))
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what a process that was killed after a folder appeared has left beside it."""
+    with writing(folder):
+        if partial_path(folder).exists():
+            discard(partial_path(folder))
 
 
 def _described(folder: Path) -> str:

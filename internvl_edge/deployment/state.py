@@ -95,7 +95,9 @@ class StateFile:
         self._write()
 
     def done(self, name: str, inputs: Mapping[str, Any], present: Callable[[], str]) -> StageEntry | None:
-        """Return the entry of a stage that is done, None where it has to be done.
+        """Return the entry of a stage that need not be done again, None where it has to be done.
+
+        Its `made` is "" where the process was killed after the result appeared whole, and before it was noted.
 
         Args:
             name: of the stage.
@@ -108,9 +110,7 @@ class StateFile:
         identity = present()
         if entry.made:
             return entry if identity == entry.made else None
-        if identity and identity != entry.before:  # it appeared whole, and the process was killed before the note
-            return self.end(name, identity, entry.seconds)
-        return None
+        return entry if identity and identity != entry.before else None
 
     def begin(self, name: str, inputs: Mapping[str, Any], before: str) -> bool:
         """Note that a stage begins, and what is in the place of its result; later stages have to be done again.

@@ -11,7 +11,7 @@ from pathlib import Path
 from internvl_edge.bundle.bundle import read_quantization
 from internvl_edge.bundle.manifest import Manifest
 from internvl_edge.bundle.quality import Quality
-from internvl_edge.checkpoint.record import QuantizationRecord
+from internvl_edge.checkpoint.record import REPORTS, QuantizationRecord
 from internvl_edge.model.components import Component
 from internvl_edge.model.description import describe
 
@@ -31,7 +31,7 @@ class Report:
         source: name of what it was made from.
         architecture: what the model is, (label, text) rows.
         quantized: whether it has fewer bits than floats anywhere.
-        bytes: all files together.
+        bytes: all files together, without reports.
         components: sizes of its parts.
         quality: of a bundle: its figures and its gate.
         quantization: how it was quantized.
@@ -119,7 +119,7 @@ def checkpoint_report(folder: Path, record: QuantizationRecord, command: str = "
         source=record.checkpoint,
         architecture=describe(made.config, "int8" if made.kv_scales else made.float_type()[0]),
         quantized=True,
-        bytes=sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
+        bytes=sum(path.stat().st_size for path in folder.iterdir() if path.is_file() and path.name not in REPORTS),
         components=record.components,
         quantization=record,
         commands=(command,) if command else (),
