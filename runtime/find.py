@@ -13,18 +13,19 @@ from internvl_edge.bundle.names import ENGINE_RECORD, ENGINES
 def find_bundle(name: str | Path, revision: str | None = None, device: str = "auto") -> Path:
     """Return the folder of a bundle. A hub id is downloaded into the cache of the hub's client, or found there.
 
-    A local folder of this name comes first, and never causes network access. Of the engines in a repository, only those
-    are downloaded that the present GPU and the installed TensorRT can run.
+    A local folder of this name comes first, and never causes network access. Engines are programs that nobody verifies
+    against the manifest. They are downloaded only for the device "tensorrt", and of these only those that the present
+    GPU and the installed TensorRT can run.
 
     Args:
         name: a folder, or a hub id such as "OWNER/NAME".
         revision: branch, tag or commit of a hub id; the default is its main branch.
-        device: as `InternVL.load`; "cpu" and "cuda" need no engines.
+        device: as `InternVL.load`.
 
     Raises:
         BundleError: as `bundle.hub.resolve_bundle`.
     """
-    found = None if Path(name).exists() or device not in ("auto", "tensorrt") else _present_gpu()
+    found = None if Path(name).exists() or device != "tensorrt" else _present_gpu()
     return resolve_bundle(name, revision, None if found is None else partial(_engine_files, sm=found))
 
 

@@ -133,15 +133,16 @@ def test_engines_are_those_that_this_machine_can_run(hub: FakeHub, monkeypatch: 
 
     monkeypatch.setattr(find, "_present_gpu", lambda: 89)
     monkeypatch.setattr(find, "_engine_files", fitting)
-    folder = find_bundle(REPOSITORY)
+    folder = find_bundle(REPOSITORY, device="tensorrt")
     records = {"engines/orin/engine.json", "engines/rtx/engine.json"}
     assert asked == [(89, {"manifest.json", *records})]
     assert {name for name in fetched(folder) if name.startswith("engines")} == {*records, "engines/rtx/decoder.engine"}
 
 
-def test_a_cpu_asks_for_no_engines(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda"])
+def test_engines_of_others_are_not_fetched_unasked(hub: FakeHub, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     monkeypatch.setattr(find, "_present_gpu", lambda: 89)
-    folder = find_bundle(REPOSITORY, device="cpu")
+    folder = find_bundle(REPOSITORY, device=device)
     assert not any(name.startswith("engines") for name in fetched(folder))
 
 
