@@ -18,6 +18,7 @@ from internvl_edge import __version__
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.files import readable_disk_errors, require_space
 from internvl_edge.base.folders import new_folder
+from internvl_edge.base.hub import hub_source
 from internvl_edge.base.jsonable import dumps
 from internvl_edge.base.progress import Advance, Progress, as_progress
 from internvl_edge.base.replaceable import require_replaceable
@@ -27,8 +28,8 @@ from internvl_edge.bundle.contents import bundle_files
 from internvl_edge.bundle.manifest import FileEntry, Manifest, SpecialTokens
 from internvl_edge.bundle.token_table import TYPES, int8_table, table_bytes
 from internvl_edge.checkpoint.chat_template import check_chat_template
-from internvl_edge.checkpoint.hub import hub_source
 from internvl_edge.checkpoint.layouts import linear_names
+from internvl_edge.checkpoint.license import read_license
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.checkpoint.record import read_record
 from internvl_edge.checkpoint.tokenizer_files import build_tokenizer, end_tokens, token_ids
@@ -165,6 +166,7 @@ class _Export:
             components=self._components(dtype),
             quantization=self._packed.summary(packing.method) if packing else None,
             hub=hub or (record.hub if record else None),
+            license=read_license(self._checkpoint.folder),
         )
         manifest.write(self._folder)
 

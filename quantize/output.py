@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from internvl_edge.checkpoint import layouts
 from internvl_edge.checkpoint.codecs import autoawq, compressed_tensors
 from internvl_edge.checkpoint.json_files import read_json
+from internvl_edge.checkpoint.license import CARD
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.checkpoint.tensor_files import OutTensor, numpy_dtype, open_tensor_files
 from internvl_edge.model.config import DecoderConfig
@@ -98,10 +99,11 @@ class OutputLayout:
     def copy_side_files(self, folder: Path) -> None:
         """Copy tokenizer, generation, processor and code files unread.
 
-        Other programs need them. Pickles are not copied.
+        Other programs need them. Pickles are not copied, and the original's card is about another model.
         """
         for path in sorted(self._checkpoint.folder.iterdir()):
-            skipped = path.suffix in _LEFT_OUT or path.name.endswith(".index.json") or path.name == "config.json"
+            written = path.name in ("config.json", CARD) or path.name.endswith(".index.json")
+            skipped = path.suffix in _LEFT_OUT or written
             if path.is_file() and not skipped and not path.name.startswith("."):
                 shutil.copyfile(path, folder / path.name)
 

@@ -33,9 +33,11 @@ from internvl_edge.calibration.pipeline import (
 )
 from internvl_edge.calibration.tower import Replacements, no_replacements
 from internvl_edge.calibration.work import CONTINUES, OUT, WorkFolder, checkpoint_identity, discard
+from internvl_edge.checkpoint.license import CARD, read_license
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.checkpoint.record import RECORD, LinearReport, QuantizationRecord, quantized_files
 from internvl_edge.checkpoint.tensor_files import OutTensor, open_tensor_files, write_file, write_shards
+from internvl_edge.publishing.card import checkpoint_card
 from internvl_edge.recipe.recipe import Recipe
 
 from .automatic import DIVERGENCE_PHASES, average_bits, measure_divergences, plan_by_divergence, predicted_divergence
@@ -232,6 +234,7 @@ class _Run:
             time.perf_counter() - self._started,
         )
         replace_text(folder / RECORD, dumps(record))
+        (folder / CARD).write_text(checkpoint_card(record, read_license(self._checkpoint.folder)), encoding="utf-8")
         return folder, QuantizationReport(folder, self._recipe, total, record, self._divergences, self._vision)
 
     def _quantize_vision(self, calibration: CalibrationSet) -> Replacements:

@@ -6,9 +6,10 @@ import math
 from dataclasses import asdict
 from pathlib import Path
 
+from internvl_edge.base.hub import hub_source
 from internvl_edge.base.run_record import run_record
 from internvl_edge.calibration.dataset import CalibrationSet
-from internvl_edge.checkpoint.hub import hub_source
+from internvl_edge.checkpoint.license import CARD
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.checkpoint.record import LinearReport, QuantizationRecord, TowerReport, weight_files
 from internvl_edge.model.components import bits_per_weight
@@ -58,7 +59,7 @@ def quantization_record(
         bits_per_weight=average_bits,
         predicted_kl=predicted_kl,
         run=run_record(seconds),
-        files=tuple(sorted(path.name for path in made.folder.iterdir() if path.suffix != ".safetensors")),
+        files=tuple(sorted({CARD, *(path.name for path in made.folder.iterdir() if path.suffix != ".safetensors")})),
         hub=hub,
     )
 

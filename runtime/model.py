@@ -28,6 +28,7 @@ from internvl_edge.model.tokenizer import Tokenizer
 from .decoding import Decoding
 from .engines import Engine
 from .engines.device import DEVICES, DeviceChoice, choose_device, load_engine
+from .find import find_bundle
 from .grammar import Constrained, ForcedTokens, Grammars
 from .image_cache import ImageCache, pixel_key
 from .logprobs import LogprobRecorder, TokenLogprob, recorded
@@ -102,12 +103,13 @@ class InternVL:
         exact: bool = False,
         most_waiting: int = MOST_WAITING,
         prompts_first: bool = False,
+        revision: str | None = None,
         progress: bool | Progress = False,
     ) -> InternVL:
         """Open, verify and load a bundle.
 
         Args:
-            folder: the bundle.
+            folder: the bundle: a folder, or a hub id, which is downloaded (see `find_bundle`).
             device: "cpu", "cuda" (ONNX Runtime, for bundles that compute in float16), "tensorrt" (engines that `build`
                 made), or "auto": the first of "tensorrt", "cuda" and "cpu" that can run this bundle here (see
                 `choose_device`, which says why).
@@ -128,10 +130,11 @@ class InternVL:
             prompts_first: with several rows, read images and prompts of waiting questions before answers under way go
                 on. This gives the most answers in an hour, but those under way stand still meanwhile. The answers are
                 the same.
+            revision: branch, tag or commit of a hub id; the default is its main branch.
             progress: show on standard error how TensorRT warms up, which compiles kernels in the first start.
 
         Raises:
-            BundleError: the bundle is damaged or too new.
+            BundleError: the bundle is damaged or too new, or its hub id cannot be downloaded.
             EngineError: the device is not available, cannot run the bundle, or does not use one of the arguments; or
                 the context is more than the model can use.
 
@@ -148,14 +151,14 @@ class InternVL:
         most = max(64, 4 * machine.cores())
         if threads is not None and not 1 <= threads <= most:
             raise EngineError(f"threads is {threads}, expected 1 to {most}; this machine has {machine.cores()} cores")
-        opened = Bundle.open(Path(folder))
+        opened = Bundle.open(find_bundle(folder, revision, device))
         choice = None
         if device == "auto":
             choice = choose_device(
                 opened, engine=engine, dialect=dialect, context=context, threads=threads, exact=exact
             )
             device = choice.device
-        if warning := quality_warning(Path(folder), opened.manifest):
+        if warning := quality_warning(opened.folder, opened.manifest):
             warnings.warn(warning, QualityWarning, stacklevel=2)
         loaded = load_engine(
             opened, device, engine, dialect, context, rows, threads=threads, exact=exact, progress=as_progress(progress)
@@ -319,11 +322,6 @@ class InternVL:
         """
         self._scheduler.forget()
         return self._engine
-
-    @property
-    def rows(self) -> int:
-        """The most answers that are computed together."""
-        return self._engine.cache.rows
 
     def trace(
         self, question: Text, images: Images = (), answer: Sequence[int] | None = None, **options: Unpack[ChatOptions]

@@ -24,10 +24,11 @@ LEVELS = (
     {"model"},
     {"checkpoint", "recipe"},
     {"bundle"},
-    {"planning"},
+    {"planning", "publishing"},
     {"calibration", "export", "runtime"},
     {"batch", "compiler", "quantize", "server"},
     {"evaluation"},
+    {"deployment"},
     {"adapters", "cli"},
 )
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

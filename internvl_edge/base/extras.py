@@ -14,6 +14,7 @@ _MODULES = {
     "cpu": ("onnxruntime",),
     "gpu": ("onnxruntime",),
     "openvino": ("onnxruntime", "openvino"),
+    "hub": ("huggingface_hub",),
     "export": _EXPORT,
     "quantize": (*_EXPORT, "torch"),
     "parquet": ("pyarrow",),

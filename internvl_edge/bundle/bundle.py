@@ -16,11 +16,13 @@ from pathlib import Path
 
 from internvl_edge.base.errors import BundleError
 from internvl_edge.base.files import replace_text
-from internvl_edge.base.json_files import read_object
+from internvl_edge.base.json_files import read, read_object
+from internvl_edge.base.jsonable import decode
 from internvl_edge.base.user_folders import cache_folder
+from internvl_edge.checkpoint.record import QuantizationRecord
 
 from .manifest import Manifest
-from .names import EMBEDDINGS
+from .names import EMBEDDINGS, QUANTIZATION
 from .token_table import TokenTable
 
 
@@ -58,6 +60,16 @@ class Bundle:
         decoder = self.manifest.model.decoder
         shape = (decoder.vocab_size, decoder.hidden_size)
         return TokenTable(self.path(EMBEDDINGS), self.manifest.token_table, shape)
+
+
+def read_quantization(folder: Path, manifest: Manifest) -> QuantizationRecord | None:
+    """Return the record of how a bundle's checkpoint was quantized; None without one that this version reads."""
+    if QUANTIZATION not in manifest.files:
+        return None
+    try:
+        return decode(QuantizationRecord, read(folder / QUANTIZATION, BundleError, "export the bundle again"))
+    except (BundleError, ValueError):
+        return None
 
 
 def sha256(path: Path) -> str:

@@ -15,11 +15,12 @@ from typing import Any
 from internvl_edge.base.errors import BundleError, EdgeError
 from internvl_edge.base.files import replace_text
 from internvl_edge.base.folders import restore
+from internvl_edge.base.hub import HubSource
 from internvl_edge.base.json_files import read_object
 from internvl_edge.base.jsonable import decode, dumps, encode
 from internvl_edge.base.text import is_file_name, shown
-from internvl_edge.checkpoint.hub import HubSource
 from internvl_edge.checkpoint.layouts import linear_names
+from internvl_edge.checkpoint.license import License
 from internvl_edge.model.components import Component
 from internvl_edge.model.config import ModelConfig
 from internvl_edge.model.limits import require_possible
@@ -89,6 +90,7 @@ class Manifest:
         files: all files by name.
         quality: the results of evaluation; None where the bundle was not evaluated.
         hub: where the checkpoint came from; of a quantized one, where its original did. None where nobody knows.
+        license: that of the checkpoint, as its card names it. None where nobody knows.
     """
 
     producer: str
@@ -106,6 +108,7 @@ class Manifest:
     quantization: DecoderQuantization | None = None
     quality: Quality | None = None
     hub: HubSource | None = None
+    license: License | None = None
 
     @property
     def fingerprint(self) -> str:

@@ -10,17 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from internvl_edge.base.errors import CheckpointError
+from internvl_edge.base.hub import HubSource
 from internvl_edge.base.json_files import read
 from internvl_edge.base.jsonable import decode
 from internvl_edge.base.run_record import RunRecord
 from internvl_edge.model.components import Component
 from internvl_edge.model.linear import Scheme
 
-from .hub import HubSource
-
 RECORD = "quantization.json"
 # What `evaluation.report` adds to a quantized checkpoint.
-_REPORTS = ("report.json", "report.html")
+REPORTS = ("report.json", "report.html")
 
 
 @dataclass(frozen=True)
@@ -149,4 +148,4 @@ def quantized_files(checkpoint: Path) -> set[str]:
     record = read_record(checkpoint)
     if record is None:
         raise CheckpointError(f"{checkpoint} is no quantized checkpoint with a {RECORD} that fits its weights")
-    return {RECORD, *_REPORTS, "config.json", *record.weights, *record.files}
+    return {RECORD, *REPORTS, "config.json", *record.weights, *record.files}

@@ -31,6 +31,7 @@ COMMANDS = {
     "devices": "List the devices that plan and build support.",
     "plan": "Predict whether a model fits a device, and its speed there.",
     "build": "Build TensorRT engines from a bundle, for a device.",
+    "deploy": "Go from a checkpoint to a device in one resumable run.",
     "run": "Ask a bundle one question about images or a video.",
     "chat": "Chat with a bundle in the terminal.",
     "batch": "Ask a bundle about every image of a folder or row of a table.",
@@ -38,6 +39,7 @@ COMMANDS = {
     "evaluate": "Measure the quality of a bundle's answers.",
     "report": "Show bundles beside each other: size, quality, speed.",
     "bench": "Measure the speed and memory of a bundle on this machine.",
+    "push": "Put a bundle or a quantized checkpoint on the hub.",
     "demo": "Export the shipped demo model and ask it about shipped images.",
     "doctor": "Check the installation on this machine.",
 }

@@ -22,6 +22,7 @@ from internvl_edge.batch.journal import answering_record, open_journal
 from internvl_edge.batch.output import require_parquet, write_jsonl, write_parquet
 from internvl_edge.batch.run import Summary, run
 from internvl_edge.bundle.manifest import Manifest
+from internvl_edge.runtime.find import find_bundle
 from internvl_edge.runtime.model import MOST_ROWS
 
 from .options import (
@@ -106,6 +107,8 @@ def command(
     if output.suffix.lower() == ".parquet":
         require_parquet()
     ask = _ask(prompt, values)
+    bundle = find_bundle(bundle, values["revision"], values["device"])
+    values["revision"] = None  # it is found
     with shown_progress(quiet) as progress:
         progress.expect(2)
         with progress.waiting(f"reading {inputs[0]}"):

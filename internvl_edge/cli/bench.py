@@ -16,6 +16,7 @@ from internvl_edge.base.units import rounded, size
 from internvl_edge.bundle.manifest import Manifest
 from internvl_edge.bundle.quality_record import quality_of
 from internvl_edge.runtime.bench import BenchResult, Figure, bench
+from internvl_edge.runtime.find import find_bundle
 from internvl_edge.runtime.model import MOST_ROWS
 
 from .options import chosen, engine_extra, loading_options
@@ -63,9 +64,10 @@ def command(
     plot_extra = () if plot is None else ("report",)
     require_extras("bench", *engine_extra(bundle, loading["device"], loading["engine"]), *plot_extra)
     with shown_progress(quiet) as progress:
+        folder = find_bundle(bundle, loading.pop("revision"), loading["device"])
         with progress.waiting("verifying the bundle"):
-            loading |= chosen(bundle, loading, progress)
-        report = bench(bundle, repeat=repeat, rows=rows, progress=progress, **loading)
+            loading |= chosen(folder, loading, progress)
+        report = bench(folder, repeat=repeat, rows=rows, progress=progress, **loading)
     if as_json:
         print_json(report.to_dict())
     else:
@@ -73,11 +75,14 @@ def command(
     if plot is not None:
         _plot(report, plot)
     if into_report:
-        _write_into_report(bundle, report)
+        _write_into_report(bundle, folder, report)
 
 
-def _write_into_report(bundle: Path, speed: BenchResult) -> None:
-    """Complete the report of the bundle. This is imported last: its memory would count in the peak RSS of the run."""
+def _write_into_report(given: Path, bundle: Path, speed: BenchResult) -> None:
+    """Complete the report of a bundle, which was given as a folder or a hub id.
+
+    This is imported last: its memory would count in the peak RSS of the run.
+    """
     from internvl_edge.evaluation.report import (
         bundle_report,
         read_report,
@@ -86,7 +91,7 @@ def _write_into_report(bundle: Path, speed: BenchResult) -> None:
         write_report,
     )
 
-    folder = report_folder(bundle)
+    folder = report_folder(given)
     require_own_report(folder)
     quality = quality_of(Manifest.read(bundle))
     found = bundle_report(bundle, quality, speed=speed, command=typed_command())

@@ -9,10 +9,12 @@ import click
 
 from internvl_edge.base.units import size
 from internvl_edge.bundle.bundle import Bundle
+from internvl_edge.bundle.hub import resolve_bundle
 from internvl_edge.planning.devices import Devices
 from internvl_edge.runtime.engines.tensorrt.record import EngineRecord, engine_folder
 
 from . import completion
+from .checkpoint_options import revision_option
 from .output import print_json, quiet_option, shown_progress
 
 
@@ -27,6 +29,7 @@ from .output import print_json, quiet_option, shown_progress
     help="Device to build engines for: a name from `internvl-edge devices`, or rtx, which builds one file for RTX "
     "cards.",
 )
+@revision_option
 @click.option("--devices", "table", type=click.Path(path_type=Path), help="A TOML file with more devices.")
 @click.option(
     "--dtype",
@@ -65,6 +68,7 @@ from .output import print_json, quiet_option, shown_progress
 def command(
     bundle: Path,
     name: str,
+    revision: str | None,
     table: Path | None,
     dtype: str | None,
     check: bool,
@@ -73,14 +77,14 @@ def command(
     quiet: bool,
     **sizes: int | None,
 ) -> None:
-    """Build TensorRT engines from BUNDLE for a device, into BUNDLE/engines/DEVICE.
+    """Build TensorRT engines from BUNDLE (a folder or a hub id) for a device, into BUNDLE/engines/DEVICE.
 
     Engines for RTX cards can be built on a machine without a GPU. Engines for a Jetson must be built on that device.
     """
     target = Devices(table).target(name)
     from internvl_edge.compiler.bundle_engines import build_engines, notes, options_for
 
-    opened = Bundle.open(bundle)
+    opened = Bundle.open(resolve_bundle(bundle, revision))
     options = options_for(target, dtype, opened=opened, **sizes)
     with shown_progress(quiet) as progress:
         record, built = build_engines(opened, target, options, force=force, progress=progress, check=check)

@@ -1,4 +1,4 @@
-"""The option of every command that takes a checkpoint: which version of it, where it is on the hub."""
+"""The option of every command that takes a checkpoint or a bundle: which version of it, where it is on the hub."""
 
 from __future__ import annotations
 

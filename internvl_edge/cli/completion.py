@@ -48,6 +48,11 @@ def targets(context: click.Context, parameter: click.Parameter, start: str) -> l
     return _items([*_devices(context).groups, *_devices(context).all], start)
 
 
+def deployment_targets(context: click.Context, parameter: click.Parameter, start: str) -> list[CompletionItem]:
+    """Complete what `deploy` deploys on: a CPU, groups of devices, and devices."""
+    return _items(["cpu", *_devices(context).groups, *_devices(context).all], start)
+
+
 def _devices(context: click.Context) -> Devices:
     from internvl_edge.planning.devices import DeviceError, Devices
 

@@ -1,4 +1,4 @@
-"""Options that `calibrate` and `quantize` share: the calibration data, and the device and dtype of the computation."""
+"""Options of `calibrate`, `quantize` and `deploy`: the calibration data, and the device and dtype to compute in."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 MOST_SAMPLES = 1_000_000
 Command = Callable[..., Any]
 
-_OPTIONS = (
+_SAMPLES = (
     click.option(
         "--data",
         type=click.Path(path_type=Path),
@@ -54,6 +54,8 @@ _OPTIONS = (
         show_default=True,
         help="Number of broken items that are skipped; one more is an error.",
     ),
+)
+_RUN = (
     click.option(
         "--device",
         default="auto",
@@ -86,8 +88,15 @@ def wait_politely() -> None:
 
 
 def calibration_options(command: Command) -> Command:
-    """Adds --data, --samples, --seed, --max-tiles, --max-broken, --device, --dtype, --restart, --force."""
-    for option in reversed(_OPTIONS):
+    """Add --data, --samples, --seed, --max-tiles, --max-broken, --device, --dtype, --restart, --force."""
+    for option in reversed((*_SAMPLES, *_RUN)):
+        command = option(command)
+    return command
+
+
+def sample_options(command: Command) -> Command:
+    """Add --data, --samples, --seed, --max-tiles and --max-broken, which say what the calibration data are."""
+    for option in reversed(_SAMPLES):
         command = option(command)
     return command
 

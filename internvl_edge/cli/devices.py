@@ -40,5 +40,6 @@ def command(table: Path | None, as_json: bool) -> None:
     )
     for name, members in devices.families.items():
         click.echo(f"plan --device {name}: {len(members)} devices, {members[0]} to {members[-1]}")
+    click.echo("deploy --device cpu: a CPU with the memory of this machine")
     for group in devices.groups.values():
         click.echo(f"build --device {group.name}: {group.title} ({', '.join(group.compute_capabilities)})")

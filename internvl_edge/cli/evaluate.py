@@ -14,12 +14,14 @@ import click
 
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.extras import require_extras
+from internvl_edge.base.hub import hub_source
 from internvl_edge.bundle.gate import METRICS
 from internvl_edge.bundle.manifest import is_bundle
 from internvl_edge.bundle.quality_record import accept_quality, record_quality
-from internvl_edge.evaluation import SUITES, EvaluationSettings, evaluate
+from internvl_edge.evaluation import SUITES, EvaluationResult, EvaluationSettings, evaluate
 from internvl_edge.evaluation.report import bundle_report, read_report, report_folder, require_own_report, write_report
 from internvl_edge.model.preprocess import MAX_TILES
+from internvl_edge.runtime.find import find_bundle
 
 from . import completion
 from .data_options import MOST_SAMPLES
@@ -41,7 +43,7 @@ from .output import (
 @click.command("evaluate", epilog=f"Metrics of --fail-if: {', '.join(METRICS)}.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--reference", type=click.Path(), help="Checkpoint (folder or hub id) or bundle to compare with.")
-@click.option("--revision", help="Branch, tag or commit of a hub id in --reference.  [default: main]")
+@click.option("--reference-revision", help="Branch, tag or commit of a hub id in --reference.  [default: main]")
 @click.option(
     "--suite", type=click.Choice(list(SUITES)), help="Suite of questions with known answers; exact answers are counted."
 )
@@ -117,7 +119,11 @@ def command(
     are stored in the bundle's manifest and in a report. ONNX Runtime computes them unless --engine or --device says
     otherwise.
     """
+    found = find_bundle(bundle, values.pop("revision"), values["device"])
+    if hub_source(found):  # the cache holds what the hub has, and nothing that was measured here
+        record = _unrecorded(bundle, record, accept)
     folder = None if no_report else report or report_folder(bundle)
+    bundle = found
     values["replace_recorded"] |= not record
     settings = EvaluationSettings(bundle, shown=6 if folder else 0, **values)
     if settings.reference is None and settings.suite is None and accept is not None:
@@ -139,18 +145,34 @@ def command(
         print_json({**evaluation_values(result), "report": folder and str(folder)})
     else:
         print_table(evaluation_rows(result))
+    _say_conditions(result)
+    if record:
+        record_quality(bundle, quality)
+    if folder:
+        made = bundle_report(bundle, quality, result.comparison, result.suite, command=typed_command())
+        say_written(write_report(made.completed_by(read_report(folder)), folder))
+    return 1 if result.failed else 0
+
+
+def _unrecorded(bundle: Path, record: bool, accept: str | None) -> bool:
+    """Return that nothing is recorded in a bundle of the hub's cache; refuse what only a record is for."""
+    if accept is not None:
+        raise EdgeError(
+            f"--accept is stored in the bundle, and {bundle} is in the hub's cache; give a folder of your own"
+        )
+    if record:
+        click.echo(f"{bundle} is in the hub's cache, so the figures are not recorded in it", err=True)
+    return False
+
+
+def _say_conditions(result: EvaluationResult) -> None:
+    """Say on standard error which conditions are others than before, and which ones failed."""
     for earlier, newer in result.replaced:
         click.echo(f"condition {earlier} of an earlier run is replaced by {newer}", err=True)
     for condition in result.dropped:
         click.echo(f"condition {condition} of an earlier run is dropped: this run did not measure its figure", err=True)
     for verdict in result.failed:
         click.echo(f"failed: {verdict}", err=True)
-    if record:
-        record_quality(bundle, quality)
-    if folder:
-        found = bundle_report(bundle, quality, result.comparison, result.suite, command=typed_command())
-        say_written(write_report(found.completed_by(read_report(folder)), folder))
-    return 1 if result.failed else 0
 
 
 def _extras(settings: EvaluationSettings) -> list[str]:

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import click
 
 from internvl_edge.base.errors import EngineError
+from internvl_edge.base.hub import hub_source
 from internvl_edge.base.units import size
 from internvl_edge.bundle.bundle import Bundle
-from internvl_edge.bundle.manifest import Manifest, is_bundle
+from internvl_edge.bundle.hub import bundle_description, resolve_bundle
+from internvl_edge.bundle.manifest import Manifest
 from internvl_edge.bundle.quality import figure_rows
 from internvl_edge.bundle.quality_record import quality_of
-from internvl_edge.checkpoint.hub import hub_source, refuse_revision, resolve_checkpoint
+from internvl_edge.checkpoint.hub import resolve_checkpoint
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.checkpoint.record import read_record
 from internvl_edge.model.components import weights_text
@@ -35,10 +36,9 @@ _TOWER = ("vision.", "projector.")
 @revision_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(path: str, revision: str | None, as_json: bool) -> None:
-    """Show what PATH is: a checkpoint folder, a hub id or a bundle. Everything in it is checked."""
-    if is_bundle(Path(path)):
-        refuse_revision(path, revision)
-        opened = Bundle.open(Path(path))
+    """Show what PATH is: a checkpoint or a bundle, a folder or a hub id. Everything in it is checked."""
+    if bundle_description(path, revision):
+        opened = Bundle.open(resolve_bundle(path, revision))
         values, rows = _bundle_values(opened), _bundle_rows(opened)
         config, cache = opened.manifest.model, opened.manifest.kv_cache or opened.manifest.activations
     else:

@@ -22,15 +22,19 @@ from internvl_edge.bundle.names import ENGINES as ENGINE_FOLDERS
 from internvl_edge.model.context import DEFAULT_CONTEXT
 from internvl_edge.runtime.answer_format import MOST_BYTES, AnswerFormat
 from internvl_edge.runtime.engines.choice import ENGINES, choose
-from internvl_edge.runtime.engines.device import DEVICES, choose_device
+from internvl_edge.runtime.engines.device import DEVICES, choose_device, has_tensorrt
+from internvl_edge.runtime.find import find_bundle
 from internvl_edge.runtime.model import InternVL
 from internvl_edge.runtime.options import ChatOptions
 from internvl_edge.runtime.voting import MOST_VOTES
 
+from .checkpoint_options import revision_option
+
 Command = Callable[..., Any]
-LOADING_NAMES = ("device", "engine", "dialect", "context", "threads", "exact")
+LOADING_NAMES = ("revision", "device", "engine", "dialect", "context", "threads", "exact")
 
 _LOADING = (
+    revision_option,
     click.option(
         "--device",
         type=click.Choice(DEVICES),
@@ -188,7 +192,7 @@ _FORM = (
 
 
 def loading_options(command: Command) -> Command:
-    """Add --device, --engine, --dialect, --context, --threads and --exact to a command."""
+    """Add --revision, --device, --engine, --dialect, --context, --threads and --exact to a command."""
     return _apply(_LOADING, command)
 
 
@@ -230,8 +234,12 @@ def is_given(name: str) -> bool:
 
 
 def load_model(folder: Path, values: dict[str, Any], progress: Progress, rows: int = 1, **scheduling: Any) -> InternVL:
-    """Load a bundle as the options say. This removes the loading options from `values`. On a GPU there is one row."""
+    """Load a bundle, a folder or a hub id, as the options say. On a GPU there is one row.
+
+    This removes the loading options from `values`.
+    """
     options = {name: values.pop(name) for name in LOADING_NAMES}
+    folder = find_bundle(folder, options.pop("revision"), options["device"])
     with progress.phase(f"loading {folder}"):
         options |= chosen(folder, options, progress)
         rows = rows if options["device"] == "cpu" else 1
@@ -239,8 +247,12 @@ def load_model(folder: Path, values: dict[str, Any], progress: Progress, rows: i
 
 
 def engine_extra(folder: Path, device: str, engine: str) -> tuple[str, ...]:
-    """Return the extra that runs a bundle on a device; where TensorRT may run it, it says itself what it needs."""
-    if device == "tensorrt" or (device == engine == "auto" and any(folder.glob(f"{ENGINE_FOLDERS}/*/{ENGINE_RECORD}"))):
+    """Return the extra that runs a bundle on a device; where TensorRT may run it, it says itself what it needs.
+
+    Whether a bundle that is not downloaded yet has engines is not known; they matter where there is a TensorRT.
+    """
+    engines = any(folder.glob(f"{ENGINE_FOLDERS}/*/{ENGINE_RECORD}")) if folder.exists() else has_tensorrt()
+    if device == "tensorrt" or (device == engine == "auto" and engines):
         return ()
     return ("gpu" if device == "cuda" else "openvino" if engine == "openvino" else "cpu",)
 

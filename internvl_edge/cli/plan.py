@@ -10,10 +10,11 @@ import click
 
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.units import rounded, short_time, size
-from internvl_edge.bundle.manifest import Manifest, is_bundle
+from internvl_edge.bundle.hub import bundle_description
+from internvl_edge.bundle.manifest import Manifest
 from internvl_edge.bundle.names import EMBEDDINGS
 from internvl_edge.checkpoint.config_reader import read_config
-from internvl_edge.checkpoint.hub import refuse_revision, resolve_configuration
+from internvl_edge.checkpoint.hub import resolve_configuration
 from internvl_edge.model.config import ModelConfig
 from internvl_edge.model.context import checked_context
 from internvl_edge.planning.devices import FLAVOURS, Device, Devices
@@ -121,10 +122,8 @@ def _source(path: str, revision: str | None) -> tuple[ModelConfig, Storage | Non
     The storage is None where any recipe can be planned, that is for a model in floats. The bytes by part are (stored,
     counted), and None where the path is not a bundle.
     """
-    folder = Path(path)
-    if is_bundle(folder):
-        refuse_revision(path, revision)
-        manifest = Manifest.read(folder)
+    if bundle := bundle_description(path, revision):
+        manifest = Manifest.read(bundle)
         storage = bundle_storage(manifest)
         counted = Footprint(manifest.model, storage).weights
         files = {name: entry.bytes for name, entry in manifest.files.items()}

@@ -15,8 +15,9 @@ from internvl_edge.base.extras import require_extras
 from internvl_edge.base.progress import note
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.model.preprocess import MAX_TILES
+from internvl_edge.runtime.find import find_bundle
 
-from .options import engine_extra, load_model, loading_options
+from .options import LOADING_NAMES, engine_extra, load_model, loading_options
 from .output import quiet_option, shown_progress
 
 _KEY_VARIABLE = "INTERNVL_EDGE_API_KEY"
@@ -103,9 +104,11 @@ def command(
         )
     if (tls_cert is None) != (tls_key is None):
         raise EdgeError("--tls-cert and --tls-key belong together; give both or none")
+    values["name"] = values["name"] or (bundle.resolve() if bundle.exists() else bundle).name
+    bundle = find_bundle(bundle, values.pop("revision"), values["device"])
     Bundle.open(bundle)  # a mistake shows before the port is taken
-    settings = _settings(bundle, keys, is_loopback(host) and not keys and not no_auth, values)
-    loading = {name: values[name] for name in ("device", "engine", "dialect", "context", "threads", "exact")}
+    settings = _settings(keys, is_loopback(host) and not keys and not no_auth, values)
+    loading = {"revision": None, **{name: values[name] for name in LOADING_NAMES if name != "revision"}}
 
     def load() -> Any:
         waiting = (settings.rows + settings.limits.queue) * settings.limits.samples
@@ -124,12 +127,12 @@ def command(
     server.run()
 
 
-def _settings(bundle: Path, keys: tuple[str, ...], local_names: bool, values: dict[str, Any]) -> Any:
+def _settings(keys: tuple[str, ...], local_names: bool, values: dict[str, Any]) -> Any:
     from internvl_edge.server.settings import Limits, Settings
 
     limits = partial(Limits, samples=values["max_samples"], queue=values["queue"])
     return Settings(
-        model=values["name"] or bundle.resolve().name,
+        model=values["name"],
         rows=values["rows"],
         max_tiles=values["max_tiles"],
         keys=keys,

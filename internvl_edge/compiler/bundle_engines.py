@@ -112,6 +112,19 @@ def build_engines(
     return record, True
 
 
+def obstacle(target: Target) -> str:
+    """Return why engines for a target cannot be built on this machine, "" where they can.
+
+    TensorRT for RTX builds for other devices. TensorRT builds on the device itself.
+    """
+    try:
+        if not load_flavour(target.flavour).builds_anywhere:
+            _check_device(target)
+    except EngineError as error:
+        return str(error)
+    return ""
+
+
 def headers(
     opened: Bundle,
     options: BuildOptions,

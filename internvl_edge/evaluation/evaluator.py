@@ -19,6 +19,7 @@ from internvl_edge.bundle.gate import METRICS, Condition, Verdict, parse_conditi
 from internvl_edge.bundle.manifest import is_bundle
 from internvl_edge.bundle.quality import Measurement, Quality
 from internvl_edge.bundle.quality_record import quality_of
+from internvl_edge.runtime.find import find_bundle
 from internvl_edge.runtime.model import InternVL
 
 from .cases import SUITES, Case, QuestionSettings, read_cases
@@ -36,8 +37,8 @@ class EvaluationSettings:
     """What is measured of a bundle, and how its answers are computed.
 
     Attributes:
-        bundle: its folder.
-        reference: what to compare it with: a checkpoint (folder or hub id) or a bundle; None compares with nothing.
+        bundle: its folder, or a hub id.
+        reference: what to compare it with: a checkpoint or a bundle (folder or hub id); None compares with nothing.
         suite: a name in `SUITES`, whose exact answers are counted; None asks no suite.
         data: a folder of images or a JSON Lines file to compare on; None is the built-in set.
         samples: how many questions; None is 32 for the comparison and 500 for a suite.
@@ -50,7 +51,8 @@ class EvaluationSettings:
         shown: of how many questions the comparison keeps both answers and small pictures.
         device, engine, dialect, context, threads, exact: as `InternVL.load` takes them. Where device and engine are
             "auto", they are ONNX Runtime on the CPU: figures are about the bundle, not about what this machine has.
-        revision: branch, tag or commit of a hub id in `reference`; None is its main branch.
+        revision, reference_revision: branch, tag or commit of a hub id in `bundle` and in `reference`; None is its main
+            branch.
 
     Raises:
         EdgeError: a suite or a metric that is not known, or settings that do not fit together.
@@ -73,6 +75,7 @@ class EvaluationSettings:
     context: int | None = None
     threads: int | None = None
     revision: str | None = None
+    reference_revision: str | None = None
     exact: bool = False
 
     def __post_init__(self) -> None:
@@ -83,8 +86,8 @@ class EvaluationSettings:
             raise EdgeError("--data is compared with a --reference; a --suite brings its own questions")
         if self.reference is None and self.suite is None and conditions:
             raise EdgeError("--fail-if needs figures; give --reference, --suite or both")
-        if self.reference is None and self.revision is not None:
-            raise EdgeError("--revision chooses a version of a hub id in --reference; give both or neither")
+        if self.reference is None and self.reference_revision is not None:
+            raise EdgeError("--reference-revision chooses a version of a hub id in --reference; give both or neither")
         if self.samples is not None and self.samples < 1:
             raise EdgeError(f"samples is {self.samples}, expected at least 1")
 
@@ -153,6 +156,8 @@ def evaluate(settings: EvaluationSettings, progress: bool | Progress = False) ->
     if settings.engine == "auto" and settings.device in ("auto", "cpu"):
         settings = replace(settings, engine="onnxruntime")
     cases = _cases(settings)
+    folder = find_bundle(settings.bundle, settings.revision, settings.device)
+    settings = replace(settings, bundle=folder, revision=None)
     known = quality_of(Bundle.open(Path(settings.bundle)).manifest)
     if not settings.replace_recorded:
         _require_replaceable(settings, cases, known)
@@ -220,7 +225,7 @@ def _measure(
         return None, ask_suite()
     with progress.phase("loading the bundle"), load_bundle(progress):
         pass  # whatever keeps it from being loaded is found out now, not after hours of the reference's answers
-    with reference_bundle(str(settings.reference), progress, settings.revision) as folder:
+    with reference_bundle(str(settings.reference), progress, settings.reference_revision) as folder:
         load_reference = partial(_load_reference, settings, folder)
         suite = ask_suite(load_reference=load_reference) if settings.suite else None
         comparison = compare(

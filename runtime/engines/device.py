@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from internvl_edge.base.errors import EngineError
@@ -16,6 +17,7 @@ from internvl_edge.base.extras import install, missing_package
 from internvl_edge.base.progress import Progress
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.model.context import checked_context
+from internvl_edge.planning.devices import FLAVOURS
 
 from . import Engine
 from .choice import cpu_engine
@@ -78,6 +80,11 @@ def choose_device(
     if obstacle.found == _NOT_INSTALLED:
         raise EngineError(f"no device can run this bundle: {without_tensorrt}; {obstacle.found}: {install('cpu')}")
     return DeviceChoice("cpu", f"{without_tensorrt}; {obstacle.found}")
+
+
+def has_tensorrt() -> bool:
+    """Return whether a TensorRT is installed, without loading it."""
+    return any(find_spec(name) is not None for name in FLAVOURS)
 
 
 def require_cuda(opened: Bundle) -> None:

@@ -21,10 +21,11 @@ from helpers.commands import PROGRAM, assert_one_line, internvl_edge
 from helpers.fake_hub import COMMIT, PAGE, FakeHub, serving
 from helpers.reports import quantization_record
 from helpers.tiny import write_checkpoint
-from internvl_edge.base.errors import CheckpointError, EdgeError
+from internvl_edge.base.errors import BundleError, CheckpointError, EdgeError
+from internvl_edge.base.hub import HubSource, hub_source
 from internvl_edge.base.jsonable import decode, encode
 from internvl_edge.bundle.manifest import Manifest
-from internvl_edge.checkpoint.hub import HubSource, hub_source, resolve_checkpoint, resolve_configuration
+from internvl_edge.checkpoint.hub import resolve_checkpoint, resolve_configuration
 from internvl_edge.checkpoint.record import QuantizationRecord, read_record
 from internvl_edge.evaluation import EvaluationSettings, reference_bundle
 from internvl_edge.export import export_bundle
@@ -91,11 +92,12 @@ def test_what_is_neither_is_refused_without_asking(hub: FakeHub, text: str) -> N
 
 
 def test_a_checkpoint_is_its_own_files_alone(hub: FakeHub) -> None:
-    """Pickles, pictures, notes and whatever lies below the top stay on the hub."""
-    hub.files |= {"training_args.bin": b"pickle", "optimizer.pt": b"pickle"}
+    """Pickles, pictures and whatever lies below the top stay on the hub. The card says what a copy may be used for."""
+    hub.files |= {"training_args.bin": b"pickle", "optimizer.pt": b"pickle", "LICENSE": b"terms", "photo.png": b"png"}
     folder = resolve_checkpoint(REPOSITORY)
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    assert names == {"config.json", "model.safetensors", "preprocessor_config.json", "processor_config.json"}
+    described = {"config.json", "preprocessor_config.json", "processor_config.json", "README.md", "LICENSE"}
+    assert names == {"model.safetensors", *described}
     assert (folder / "model.safetensors").read_bytes() == FILES["model.safetensors"]
 
 
@@ -296,9 +298,9 @@ def test_a_failed_download_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_reference_has_a_revision_only_where_there_is_one(tmp_path: Path) -> None:
     with pytest.raises(EdgeError, match="give both or neither"):
-        EvaluationSettings(tmp_path, suite="reader", revision="main")
+        EvaluationSettings(tmp_path, suite="reader", reference_revision="main")
     (tmp_path / "manifest.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="leave it out"), reference_bundle(str(tmp_path), revision="main"):
+    with pytest.raises(BundleError, match="leave it out"), reference_bundle(str(tmp_path), revision="main"):
         pass
 
 

@@ -53,6 +53,12 @@ class FakeHub:
         digest = hashlib.sha1(self.files[file]).hexdigest()
         return 200, {"ETag": f'"{digest}"', "X-Repo-Commit": COMMIT}, self.files[file]
 
+    def received(
+        self, method: str, path: str, body: bytes, headers: dict[str, str]
+    ) -> tuple[int, dict[str, str], bytes]:
+        """Return status, headers and body for something that was sent; this hub takes nothing."""
+        return 403, {}, b"{}"
+
     def _described(self, kind: str) -> object:
         listed = [
             {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
@@ -84,7 +90,18 @@ def serving(hub: FakeHub) -> Iterator[FakeHub]:
                 body, self.close_connection = body[: hub.cut], True
             self.wfile.write(body)
 
+        def do_POST(self) -> None:
+            hub.asked.append(f"{self.command} {self.path}")
+            length = int(self.headers.get("Content-Length") or 0)
+            status, headers, body = hub.received(self.command, self.path, self.rfile.read(length), dict(self.headers))
+            self.send_response(status)
+            for name, value in ({"Content-Length": str(len(body))} | headers).items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
         do_HEAD = do_GET  # noqa: N815
+        do_PUT = do_POST  # noqa: N815
 
         def log_message(self, *arguments: object) -> None:
             pass

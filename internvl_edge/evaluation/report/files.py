@@ -37,8 +37,13 @@ class Written:
 
 
 def report_folder(bundle: Path) -> Path:
-    """Name the folder of a bundle's report: BUNDLE.report, beside the bundle, whose own files are verified."""
+    """Name the folder of a bundle's report: BUNDLE.report, beside the bundle, whose own files are verified.
+
+    The report of a hub id, OWNER/NAME, is NAME.report in the present folder.
+    """
     named = bundle if bundle.name else bundle.resolve()
+    if not bundle.exists():
+        named = Path(named.name)
     return named.with_name(f"{named.name}.report")
 
 

@@ -8,13 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from internvl_edge.base.errors import BundleError
-from internvl_edge.base.json_files import read
-from internvl_edge.base.jsonable import decode
+from internvl_edge.bundle.bundle import read_quantization
 from internvl_edge.bundle.manifest import Manifest
-from internvl_edge.bundle.names import QUANTIZATION
 from internvl_edge.bundle.quality import Quality
-from internvl_edge.checkpoint.record import QuantizationRecord
+from internvl_edge.checkpoint.record import REPORTS, QuantizationRecord
 from internvl_edge.model.components import Component
 from internvl_edge.model.description import describe
 from internvl_edge.runtime.bench import BenchResult
@@ -35,7 +32,7 @@ class Report:
         source: name of what it was made from.
         architecture: what the model is, (label, text) rows.
         quantized: whether it has fewer bits than floats anywhere.
-        bytes: all files together.
+        bytes: all files together, without reports.
         components: sizes of its parts.
         quality: of a bundle: its figures and its gate.
         quantization: how it was quantized.
@@ -109,7 +106,7 @@ def bundle_report(
         bytes=sum(entry.bytes for entry in manifest.files.values()),
         components=manifest.components,
         quality=quality,
-        quantization=_quantization(folder, manifest),
+        quantization=read_quantization(folder, manifest),
         comparison=comparison,
         suite=suite,
         speed=speed,
@@ -132,17 +129,8 @@ def checkpoint_report(folder: Path, record: QuantizationRecord, command: str = "
         source=record.checkpoint,
         architecture=describe(made.config, "int8" if made.kv_scales else made.float_type()[0]),
         quantized=True,
-        bytes=sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
+        bytes=sum(path.stat().st_size for path in folder.iterdir() if path.is_file() and path.name not in REPORTS),
         components=record.components,
         quantization=record,
         commands={"quantization": command} if command else {},
     )
-
-
-def _quantization(folder: Path, manifest: Manifest) -> QuantizationRecord | None:
-    if QUANTIZATION not in manifest.files:
-        return None
-    try:
-        return decode(QuantizationRecord, read(folder / QUANTIZATION, BundleError, "export the bundle again"))
-    except (BundleError, ValueError):  # that of another version
-        return None

@@ -90,8 +90,8 @@ class EngineRecord:
         replace_text(folder / RECORD, text + "\n", shared=False)
 
     @staticmethod
-    def read(folder: Path) -> EngineRecord:
-        """Read a folder's record, and check that every file exists with its recorded size.
+    def read(folder: Path, complete: bool = True) -> EngineRecord:
+        """Read a folder's record, and, with `complete`, check that every file exists with its recorded size.
 
         Raises:
             EngineError: there are no engines, the record or a file is damaged, or the format is newer.
@@ -115,7 +115,7 @@ class EngineRecord:
             raise EngineError(f"{path} is damaged ({error}); {_AGAIN}") from None
         if record.target != folder.resolve().name:
             raise EngineError(f"{path} is of engines for {record.target}; rename its folder so, or {_AGAIN}")
-        for name, entry in record.files.items():
+        for name, entry in record.files.items() if complete else ():
             if not (folder / name).is_file() or (folder / name).stat().st_size != entry["bytes"]:
                 raise EngineError(f"{folder / name} is missing or incomplete; {_AGAIN}")
         return record
