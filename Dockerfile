@@ -36,7 +36,7 @@ FROM ${BASE}
 
 ARG EXTRA=cpu
 LABEL org.opencontainers.image.title="internvl-edge" \
-      org.opencontainers.image.description="InternVL 2.5 on the edge: export, quantize and run" \
+      org.opencontainers.image.description="InternVL on the edge: export, quantize and run" \
       org.opencontainers.image.source="https://github.com/internvl-edge/internvl-edge" \
       org.opencontainers.image.documentation="https://github.com/internvl-edge/internvl-edge/tree/main/docs" \
       org.opencontainers.image.licenses="Apache-2.0" \
