@@ -45,7 +45,7 @@ FROM ${BASE} AS command
 
 ARG EXTRA=cpu
 LABEL org.opencontainers.image.title="internvl-edge" \
-      org.opencontainers.image.description="InternVL 2.5 on the edge: export, quantize and run" \
+      org.opencontainers.image.description="InternVL on the edge: export, quantize and run" \
       org.opencontainers.image.source="https://github.com/internvl-edge/internvl-edge" \
       org.opencontainers.image.documentation="https://github.com/internvl-edge/internvl-edge/tree/main/docs" \
       org.opencontainers.image.licenses="Apache-2.0" \

@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_peer.py CHECKPOINT            prints one JSON object
 
-Random weights in the checkpoint's shape; the decoder alone, as Qwen2 or Llama, whichever the text model is.
+Random weights in the checkpoint's shape; the decoder alone, as Qwen2, Qwen3 or Llama, whichever the text model is.
 """
 
 from __future__ import annotations
@@ -34,7 +34,15 @@ def main() -> None:
 def measure(decoder: DecoderConfig) -> dict[str, Any]:
     """Prefill and decoding in tokens/s, and memory."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, StaticCache
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        StaticCache,
+    )
 
     if not torch.cuda.is_available():
         return {"refused": "torch finds no GPU"}
@@ -46,8 +54,11 @@ def measure(decoder: DecoderConfig) -> dict[str, Any]:
         "intermediate_size": decoder.intermediate_size,
         "vocab_size": decoder.vocab_size,
         "max_position_embeddings": decoder.max_position_embeddings,
+        "head_dim": decoder.head_dim,
     }
-    kinds = (Qwen2Config, Qwen2ForCausalLM) if decoder.qkv_bias else (LlamaConfig, LlamaForCausalLM)
+    kinds: tuple[Any, Any] = (Qwen2Config, Qwen2ForCausalLM) if decoder.qkv_bias else (LlamaConfig, LlamaForCausalLM)
+    if decoder.qk_norm:
+        kinds = (Qwen3Config, Qwen3ForCausalLM)
     with torch.device("cuda"):
         torch.set_default_dtype(torch.bfloat16)
         model = kinds[1](kinds[0](**sizes)).eval()

@@ -65,7 +65,7 @@ def export_bundle(
     force: bool = False,
     progress: bool | Progress = False,
 ) -> Path:
-    """Export an InternVL 2.5 checkpoint folder to a bundle folder.
+    """Export an InternVL checkpoint folder to a bundle folder.
 
     Args:
         checkpoint: local folder (the command line resolves a hub id, see `internvl_edge.checkpoint.hub`).

@@ -1,4 +1,4 @@
-"""InternVL 2.5 on the edge: export, calibrate, quantize, run.
+"""InternVL on the edge: export, calibrate, quantize, run.
 
 from internvl_edge import InternVL
 reply = InternVL.load("bundle/").chat("What is the total?", images=["receipt.jpg"])

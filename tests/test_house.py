@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,3 +70,13 @@ def test_folders_are_rooms_of_the_product() -> None:
 def test_every_helper_says_what_it_holds() -> None:
     for path in HELPERS:
         assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path
+
+
+def test_only_the_reader_of_configurations_asks_for_a_text_model_by_name() -> None:
+    """An architecture is data. The adapter of AutoAWQ names the only one that AutoAWQ knows."""
+    allowed = {"checkpoint/config_reader.py", "adapters/autoawq.py"}
+    package = REPOSITORY / "internvl_edge"
+    compared = re.compile(r"""(==|!=|\bin)\s*[(\["']*(qwen|internlm|llama|Hermes|internvl2_5)""")
+    for path in sorted(path for room in package.iterdir() for path in room.rglob("*.py")):
+        if path.relative_to(package).as_posix() not in allowed:
+            assert not compared.search(path.read_text(encoding="utf-8")), path

@@ -32,7 +32,8 @@ def check_chat_template(folder: Path) -> None:
     if missing or _OWN_SYSTEM_TURN in template:
         found = f"lacks {', '.join(missing)}" if missing else "writes a system turn of its own"
         raise CheckpointError(
-            f"{folder}: the chat template {found}; expected the template of native InternVL 2.5 checkpoints"
+            f"{folder}: the chat template {found}; expected the template of native InternVL checkpoints. If yours adds "
+            "only a system text, put their template back, and give the text when you ask (--system)"
         )
 
 

@@ -19,6 +19,7 @@ from internvl_edge.model.preprocess import MAX_TILES
 
 from .json_files import read_json
 from .lora import refuse_adapter_files
+from .training import missing_model_advice
 
 TEMPLATES = ("internvl2_5", "Hermes-2", "internlm2-chat")
 NATIVE_TEMPLATE = "internvl_native"
@@ -160,9 +161,8 @@ def read_config(folder: Path) -> ModelConfig:
     refuse_adapter_files(folder)
     path = folder / "config.json"
     if not path.is_file():
-        raise CheckpointError(
-            f"{folder} is not a checkpoint: no config.json in it; give a folder or hub id of InternVL"
-        )
+        advice = missing_model_advice(folder) or "give a folder or hub id of InternVL"
+        raise CheckpointError(f"{folder} is not a checkpoint: no config.json in it; {advice}")
     fields = Fields(read_json(path))
     layout = fields.values.get("model_type")
     _refuse_flash(fields)

@@ -26,6 +26,7 @@ from .lora import refuse_adapter_tensors
 from .packed_tensors import FLOATS, check_packed, is_packed, read_packed
 from .quantization import Quantization, read_quantization, refuse_bitsandbytes_tensors, refuse_vision_bits
 from .tensor_files import StoredTensor, open_tensor_files
+from .training import extra_head
 
 # Stored type -> its name and bits.
 _FLOAT_TYPES = {"F32": ("float32", 32), "F16": ("float16", 16), "BF16": ("bfloat16", 16)}
@@ -178,6 +179,11 @@ class Checkpoint:
                 self._check_one(stored, shape)
                 used.add(stored)
         unexpected = [n for n in self._stored if n not in used and not layouts.LEFTOVERS.search(n)]
+        if head := next(filter(extra_head, unexpected), None):
+            raise CheckpointError(
+                f"{self.folder}: tensor {head} is of a head for rewards, values or classes, which answers do not pass "
+                "through; save the model without that head, and give that folder"
+            )
         if unexpected:
             more = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
             raise CheckpointError(
@@ -226,8 +232,12 @@ class Checkpoint:
         if tensor is None:
             raise CheckpointError(f"{self.folder}: tensor {stored} is missing; {self._missing_advice(stored)}")
         if tensor.shape != shape:
+            vocabulary = self.config.decoder.vocab_size
+            resized = shape[0] == vocabulary != tensor.shape[0] and tensor.shape[1:] == shape[1:]
+            advice = f"; if the vocabulary was resized, vocab_size there should be {tensor.shape[0]}" if resized else ""
             raise CheckpointError(
                 f"{self.folder}: tensor {stored} has the shape {list(tensor.shape)}, config.json needs {list(shape)}"
+                f"{advice}"
             )
         if tensor.dtype not in FLOATS:
             raise CheckpointError(

@@ -24,6 +24,7 @@ from internvl_edge.base.text import is_file_name, one_line, shown
 
 from .json_files import read_json, refuse_pointer
 from .safetensors_header import BITS, HeaderEntry, read_header
+from .training import missing_weights_advice
 
 # Beside bfloat16, which numpy has from another package (`numpy_dtype`).
 _DTYPES: dict[str, np.dtype[Any]] = {
@@ -82,8 +83,9 @@ def open_tensor_files(folder: Path) -> dict[str, StoredTensor]:
         if single.is_file():
             _refuse_second_source(folder, stem, {stem}, stem)
             return reader(single)
+    advice = missing_weights_advice(folder)
     raise CheckpointError(
-        f"{folder} has no model.safetensors or pytorch_model.bin (nor their .index.json); is it complete?"
+        f"{folder} has no model.safetensors or pytorch_model.bin (nor their .index.json); {advice or 'is it complete?'}"
     )
 
 

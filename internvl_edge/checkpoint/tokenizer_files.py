@@ -270,7 +270,7 @@ def _check_special_tokens(path: Path, definition: dict[str, Any], text: str, con
     rows = config.decoder.vocab_size
     for name, token_id in ids.items():
         if token_id is None:
-            raise CheckpointError(f"{path} has no special token {name}; is this an InternVL 2.5 checkpoint?")
+            raise CheckpointError(f"{path} has no special token {name}; is this an InternVL checkpoint?")
         if token_id >= rows:
             raise CheckpointError(
                 f"{path}: {name} has id {token_id} but the model has {rows} tokens; "

@@ -104,7 +104,7 @@ class _Commands(click.Group):
 @click.version_option(package_name="internvl-edge")
 @click.pass_context
 def cli(context: click.Context) -> None:
-    """Export, calibrate, quantize and run InternVL 2.5 on edge devices."""
+    """Export, calibrate, quantize and run InternVL on edge devices."""
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 

@@ -170,7 +170,7 @@ class Tokenizer:
         """
         token_id = self._tokenizer.token_to_id(token)
         if token_id is None:
-            raise BundleError(f"the tokenizer has no {token} token; is this an InternVL 2.5 checkpoint?")
+            raise BundleError(f"the tokenizer has no {token} token; is this an InternVL checkpoint?")
         return int(token_id)
 
     def special_token_in(self, texts: Iterable[str]) -> str | None:

@@ -1,4 +1,4 @@
-"""Turn a video into a few still images at even distances, like `load_video` on the InternVL 2.5 model cards.
+"""Turn a video into a few still images at even distances, like `load_video` on the InternVL model cards.
 
 This module knows PyAV (the `video` extra) and which frames to take. `preprocess` (with one tile each) and
 `prompt.video_question` use the frames.

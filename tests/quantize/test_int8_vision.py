@@ -37,6 +37,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "300m": {},
     "6b": {"vision": "6b", "text": "internlm2", "vision_hidden_size": 96, "vision_num_attention_heads": 6},
     "native": {"layout": "native_prefixed"},
+    "qwen3, 6b": {"text": "qwen3", "head_dim": 32, "vision": "6b", "downsample_ratio": 0.25},
     "native 6b": {"layout": "native", "vision": "6b", "text": "llama"},
     "earlier layer, v1, float16": {
         "select_layer": -2,

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from helpers.calibration_data import FLOAT32, write_data
 from helpers.damage import poison
 from helpers.killed_runs import contents, run_and_be_killed, run_to_the_end
-from helpers.reference import Reference
+from helpers.reference import Cache, Reference
 from helpers.reference_names import text_name
 from helpers.tiny import write_checkpoint
 from internvl_edge.base.errors import EdgeError
@@ -98,6 +98,29 @@ def test_compensation_brings_8_bit_weights_nearer(tmp_path: Path) -> None:
         recipe = Recipe("w8a16", kv_cache="int8", error_compensation=compensated)
         total[compensated] = sum(quantize(checkpoint, tmp_path / str(compensated), recipe).errors.values())
     assert total[True] < 0.8 * total[False]
+
+
+@pytest.mark.parametrize("kind", ["internlm2", "qwen3", "qwen3 native"])
+def test_scales_of_the_cache_are_those_of_what_the_cache_holds(tmp_path: Path, kind: str) -> None:
+    """Also where a norm stands between the projection of keys and the cache. A rotation changes no pair's length."""
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", **KINDS[kind] | {"dtype": "float32"})
+    data = DataOptions(write_data(tmp_path / "data"), max_tiles=2)
+    quantize_checkpoint(checkpoint, tmp_path / "out", Recipe("fp", kv_cache="int8"), data=data, compute=FLOAT32)
+    made = calibrate(checkpoint, tmp_path / "stats", data, FLOAT32)
+    reference, scales = Reference(checkpoint), Checkpoint(tmp_path / "out").kv_scales
+    assert scales is not None
+    embeddings = torch.from_numpy(np.array(made.embeddings())).split(list(made.lengths))
+    largest: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
+    for sample in embeddings:
+        cache = Cache()
+        with torch.no_grad():
+            reference._decoder(sample, cache)
+        halves = [torch.stack(cache.keys).chunk(2, dim=-1)[half] for half in (0, 1)]
+        largest[0].append(torch.hypot(*halves).amax(2))
+        largest[1].append(torch.stack(cache.values).abs().amax(2))
+    keys, values = (torch.stack(parts).amax(0) / 127 for parts in largest)
+    torch.testing.assert_close(torch.from_numpy(scales.key), torch.cat([keys, keys], dim=-1), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(torch.from_numpy(scales.value), values, rtol=1e-3, atol=1e-6)
 
 
 def test_what_is_not_the_decoder_is_carried_over_bit_for_bit(tmp_path: Path) -> None:
