@@ -8,8 +8,8 @@ machine disturbs all of them.
 
     loop           `InternVL.chat` for one row after the other, on a model with one row; nothing is written
     one row        `batch` on that model: images are read ahead, and rows go into a journal
-    interleaved    `batch` on a model of 8 rows, where decode goes on between the steps of prompts
-    batch          the same with `prompts_first`: what the command does
+    batch          `batch` on a model of 8 rows with `prompts_first`: what the command does
+    interleaved    with `--interleaved`: the same without `prompts_first`, so decode goes on between steps of prompts
 
 Writes results/batch.json: medians of wall and CPU seconds per item, both against the loop, and the anatomy of an item:
 seconds of reading, of the tower, of the prompt, and of everything else, which is mostly decode. On a machine with other
@@ -25,6 +25,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,19 +55,25 @@ def main() -> None:
     parser.add_argument("--few", type=int, default=4, help="items of one round of the ways with one row")
     parser.add_argument("--tokens", type=int, default=100)
     parser.add_argument("--questions", type=int, nargs="+", default=[1, 4], help="rows of the table for each picture")
+    parser.add_argument("--interleaved", action="store_true", help="measure a fourth way")
     asked = parser.parse_args()
     load = partial(InternVL.load, asked.bundle, engine="onnxruntime", context=2048, threads=asked.threads)
-    with load() as single, load(rows=ROWS) as fair, load(rows=ROWS, prompts_first=True) as first:
+    values = {"bundle": asked.bundle.name, "threads": asked.threads, "rounds": asked.rounds, "rows": ROWS}
+    values |= {"tokens": asked.tokens, "items_with_one_row": asked.few, "items": asked.items}
+    with ExitStack() as stack:
+        single, first = stack.enter_context(load()), stack.enter_context(load(rows=ROWS, prompts_first=True))
         ways: dict[str, tuple[Way, int]] = {
             "loop": (partial(loop, single), asked.few),
             "one row": (partial(batch, single), asked.few),
-            "interleaved": (partial(batch, fair), asked.items),
             "batch": (partial(batch, first), asked.items),
         }
-        found = {str(each): measured(ways, each, asked) for each in asked.questions}
-    values = {"bundle": asked.bundle.name, "threads": asked.threads, "rounds": asked.rounds, "rows": ROWS}
-    values |= {"tokens": asked.tokens, "items": {name: count for name, (_, count) in ways.items()}}
-    print(write_results("batch", values | {"questions_per_image": found}))
+        if asked.interleaved:
+            ways["interleaved"] = partial(batch, stack.enter_context(load(rows=ROWS))), asked.items
+        found: dict[str, Any] = {}
+        for each in asked.questions:
+            found[str(each)] = measured(ways, each, asked)
+            path = write_results("batch", values | {"questions_per_image": found})
+    print(path)
 
 
 def measured(ways: dict[str, tuple[Way, int]], questions: int, asked: argparse.Namespace) -> dict[str, Any]:

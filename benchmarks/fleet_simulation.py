@@ -2,8 +2,9 @@
 
     python benchmarks/fleet_simulation.py [--seconds S] [--images 10000000] [--costs FILE.toml]
 
-A discrete-event simulation; nothing runs but this script. The seconds of an item are those that `batch.py` measured
-(results/batch.json, way "batch"), unless `--seconds` says otherwise. One driver hands out blocks of items, one after
+A discrete-event simulation; nothing runs but this script. The seconds of an item are the CPU seconds that `batch.py`
+measured with one thread (results/batch.json, way "batch", one question for each image), unless `--seconds` says
+otherwise: a box is then one core of that machine. One driver hands out blocks of items, one after
 the other. A box computes one block at a time, and its rows count when the block is complete, as in Ray Data. A box that
 fails loses its block, which another one computes again after it was missed. Everything that was not measured is in
 `Assumptions`, and in the results.
@@ -185,9 +186,13 @@ def energy(costs: dict[str, Any], devices: Devices) -> dict[str, dict[str, Any]]
 
 
 def measured_seconds() -> float:
-    """Return the seconds of an item that `batch.py` measured."""
+    """Return the CPU seconds of an item that `batch.py` measured with one thread."""
     found = json.loads((RESULTS / "batch.json").read_text(encoding="utf-8"))
-    seconds: float = found["questions_per_image"]["1"]["seconds_per_item"]["batch"]["wall_s"]
+    if found["threads"] != 1:
+        raise SystemExit(
+            "results/batch.json was not measured with --threads 1, so CPU time is not time; give --seconds"
+        )
+    seconds: float = found["questions_per_image"]["1"]["seconds_per_item"]["batch"]["cpu_s"]
     return seconds
 
 
