@@ -189,9 +189,7 @@ def measured_seconds() -> float:
     """Return the CPU seconds of an item that `batch.py` measured with one thread."""
     found = json.loads((RESULTS / "batch.json").read_text(encoding="utf-8"))
     if found["threads"] != 1:
-        raise SystemExit(
-            "results/batch.json was not measured with --threads 1, so CPU time is not time; give --seconds"
-        )
+        raise SystemExit("results/batch.json was measured with several threads, which spin; give --seconds")
     seconds: float = found["questions_per_image"]["1"]["seconds_per_item"]["batch"]["cpu_s"]
     return seconds
 
