@@ -100,10 +100,12 @@ def _unique(path: Path, items: Iterable[Item]) -> list[Item]:
     places: dict[str, str] = {}
     found = []
     for item in items:
-        if (first := places.setdefault(item.id, item.place)) != item.place:
+        if item.id in places:
             raise PromptError(
-                f"{path}: {first} and {item.place} have the same id {shown(item.id)}; give each row an id of its own"
+                f"{path}: {places[item.id]} and {item.place} have the same id {shown(item.id)}; give each row an id of "
+                "its own"
             )
+        places[item.id] = item.place
         found.append(item)
     return found
 

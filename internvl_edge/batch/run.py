@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from queue import Full, Queue
 
 from internvl_edge.base.progress import SILENT, Progress, Step
+from internvl_edge.base.text import one_line
 from internvl_edge.base.units import rounded
 from internvl_edge.runtime.model import InternVL
 
@@ -107,7 +108,7 @@ def run(
                     tokens += row.output_tokens
                     failed += row.error is not None
                     if row.error is not None and failed <= _SHOWN_ERRORS:
-                        progress.remark(f"{row.id}: {row.error}")
+                        progress.remark(one_line(f"{row.id}: {row.error}"))
                     _tell(step, done, failed, time.monotonic() - began)
                     if _too_many(failed, max_errors):
                         break

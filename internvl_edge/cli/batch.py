@@ -124,7 +124,8 @@ def command(
             if retry_errors:
                 journal.drop_failed()
             if journal.changed:
-                progress.note(f"internvl-edge: warning: {output} was begun with other versions: {journal.changed}")
+                before = shown(", ".join(f"{name} {version}" for name, version in journal.changed.items()), 200)
+                progress.note(f"internvl-edge: warning: {output} was begun with other versions: {before}")
             load = partial(load_model, bundle, values, progress, rows=rows, prompts_first=True)
             done = run(load, found.items, journal, max_errors=max_errors, progress=progress)
             if journal_path != output and not done.stopped:

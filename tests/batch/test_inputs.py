@@ -80,6 +80,13 @@ def test_a_name_that_is_no_utf_8_becomes_an_id(tmp_path: Path) -> None:
     assert load_image(item.images[0]).size == (8, 8)
 
 
+def test_two_names_that_become_one_id_are_refused(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png").rename(tmp_path / b"\xe9.png".decode("utf-8", "surrogateescape"))
+    picture(tmp_path / "\\xe9.png")
+    with pytest.raises(PromptError, match="have the same id"):
+        read(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
