@@ -5,8 +5,8 @@
 For a change that claims to leave numbers alone: run it on both commits with the same CHECKPOINT folders and compare the
 outputs (`diff`). Only the command line is used, through the `internvl_edge` that Python finds, so the same file runs on
 both. Reports also contain times and versions, so only their figures are hashed, by name and in order, and
-`quantization.json` without its run. `--tiny` writes tiny random checkpoints of every layout into DIR first
-and takes those as well (it needs `tests` on the path).
+`quantization.json` without its run. Figures have six digits there: a sum in another order is no change. `--tiny` writes
+tiny random checkpoints of every layout into DIR first and takes those as well (it needs `tests` on the path).
 """
 
 from __future__ import annotations
@@ -147,7 +147,16 @@ def figures(report: Path) -> str:
 def record(path: Path) -> str:
     """SHA-256 of a record of a quantization without the run, and without the recipe, which can gain fields."""
     values = json.loads(path.read_text(encoding="utf-8"))
-    return sha256(json.dumps({name: values[name] for name in sorted(values) if name not in ("run", "recipe")}).encode())
+    kept = {name: values[name] for name in sorted(values) if name not in ("run", "recipe")}
+    return sha256(json.dumps(_rounded(kept)).encode())
+
+
+def _rounded(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {name: _rounded(value) for name, value in values.items()}
+    if isinstance(values, list):
+        return [_rounded(value) for value in values]
+    return float(f"{values:.6g}") if isinstance(values, float) else values
 
 
 def _leaves(values: Any, name: str = "") -> Iterator[tuple[str, float]]:
@@ -158,7 +167,7 @@ def _leaves(values: Any, name: str = "") -> Iterator[tuple[str, float]]:
         for value in values:
             yield from _leaves(value, name)
     elif name in FIGURES and isinstance(values, (int, float)) and math.isfinite(values):
-        yield name, values
+        yield name, _rounded(values)
 
 
 def sha256(data: bytes) -> str:
