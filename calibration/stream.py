@@ -94,7 +94,7 @@ class Blocks(ABC):
         index: int,
         weights: Weights,
         x: Tensor,
-        items: range,
+        items: Sequence[int],
         observe: Observe = no_observer,
         output: bool = True,
         ranges: CacheRanges | None = None,
@@ -153,7 +153,7 @@ class Tower(Blocks):
         index: int,
         weights: Weights,
         x: Tensor,
-        items: range,
+        items: Sequence[int],
         observe: Observe = no_observer,
         output: bool = True,
         ranges: CacheRanges | None = None,
@@ -198,7 +198,7 @@ class Decoder(Blocks):
         index: int,
         weights: Weights,
         x: Tensor,
-        items: range,
+        items: Sequence[int],
         observe: Observe = no_observer,
         output: bool = True,
         ranges: CacheRanges | None = None,
@@ -270,11 +270,17 @@ class BlockStream:
         handle: Handler,
         wanted: StatisticsRequest | None = None,
         replaces: bool = True,
+        until: int | None = None,
     ) -> None:
         """Run all blocks. For each, collect the `wanted` statistics, call `handle`, and go on with what it returns.
 
-        Where `handle` never replaces a tensor of a block that it has seen, `replaces=False` saves the second time that
-        each item passes through a block. Without `wanted`, `handle` is called before a block is run.
+        Args:
+            progress, title: for the phase.
+            handle: see `Handler`. Without `wanted`, it is called before a block is run.
+            wanted: the statistics; None for none.
+            replaces: False where `handle` replaces no tensor of a block that it has seen. This saves the second time
+                that each item passes through a block.
+            until: stop before this block; another call goes on. Until then, what came out of the last one is kept.
 
         Raises:
             EdgeError: NaN or infinity; the message names block, tensor and sample.
@@ -284,7 +290,7 @@ class BlockStream:
         done = int((self._work.read_json(f"{self._label}.json") or {"blocks": 0})["blocks"])
         with progress.phase(title, sum(rows), self.blocks.unit, count) as advance:
             advance(sum(rows[:done]))
-            for index in range(done, count):
+            for index in range(done, count if until is None else until):
                 if wanted is None:
                     self._propagate(index, handle(index, {}) or {}, advance)
                 elif twice:

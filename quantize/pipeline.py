@@ -42,6 +42,7 @@ from internvl_edge.recipe.recipe import Recipe
 from .automatic import DIVERGENCE_PHASES, average_bits, measure_divergences, plan_by_divergence, predicted_divergence
 from .block import QuantizedBlock
 from .layer import BlockQuantizer
+from .learned import Learned, RoundingLearner, mean
 from .output import OutputLayout
 from .plan import Plan, kept_vision, plan_decoder
 from .record import quantization_record
@@ -66,6 +67,7 @@ class QuantizationReport:
         divergences: the measurements that an automatic choice was made from: nats by precision, by the first of the
             linears that share an input; None without an automatic choice.
         vision: the result for the vision tower; None where it stays float.
+        learned: what learning did to the layers, mean, and the seconds it took; None where rounding was computed.
     """
 
     folder: Path
@@ -74,6 +76,7 @@ class QuantizationReport:
     record: QuantizationRecord
     divergences: Divergences | None = None
     vision: VisionReport | None = None
+    learned: Learned | None = None
 
     @property
     def errors(self) -> dict[str, float]:
@@ -235,7 +238,13 @@ class _Run:
             time.perf_counter() - self._started,
         )
         replace_text(folder / RECORD, dumps(record))
-        return folder, QuantizationReport(folder, self._recipe, total, record, self._divergences, self._vision)
+        learned = None
+        if self._recipe.rounding == "learned":
+            layers = range(self._checkpoint.config.decoder.num_hidden_layers)
+            found = [self._work.need_json(_learned(layer)) for layer in layers]
+            learned = mean([decode(Learned, values) for values in found if values is not None])
+        report = QuantizationReport(folder, self._recipe, total, record, self._divergences, self._vision, learned)
+        return folder, report
 
     def _quantize_vision(self, calibration: CalibrationSet) -> Replacements:
         how = self._recipe.vision_int8
@@ -271,9 +280,16 @@ class _Run:
     def _with_data(self, calibration: CalibrationSet) -> None:
         quantizer, decoder = self._quantizer(), Decoder(self._checkpoint, self._compute, calibration)
         stream = BlockStream(self._work, _DECODER, decoder)
+        learner = None
+        if self._recipe.rounding == "learned":
+            reference = BlockStream(self._work, f"{_DECODER}-reference", decoder)
+            learner = RoundingLearner(stream, reference, self._recipe.learning, self._progress)
 
         def handle(index: int, statistics: Statistics) -> Mapping[str, Tensor]:
-            block = quantizer.layer(index, statistics)
+            block = quantizer.layer(index, statistics, latents=learner is not None)
+            if learner is not None:
+                self._work.write_json(_learned(index), encode(learner.learn(index, block)))
+                quantizer.settle(block)
             self._store(_block(index), block)
             return block.replacements(f"{decoder.names[index]}.", self._compute)
 
@@ -297,6 +313,10 @@ class _Run:
 
 def _reports(stored: list[Any]) -> list[LinearReport]:
     return [decode(LinearReport, values) for values in stored]
+
+
+def _learned(layer: int) -> str:
+    return f"learned-{layer:03}.json"
 
 
 def _block(layer: int) -> str:

@@ -25,6 +25,7 @@ def main() -> None:
         "bits_per_weight": report.record.bits_per_weight,
         "predicted_kl": report.record.predicted_kl,
         "divergences": report.divergences,
+        "learned": asdict(report.learned) if report.learned else None,
         "linears": [asdict(linear) for linear in report.record.linears],
     }
     out.with_name(f"{out.name}.report.json").write_text(json.dumps(known, indent=1), encoding="utf-8")

@@ -31,6 +31,7 @@ from .recipe_options import recipe_of, recipe_options
 if TYPE_CHECKING:
     from internvl_edge.checkpoint.record import QuantizationRecord
     from internvl_edge.quantize import VisionReport
+    from internvl_edge.quantize.learned import Learned
 
 
 @click.command("quantize")
@@ -97,6 +98,7 @@ def command(checkpoint: str, output: Path, calibration: Path | None, as_json: bo
             "linears": record.linears,
             "relative_output_errors": report.errors,
             "vision": report.vision,
+            "learned": report.learned,
             "seconds": round(seconds, 2),
         }
         print_json(facts)
@@ -108,6 +110,8 @@ def command(checkpoint: str, output: Path, calibration: Path | None, as_json: bo
         click.echo(f"relative output error: mean {mean:.3f}, worst {report.errors[worst]:.3f} ({worst})")
     if record.predicted_kl is not None:
         click.echo(_precisions(record))
+    if report.learned:
+        click.echo(_learning(report.learned))
     if report.vision:
         click.echo(_tower(report.vision))
     if not quiet:
@@ -121,6 +125,14 @@ def _precisions(record: QuantizationRecord) -> str:
     return (
         f"decoder: {record.bits_per_weight:.2f} bits per weight, predicted KL divergence "
         f"{rounded(record.predicted_kl or 0)} nats; linears: {said}"
+    )
+
+
+def _learning(learned: Learned) -> str:
+    return (
+        f"learned rounding: the squared error of a layer's output went from {learned.before:.2e} to "
+        f"{learned.after:.2e} of the output's square (calibration tokens, mean of the layers); {learned.changed:.1%} "
+        f"of the integers changed; it took {learned.seconds:.1f} s"
     )
 
 

@@ -15,8 +15,11 @@ from internvl_edge.base.errors import EdgeError
 from internvl_edge.model.linear import GROUP_SIZES, INT8, W8A8, Scheme
 
 LM_HEADS = ("fp", "int8", "int4")
+ROUNDINGS = ("computed", "learned")
 VISION = ("fp", "int8")
 KV_CACHES = ("fp", "int8")
+# Fields of a recipe that have few values.
+_VALUES = {"group_size": GROUP_SIZES, "lm_head": LM_HEADS, "rounding": ROUNDINGS, "kv_cache": KV_CACHES}
 CALIBRATORS = ("best", "minmax", "percentile-99.9", "percentile-99.99", "entropy", "mse")
 
 _PRECISION = re.compile(r"(?P<method>.+?)(-g(?P<group>\d{1,9}))?")
@@ -150,6 +153,32 @@ class DecoderInt8:
 
 
 @dataclass(frozen=True)
+class LearnedRounding:
+    """How the rounding of a layer's weights is learned.
+
+    Attributes:
+        steps: steps of gradient descent for each layer.
+        tokens: calibration tokens of each step, in whole samples.
+        rate: the largest step of a weight, in units of its grid.
+        seed: decides the order of the samples.
+
+    Raises:
+        EdgeError: from the constructor, for anything else.
+    """
+
+    steps: int = 32
+    tokens: int = 1024
+    rate: float = 0.01
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (1 <= self.steps <= 100_000 and 1 <= self.tokens <= 1 << 20 and 0 <= self.seed < 1 << 32):
+            raise EdgeError("learning takes 1 to 100000 steps of 1 to 1048576 tokens each, and a seed below 2^32")
+        if not 0 < self.rate <= 0.5:
+            raise EdgeError(f"a rate of {self.rate:g} is not possible; give one above 0, at most 0.5, such as 0.01")
+
+
+@dataclass(frozen=True)
 class Automatic:
     """Choose the precision of each linear of the decoder by its measured sensitivity, within one of two limits.
 
@@ -193,6 +222,10 @@ class Recipe:
         error_compensation: spread each column's rounding error over the columns not yet rounded (GPTQ); for w4a16-awq
             and w8a16. Without it, w8a16 is rounding to nearest, without data. The same holds where only exceptions are
             w8a16 and nothing else needs data.
+        rounding: "computed" (to nearest, after error compensation if there is one) or "learned": from there, weights of
+            w4a16-awq move to the other neighbour where a layer's output comes nearer to the float model's. It costs a
+            multiple of the time.
+        learning: options of learned rounding.
         vision: "fp" or "int8" (weights and inputs of tower and projector); fewer bits are refused.
         vision_int8: options of int8 vision.
         decoder_int8: options of "w8a8".
@@ -212,6 +245,8 @@ class Recipe:
     symmetric: bool = False
     lm_head: str = "fp"
     error_compensation: bool = True
+    rounding: str = "computed"
+    learning: LearnedRounding = LearnedRounding()
     vision: str = "fp"
     vision_int8: VisionInt8 = VisionInt8()
     decoder_int8: DecoderInt8 = DecoderInt8()
@@ -222,22 +257,22 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.decoder not in DECODER_SCHEMES:
             raise EdgeError(_unknown_scheme(self.decoder))
-        if self.group_size not in GROUP_SIZES:
-            raise EdgeError(f"group size {self.group_size} is not one of {', '.join(map(str, GROUP_SIZES))}")
-        if self.lm_head not in LM_HEADS:
-            raise EdgeError(f"lm_head {self.lm_head!r} is not one of {', '.join(LM_HEADS)}")
+        for name, allowed in _VALUES.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise EdgeError(f"{name} {value!r} is not one of {', '.join(map(str, allowed))}")
         if self.vision not in VISION:
             raise EdgeError(
                 f"vision {self.vision!r} is not supported: towers lose their answers below 8 bits; use int8 or fp"
             )
-        if self.kv_cache not in KV_CACHES:
-            raise EdgeError(f"kv_cache {self.kv_cache!r} is not one of {', '.join(KV_CACHES)}")
         found = [self.precision(precision) for _, precision in self.layers]
         if self.automatic and self.base.scheme is None:
             raise EdgeError("precision is chosen from the decoder's scheme upwards; give a decoder scheme below fp")
         found += self.candidates
         if self.choice and self.choice.target_bits and any(p.method.rounds_inputs for p in self.candidates):
             raise EdgeError("w8a8 has as many bits as w8a16, so target_bits cannot choose between them; give max_kl")
+        if self.rounding == "learned" and not any(p.method.learns for p in [self.base, *found]):
+            learns = " and ".join(name for name, method in METHODS.items() if method.learns)
+            raise EdgeError(f"only the rounding of {learns} is learned, and no linear here is; use rounding = computed")
         floats = (self.lm_head, self.vision, self.kv_cache) == ("fp", "fp", "fp")
         if floats and all(precision.scheme is None for precision in [self.base, *found]):
             raise EdgeError("decoder, lm_head and vision all keep their floats; quantize at least one of them")

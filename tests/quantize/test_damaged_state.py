@@ -32,7 +32,7 @@ RECIPES = {
     "calibration set": None,
 }
 # How far a run has come when it stops, and how often what it left is damaged.
-STOPS, DAMAGES = (0.4, 0.6, 0.8, 0.95), 4
+STOPS, DAMAGES = (0.6, 0.7, 0.8, 0.95), 4
 
 
 @pytest.mark.parametrize("name", RECIPES)
