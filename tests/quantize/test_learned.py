@@ -24,7 +24,30 @@ from internvl_edge.recipe.recipe import LearnedRounding, Recipe
 
 COMPUTED = Recipe(group_size=32)
 LEARNED = Recipe(group_size=32, rounding="learned", learning=LearnedRounding(tokens=60))
-WORDS = "the number of pictures on this page is what we ask for and a total is what they say in the end".split()
+WORDS = [
+    "the",
+    "number",
+    "of",
+    "pictures",
+    "on",
+    "this",
+    "page",
+    "is",
+    "what",
+    "we",
+    "ask",
+    "for",
+    "and",
+    "a",
+    "total",
+    "is",
+    "what",
+    "they",
+    "say",
+    "in",
+    "the",
+    "end",
+]
 
 
 def write_texts(folder: Path) -> Path:
