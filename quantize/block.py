@@ -59,7 +59,7 @@ class QuantizedBlock:
         replaced: dict[str, Tensor] = {}
         for name, array in self.tensors.items():
             tensor = to_torch(array).float()
-            multiplied = tensor.ndim == 2 or name.endswith(".bias")
+            multiplied = tensor.ndim == 2 or (name.endswith(".bias") and "norm" not in name)
             replaced[name] = tensor.to(compute.dtype) if multiplied else tensor
         for name, packed in self.linears.items():
             replaced |= {f"{name}.{part}": tensor for part, tensor in computed(packed, compute.dtype).items()}

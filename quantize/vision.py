@@ -11,7 +11,7 @@ The work has four resumable stages over some of the calibration set's tiles, wit
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -117,20 +117,12 @@ class VisionQuantizer:
 
     def replacements(self, block: str) -> dict[str, Tensor]:
         """Return the tensors that replace a block's own so that calibration computes as devices do. Requires `run`."""
-        floats = self._floats()
-        kept = {n: linear for n, linear in self._load(block).items() if f"{block}.{n}" not in floats}
-        return self._tensors(block, kept, self._compute.dtype)
+        return self.block(block).replacements(f"{block}.", self._compute)
 
     def block(self, block: str) -> QuantizedBlock:
         """Return the tensors of a block that are stored. Requires `run`."""
-        made = QuantizedBlock()
-        for name, linear in self._load(block).items():
-            if f"{block}.{name}" in self._floats():
-                continue
-            made.linears[f"{block}.{name}"] = linear.packed
-            for tensor, divided in self._divided_norm(block, name, linear).items():
-                made.tensors[f"{block}.{tensor}"] = to_numpy(divided)
-        return made
+        floats: dict[str, str] = self._work.need_json(_CHOICE)
+        return self._made(block, {n: one for n, one in self._load(block).items() if f"{block}.{n}" not in floats})
 
     @property
     def blocks(self) -> list[str]:
@@ -160,8 +152,9 @@ class VisionQuantizer:
         self._work.write_json(f"vision-{block}.json", facts)
 
     def _one_by_one(self, index: int) -> dict[str, dict[str, Tensor]]:
-        block = self._tower.names[index]
-        return {name: self._tensors(block, {name: one}, torch.float32) for name, one in self._load(block).items()}
+        block, exact = self._tower.names[index], replace(self._compute, dtype=torch.float32)
+        linears = self._load(block).items()
+        return {name: self._made(block, {name: one}).replacements(f"{block}.", exact) for name, one in linears}
 
     def _choose(self, parts: Mapping[str, float]) -> dict[str, str]:
         """Return the linears that stay float, each with its reason."""
@@ -182,7 +175,7 @@ class VisionQuantizer:
         return reasons
 
     def _report(self, parts: Mapping[str, float], found: Sequence[float]) -> VisionReport:
-        floats = self._floats()
+        floats: dict[str, str] = self._work.need_json(_CHOICE)
         layers = {}
         for block in self._tower.names:
             for name, facts in self._work.need_json(f"vision-{block}.json").items():
@@ -201,10 +194,6 @@ class VisionQuantizer:
 
     # -- tensors ----------------------------------------------------------------------------------------------------
 
-    def _floats(self) -> dict[str, str]:
-        chosen: dict[str, str] = self._work.need_json(_CHOICE)
-        return chosen
-
     def _load(self, block: str) -> dict[str, IntegerLinear]:
         arrays, facts = self._work.need_arrays(f"vision-{block}.npz"), self._work.need_json(f"vision-{block}.json")
         return {
@@ -215,27 +204,16 @@ class VisionQuantizer:
             for name in facts
         }
 
-    def _tensors(self, block: str, linears: Mapping[str, IntegerLinear], dtype: torch.dtype) -> dict[str, Tensor]:
-        """Return the tensors in the form that `calibration.blocks.linear` and the norms take."""
-        tensors: dict[str, Tensor] = {}
+    def _made(self, block: str, linears: Mapping[str, IntegerLinear]) -> QuantizedBlock:
+        """Return some linears of a block in int8, with the norms before them divided, as they are stored."""
+        made = QuantizedBlock()
         for name, linear in linears.items():
-            packed = linear.packed
-            tensors[f"{name}.weight"] = torch.from_numpy(packed.values).to(dtype)
-            tensors[f"{name}.weight_scale"] = torch.from_numpy(packed.scale[:, 0])
-            tensors[f"{name}.input_scale"] = torch.tensor(packed.input_scale, dtype=torch.float32)
-            divided = self._divided_norm(block, name, linear)
-            tensors |= {vector: tensor.float() for vector, tensor in divided.items()}
-        return {name: tensor.to(self._compute.device) for name, tensor in tensors.items()}
-
-    def _divided_norm(self, block: str, name: str, linear: IntegerLinear) -> dict[str, Tensor]:
-        """Return the norm before a linear after smoothing, in its stored type, by names within the block."""
-        if linear.smoothing is None:
-            return {}
-        scale = torch.from_numpy(linear.smoothing)
-        return {
-            vector.removeprefix(f"{block}."): divide(to_torch(self._checkpoint.tensor(vector)), scale)
-            for vector in self._norm_vectors(block, _linears(block)[name])
-        }
+            made.linears[f"{block}.{name}"] = linear.packed
+            if linear.smoothing is not None:
+                scale = torch.from_numpy(linear.smoothing)
+                for vector in self._norm_vectors(block, _linears(block)[name]):
+                    made.tensors[vector] = to_numpy(divide(to_torch(self._checkpoint.tensor(vector)), scale))
+        return made
 
     def _norm_vectors(self, block: str, norm: str | None) -> list[str]:
         """Return the canonical names of a norm's weight and of its bias where it has one."""
