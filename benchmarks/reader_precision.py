@@ -86,7 +86,7 @@ def main(checkpoint: Path, work: Path) -> None:
     layout = source.config.decoder.architecture
     options = {name: DataOptions(samples=SAMPLES[name], seed=seed) for seed, name in enumerate(SAMPLES)}
     folder = WorkFolder(work / "test", {"samples": SAMPLES["test"]})
-    test, _ = embedded_set(folder, source, checkpoint_identity(checkpoint), options["test"], compute)
+    test = embedded_set(folder, source, checkpoint_identity(checkpoint), options["test"], compute)
     rows = []
     for name, fields in ROWS.items():
         out = work / name.replace(" ", "-").replace(",", "")

@@ -202,7 +202,7 @@ def _write_calibration_set(folder: Path, checkpoint: Path, tokens: NDArray[np.in
         "lengths": [tokens.shape[1]] * len(tokens),
         "tiles": [0] * len(tokens),
         "broken": [],
-        "image_token": -1,
+        "image_token": VOCABULARY,  # the first row behind those of the model; no token here is one
         "hidden_size": source.config.decoder.hidden_size,
     }
     (folder / dataset.MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")

@@ -53,7 +53,9 @@ def calibrated(bench: Bench) -> Path:
     if not checkpoint.exists():
         recipe = Recipe(decoder="fp", kv_cache="int8")
         compute = choose_compute(dtype="float32")
-        quantize_checkpoint(bench.checkpoint, checkpoint, recipe, stats=bench.work / "calibration", compute=compute)
+        quantize_checkpoint(
+            bench.checkpoint, checkpoint, recipe, calibration=bench.work / "calibration", compute=compute
+        )
     if not bundle.exists():
         export_bundle(checkpoint, bundle, "float32")
     return bundle

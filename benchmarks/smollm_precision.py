@@ -29,7 +29,7 @@ from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.evaluation.divergence import divergence
 from internvl_edge.quantize.automatic import measure_divergences, plan_by_divergence
 from internvl_edge.quantize.plan import Plan, plan_decoder, units
-from internvl_edge.quantize.sensitivity_decoder import Divergences
+from internvl_edge.quantize.sensitivity import Divergences
 from internvl_edge.recipe.files import make_recipe
 
 _SYMMETRIC = {"decoder": "w4a16-awq", "group_size": 64, "symmetric": True}
@@ -122,6 +122,7 @@ class PrecisionBench(Bench):
                 dataset.CalibrationSet.open(self.work / "calibration"),
                 choose_compute("cpu", "float32"),
                 make_recipe(_SYMMETRIC | among),
+                plan_decoder(Checkpoint(self.checkpoint), make_recipe(_SYMMETRIC | among)),
                 Progress(sys.stderr),
             )
             path.write_text(json.dumps(found, indent=1), encoding="utf-8")
@@ -129,7 +130,8 @@ class PrecisionBench(Bench):
         return made
 
     def _plan(self, fields: dict[str, Any]) -> Plan:
-        return plan_by_divergence(Checkpoint(self.checkpoint), make_recipe(fields), self.divergences())
+        source, recipe = Checkpoint(self.checkpoint), make_recipe(fields)
+        return plan_by_divergence(source, recipe, plan_decoder(source, recipe), self.divergences())
 
     def _said(self, name: str, out: Path) -> dict[str, Any]:
         """Bits, kinds of linears and, of what was measured, the divergence that is predicted."""

@@ -1,4 +1,4 @@
-"""Compute the activation statistics of a model from images and prompts, for a quantizer.
+"""Turn images and prompts into what a model's layers receive, for a quantizer.
 
 `calibrate` makes a calibration set. `internvl_edge.calibration.synthetic` draws the pictures of the built-in set.
 """
@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .compute import choose_compute
-    from .dataset import CalibrationSet, DataOptions, read_statistics
+    from .dataset import CalibrationSet, DataOptions
     from .pipeline import calibrate
 
-__all__ = ["CalibrationSet", "DataOptions", "calibrate", "choose_compute", "read_statistics"]
+__all__ = ["CalibrationSet", "DataOptions", "calibrate", "choose_compute"]
 
 # These names are loaded on first use, because the synthetic pictures do not need torch.
 _HOMES = {
@@ -21,7 +21,6 @@ _HOMES = {
     "DataOptions": "dataset",
     "calibrate": "pipeline",
     "choose_compute": "compute",
-    "read_statistics": "dataset",
 }
 
 

@@ -2,10 +2,11 @@
 
     calibration.json  the samples, and the data they were made from
     tokens.npy        int32 [tokens] of all samples, concatenated
+    tiles.u8          uint8 [tiles, S, S, 3], the tiles of all images
     embeddings.f32    float32 [tokens, hidden]; rows of image tokens come from the vision tower and the projector
-    statistics.npz    per linear input and channel: mean and maximum of |x| (see `statistics`)
 
-It is made in two resumable steps: `prepare` (text and tiles) and `embed` (the tower, one layer in memory at a time).
+It is made in two resumable steps: `prepare` (text and tiles) and `pipeline.embed` (the tower). Each recipe reads what
+it needs: an int8 tower is measured with the tiles, and makes embeddings of its own.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +38,9 @@ from .work import OUT, WorkFolder, discard
 MANIFEST = "calibration.json"
 TOKENS = "tokens.npy"
 EMBEDDINGS = "embeddings.f32"
-STATISTICS = "statistics.npz"
 TILES = "tiles.u8"
+# What earlier versions wrote beside these.
+_EARLIER = "statistics.npz"
 _TOKENIZER = "tokenizer"
 _EMBED_TOKENS = "decoder.embed_tokens.weight"
 _ROWS = 8192
@@ -152,15 +155,31 @@ class CalibrationSet:
         except (OSError, EOFError, ValueError):
             tokens = None
         if tokens is None or tokens.shape != (self.total,):
-            raise EdgeError(f"{path} is missing or incomplete; make the calibration set again")
+            raise EdgeError(f"{path} is missing or incomplete; {_AGAIN}")
         return np.asarray(tokens == self.image_token)
 
     def embeddings(self) -> NDArray[np.float32]:
         """float32 [tokens, hidden], mapped from its file."""
         path, shape = self.folder / EMBEDDINGS, (self.total, self.hidden_size)
         if not path.is_file() or path.stat().st_size != 4 * shape[0] * shape[1]:
-            raise EdgeError(f"{path} is missing or incomplete; make the calibration set again")
+            raise EdgeError(f"{path} is missing or incomplete; {_AGAIN}")
         return np.memmap(path, np.float32, "r", shape=shape)
+
+    @property
+    def tile_owners(self) -> list[str]:
+        """The name of each tile's sample."""
+        return [name for name, count in zip(self.names, self.tiles, strict=True) for _ in range(count)]
+
+    def pixels(self, size: int) -> NDArray[np.uint8]:
+        """uint8 [tiles, size, size, 3], mapped from their file.
+
+        Raises:
+            EdgeError: the tiles' file is missing or incomplete.
+        """
+        path, shape = self.folder / TILES, (sum(self.tiles), size, size, 3)
+        if not path.is_file() or path.stat().st_size != prod(shape):
+            raise EdgeError(f"{path} is missing or incomplete; {_AGAIN}")
+        return np.memmap(path, np.uint8, "r", shape=shape) if shape[0] else np.empty(shape, np.uint8)
 
     def chunks(self, tokens: int) -> list[range]:
         """Split the samples, in their order, into ranges of at most `tokens` tokens.
@@ -184,7 +203,7 @@ def prepare(
     options: DataOptions,
     progress: Progress,
 ) -> CalibrationSet:
-    """Tokenise and tile the samples into the work folder; `tower.embed` makes the embeddings.
+    """Tokenise and tile the samples into the work folder; `pipeline.embed` makes the embeddings.
 
     If the work folder has them already, only open them.
 
@@ -239,8 +258,32 @@ def embed_tokens(path: Path, checkpoint: Checkpoint, calibration: CalibrationSet
             file.write(np.ascontiguousarray(rows).tobytes())
 
 
-def finish(work: WorkFolder, statistics: Mapping[str, NDArray[Any]], target: Path, permit: Callable[[], None]) -> None:
-    """The set in a work folder and its statistics become the folder `target` in one step; then the work folder goes.
+def adopt(work: WorkFolder, given: CalibrationSet, embedded: bool, progress: Progress) -> CalibrationSet:
+    """Take the set that `calibrate` made into the work folder, as if `prepare` (and `embed`) had made it there.
+
+    Args:
+        work: the folder of the run.
+        given: the set.
+        embedded: take its embeddings; otherwise its tiles, from which they are made.
+        progress: counts the phase.
+
+    Raises:
+        EdgeError: a file of the set is missing.
+    """
+    progress.skip(1)
+    for name in (TOKENS, EMBEDDINGS if embedded else TILES):
+        if not work.has(name):
+            if not (given.folder / name).is_file():
+                raise EdgeError(f"{given.folder / name} is missing or incomplete; {_AGAIN}")
+            with work.writing(name) as new:
+                _link(given.folder / name, new)
+    manifest = {name: value for name, value in asdict(given).items() if name != "folder"}
+    work.write_json(MANIFEST, manifest)
+    return CalibrationSet(work.path, **manifest)
+
+
+def finish(work: WorkFolder, target: Path, permit: Callable[[], None]) -> None:
+    """The set in a work folder becomes the folder `target` in one step; then the work folder goes.
 
     Until that step the work folder keeps all it has, so that a killed run continues. `permit` raises EdgeError where
     `target` may not be made.
@@ -248,11 +291,9 @@ def finish(work: WorkFolder, statistics: Mapping[str, NDArray[Any]], target: Pat
     folder = work.path / OUT
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    with (folder / STATISTICS).open("wb") as file:
-        np.savez(file, **dict(statistics))  # type: ignore[arg-type]  # numpy's stub takes the names for its own options
     text = json.dumps(work.need_json(MANIFEST), indent=1, ensure_ascii=False)
     (folder / MANIFEST).write_text(text, encoding="utf-8")
-    for name in (TOKENS, EMBEDDINGS):
+    for name in (TOKENS, TILES, EMBEDDINGS):
         _link(work.need(name), folder / name)
     permit()
     put_in_place(folder, target)
@@ -266,24 +307,13 @@ def calibration_files(folder: Path) -> set[str]:
         EdgeError: the folder does not read as a calibration set.
     """
     CalibrationSet.open(folder)
-    return {MANIFEST, TOKENS, EMBEDDINGS, STATISTICS}
+    return {MANIFEST, TOKENS, TILES, EMBEDDINGS, _EARLIER}
 
 
 def _link(source: Path, target: Path) -> None:
     """Give the file a second name, or copy it where the file system does not support hard links."""
+    target.unlink(missing_ok=True)
     try:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
-
-
-def read_statistics(folder: Path) -> dict[str, NDArray[Any]]:
-    """Return `<linear>.mean_abs` and `<linear>.max_abs`, float32 [in], by canonical name of the linear layer.
-
-    Raises:
-        EdgeError: the folder holds no statistics.
-    """
-    if not (folder / STATISTICS).is_file():
-        raise EdgeError(f"{folder} holds no {STATISTICS}; make it with internvl-edge calibrate CHECKPOINT -o DIR")
-    with np.load(folder / STATISTICS, allow_pickle=False) as file:
-        return {name: file[name] for name in file.files}

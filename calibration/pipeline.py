@@ -1,31 +1,40 @@
-"""`calibrate`: turn a checkpoint and data into a folder with the embedded calibration set and activation statistics."""
+"""`calibrate`: turn a checkpoint and data into a folder with the embedded calibration set, for any recipe."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from numpy.typing import NDArray
+import numpy as np
+import torch
 from torch import Tensor
 
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.files import readable_disk_errors
 from internvl_edge.base.folders import writing
-from internvl_edge.base.progress import SILENT, Progress, as_progress
+from internvl_edge.base.progress import SILENT, Advance, Progress, as_progress
 from internvl_edge.base.replaceable import require_replaceable
 from internvl_edge.checkpoint.reader import Checkpoint
 
 from .compute import Compute, choose_compute
-from .dataset import CalibrationSet, DataOptions, calibration_files, finish, prepare
-from .decoder_pass import DecoderPass, Statistics
-from .statistics import StatisticsRequest
-from .tower import Replacements, embed, no_replacements, tower_steps
+from .dataset import EMBEDDINGS, CalibrationSet, DataOptions, calibration_files, embed_tokens, finish, prepare
+from .statistics import Observer, StatisticsRequest
+from .stream import Tower, ranges_of
 from .work import CONTINUES, WorkFolder, checkpoint_identity
 
-Figures = dict[str, NDArray[Any]]
+# Tiles go through the tower in waves whose hidden states fit in so much memory.
+_WAVE_BYTES = 128 << 20
+# Returns the tensors of a quantized tower that replace those of a block ("vision.layers.0", "projector"), by their name
+# in the block.
+Replacements = Callable[[str], Mapping[str, Tensor]]
+
+
+def no_replacements(block: str) -> Mapping[str, Tensor]:
+    """Replace no tensors: the tower stays as in the checkpoint."""
+    return {}
 
 
 def calibrate(
@@ -38,7 +47,7 @@ def calibrate(
     force: bool = False,
     progress: bool | Progress = False,
 ) -> CalibrationSet:
-    """Embed a calibration set and collect the activation statistics of a checkpoint.
+    """Make a calibration set: tokens, tiles, and what the decoder receives. Every recipe can use it.
 
     The state of an unfinished run is in `OUT.partial`. The same call continues it, with the same result.
 
@@ -63,23 +72,11 @@ def calibrate(
         permit()
         identity = checkpoint_identity(source.folder)
         with WorkFolder(partial_path(place), run_description(identity, options, compute), restart) as work:
-            figures = _gather(work, source, identity, options, compute, as_progress(progress))
-            finish(work, figures, place, permit)
+            shown = as_progress(progress)
+            shown.expect(2)
+            embedded_set(work, source, identity, options, compute, shown)
+            finish(work, place, permit)
     return CalibrationSet.open(target)
-
-
-def _gather(
-    work: WorkFolder, source: Checkpoint, identity: str, options: DataOptions, compute: Compute, progress: Progress
-) -> Figures:
-    """The statistics of all linears; the work folder then holds the set."""
-    progress.expect(3)
-    calibration, figures = embedded_set(work, source, identity, options, compute, progress, gather=True)
-    handler = _Gatherer(work)
-    layers = source.config.decoder.num_hidden_layers
-    steps = DecoderPass.steps(calibration, layers)
-    with progress.phase("measuring the decoder", steps, "layers", layers) as advance:
-        DecoderPass(work, source, calibration, compute, advance).run(StatisticsRequest(), handler)
-    return figures | handler.all_layers(layers)
 
 
 def embedded_set(
@@ -89,30 +86,73 @@ def embedded_set(
     options: DataOptions,
     compute: Compute,
     progress: Progress = SILENT,
-    replaced: Replacements = no_replacements,
-    gather: bool = False,
-) -> tuple[CalibrationSet, Figures]:
-    """Return the calibration set with its embeddings and, with `gather`, the statistics of tower and projector.
-
-    A killed run continues. For `replaced`, see `tower.embed`.
-    """
+) -> CalibrationSet:
+    """Return the calibration set with its embeddings. A killed run continues."""
     calibration = prepare(work, checkpoint, identity, options, progress)
-    return calibration, embed_images(work, checkpoint, calibration, compute, progress, replaced, gather)
+    embed(work, checkpoint, calibration, compute, progress)
+    return calibration
 
 
-def embed_images(
+def embed(
     work: WorkFolder,
     checkpoint: Checkpoint,
     calibration: CalibrationSet,
     compute: Compute,
     progress: Progress,
     replaced: Replacements = no_replacements,
-    gather: bool = False,
-) -> Figures:
-    """Run `tower.embed` as one phase of the progress."""
-    steps, tiles = tower_steps(calibration, checkpoint.config), sum(calibration.tiles)
-    with progress.phase("encoding the images", steps, "tiles", tiles) as advance:
-        return embed(work, checkpoint, calibration, compute, advance, replaced, gather)
+) -> None:
+    """Make the embeddings file: the table's rows of text tokens, and the image tokens that come out of the tower.
+
+    Tiles go through the tower in waves, with one block in memory at a time. A killed run continues with the wave it was
+    in: what came out of each waits in a file of its own until all have.
+
+    Args:
+        work, checkpoint, calibration, compute, progress: those of the run.
+        replaced: the tensors of a quantized tower.
+
+    Raises:
+        EdgeError: NaN or infinity; the message names block, tensor and sample.
+    """
+    vision, count = checkpoint.config.vision, sum(calibration.tiles)
+    size = max(1, _WAVE_BYTES // (4 * vision.hidden_size * (vision.grid_size**2 + 1)))
+    waves = {f"wave-{wave.start}.npz": wave for wave in ranges_of(range(count), size)}
+    if work.has(EMBEDDINGS):
+        progress.skip(1)
+    else:
+        tower = Tower(checkpoint, compute, calibration.pixels(vision.image_size), calibration.tile_owners)
+        with progress.phase("encoding the images", count * len(tower.names), "tiles", count) as advance:
+            for name, wave in waves.items():
+                if work.read_arrays(name) is None:
+                    work.write_arrays(name, {"embeds": _encode(tower, wave, replaced, advance).cpu().numpy()})
+                else:
+                    advance(len(wave) * len(tower.names))
+        with work.writing(EMBEDDINGS) as new:
+            embed_tokens(new, checkpoint, calibration)
+            table = np.memmap(new, np.float32, "r+", shape=(calibration.total, calibration.hidden_size))
+            places = np.flatnonzero(calibration.is_image)
+            for name in waves:  # image tokens of all samples follow one another in the order of the tiles
+                embeds = work.need_arrays(name)["embeds"]
+                table[places[: len(embeds)]] = embeds
+                places = places[len(embeds) :]
+            table.flush()
+    for name in waves:
+        work.remove(name)
+
+
+@torch.no_grad()
+def _encode(tower: Tower, tiles: range, replaced: Replacements, advance: Advance) -> Tensor:
+    """Return the image tokens of some tiles, [tiles * tokens, hidden] float32."""
+    chunks = [tiles[chunk.start : chunk.stop] for chunk in ranges_of(range(len(tiles)), len(tower.chunks[0]))]
+    hidden = [tower.first(chunk) for chunk in chunks]
+    for index, name in enumerate(tower.names):
+        weights = tower.load(index) | dict(replaced(name))
+        observer, rows = Observer(name, 0, StatisticsRequest()), tower.lengths(index + 1)
+        for place, chunk in enumerate(chunks):
+            hidden[place] = tower.run(index, weights, hidden[place], chunk)
+            observer.begin(0, [(tower.owners[tile], rows[tile]) for tile in chunk])
+            observer.check("the output", hidden[place])
+            advance(len(chunk))
+    return torch.cat(hidden)
 
 
 def partial_path(target: Path) -> Path:
@@ -136,26 +176,3 @@ def require_same_checkpoint(calibration: CalibrationSet, identity: str) -> None:
         raise EdgeError(
             f"{calibration.folder} was made with another checkpoint; make it again with internvl-edge calibrate"
         )
-
-
-class _Gatherer:
-    """Stores the per-channel statistics of each layer, and replaces no tensors."""
-
-    def __init__(self, work: WorkFolder) -> None:
-        self._work = work
-
-    def __call__(self, layer: int, statistics: Statistics) -> Mapping[str, Tensor] | None:
-        prefix = f"decoder.layers.{layer}."
-        arrays = {
-            f"{prefix}{name}.{figure}": array
-            for name, inputs in statistics.items()
-            for figure, array in inputs.arrays().items()
-        }
-        self._work.write_arrays(f"layer-{layer}.npz", arrays)
-        return None
-
-    def all_layers(self, count: int) -> Figures:
-        figures: Figures = {}
-        for layer in range(count):
-            figures |= self._work.need_arrays(f"layer-{layer}.npz")
-        return figures

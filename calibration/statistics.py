@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from internvl_edge.base.errors import EdgeError
@@ -66,10 +64,6 @@ class InputStatistics:
         torch.maximum(self.max_abs, magnitude.amax(0).float(), out=self.max_abs)
         if self.gram is not None:
             _add_gram(self.gram, x)
-
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        """Return the statistics per channel: "mean_abs" and "max_abs"."""
-        return {"mean_abs": self.mean_abs.cpu().numpy(), "max_abs": self.max_abs.cpu().numpy()}
 
 
 def _add_gram(gram: Tensor, x: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .pipeline import QuantizationReport, quantize_checkpoint
-from .plan import check_recipe
+from .plan import plan_decoder
 from .vision import VisionReport
 
-__all__ = ["QuantizationReport", "VisionReport", "check_recipe", "quantize_checkpoint"]
+__all__ = ["QuantizationReport", "VisionReport", "plan_decoder", "quantize_checkpoint"]

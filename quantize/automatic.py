@@ -15,11 +15,10 @@ from internvl_edge.recipe.recipe import Automatic, Precision, Recipe
 
 from .choose import Option, cheapest, choose_for_cost, choose_for_divergence
 from .layer import BlockQuantizer
-from .output import OutputLayout, scale_dtype
-from .plan import Choice, Plan, plan_decoder, units
-from .sensitivity_decoder import DecoderSensitivity, Divergences
+from .output import OutputLayout
+from .plan import Choice, Plan, units
+from .sensitivity import DecoderSensitivity, Divergences
 
-_STATE = "decoder-divergences.json"
 # Phases of the progress that `measure_divergences` shows.
 DIVERGENCE_PHASES = 2
 
@@ -30,6 +29,7 @@ def measure_divergences(
     calibration: CalibrationSet,
     compute: Compute,
     recipe: Recipe,
+    plan: Plan,
     progress: Progress,
 ) -> Divergences:
     """Measure the divergence that each candidate precision of a recipe causes in each unit. A killed run continues.
@@ -37,24 +37,17 @@ def measure_divergences(
     Raises:
         EdgeError: activations are not finite.
     """
-    divergences: Divergences | None = work.read_json(_STATE)
-    if divergences is None:
-        dtype = scale_dtype(recipe, OutputLayout(checkpoint, recipe).float_dtype)
-        names = plan_decoder(checkpoint, recipe)
-        quantizers = {
-            precision: BlockQuantizer(checkpoint, recipe, compute, dtype, dict.fromkeys(names, Choice(precision)))
-            for precision in recipe.candidates
-            if precision.scheme is not None
-        }
-        divergences = DecoderSensitivity(work, checkpoint, calibration, compute, quantizers).run(progress)
-        work.write_json(_STATE, divergences)
-    else:
-        progress.skip(DIVERGENCE_PHASES)
-    return divergences
+    dtype = OutputLayout(checkpoint, recipe).scale_dtype
+    quantizers = {
+        precision: BlockQuantizer(checkpoint, recipe, compute, dtype, dict.fromkeys(plan, Choice(precision)))
+        for precision in recipe.candidates
+        if precision.scheme is not None
+    }
+    return DecoderSensitivity(work, checkpoint, calibration, compute, quantizers).run(progress)
 
 
-def plan_by_divergence(checkpoint: Checkpoint, recipe: Recipe, divergences: Divergences) -> Plan:
-    """Return the plan that follows from the measured divergences.
+def plan_by_divergence(checkpoint: Checkpoint, recipe: Recipe, plan: Plan, divergences: Divergences) -> Plan:
+    """Return the plan that follows from the recipe's own and the measured divergences.
 
     A unit stays as the recipe says if a pattern of the recipe decides any of its linears. Its bits still count.
 
@@ -62,7 +55,6 @@ def plan_by_divergence(checkpoint: Checkpoint, recipe: Recipe, divergences: Dive
         EdgeError: the limit cannot be met with the candidate precisions.
     """
     assert recipe.choice is not None
-    plan = plan_decoder(checkpoint, recipe)
     free = {unit[0]: unit for unit in units(checkpoint) if not any(plan[name].fixed for name in unit)}
     cost = _bits if recipe.choice.target_bits is not None else _bits_with_inputs
     options = {
@@ -86,7 +78,7 @@ def plan_by_divergence(checkpoint: Checkpoint, recipe: Recipe, divergences: Dive
         for first, option in picked.items()
         for name in free[first]
     }
-    return plan_decoder(checkpoint, recipe, found)
+    return plan | found
 
 
 def average_bits(checkpoint: Checkpoint, plan: Plan) -> float:

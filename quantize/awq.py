@@ -1,8 +1,8 @@
-"""AWQ scales and clipping: choose which input channels get finer steps, and how far to clip each group's range.
+"""AWQ scales: choose which input channels get finer steps.
 
 Method: AWQ (Lin et al., 2023, arXiv:2306.00978). The scale is s = mean|x|^alpha, optionally / mean|w|^(1 - alpha), with
-alpha from a grid. Then the range of each group is shrunk. Both are chosen by the squared error of the layers' outputs
-on calibration tokens. Image tokens and text tokens have the same weight.
+alpha from a grid, chosen by the squared error of the layers' outputs on calibration tokens. Image tokens and text
+tokens have the same weight.
 """
 
 from __future__ import annotations
@@ -15,18 +15,13 @@ from torch import Tensor
 from internvl_edge.calibration.statistics import InputStatistics
 from internvl_edge.model.linear import Scheme
 
-from .grid import Grid, extent, minmax_grid, spanning
+from .rounding import minmax_grid
 
 # The alphas that the paper's authors try, then the neighbours of the best one.
 _ALPHA_STEPS = (tuple(step / 20 for step in range(21)), (-0.025, 0.025))
-_CLIP_RATIOS = tuple(1 - 0.05 * step for step in range(1, 11))
-# Ratios for symmetric 4-bit scales. max/7 is always tried. max/7.5 and max/8 use the lowest integer. The others clip.
-_SYMMETRIC_RATIOS = (7 / 7.5, 7 / 8, *(7 / 8 * ratio for ratio in _CLIP_RATIOS))
 # The number of outputs per layer, evenly spaced, on which a scale is chosen. Alpha is one number for all outputs, so a
 # sample is enough.
 _SEARCH_ROWS = 256
-# The number of weights whose clipping is searched together. They must fit into the processor's cache.
-_CLIP_WEIGHTS = 1 << 19
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -101,55 +96,3 @@ def _output_error(inputs: InputStatistics, width: int) -> Callable[[Tensor], flo
     assert inputs.subset is not None
     tokens = inputs.subset.float().T.contiguous()
     return lambda e: float((e @ tokens).square().sum(dtype=torch.float64))
-
-
-def block_gram(inputs: InputStatistics, scale: Tensor, group_size: int) -> Tensor:
-    """Return the Gram matrices [groups, size, size] of each group of inputs after division by `scale` [in]."""
-    groups = len(scale) // group_size
-    if inputs.gram is not None:
-        starts = range(0, len(scale), group_size)
-        blocks = torch.stack([inputs.gram[n : n + group_size, n : n + group_size] for n in starts])
-    else:
-        assert inputs.subset is not None
-        tokens = inputs.subset.float().reshape(-1, groups, group_size).transpose(0, 1)
-        blocks = tokens.transpose(1, 2) @ tokens
-    inverse = 1 / scale.reshape(groups, group_size)
-    return blocks * inverse[:, :, None] * inverse[:, None, :]
-
-
-def search_clipping(weight: Tensor, blocks: Tensor, scheme: Scheme, stored: torch.dtype) -> Grid:
-    """Return the grid of `weight` [out, in] with the clipping range of least error for each output and group.
-
-    The error is that of the group's part of the output, for this group's inputs.
-
-    Args:
-        weight: float32, already multiplied by its input scale.
-        blocks: Gram matrix of each group, see `block_gram`.
-        scheme: how weights are rounded.
-        stored: type of the stored scales.
-    """
-    rows = max(1, _CLIP_WEIGHTS // weight.shape[1])
-    parts = [_clip_rows(part, blocks, scheme, stored) for part in torch.split(weight, rows)]
-    return Grid(scheme, torch.cat([part.scale for part in parts]), torch.cat([part.zero for part in parts]))
-
-
-def _clip_rows(weight: Tensor, blocks: Tensor, scheme: Scheme, stored: torch.dtype) -> Grid:
-    spanned = extent(weight, scheme)
-    grouped = weight.reshape(len(weight), len(blocks), -1).transpose(0, 1).contiguous()
-    best = spanning(spanned, scheme, stored)
-    least = _group_error(grouped, best, blocks)
-    for ratio in _SYMMETRIC_RATIOS if scheme.symmetric else _CLIP_RATIOS:
-        grid = spanning(spanned, scheme, stored, ratio)
-        error = _group_error(grouped, grid, blocks)
-        better = error < least
-        least = torch.where(better, error, least)
-        best = Grid(scheme, torch.where(better, grid.scale, best.scale), torch.where(better, grid.zero, best.zero))
-    return best
-
-
-def _group_error(weight: Tensor, grid: Grid, blocks: Tensor) -> Tensor:
-    """Return the squared error [out, groups] of each group's part of the output. `weight` is [groups, out, size]."""
-    scale, zero = grid.scale.T[..., None], grid.zero.T[..., None]
-    error = torch.div(weight, scale).round_().add_(zero).clamp_(*grid.limits)
-    error.sub_(zero).mul_(scale).sub_(weight)
-    return (error @ blocks).mul_(error).sum(-1).T

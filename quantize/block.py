@@ -14,6 +14,25 @@ from internvl_edge.calibration.compute import Compute, to_torch
 from internvl_edge.checkpoint.record import LinearReport
 from internvl_edge.model.linear import PackedLinear
 
+from .rounding import Grid
+
+
+@dataclass
+class Latent:
+    """What the rounding of one linear is learned from.
+
+    Attributes:
+        values: [out, in] float32 in units of the grid; they round to the integers.
+        grid: the values that the integers stand for.
+        scale: [in] that the weights were multiplied by, or None.
+        tokens: [tokens, in] float32, some of the scaled inputs, for the report.
+    """
+
+    values: Tensor
+    grid: Grid
+    scale: Tensor | None
+    tokens: Tensor
+
 
 @dataclass
 class QuantizedBlock:
@@ -26,19 +45,21 @@ class QuantizedBlock:
         reports: one report per linear, packed or not, by module.
         scales: [out] float32 that the outputs of a producer were divided by, by producer
             ("decoder.layers.0.mlp.up_proj").
+        latents: the linears whose rounding is to be learned.
     """
 
     linears: dict[str, PackedLinear] = field(default_factory=dict)
     tensors: dict[str, NDArray[Any]] = field(default_factory=dict)
     reports: dict[str, LinearReport] = field(default_factory=dict)
     scales: dict[str, Tensor] = field(default_factory=dict)
+    latents: dict[str, Latent] = field(default_factory=dict)
 
     def replacements(self, prefix: str, compute: Compute) -> dict[str, Tensor]:
         """Return the changed tensors in the form that calibration computes with, by their name below `prefix`."""
         replaced: dict[str, Tensor] = {}
         for name, array in self.tensors.items():
             tensor = to_torch(array).float()
-            multiplied = tensor.ndim == 2 or name.endswith(".bias")
+            multiplied = tensor.ndim == 2 or (name.endswith(".bias") and "norm" not in name)
             replaced[name] = tensor.to(compute.dtype) if multiplied else tensor
         for name, packed in self.linears.items():
             replaced |= {f"{name}.{part}": tensor for part, tensor in computed(packed, compute.dtype).items()}

@@ -1,7 +1,7 @@
-"""Quantize one decoder layer (or lm_head): each linear gets the precision that the plan gives it.
+"""Quantize one decoder layer (or lm_head) in two steps: choose and fold all input scales; then clip and round.
 
-This module knows the order of steps: choose all input scales, fold them into their producers, clip, round. It does not
-know files.
+Each linear gets the precision that the plan gives it, and what is done to it stands in its row of `recipe.METHODS`.
+This module does not know files.
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ from internvl_edge.model.components import bits_per_weight
 from internvl_edge.model.linear import PackedLinear, concatenate
 from internvl_edge.recipe.recipe import Precision, Recipe
 
-from .awq import block_gram, search_clipping, search_scale
-from .block import QuantizedBlock, computed
-from .compensation import compensated_rounding, inverse_factor
+from .awq import search_scale
+from .block import Latent, QuantizedBlock, computed
 from .folding import HEAD_GROUP, SCALE_GROUPS, ScaleGroup, reduce_channels, spread_channels, storable_scale
-from .grid import Grid, minmax_grid
 from .integer import best_strength, quantize_linear, round_inputs
 from .linear_report import OutputComparison, activation_range
-from .plan import Choice, Plan, plan_decoder
+from .plan import Choice, Plan
+from .rounding import Grid, block_gram, compensated_rounding, inverse_factor, minmax_grid, near, search_clipping
 from .smoothing import STRENGTHS, power_of_two, smoothing_scale
 
 _SUBSET_TOKENS = 1024
@@ -39,7 +38,7 @@ _REPORT_ROWS = 256
 _SMOOTHING_ROWS = 1024
 # lm_head has one output per token of the vocabulary, so its rows are rounded this many at a time.
 _ROWS = 16384
-_COMPENSATED = ("w4a16-awq", "w8a16")
+_HEAD = "decoder.lm_head"
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class _Shared:
         scale: [in] that weights are multiplied by, or None.
         blocks: Gram matrices of scaled inputs by group size, for clipping.
         factor: for error compensation, or None.
-        integers: packed w8a8 consumers by name. They are rounded together.
+        integers: packed consumers with int8 inputs, by name. They are rounded together.
     """
 
     inputs: InputStatistics
@@ -59,6 +58,13 @@ class _Shared:
     blocks: Mapping[int, Tensor]
     factor: tuple[Tensor, Tensor] | None
     integers: Mapping[str, PackedLinear]
+
+    @property
+    def tokens(self) -> Tensor:
+        """The token subset after scaling, [tokens, in] float32."""
+        assert self.inputs.subset is not None
+        tokens = self.inputs.subset.float()
+        return tokens if self.scale is None else tokens / self.scale
 
 
 class BlockQuantizer:
@@ -69,46 +75,60 @@ class BlockQuantizer:
         recipe: how to round.
         compute: device.
         scale_dtype: stored type of the scales of packed weights.
-        plan: the choice for each linear; default: the recipe's plan, without an automatic choice.
+        plan: the choice for each linear of the layers.
     """
 
     def __init__(
-        self,
-        checkpoint: Checkpoint,
-        recipe: Recipe,
-        compute: Compute,
-        scale_dtype: torch.dtype,
-        plan: Plan | None = None,
+        self, checkpoint: Checkpoint, recipe: Recipe, compute: Compute, scale_dtype: torch.dtype, plan: Plan
     ) -> None:
         self._checkpoint = checkpoint
         self._decoder = checkpoint.config.decoder
         self._recipe = recipe
         self._device = compute.device
         self._scale_dtype = scale_dtype
-        self._plan = {**(plan or plan_decoder(checkpoint, recipe)), "decoder.lm_head": Choice(recipe.head)}
+        self._layers = plan
+        self._plan = {**plan, _HEAD: Choice(recipe.head)}
 
     @property
     def wanted(self) -> StatisticsRequest:
         """The statistics that `layer` needs."""
-        return StatisticsRequest(
-            gram=self._recipe.error_compensation and self._compensates(self._plan), tokens=_SUBSET_TOKENS
-        )
+        compensates = any(choice.precision.method.compensates for choice in self._layers.values())
+        return StatisticsRequest(gram=self._recipe.error_compensation and compensates, tokens=_SUBSET_TOKENS)
 
     @property
     def head_request(self) -> StatisticsRequest:
-        """The statistics that `head` needs."""
-        precision = self._precision("decoder.lm_head")
-        gram = self._recipe.error_compensation and precision.method == "w4a16-awq"
+        """The statistics that `head` needs. Errors of an int8 head are not compensated: they are small already."""
+        method = self._precision(_HEAD).method
+        gram = self._recipe.error_compensation and method.compensates and method.clips
         return StatisticsRequest(gram=gram, tokens=_SUBSET_TOKENS)
 
-    def layer(self, number: int, statistics: Mapping[str, InputStatistics] | None) -> QuantizedBlock:
-        """Quantize one decoder layer. Without statistics of its inputs, only round it to the nearest values."""
+    def layer(
+        self, number: int, statistics: Mapping[str, InputStatistics] | None, latents: bool = False
+    ) -> QuantizedBlock:
+        """Quantize one decoder layer. Without statistics of its inputs, only round it to the nearest values.
+
+        With `latents`, the block keeps what the rounding can be learned from; call `settle` in the end.
+        """
         groups = SCALE_GROUPS[self._decoder.architecture]
-        return self._block(f"decoder.layers.{number}.", groups, statistics)
+        return self._block(f"decoder.layers.{number}.", groups, statistics, latents)
 
     def head(self, inputs: InputStatistics | None) -> QuantizedBlock:
         """Quantize lm_head. Without statistics of its inputs, only round it to the nearest values."""
         return self._block("decoder.", [HEAD_GROUP], None if inputs is None else {"lm_head": inputs})
+
+    def settle(self, block: QuantizedBlock) -> None:
+        """Round the latents of a block again, after they were learned, and measure the linears again."""
+        for name, latent in block.latents.items():
+            low, high = latent.grid.limits
+            q = torch.round(latent.values).clamp_(low, high)
+            weight, comparison = self._scaled(name, latent.scale, block), OutputComparison()
+            some, tokens = _some(weight), latent.tokens.T
+            comparison.add(weight[some] @ tokens, latent.grid.dequantize(q)[some] @ tokens)
+            block.linears[name] = latent.grid.pack(q)
+            block.reports[name] = replace(
+                block.reports[name], error=comparison.error, sqnr_db=comparison.sqnr_db, cosine=comparison.cosine
+            )
+        block.latents.clear()
 
     def only_unit(self, prefix: str, group: ScaleGroup, block: QuantizedBlock) -> dict[str, Tensor]:
         """Return the tensors that round the consumers of one input and nothing else, from a block that `layer` made.
@@ -135,47 +155,51 @@ class BlockQuantizer:
                     tensors[f"{group.producer}.{part}"] = tensor / divisor
         return tensors
 
-    def _compensates(self, names: Sequence[str] | Plan) -> bool:
-        layers = [name for name in names if name.startswith("decoder.layers.")]
-        return any(self._precision(name).method in _COMPENSATED for name in layers)
-
     def _precision(self, name: str) -> Precision:
         return self._plan[name].precision
 
     def _block(
-        self, prefix: str, groups: Sequence[ScaleGroup], statistics: Mapping[str, InputStatistics] | None
+        self,
+        prefix: str,
+        groups: Sequence[ScaleGroup],
+        statistics: Mapping[str, InputStatistics] | None,
+        latents: bool = False,
     ) -> QuantizedBlock:
         block = QuantizedBlock()
-        if statistics is None:
-            for name in (prefix + name for group in groups for name in group.consumers):
-                self._round_alone(name, block)
-            return block
-        for group in groups:
-            inputs = statistics[group.consumers[0]]
-            if inputs.gram is not None:
-                symmetrize(inputs.gram)
-            scale = self._search(prefix, group, inputs)
-            if scale is not None:
-                block.scales[prefix + group.producer] = self._fold(prefix, group, scale, block)
-        for group in groups:
-            self._round_group(prefix, group, statistics[group.consumers[0]], block)
+        each = [(group, statistics[group.consumers[0]] if statistics else None) for group in groups]
+        for group, inputs in each:
+            if inputs is not None:
+                self._choose_and_fold(prefix, group, inputs, block)
+        for group, inputs in each:
+            self._clip_and_round(prefix, group, inputs, block, latents)
         return block
 
-    # -- scales -----------------------------------------------------------------------------------------------------
+    # -- choose and fold scales -------------------------------------------------------------------------------------
 
-    def _search(self, prefix: str, group: ScaleGroup, inputs: InputStatistics) -> Tensor | None:
-        """Return the scale per producer channel, or None where no consumer needs one.
+    def _choose_and_fold(self, prefix: str, group: ScaleGroup, inputs: InputStatistics, block: QuantizedBlock) -> None:
+        """Choose the scale per producer channel, where a consumer needs one, and divide the producer by it.
 
-        Where a float weight is multiplied or divided, scales are powers of two, so that it stays exact.
+        What is stored of the producer (norm weight or bias) has few digits, and the scale becomes one that divides it
+        exactly.
         """
-        precisions = {prefix + name: self._precision(prefix + name) for name in group.consumers}
-        methods = {precision.method for precision in precisions.values()}
-        if "w8a8" in methods:
-            names = [name for name, precision in precisions.items() if precision.method == "w8a8"]
-            return self._smoothing(prefix, group, names, inputs) if self._recipe.decoder_int8.smoothing else None
-        if "w4a16-awq" not in methods:
-            return None
-        rounded = {name: p.scheme for name, p in precisions.items() if p.scheme is not None}
+        if inputs.gram is not None:
+            symmetrize(inputs.gram)
+        names = [prefix + name for name in group.consumers]
+        wanted = {self._precision(name).method.scales for name in names}
+        scale = None
+        if "smooth" in wanted:
+            scale = self._smoothing(prefix, group, names, inputs) if self._recipe.decoder_int8.smoothing else None
+        elif "awq" in wanted:
+            scale = self._awq(prefix, group, names, inputs)
+        if scale is not None:
+            fitted, divided = storable_scale(scale, self._vector(prefix, group))
+            if divided is not None:
+                block.tensors[_vector_name(prefix, group)] = to_numpy(divided)
+            block.scales[prefix + group.producer] = fitted
+
+    def _awq(self, prefix: str, group: ScaleGroup, names: Sequence[str], inputs: InputStatistics) -> Tensor:
+        """Return AWQ's scale. Where a float weight is multiplied or divided, it is powers of two: that stays exact."""
+        rounded = {name: scheme for name in names if (scheme := self._precision(name).scheme) is not None}
         found = search_scale(
             [self._float(f"{name}.weight") for name in rounded],
             inputs,
@@ -186,14 +210,15 @@ class BlockQuantizer:
         )
         scale = reduce_channels(found, group, self._decoder)
         producer = self._plan.get(prefix + group.producer)
-        floats = len(rounded) < len(precisions) or (producer is not None and producer.precision.scheme is None)
+        floats = len(rounded) < len(names) or (producer is not None and producer.precision.scheme is None)
         return power_of_two(scale) if floats else scale
 
     def _smoothing(
         self, prefix: str, group: ScaleGroup, names: Sequence[str], inputs: InputStatistics
     ) -> Tensor | None:
-        """Return SmoothQuant's scale per producer channel for consumers with int8 inputs, or None where none helps."""
-        weight = torch.cat([self._float(f"{name}.weight") for name in names])
+        """Return SmoothQuant's scale for the consumers with int8 inputs, or None where none helps."""
+        integers = [name for name in names if self._precision(name).method.rounds_inputs]
+        weight = torch.cat([self._float(f"{name}.weight") for name in integers])
         largest = reduce_channels(inputs.max_abs, group, self._decoder, largest=True)
         weights = reduce_channels(weight.abs().amax(0), group, self._decoder, largest=True)
         stored = self._vector(prefix, group)
@@ -203,66 +228,52 @@ class BlockQuantizer:
         spread = {strength: spread_channels(scale, group, self._decoder) for strength, scale in tried.items()}
         return tried.get(best_strength(some, inputs, spread, per_token=True))
 
-    def _fold(self, prefix: str, group: ScaleGroup, scale: Tensor, block: QuantizedBlock) -> Tensor:
-        """Divide the producer's stored vector (norm weight or bias) by the scale.
-
-        Return the scale that makes this exact.
-        """
-        fitted, divided = storable_scale(scale, self._vector(prefix, group))
-        if divided is not None:
-            block.tensors[_vector_name(prefix, group)] = to_numpy(divided)
-        return fitted
-
     def _vector(self, prefix: str, group: ScaleGroup) -> Tensor | None:
         """Return the stored norm weight or linear bias that an input's scale divides, or None where there is none."""
         name = _vector_name(prefix, group)
         return to_torch(self._checkpoint.tensor(name)).to(self._device) if self._checkpoint.has(name) else None
 
-    # -- rounding ---------------------------------------------------------------------------------------------------
+    # -- clip and round ---------------------------------------------------------------------------------------------
 
-    def _round_alone(self, name: str, block: QuantizedBlock) -> None:
-        """Round a linear to the nearest values, without calibration data."""
-        precision = self._precision(name)
-        if precision.scheme is not None:
-            weight = self._float(f"{name}.weight")
-            grid = minmax_grid(weight, precision.scheme, self._scale_dtype)
-            block.linears[name] = grid.pack(grid.round(weight))
-        block.reports[name] = self._report(name)
-
-    def _round_group(self, prefix: str, group: ScaleGroup, inputs: InputStatistics, block: QuantizedBlock) -> None:
-        """Clip and round all consumers of one input."""
+    def _clip_and_round(
+        self, prefix: str, group: ScaleGroup, inputs: InputStatistics | None, block: QuantizedBlock, latents: bool
+    ) -> None:
+        """Clip and round all consumers of one input. Without statistics, only round to the nearest values."""
         produced = block.scales.get(prefix + group.producer)
         scale = None if produced is None else spread_channels(produced, group, self._decoder)
         names = [prefix + name for name in group.consumers]
-        shared = self._share(names, inputs, scale, block)
+        shared = None if inputs is None else self._share(names, inputs, scale, block)
         for name in names:
-            precision, weight = self._precision(name), self._scaled(name, scale, block)
-            comparison = OutputComparison()
-            if precision.method == "w8a8":
-                self._compare_integers(shared, name, weight, comparison)
+            precision, comparison = self._precision(name), OutputComparison()
+            if precision.scheme is None:
+                if scale is not None or name in block.scales:
+                    stored = to_torch(self._checkpoint.tensor(f"{name}.weight")).dtype
+                    block.tensors[f"{name}.weight"] = to_numpy(self._scaled(name, scale, block).to(stored))
+            elif shared is not None and precision.method.rounds_inputs:
                 block.linears[name] = shared.integers[name]
-            elif precision.scheme is not None:
-                block.linears[name] = self._packed(precision, weight, shared, comparison)
-            elif scale is not None or name in block.scales:
-                stored = to_torch(self._checkpoint.tensor(f"{name}.weight")).dtype
-                block.tensors[f"{name}.weight"] = to_numpy(weight.to(stored))
-            packed = block.linears.get(name)
-            block.reports[name] = self._report(name, inputs, packed, comparison if packed else None)
+                self._compare_integers(shared, name, self._scaled(name, scale, block), comparison)
+            else:
+                weight = self._scaled(name, scale, block)
+                keeps = latents and precision.method.learns
+                block.linears[name], latent = self._packed(precision, weight, shared, comparison, keeps)
+                if latent is not None:
+                    block.latents[name] = latent
+            block.reports[name] = self._report(name, inputs, block.linears.get(name), comparison)
 
     def _share(
         self, names: Sequence[str], inputs: InputStatistics, scale: Tensor | None, block: QuantizedBlock
     ) -> _Shared:
         precisions = {name: self._precision(name) for name in names}
         ones = torch.ones_like(inputs.max_abs) if scale is None else scale
-        clipped = [p.scheme.group_size for p in precisions.values() if p.method == "w4a16-awq" and p.scheme]
+        clipped = [p.scheme.group_size for p in precisions.values() if p.method.clips and p.scheme]
         blocks = {size: block_gram(inputs, ones, size) for size in set(clipped) if size is not None}
         factor = None
-        if inputs.gram is not None and any(p.method in _COMPENSATED for p in precisions.values()):
+        if inputs.gram is not None and any(p.method.compensates for p in precisions.values()):
             inputs.gram.div_(ones[:, None]).div_(ones)
             factor = inverse_factor(inputs.gram)
         inputs.gram = None
         integers = {}
-        if rounded := [name for name, precision in precisions.items() if precision.method == "w8a8"]:
+        if rounded := [name for name, precision in precisions.items() if precision.method.rounds_inputs]:
             weights = [self._scaled(name, scale, block) for name in rounded]
             how = self._recipe.decoder_int8
             made = quantize_linear(torch.cat(weights), divided(inputs, scale), how.calibrator, None, True).packed
@@ -272,42 +283,52 @@ class BlockQuantizer:
         return _Shared(inputs, scale, blocks, factor, integers)
 
     def _packed(
-        self, precision: Precision, weight: Tensor, shared: _Shared, comparison: OutputComparison
-    ) -> PackedLinear:
-        """Return a linear with integer weights and float inputs. `weight` is scaled already."""
-        packed = []
-        tokens = _tokens(shared).T
+        self,
+        precision: Precision,
+        weight: Tensor,
+        shared: _Shared | None,
+        comparison: OutputComparison,
+        keeps: bool,
+    ) -> tuple[PackedLinear, Latent | None]:
+        """Return a linear with integer weights and float inputs, and its latent. `weight` is scaled already."""
+        packed, grids, values = [], [], []
+        tokens = None if shared is None else shared.tokens.T
         for rows in torch.split(weight, _ROWS):
             grid = self._grid(precision, rows, shared)
-            compensated = shared.factor is not None and precision.method in _COMPENSATED
-            q = compensated_rounding(rows, grid, *shared.factor) if compensated and shared.factor else grid.round(rows)
-            some = slice(None, None, max(1, len(rows) // _REPORT_ROWS))
-            comparison.add(rows[some] @ tokens, grid.dequantize(q)[some] @ tokens)
+            unrounded = torch.empty_like(rows) if keeps else None
+            if shared is not None and shared.factor is not None and precision.method.compensates:
+                q = compensated_rounding(rows, grid, *shared.factor, unrounded)
+            else:
+                q = grid.round(rows)
+                unrounded = grid.unrounded(rows) if keeps else None
+            if tokens is not None:
+                comparison.add(rows[_some(rows)] @ tokens, grid.dequantize(q)[_some(rows)] @ tokens)
             packed.append(grid.pack(q))
-        return concatenate(packed)
+            if unrounded is not None:
+                grids.append(grid)
+                values.append(near(q, unrounded))
+        made = concatenate(packed)
+        if not values or shared is None:
+            return made, None
+        grid = Grid(grids[0].scheme, torch.cat([g.scale for g in grids]), torch.cat([g.zero for g in grids]))
+        return made, Latent(torch.cat(values), grid, shared.scale, shared.tokens)
 
-    def _grid(self, precision: Precision, weight: Tensor, shared: _Shared) -> Grid:
+    def _grid(self, precision: Precision, weight: Tensor, shared: _Shared | None) -> Grid:
         scheme = precision.scheme
         assert scheme is not None
-        if precision.method == "w4a16-awq" and scheme.group_size is not None:
+        if shared is not None and precision.method.clips and scheme.group_size is not None:
             return search_clipping(weight, shared.blocks[scheme.group_size], scheme, self._scale_dtype)
         return minmax_grid(weight, scheme, self._scale_dtype)
 
     def _compare_integers(self, shared: _Shared, name: str, weight: Tensor, comparison: OutputComparison) -> None:
         linear = shared.integers[name]
         assert linear.input_scale is not None
-        some = slice(None, None, max(1, len(weight) // _REPORT_ROWS))
-        tokens = _tokens(shared)
-        values = torch.from_numpy(linear.dequantize()[some]).to(self._device)
-        found = round_inputs(tokens, linear.input_scale) @ values.T * linear.input_scale
-        comparison.add(tokens @ weight[some].T, found)
+        values = torch.from_numpy(linear.dequantize()[_some(weight)]).to(self._device)
+        found = round_inputs(shared.tokens, linear.input_scale) @ values.T * linear.input_scale
+        comparison.add(shared.tokens @ weight[_some(weight)].T, found)
 
     def _report(
-        self,
-        name: str,
-        inputs: InputStatistics | None = None,
-        packed: PackedLinear | None = None,
-        comparison: OutputComparison | None = None,
+        self, name: str, inputs: InputStatistics | None, packed: PackedLinear | None, comparison: OutputComparison
     ) -> LinearReport:
         choice = self._plan[name]
         scheme = choice.precision.scheme
@@ -315,14 +336,15 @@ class BlockQuantizer:
         stored = self._checkpoint.tensor(f"{name}.weight").dtype
         bits = bits_per_weight(scheme, width, 8 * self._scale_dtype.itemsize) if scheme else 8 * stored.itemsize
         clipped = None if packed is None or packed.input_scale is None else 127 * packed.input_scale
+        compared = packed is not None and inputs is not None
         return LinearReport(
             name=name,
             dtype=stored.name,
             scheme=scheme,
             bits_per_weight=round(bits, 3),
-            error=comparison.error if comparison else None,
-            sqnr_db=comparison.sqnr_db if comparison else None,
-            cosine=comparison.cosine if comparison else None,
+            error=comparison.error if compared else None,
+            sqnr_db=comparison.sqnr_db if compared else None,
+            cosine=comparison.cosine if compared else None,
             part=choice.part,
             reason=choice.reason,
             inputs=activation_range(inputs, clipped) if inputs is not None else None,
@@ -361,8 +383,6 @@ def _vector_name(prefix: str, group: ScaleGroup) -> str:
     return f"{prefix}{group.producer}." + ("weight" if "norm" in group.producer else "bias")
 
 
-def _tokens(shared: _Shared) -> Tensor:
-    """Return the token subset after scaling, [tokens, in] float32."""
-    assert shared.inputs.subset is not None
-    tokens = shared.inputs.subset.float()
-    return tokens if shared.scale is None else tokens / shared.scale
+def _some(weight: Tensor) -> slice:
+    """Return the outputs that are compared for the report."""
+    return slice(None, None, max(1, len(weight) // _REPORT_ROWS))

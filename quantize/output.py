@@ -28,7 +28,7 @@ from internvl_edge.model.linear import W8A8, PackedLinear, Scheme, concatenate
 from internvl_edge.recipe.recipe import Recipe
 
 from .block import QuantizedBlock
-from .plan import Plan, plan_decoder
+from .plan import Plan
 
 # The names of stored vision and projector linears, as patterns of the configuration.
 _VISION_TARGETS = {
@@ -51,17 +51,18 @@ _MODULE = re.compile(r".*\.layers\.(?P<layer>\d+)\.(?P<kind>.+)")
 
 
 class OutputLayout:
-    """The names and forms of one checkpoint's quantized tensors. The default for `plan` is the recipe's plan."""
+    """The names and forms of one checkpoint's quantized tensors."""
 
-    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, plan: Plan | None = None) -> None:
+    def __init__(self, checkpoint: Checkpoint, recipe: Recipe) -> None:
         self._checkpoint = checkpoint
         self._config = checkpoint.config
         self._recipe = recipe
-        self._plan = plan or plan_decoder(checkpoint, recipe)
         self._stored = open_tensor_files(checkpoint.folder)
         self._disk = {self._table_name(name): name for name in self._stored}
         weight = self._stored[self._disk[self._source("decoder.layers.0.mlp.up_proj.weight").names[0]]]
         self.float_dtype = numpy_dtype(weight.dtype)
+        # Of packed weights: float16 for AutoAWQ, else the checkpoint's float type.
+        self.scale_dtype = torch.float16 if recipe.is_autoawq else _TORCH[self.float_dtype.name]
 
     def tensors(self, block: QuantizedBlock) -> list[OutTensor]:
         """Return the tensors of one quantized block as they will be stored."""
@@ -80,7 +81,7 @@ class OutputLayout:
         gone = names | {f"{module}.weight" for module in modules}
         return [OutTensor.stored(name, tensor) for name, tensor in self._stored.items() if name not in gone]
 
-    def config(self, replaced: Iterable[str]) -> dict[str, Any]:
+    def config(self, plan: Plan, replaced: Iterable[str]) -> dict[str, Any]:
         """Return config.json with the quantization.
 
         It is at the top and, where the text model is quantized, in its section too.
@@ -88,8 +89,8 @@ class OutputLayout:
         `replaced` holds the names of all tensors that quantization has made.
         """
         values = read_json(self._checkpoint.folder / "config.json")
-        described = self._description(set(replaced))
-        text = [*(choice.precision for choice in self._plan.values()), self._recipe.head]
+        described = self._description(plan, set(replaced))
+        text = [*(choice.precision for choice in plan.values()), self._recipe.head]
         if all(precision.scheme is None for precision in text):
             return values if self._recipe.vision == "fp" else values | {"quantization_config": described}
         section = _SECTION[self._config.layout]
@@ -107,7 +108,7 @@ class OutputLayout:
             if path.is_file() and not skipped and not path.name.startswith("."):
                 shutil.copyfile(path, folder / path.name)
 
-    def _description(self, replaced: set[str]) -> dict[str, Any]:
+    def _description(self, plan: Plan, replaced: set[str]) -> dict[str, Any]:
         recipe, head = self._recipe, self._source("decoder.lm_head.weight").names[0].split(".")[-2]
         if recipe.is_autoawq:
             return autoawq.configuration(recipe.group_size, [*_FLOAT_MODULES[self._config.layout], head])
@@ -118,21 +119,21 @@ class OutputLayout:
             ignore = [f"re:.*{re.escape(module)}" for module in self._float_linears(replaced)]
         else:
             ignore = [f"re:.*{name}.*" for name in _FLOAT_MODULES[layout]]
-        for scheme, names in [*self._layer_targets().items(), (recipe.head.scheme, [f"re:.*{head}"])]:
+        for scheme, names in [*self._layer_targets(plan).items(), (recipe.head.scheme, [f"re:.*{head}"])]:
             if scheme is None:
                 ignore += names
             else:
                 targets[scheme] = [*targets.get(scheme, []), *names]
         return compressed_tensors.configuration(targets, ignore)
 
-    def _layer_targets(self) -> dict[Scheme | None, list[str]]:
+    def _layer_targets(self, plan: Plan) -> dict[Scheme | None, list[str]]:
         """Return patterns of the decoder's stored modules by scheme (None for floats).
 
         There is one pattern for all modules, or one per kind of module. No two patterns match the same module, so their
         order does not matter to any reader.
         """
         layers: dict[tuple[Scheme | None, str], set[int]] = {}
-        for name, choice in self._plan.items():
+        for name, choice in plan.items():
             stored = self._disk[self._source(f"{name}.weight").names[0]].removesuffix(".weight")
             found = _MODULE.fullmatch(stored)
             assert found is not None
@@ -206,11 +207,6 @@ class OutputLayout:
                 if disk.startswith(written):
                     return table + disk.removeprefix(written)
         return disk
-
-
-def scale_dtype(recipe: Recipe, float_dtype: np.dtype[Any]) -> torch.dtype:
-    """Return the stored type of packed weights' scales: float16 for AutoAWQ, else the checkpoint's float type."""
-    return torch.float16 if recipe.is_autoawq else _TORCH[float_dtype.name]
 
 
 def fuse_rows(parts: list[NDArray[Any]], decoder: DecoderConfig) -> NDArray[Any]:

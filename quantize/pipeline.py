@@ -20,18 +20,19 @@ from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.files import readable_disk_errors, replace_text, require_space
 from internvl_edge.base.folders import put_in_place, writing
 from internvl_edge.base.jsonable import decode, dumps, encode
-from internvl_edge.base.progress import Advance, Progress, as_progress
+from internvl_edge.base.progress import Progress, as_progress
 from internvl_edge.base.replaceable import require_replaceable
 from internvl_edge.calibration.compute import Compute, choose_compute
-from internvl_edge.calibration.dataset import CalibrationSet, DataOptions, describe_files, prepare
-from internvl_edge.calibration.decoder_pass import DecoderPass, Statistics
+from internvl_edge.calibration.dataset import CalibrationSet, DataOptions, adopt, describe_files, prepare
 from internvl_edge.calibration.pipeline import (
-    embed_images,
+    Replacements,
+    embed,
+    no_replacements,
     partial_path,
     require_same_checkpoint,
     run_description,
 )
-from internvl_edge.calibration.tower import Replacements, no_replacements
+from internvl_edge.calibration.stream import BlockStream, Decoder, Statistics
 from internvl_edge.calibration.work import CONTINUES, OUT, WorkFolder, checkpoint_identity, discard
 from internvl_edge.checkpoint.license import CARD, read_license
 from internvl_edge.checkpoint.reader import Checkpoint
@@ -43,14 +44,17 @@ from internvl_edge.recipe.recipe import Recipe
 from .automatic import DIVERGENCE_PHASES, average_bits, measure_divergences, plan_by_divergence, predicted_divergence
 from .block import QuantizedBlock
 from .layer import BlockQuantizer
-from .output import OutputLayout, scale_dtype
-from .plan import Plan, check_recipe, kept_vision, plan_decoder
+from .learned import Learned, RoundingLearner, mean
+from .output import OutputLayout
+from .plan import Plan, kept_vision, plan_decoder
 from .record import quantization_record
-from .sensitivity_decoder import Divergences
+from .sensitivity import Divergences
 from .vision import VISION_PHASES, VisionQuantizer, VisionReport
 
 _REPORTS = "linears.json"
 _WEIGHTS = "model.safetensors"
+# The label of the pass that quantizes the decoder.
+_DECODER = "decoder"
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class QuantizationReport:
         divergences: the measurements that an automatic choice was made from: nats by precision, by the first of the
             linears that share an input; None without an automatic choice.
         vision: the result for the vision tower; None where it stays float.
+        learned: what learning did to the layers, mean, and the seconds it took; None where rounding was computed.
     """
 
     folder: Path
@@ -73,6 +78,7 @@ class QuantizationReport:
     record: QuantizationRecord
     divergences: Divergences | None = None
     vision: VisionReport | None = None
+    learned: Learned | None = None
 
     @property
     def errors(self) -> dict[str, float]:
@@ -92,7 +98,7 @@ def quantize_checkpoint(
     recipe: Recipe | None = None,
     *,
     data: DataOptions | None = None,
-    stats: str | Path | None = None,
+    calibration: str | Path | None = None,
     compute: Compute | None = None,
     restart: bool = False,
     force: bool = False,
@@ -107,8 +113,7 @@ def quantize_checkpoint(
         out: the folder to make.
         recipe: how to quantize; default w4a16-awq in groups of 128.
         data: calibration data for recipes that need it; default: the built-in set.
-        stats: the output of `calibrate` for this checkpoint, instead of data. It cannot be used for int8 vision, which
-            needs images.
+        calibration: the output of `calibrate` for this checkpoint, instead of data. Any recipe can use it.
         compute: device and type of the calibration; default: the best of this machine.
         restart: discard an unfinished run.
         force: replace an existing quantized checkpoint at `out`, if nothing else lies in it; at the end, in one step.
@@ -122,17 +127,13 @@ def quantize_checkpoint(
     recipe, compute = recipe or Recipe(), compute or choose_compute()
     permit = partial(require_replaceable, target, force, "a quantized checkpoint", quantized_files)
     permit()
-    if data is not None and stats is not None:
-        raise EdgeError("both data and statistics were given; statistics already hold their data")
-    if stats is not None and recipe.vision == "int8":
-        raise EdgeError(
-            "int8 vision needs the images, which statistics no longer hold; give data instead of statistics"
-        )
-    check_recipe(source, recipe)
+    if data is not None and calibration is not None:
+        raise EdgeError("both data and a calibration set were given; a set already holds its data")
+    plan = plan_decoder(source, recipe)
     with readable_disk_errors(target, CONTINUES), writing(target) as place:
         permit()
-        run = _Run(source, recipe, compute, as_progress(progress))
-        with run.work_folder(place, data, None if stats is None else Path(stats), restart):
+        run = _Run(source, recipe, plan, compute, as_progress(progress))
+        with run.work_folder(place, data, None if calibration is None else Path(calibration), restart):
             folder, report = run.checkpoint(run.quantize())
             permit()
             put_in_place(folder, place)
@@ -143,60 +144,61 @@ def quantize_checkpoint(
 class _Run:
     """One quantization in progress."""
 
-    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, compute: Compute, progress: Progress) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, recipe: Recipe, plan: Plan, compute: Compute, progress: Progress
+    ) -> None:
         self._checkpoint = checkpoint
         self._recipe = recipe
+        self._plan = plan
         self._compute = compute
         self._progress = progress
         self._vision: VisionReport | None = None
         self._blocks: list[str] = []
         self._started = time.perf_counter()
         self._divergences: Divergences | None = None
-        self._follow(plan_decoder(checkpoint, recipe))
+        self._layout = OutputLayout(checkpoint, recipe)
 
-    def _follow(self, plan: Plan) -> None:
-        self._plan = plan
-        self._layout = OutputLayout(self._checkpoint, self._recipe, plan)
-        dtype = scale_dtype(self._recipe, self._layout.float_dtype)
-        self._quantizer = BlockQuantizer(self._checkpoint, self._recipe, self._compute, dtype, plan)
+    def _quantizer(self) -> BlockQuantizer:
+        return BlockQuantizer(self._checkpoint, self._recipe, self._compute, self._layout.scale_dtype, self._plan)
 
-    def work_folder(self, target: Path, data: DataOptions | None, stats: Path | None, restart: bool) -> WorkFolder:
+    def work_folder(self, target: Path, data: DataOptions | None, given: Path | None, restart: bool) -> WorkFolder:
         """Where this run keeps its state; first of all."""
         self._identity = checkpoint_identity(self._checkpoint.folder)
         self._needed = self._recipe.needs_data or self._recipe.vision == "int8"
-        self._options = (data or DataOptions()) if self._needed and stats is None else None
-        self._stats = stats if self._needed else None
+        self._options = (data or DataOptions()) if self._needed and given is None else None
+        self._given = given if self._needed else None
         run = run_description(self._identity, self._options, self._compute if self._needed else None)
-        run |= {"recipe": encode(self._recipe), "stats": describe_files(self._stats) if self._stats else None}
+        run |= {"recipe": encode(self._recipe), "calibration": describe_files(self._given) if self._given else None}
         self._work = WorkFolder(partial_path(target), run, restart)
         return self._work
 
     def quantize(self) -> CalibrationSet | None:
         """All blocks into the work folder; returns the calibration set where one was used."""
-        identity, options = self._identity, self._options
         self._progress.expect(self._phases())
         if not self._needed:
             self._without_data()
             return None
-        if self._stats is not None:
-            calibration = CalibrationSet.open(self._stats)
-            require_same_checkpoint(calibration, identity)
-        else:
-            assert options is not None
-            calibration = prepare(self._work, self._checkpoint, identity, options, self._progress)
-            replaced = self._quantize_vision(calibration) if self._recipe.vision == "int8" else no_replacements
-            if self._recipe.needs_data:  # so that image embeddings are those that the device will compute
-                parts = self._work, self._checkpoint, calibration, self._compute
-                embed_images(*parts, self._progress, replaced)
-        if self._recipe.choice:
-            parts = self._work, self._checkpoint, calibration, self._compute
-            self._divergences = measure_divergences(*parts, self._recipe, self._progress)
-            self._follow(plan_by_divergence(self._checkpoint, self._recipe, self._divergences))
-        if self._recipe.needs_data:
-            self._with_data(calibration)
-        else:
+        calibration = self._calibration_set()
+        parts = self._work, self._checkpoint, calibration, self._compute
+        replaced = self._quantize_vision(calibration) if self._recipe.vision == "int8" else no_replacements
+        if not self._recipe.needs_data:
             self._without_data()
+            return calibration
+        embed(*parts, self._progress, replaced)  # so that image embeddings are those that the device will compute
+        if self._recipe.choice:
+            self._divergences = measure_divergences(*parts, self._recipe, self._plan, self._progress)
+            self._plan = plan_by_divergence(self._checkpoint, self._recipe, self._plan, self._divergences)
+        self._with_data(calibration)
         return calibration
+
+    def _calibration_set(self) -> CalibrationSet:
+        if self._given is None:
+            assert self._options is not None
+            return prepare(self._work, self._checkpoint, self._identity, self._options, self._progress)
+        given = CalibrationSet.open(self._given)
+        require_same_checkpoint(given, self._identity)
+        # An int8 tower makes embeddings of its own.
+        return adopt(self._work, given, self._recipe.vision == "fp", self._progress)
 
     def checkpoint(self, calibration: CalibrationSet | None) -> tuple[Path, QuantizationReport]:
         """Put the new checkpoint together, in a folder of the work folder."""
@@ -216,10 +218,14 @@ class _Run:
         folder.mkdir()
         require_space(folder, total, "the quantized checkpoint", CONTINUES)
         self._layout.copy_side_files(folder)
-        config = json.dumps(self._layout.config(tensor.name for tensor in quantized), indent=2, ensure_ascii=False)
+        config = json.dumps(
+            self._layout.config(self._plan, (tensor.name for tensor in quantized)), indent=2, ensure_ascii=False
+        )
         (folder / "config.json").write_text(config + "\n", encoding="utf-8")
         if self._recipe.kv_cache == "int8":
-            self._decoder_pass(calibration).kv_scales().write(folder)
+            assert calibration is not None
+            decoder = Decoder(self._checkpoint, self._compute, calibration)
+            BlockStream(self._work, _DECODER, decoder).kv_scales().write(folder)
         with self._progress.phase("writing the checkpoint", total, "bytes") as advance:
             write_shards(folder, tensors, progress=advance)
         record = quantization_record(
@@ -235,7 +241,13 @@ class _Run:
         )
         replace_text(folder / RECORD, dumps(record))
         (folder / CARD).write_text(checkpoint_card(record, read_license(self._checkpoint.folder)), encoding="utf-8")
-        return folder, QuantizationReport(folder, self._recipe, total, record, self._divergences, self._vision)
+        learned = None
+        if self._recipe.rounding == "learned":
+            layers = range(self._checkpoint.config.decoder.num_hidden_layers)
+            found = [self._work.need_json(_learned(layer)) for layer in layers]
+            learned = mean([decode(Learned, values) for values in found if values is not None])
+        report = QuantizationReport(folder, self._recipe, total, record, self._divergences, self._vision, learned)
+        return folder, report
 
     def _quantize_vision(self, calibration: CalibrationSet) -> Replacements:
         how = self._recipe.vision_int8
@@ -248,11 +260,11 @@ class _Run:
 
     def _phases(self) -> int:
         """The number of phases that the progress shows; what is there already is counted too."""
-        recipe, makes_set = self._recipe, self._options is not None
+        recipe = self._recipe
         return (
-            makes_set
-            + (VISION_PHASES if makes_set and recipe.vision == "int8" else 0)
-            + (makes_set and recipe.needs_data)
+            self._needed  # the data
+            + (VISION_PHASES if recipe.vision == "int8" else 0)
+            + recipe.needs_data  # embeddings
             + (DIVERGENCE_PHASES if recipe.choice else 0)
             + 2  # quantizing and writing
         )
@@ -260,32 +272,35 @@ class _Run:
     def _without_data(self) -> None:
         rounded = any(choice.precision.scheme for choice in self._plan.values())
         layers = self._checkpoint.config.decoder.num_hidden_layers if rounded else 0
+        quantizer = self._quantizer()
         with self._progress.phase("quantizing the decoder", layers, "layers") as advance:
             for layer in range(layers):
-                self._once(_block(layer), partial(self._quantizer.layer, layer, None))
+                self._once(_block(layer), partial(quantizer.layer, layer, None))
                 advance(1)
         if self._recipe.lm_head != "fp":
-            self._once("block-head", lambda: self._quantizer.head(None))
+            self._once("block-head", lambda: quantizer.head(None))
 
     def _with_data(self, calibration: CalibrationSet) -> None:
-        layers = self._checkpoint.config.decoder.num_hidden_layers
-        steps = DecoderPass.steps(calibration, layers)
-        with self._progress.phase("quantizing the decoder", steps, "layers", layers) as advance:
-            decoder = self._decoder_pass(calibration, advance)
-            decoder.run(self._quantizer.wanted, self._handle)
-        self._blocks += [_block(layer) for layer in range(layers)]
+        quantizer, decoder = self._quantizer(), Decoder(self._checkpoint, self._compute, calibration)
+        stream = BlockStream(self._work, _DECODER, decoder)
+        learner = None
+        if self._recipe.rounding == "learned":
+            reference = BlockStream(self._work, f"{_DECODER}-reference", decoder)
+            learner = RoundingLearner(stream, reference, self._recipe.learning, self._progress)
+
+        def handle(index: int, statistics: Statistics) -> Mapping[str, Tensor]:
+            block = quantizer.layer(index, statistics, latents=learner is not None)
+            if learner is not None:
+                self._work.write_json(_learned(index), encode(learner.learn(index, block)))
+                quantizer.settle(block)
+            self._store(_block(index), block)
+            return block.replacements(f"{decoder.names[index]}.", self._compute)
+
+        stream.run(self._progress, "quantizing the decoder", handle, quantizer.wanted)
+        self._blocks += [_block(layer) for layer in range(len(decoder.names))]
         if self._recipe.lm_head != "fp":
-            inputs = decoder.observe_head(self._quantizer.head_request)
-            self._once("block-head", lambda: self._quantizer.head(inputs))
-
-    def _decoder_pass(self, calibration: CalibrationSet | None, advance: Advance = lambda steps: None) -> DecoderPass:
-        assert calibration is not None
-        return DecoderPass(self._work, self._checkpoint, calibration, self._compute, advance)
-
-    def _handle(self, layer: int, statistics: Statistics) -> Mapping[str, Tensor]:
-        block = self._quantizer.layer(layer, statistics)
-        self._store(_block(layer), block)
-        return block.replacements(f"decoder.layers.{layer}.", self._compute)
+            inputs = stream.observe_output("lm_head", decoder.normed, quantizer.head_request)
+            self._once("block-head", lambda: quantizer.head(inputs))
 
     def _once(self, name: str, make: Callable[[], QuantizedBlock]) -> None:
         if not self._work.has(f"{name}/{_WEIGHTS}"):
@@ -301,6 +316,10 @@ class _Run:
 
 def _reports(stored: list[Any]) -> list[LinearReport]:
     return [decode(LinearReport, values) for values in stored]
+
+
+def _learned(layer: int) -> str:
+    return f"learned-{layer:03}.json"
 
 
 def _block(layer: int) -> str:

@@ -5,7 +5,6 @@ All checks that need only names and shapes are made here. This module does not k
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -44,27 +43,27 @@ class Choice:
 Plan = dict[str, Choice]
 
 
-def plan_decoder(checkpoint: Checkpoint, recipe: Recipe, chosen: Mapping[str, Choice] | None = None) -> Plan:
-    """Return the plan for all linears of the decoder's layers: patterns first, then `chosen`, then the recipe's scheme.
+def plan_decoder(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
+    """Return the plan for all linears of the decoder's layers: patterns first, then the recipe's scheme.
 
-    Args:
-        checkpoint: with float weights.
-        recipe: the recipe to apply.
-        chosen: the result of the automatic choice, by linear.
+    It is made once, when a run begins. An automatic choice replaces what no pattern has decided.
 
     Raises:
-        EdgeError: a pattern matches nothing (the message gives similar names) or quantizes a linear of the vision
-            tower, parts of one stored tensor have different precisions, or a group size does not divide a layer's
-            inputs.
+        EdgeError: the checkpoint is quantized already, a pattern matches nothing (the message gives similar names) or
+            quantizes a linear of the vision tower, parts of one stored tensor have different precisions, a group size
+            does not divide a layer's inputs (the message names the layer and the sizes that fit), AutoAWQ cannot pack
+            the outputs, or lm_head is also the token table.
     """
-    names = decoder_linears(checkpoint)
-    plan: Plan = {name: (chosen or {}).get(name, Choice(recipe.base)) for name in names}
+    if checkpoint.quantization is not None:
+        raise EdgeError(f"{checkpoint.folder} is quantized already; give the original checkpoint")
+    plan: Plan = {name: Choice(recipe.base) for name in decoder_linears(checkpoint)}
     for pattern, text in recipe.layers:
         precision = recipe.precision(text)
         for name in _matching(checkpoint, pattern, precision):
             if name in plan:
                 plan[name] = Choice(precision, f"matches {pattern}", fixed=True)
     _require_whole_tensors(checkpoint, plan)
+    _require_fitting_groups(checkpoint, recipe, plan)
     return plan
 
 
@@ -90,17 +89,7 @@ def units(checkpoint: Checkpoint) -> list[list[str]]:
     return [[f"{_LAYERS}{n}.{name}" for name in group.consumers] for n in layers for group in groups]
 
 
-def check_recipe(checkpoint: Checkpoint, recipe: Recipe) -> None:
-    """Check that the checkpoint can be quantized with the recipe.
-
-    Raises:
-        EdgeError: the checkpoint is quantized already, a group size does not divide a layer's inputs (the message names
-            the layer and the sizes that fit), AutoAWQ cannot pack the outputs, lm_head is also the token table, or
-            `plan_decoder` raises.
-    """
-    if checkpoint.quantization is not None:
-        raise EdgeError(f"{checkpoint.folder} is quantized already; give the original checkpoint")
-    plan = plan_decoder(checkpoint, recipe)
+def _require_fitting_groups(checkpoint: Checkpoint, recipe: Recipe, plan: Plan) -> None:
     wanted = {name: [choice.precision, *([] if choice.fixed else recipe.candidates)] for name, choice in plan.items()}
     if recipe.lm_head != "fp":
         if checkpoint.config.decoder.tie_word_embeddings:

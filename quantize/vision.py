@@ -10,8 +10,8 @@ The work has four resumable stages over some of the calibration set's tiles, wit
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -26,18 +26,19 @@ from internvl_edge.base.progress import Progress
 from internvl_edge.calibration.block_weights import require_finite
 from internvl_edge.calibration.compute import Compute, to_numpy, to_torch
 from internvl_edge.calibration.dataset import CalibrationSet
-from internvl_edge.calibration.statistics import InputStatistics, StatisticsRequest
+from internvl_edge.calibration.statistics import StatisticsRequest
+from internvl_edge.calibration.stream import PROJECTOR, BlockStream, Statistics, Tower
 from internvl_edge.calibration.work import WorkFolder
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.checkpoint.record import ActivationRange
 from internvl_edge.recipe.recipe import VisionInt8
 
 from .block import QuantizedBlock
+from .choose import Option, choose_for_divergence
 from .integer import IntegerLinear, quantize_linear
 from .linear_report import activation_range
-from .sensitivity import SensitivityPass, choose_floats
+from .sensitivity import tower_parts
 from .smoothing import divide
-from .vision_pass import PROJECTOR, TileSample, VisionPass, blocks_of
 
 # The linears of a block, and the norm directly before each one, which smoothing folds into (None where there is none).
 _TOWER = {"attn.qkv": "norm1", "attn.proj": None, "mlp.fc1": "norm2", "mlp.fc2": None}
@@ -86,13 +87,14 @@ class VisionQuantizer:
     ) -> None:
         self._work = work
         self._checkpoint = checkpoint
-        self._config = checkpoint.config
         self._compute = compute
         self._how = how
-        self._tiles = TileSample.of(calibration, self._config, _MOST_TILES, _PROBES)
-        self._blocks = blocks_of(self._config)
-        if not len(self._tiles.pixels):
+        tiles, owners = calibration.pixels(checkpoint.config.vision.image_size), calibration.tile_owners
+        chosen = evenly(len(owners), _MOST_TILES)
+        if not chosen:
             raise EdgeError("int8 vision needs images, the calibration data holds none; give --data with images")
+        self._tower = Tower(checkpoint, compute, tiles[chosen], [owners[index] for index in chosen])
+        self._tiles = len(chosen)
 
     def run(self, progress: Progress) -> VisionReport:
         """Run all stages. A killed run continues.
@@ -100,48 +102,37 @@ class VisionQuantizer:
         Raises:
             EdgeError: NaN or infinity; the message names block, tensor and sample.
         """
-        blocks, steps = len(self._blocks), len(self._blocks) * len(self._tiles.pixels)
-        with progress.phase("measuring the vision tower", steps, "blocks", blocks) as advance:
-            forward = VisionPass(self._work, "float", self._checkpoint, self._tiles, self._compute, advance)
-            forward.run(StatisticsRequest(tokens=_SUBSET_TOKENS), self._round)
-        with progress.phase("measuring the sensitivity of the vision tower", blocks, "blocks") as advance:
-            back = SensitivityPass(self._work, self._checkpoint, forward, self._compute, advance)
-            parts = back.run(self._one_by_one)
-        forward.remove_probes()
+        forward = BlockStream(self._work, "tower-float", self._tower, evenly(self._tiles, _PROBES))
+        wanted = StatisticsRequest(tokens=_SUBSET_TOKENS)
+        forward.run(progress, "measuring the vision tower", self._round, wanted, replaces=False)
+        title = "measuring the sensitivity of the vision tower"
+        parts = tower_parts(forward, self._one_by_one, progress, title)
         self._work.write_json(_CHOICE, self._choose(parts))
-        with progress.phase("checking the int8 vision tower", steps, "blocks", blocks) as advance:
-            rounded = VisionPass(
-                self._work, "int8", self._checkpoint, self._tiles, self._compute, advance, self.replacements
-            )
-            rounded.run(None, lambda block, statistics: None)
-        rounded.remove_probes()
-        return self._report(parts, cosines(forward.embeddings(), rounded.embeddings()))
+        rounded = BlockStream(self._work, "tower-int8", self._tower)
+        names = self._tower.names
+        rounded.run(progress, "checking the int8 vision tower", lambda index, _: self.replacements(names[index]))
+        tiles = [range(tile, tile + 1) for tile in range(self._tiles)]
+        found = [cosine(forward.inputs(len(names), tile), rounded.inputs(len(names), tile)) for tile in tiles]
+        return self._report(parts, found)
 
     def replacements(self, block: str) -> dict[str, Tensor]:
         """Return the tensors that replace a block's own so that calibration computes as devices do. Requires `run`."""
-        floats = self._floats()
-        kept = {n: linear for n, linear in self._load(block).items() if f"{block}.{n}" not in floats}
-        return self._tensors(block, kept, self._compute.dtype)
+        return self.block(block).replacements(f"{block}.", self._compute)
 
     def block(self, block: str) -> QuantizedBlock:
         """Return the tensors of a block that are stored. Requires `run`."""
-        made = QuantizedBlock()
-        for name, linear in self._load(block).items():
-            if f"{block}.{name}" in self._floats():
-                continue
-            made.linears[f"{block}.{name}"] = linear.packed
-            for tensor, divided in self._divided_norm(block, name, linear).items():
-                made.tensors[f"{block}.{tensor}"] = to_numpy(divided)
-        return made
+        floats: dict[str, str] = self._work.need_json(_CHOICE)
+        return self._made(block, {n: one for n, one in self._load(block).items() if f"{block}.{n}" not in floats})
 
     @property
     def blocks(self) -> list[str]:
         """The blocks that can hold int8 linears."""
-        return self._blocks
+        return self._tower.names
 
     # -- stages -----------------------------------------------------------------------------------------------------
 
-    def _round(self, block: str, statistics: Mapping[str, InputStatistics]) -> None:
+    def _round(self, index: int, statistics: Statistics) -> None:
+        block = self._tower.names[index]
         arrays: dict[str, NDArray[Any]] = {}
         facts: dict[str, dict[str, Any]] = {}
         for name, norm in _linears(block).items():
@@ -160,8 +151,10 @@ class VisionQuantizer:
         self._work.write_arrays(f"vision-{block}.npz", arrays)
         self._work.write_json(f"vision-{block}.json", facts)
 
-    def _one_by_one(self, block: str) -> dict[str, dict[str, Tensor]]:
-        return {name: self._tensors(block, {name: one}, torch.float32) for name, one in self._load(block).items()}
+    def _one_by_one(self, index: int) -> dict[str, dict[str, Tensor]]:
+        block, exact = self._tower.names[index], replace(self._compute, dtype=torch.float32)
+        linears = self._load(block).items()
+        return {name: self._made(block, {name: one}).replacements(f"{block}.", exact) for name, one in linears}
 
     def _choose(self, parts: Mapping[str, float]) -> dict[str, str]:
         """Return the linears that stay float, each with its reason."""
@@ -171,15 +164,20 @@ class VisionQuantizer:
         free = {name: part for name, part in parts.items() if name not in reasons}
         if self._how.cosine:
             limit = 2 * (1 - self._how.cosine)
-            costs = {name: float(np.prod(self._checkpoint.shapes[f"{name}.weight"])) for name in free}
-            for name in choose_floats(free, costs, limit):
-                reasons[name] = f"as int8 it alone adds {parts[name]:.1e} of the {limit:.1e} that are allowed"
+            weights = {name: float(np.prod(self._checkpoint.shapes[f"{name}.weight"])) for name in free}
+            options = {
+                name: [Option("int8", weights[name], part), Option("float", 2 * weights[name], 0.0)]
+                for name, part in free.items()
+            }
+            for name, option in choose_for_divergence(options, limit).items():
+                if option.precision == "float":
+                    reasons[name] = f"as int8 it alone adds {parts[name]:.1e} of the {limit:.1e} that are allowed"
         return reasons
 
-    def _report(self, parts: Mapping[str, float], found: np.ndarray[Any, Any]) -> VisionReport:
-        floats = self._floats()
+    def _report(self, parts: Mapping[str, float], found: Sequence[float]) -> VisionReport:
+        floats: dict[str, str] = self._work.need_json(_CHOICE)
         layers = {}
-        for block in self._blocks:
+        for block in self._tower.names:
             for name, facts in self._work.need_json(f"vision-{block}.json").items():
                 full = f"{block}.{name}"
                 stored = {"stored": "float", "reason": floats[full]} if full in floats else {"stored": "int8"}
@@ -187,18 +185,14 @@ class VisionQuantizer:
                 layers[full] = stored | {"part": parts[full], **facts, "inputs": inputs}
         error = sum(part for name, part in parts.items() if name not in floats)
         return VisionReport(
-            tiles=len(self._tiles.pixels),
-            cosine=float(found.mean()),
-            lowest_cosine=float(found.min()),
+            tiles=self._tiles,
+            cosine=float(np.mean(found)),
+            lowest_cosine=min(found),
             predicted_cosine=1 - error / 2,
             layers=layers,
         )
 
     # -- tensors ----------------------------------------------------------------------------------------------------
-
-    def _floats(self) -> dict[str, str]:
-        chosen: dict[str, str] = self._work.need_json(_CHOICE)
-        return chosen
 
     def _load(self, block: str) -> dict[str, IntegerLinear]:
         arrays, facts = self._work.need_arrays(f"vision-{block}.npz"), self._work.need_json(f"vision-{block}.json")
@@ -210,27 +204,16 @@ class VisionQuantizer:
             for name in facts
         }
 
-    def _tensors(self, block: str, linears: Mapping[str, IntegerLinear], dtype: torch.dtype) -> dict[str, Tensor]:
-        """Return the tensors in the form that `calibration.blocks.linear` and the norms take."""
-        tensors: dict[str, Tensor] = {}
+    def _made(self, block: str, linears: Mapping[str, IntegerLinear]) -> QuantizedBlock:
+        """Return some linears of a block in int8, with the norms before them divided, as they are stored."""
+        made = QuantizedBlock()
         for name, linear in linears.items():
-            packed = linear.packed
-            tensors[f"{name}.weight"] = torch.from_numpy(packed.values).to(dtype)
-            tensors[f"{name}.weight_scale"] = torch.from_numpy(packed.scale[:, 0])
-            tensors[f"{name}.input_scale"] = torch.tensor(packed.input_scale, dtype=torch.float32)
-            divided = self._divided_norm(block, name, linear)
-            tensors |= {vector: tensor.float() for vector, tensor in divided.items()}
-        return {name: tensor.to(self._compute.device) for name, tensor in tensors.items()}
-
-    def _divided_norm(self, block: str, name: str, linear: IntegerLinear) -> dict[str, Tensor]:
-        """Return the norm before a linear after smoothing, in its stored type, by names within the block."""
-        if linear.smoothing is None:
-            return {}
-        scale = torch.from_numpy(linear.smoothing)
-        return {
-            vector.removeprefix(f"{block}."): divide(to_torch(self._checkpoint.tensor(vector)), scale)
-            for vector in self._norm_vectors(block, _linears(block)[name])
-        }
+            made.linears[f"{block}.{name}"] = linear.packed
+            if linear.smoothing is not None:
+                scale = torch.from_numpy(linear.smoothing)
+                for vector in self._norm_vectors(block, _linears(block)[name]):
+                    made.tensors[vector] = to_numpy(divide(to_torch(self._checkpoint.tensor(vector)), scale))
+        return made
 
     def _norm_vectors(self, block: str, norm: str | None) -> list[str]:
         """Return the canonical names of a norm's weight and of its bias where it has one."""
@@ -242,7 +225,13 @@ def _linears(block: str) -> dict[str, str | None]:
     return _PROJECTOR if block == PROJECTOR else _TOWER
 
 
-def cosines(expected: np.ndarray[Any, Any], found: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Return the cosine of each tile's embeddings [tiles, tokens, hidden], with all tokens of a tile as one vector."""
-    pairs = ((a.astype(np.float64).ravel(), b.astype(np.float64).ravel()) for a, b in zip(expected, found, strict=True))
-    return np.array([a @ b / max(float(np.linalg.norm(a) * np.linalg.norm(b)), 1e-30) for a, b in pairs])
+def evenly(count: int, most: int) -> list[int]:
+    """Return at most `most` evenly spaced indices below `count`."""
+    kept = min(count, most)
+    return [index * count // kept for index in range(kept)]
+
+
+def cosine(expected: Tensor, found: Tensor) -> float:
+    """Return the cosine of the embeddings of one tile, with all its tokens as one vector."""
+    a, b = (tensor.double().cpu().numpy().ravel() for tensor in (expected, found))
+    return float(a @ b / max(float(np.linalg.norm(a) * np.linalg.norm(b)), 1e-30))

@@ -19,13 +19,14 @@ from internvl_edge.recipe.files import make_recipe
 def main() -> None:
     checkpoint, calibration, out = map(Path, sys.argv[1:4])
     recipe = make_recipe(json.loads(sys.argv[4]))
-    stats = calibration if recipe.needs_data else None
-    report = quantize_checkpoint(checkpoint, out, recipe, stats=stats, compute=choose_compute(dtype="float32"))
+    given = calibration if recipe.needs_data else None
+    report = quantize_checkpoint(checkpoint, out, recipe, calibration=given, compute=choose_compute(dtype="float32"))
     known = {
-        "bits_per_weight": report.bits_per_weight,
-        "predicted_kl": report.predicted_kl,
+        "bits_per_weight": report.record.bits_per_weight,
+        "predicted_kl": report.record.predicted_kl,
         "divergences": report.divergences,
-        "linears": [asdict(linear) for linear in report.linears],
+        "learned": asdict(report.learned) if report.learned else None,
+        "linears": [asdict(linear) for linear in report.record.linears],
     }
     out.with_name(f"{out.name}.report.json").write_text(json.dumps(known, indent=1), encoding="utf-8")
 

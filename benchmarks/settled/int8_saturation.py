@@ -20,9 +20,8 @@ from int8_vision import agreement, photographs, quantize
 from record import write_results
 
 from internvl_edge.calibration import blocks, choose_compute
-from internvl_edge.calibration.block_weights import load_block, load_vision_embedding
+from internvl_edge.calibration.stream import Tower
 from internvl_edge.checkpoint.reader import Checkpoint
-from internvl_edge.quantize.vision_pass import blocks_of, run_block
 from internvl_edge.recipe.recipe import VisionInt8
 
 TILES = 24
@@ -51,20 +50,18 @@ class Saturating:
 
 def embeddings(checkpoint: Checkpoint, tiles: np.ndarray) -> np.ndarray:
     """[tiles, tokens, hidden] of an int8 tower, through `blocks.linear`."""
-    compute = choose_compute("cpu", "float32")
-    x = blocks.embed_pixels(
-        load_vision_embedding(checkpoint, compute), torch.from_numpy(tiles), checkpoint.config.vision
-    )
-    for block in blocks_of(checkpoint.config):
-        weights = load_block(checkpoint, f"{block}.", compute)
+    tower, every = Tower(checkpoint, choose_compute("cpu", "float32"), tiles, [""] * len(tiles)), range(len(tiles))
+    x = tower.first(every)
+    for index, block in enumerate(tower.names):
+        weights = tower.load(index)
         for name in [name.removeprefix(f"{block}.") for name in checkpoint.schemes if name.startswith(f"{block}.")]:
             packed = checkpoint.linear(f"{block}.{name}")
             assert packed is not None
             weights[f"{name}.weight"] = torch.from_numpy(np.array(packed.values)).float()
             weights[f"{name}.weight_scale"] = torch.from_numpy(packed.scale[:, 0])
             weights[f"{name}.input_scale"] = torch.tensor(packed.input_scale, dtype=torch.float32)
-        x = run_block(checkpoint.config, block, weights, x, blocks.no_observer)
-    return np.asarray(x.numpy())
+        x = tower.run(index, weights, x, every)
+    return np.asarray(x.reshape(len(tiles), -1, x.shape[-1]).numpy())
 
 
 @torch.no_grad()

@@ -29,9 +29,9 @@ from internvl_edge.calibration.work import checkpoint_identity
 from internvl_edge.checkpoint.codecs import autoawq
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.checkpoint.tensor_files import write_shards
-from internvl_edge.quantize import check_recipe
 from internvl_edge.quantize.block import QuantizedBlock
 from internvl_edge.quantize.output import OutputLayout
+from internvl_edge.quantize.plan import plan_decoder
 from internvl_edge.recipe.recipe import Recipe
 
 # Tokens per sequence. AutoAWQ joins its samples and cuts them into sequences of this length, its own default.
@@ -52,7 +52,7 @@ def quantize_with_autoawq(
 
     Raises:
         EdgeError: the text model is not Qwen2, `out` exists, AutoAWQ is missing or broken, the calibration
-            folder cannot be used or is of another checkpoint, or `check_recipe` refuses.
+            folder cannot be used or is of another checkpoint, or `plan_decoder` refuses.
     """
     source, target = Checkpoint(Path(checkpoint)), Path(out)
     if source.config.decoder.architecture != "qwen2":
@@ -67,14 +67,14 @@ def quantize_with_autoawq(
 
     permit()
     recipe = Recipe(group_size=group_size)
-    check_recipe(source, recipe)
+    plan = plan_decoder(source, recipe)
     data = CalibrationSet.open(Path(calibration))
     require_same_checkpoint(data, checkpoint_identity(source.folder))
     state = _search(source, _sequences(data), group_size)
     layout = OutputLayout(source, recipe)
     quantized = layout.tensors(_as_block(source, state))
     tensors = [*quantized, *layout.unchanged(tensor.name for tensor in quantized)]
-    config = layout.config(tensor.name for tensor in quantized)
+    config = layout.config(plan, (tensor.name for tensor in quantized))
     with readable_disk_errors(target), new_folder(target, permit, "choose another folder") as folder:
         write_shards(folder, sorted(tensors, key=lambda tensor: tensor.name))
         layout.copy_side_files(folder)

@@ -1,4 +1,4 @@
-"""`internvl-edge calibrate CHECKPOINT -o DIR`: write a calibration folder for `quantize --stats`."""
+"""`internvl-edge calibrate CHECKPOINT -o DIR`: write a calibration folder for `quantize --calibration`."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from .output import hint, print_json, quiet_option, shown_progress, stoppable
 def command(checkpoint: str, output: Path, as_json: bool, quiet: bool, **values: Any) -> None:
     """Run calibration samples through CHECKPOINT, a folder or a hub id, and write a calibration folder.
 
-    The folder holds the embeddings that the decoder receives (image tokens included) and statistics of the inputs of
-    every linear. Any number of quantize commands can use it with --stats. To resume a stopped run, repeat the command.
+    The folder holds the tokens and tiles of all samples, and the embeddings that the decoder receives. Any number of
+    quantize commands, of any recipe, can use it with --calibration. To resume a stopped run, repeat the command.
     """
     started = time.perf_counter()
     wait_politely()
@@ -65,4 +65,4 @@ def command(checkpoint: str, output: Path, as_json: bool, quiet: bool, **values:
         f"in {facts['seconds']:.1f} s{skipped}"
     )
     if not quiet:
-        hint("quantize", checkpoint, "--stats", made.folder, "-o", "OUT")
+        hint("quantize", checkpoint, "--calibration", made.folder, "-o", "OUT")

@@ -31,6 +31,7 @@ from .recipe_options import recipe_of, recipe_options
 if TYPE_CHECKING:
     from internvl_edge.checkpoint.record import QuantizationRecord
     from internvl_edge.quantize import VisionReport
+    from internvl_edge.quantize.learned import Learned
 
 
 @click.command("quantize")
@@ -39,13 +40,15 @@ if TYPE_CHECKING:
 @revision_option
 @recipe_options
 @click.option(
-    "--stats", type=click.Path(path_type=Path), help="Calibration folder that calibrate made, in place of --data."
+    "--calibration",
+    type=click.Path(path_type=Path),
+    help="Calibration folder that calibrate made, in place of --data. Any recipe can use it.",
 )
 @calibration_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @quiet_option
 @stoppable("repeat the command to continue")
-def command(checkpoint: str, output: Path, stats: Path | None, as_json: bool, quiet: bool, **values: Any) -> None:
+def command(checkpoint: str, output: Path, calibration: Path | None, as_json: bool, quiet: bool, **values: Any) -> None:
     """Quantize the decoder of CHECKPOINT (a folder or a hub id), its vision tower or both, into another checkpoint.
 
     The result is in the format of AutoAWQ or compressed-tensors, and export accepts it. To resume a stopped run, repeat
@@ -54,15 +57,15 @@ def command(checkpoint: str, output: Path, stats: Path | None, as_json: bool, qu
     started = time.perf_counter()
     recipe = recipe_of(values)
     wait_politely()
-    draws = stats is None and values["data"] is None and (recipe.needs_data or recipe.vision == "int8")
+    draws = calibration is None and values["data"] is None and (recipe.needs_data or recipe.vision == "int8")
     require_extras("quantize", "quantize", *(("synthetic",) if draws else ()))
     with shown_progress(quiet) as progress, progress.waiting("loading torch"), requires("quantize", "quantize"):
         from internvl_edge.evaluation.report import checkpoint_report, write_report
         from internvl_edge.quantize import quantize_checkpoint
-    if stats is not None and values["data"] is not None:
-        raise EdgeError("--data and --stats cannot be combined; statistics already hold their data")
-    if (stats or values["data"]) and not (recipe.needs_data or recipe.vision == "int8"):
-        raise EdgeError("nothing in this recipe looks at data: it rounds to the nearest; leave out --data and --stats")
+    if calibration is not None and values["data"] is not None:
+        raise EdgeError("--data and --calibration cannot be combined; a calibration folder already holds its data")
+    if (calibration or values["data"]) and not (recipe.needs_data or recipe.vision == "int8"):
+        raise EdgeError("nothing in this recipe looks at data, it only rounds; leave out --data and --calibration")
     options, compute = data_options(values), compute_options(values)
     source = resolve_checkpoint(checkpoint, values["revision"])
     say_missing_page(quiet)
@@ -71,8 +74,8 @@ def command(checkpoint: str, output: Path, stats: Path | None, as_json: bool, qu
             source,
             output,
             recipe,
-            data=options if stats is None else None,
-            stats=stats,
+            data=options if calibration is None else None,
+            calibration=calibration,
             compute=compute,
             restart=values["restart"],
             force=values["force"],
@@ -95,6 +98,7 @@ def command(checkpoint: str, output: Path, stats: Path | None, as_json: bool, qu
             "linears": record.linears,
             "relative_output_errors": report.errors,
             "vision": report.vision,
+            "learned": report.learned,
             "seconds": round(seconds, 2),
         }
         print_json(facts)
@@ -106,6 +110,8 @@ def command(checkpoint: str, output: Path, stats: Path | None, as_json: bool, qu
         click.echo(f"relative output error: mean {mean:.3f}, worst {report.errors[worst]:.3f} ({worst})")
     if record.predicted_kl is not None:
         click.echo(_precisions(record))
+    if report.learned:
+        click.echo(_learning(report.learned))
     if report.vision:
         click.echo(_tower(report.vision))
     if not quiet:
@@ -119,6 +125,14 @@ def _precisions(record: QuantizationRecord) -> str:
     return (
         f"decoder: {record.bits_per_weight:.2f} bits per weight, predicted KL divergence "
         f"{rounded(record.predicted_kl or 0)} nats; linears: {said}"
+    )
+
+
+def _learning(learned: Learned) -> str:
+    return (
+        f"learned rounding: the squared error of a layer's output went from {learned.before:.2e} to "
+        f"{learned.after:.2e} of the output's square (calibration tokens, mean of the layers); {learned.changed:.1%} "
+        f"of the integers changed; it took {learned.seconds:.1f} s"
     )
 
 

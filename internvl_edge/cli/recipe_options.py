@@ -14,6 +14,7 @@ from internvl_edge.recipe.recipe import (
     DECODER_SCHEMES,
     KV_CACHES,
     LM_HEADS,
+    ROUNDINGS,
     DecoderInt8,
     Recipe,
     VisionInt8,
@@ -64,6 +65,12 @@ _OPTIONS = (
         default=None,
         help="Error compensation (GPTQ) of w4a16-awq and w8a16: spread the rounding error of each column over the "
         "columns not yet rounded. It needs calibration data.  [default: compensate]",
+    ),
+    click.option(
+        "--rounding",
+        type=click.Choice(ROUNDINGS),
+        help="How 4-bit weights become integers: computed, or learned, which leaves less error and takes a multiple of "
+        "the time.  [default: computed]",
     ),
     click.option(
         "--layer",
@@ -122,6 +129,7 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "lm_head": ("lm_head",),
     "kv_cache": ("kv_cache",),
     "compensate": ("error_compensation",),
+    "rounding": ("rounding",),
     "vision": ("vision",),
     "calibrator": ("vision_int8.calibrator", "decoder_int8.calibrator"),
     "smooth": ("vision_int8.smoothing", "decoder_int8.smoothing"),

@@ -17,9 +17,14 @@ from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.json_files import FILE_BYTES, read_bytes
 from internvl_edge.base.text import shown
 
-from .recipe import Automatic, DecoderInt8, Recipe, VisionInt8
+from .recipe import Automatic, DecoderInt8, LearnedRounding, Recipe, VisionInt8
 
-_TABLES: dict[str, type[Any]] = {"vision_int8": VisionInt8, "decoder_int8": DecoderInt8, "automatic": Automatic}
+_TABLES: dict[str, type[Any]] = {
+    "vision_int8": VisionInt8,
+    "decoder_int8": DecoderInt8,
+    "automatic": Automatic,
+    "learning": LearnedRounding,
+}
 _KINDS: dict[str, tuple[type[Any], ...]] = {
     "text": (str,),
     "true or false": (bool,),

@@ -9,18 +9,62 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.model.linear import GROUP_SIZES, INT8, W8A8, Scheme
 
-DECODER_SCHEMES = ("w4a16-awq", "w4a16-rtn", "w8a16", "w8a8", "fp")
 LM_HEADS = ("fp", "int8", "int4")
+ROUNDINGS = ("computed", "learned")
 VISION = ("fp", "int8")
 KV_CACHES = ("fp", "int8")
+# Fields of a recipe that have few values.
+_VALUES = {"group_size": GROUP_SIZES, "lm_head": LM_HEADS, "rounding": ROUNDINGS, "kv_cache": KV_CACHES}
 CALIBRATORS = ("best", "minmax", "percentile-99.9", "percentile-99.99", "entropy", "mse")
 
-_FOUR_BITS = ("w4a16-awq", "w4a16-rtn")
 _PRECISION = re.compile(r"(?P<method>.+?)(-g(?P<group>\d{1,9}))?")
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a scheme does to a linear of the decoder.
+
+    Attributes:
+        bits: of each weight; None where weights stay float.
+        groups: each group of inputs has a scale of its own; otherwise each output has one.
+        scales: what divides the inputs and multiplies the weights: the scales of AWQ, those of SmoothQuant, or nothing.
+        clips: the range of each group is shrunk to the one with the least error.
+        compensates: rounding errors are spread over the columns not yet rounded (GPTQ), if the recipe wants it.
+        learns: integers are learned, if the recipe wants it.
+        rounds_inputs: inputs are int8 too, with one static scale.
+    """
+
+    bits: int | None
+    groups: bool = False
+    scales: Literal["awq", "smooth"] | None = None
+    clips: bool = False
+    compensates: bool = False
+    learns: bool = False
+    rounds_inputs: bool = False
+
+    def scheme(self, group_size: int, symmetric: bool) -> Scheme | None:
+        """Return how weights are rounded; None for floats. The arguments count only where there are groups."""
+        if self.bits is None:
+            return None
+        if self.groups:
+            return Scheme(self.bits, group_size, symmetric)
+        return W8A8 if self.rounds_inputs else INT8
+
+
+METHODS = {
+    "w4a16-awq": Method(4, groups=True, scales="awq", clips=True, compensates=True, learns=True),
+    "w4a16-rtn": Method(4, groups=True),
+    "w8a16": Method(8, compensates=True),
+    "w8a8": Method(8, scales="smooth", rounds_inputs=True),
+    "fp": Method(None),
+}
+DECODER_SCHEMES = tuple(METHODS)
+_GROUPED = tuple(name for name, method in METHODS.items() if method.groups)
 
 
 @dataclass(frozen=True)
@@ -28,22 +72,27 @@ class Precision:
     """How one linear of the decoder is stored and computed.
 
     Attributes:
-        method: one of `DECODER_SCHEMES`.
+        name: one of `DECODER_SCHEMES`.
         scheme: how weights are rounded; None for floats.
     """
 
-    method: str
+    name: str
     scheme: Scheme | None
+
+    @property
+    def method(self) -> Method:
+        """What is done to the linear."""
+        return METHODS[self.name]
 
     def __str__(self) -> str:
         """Return the notation of recipes, with the group size: w4a16-awq-g64."""
         grouped = self.scheme is not None and self.scheme.group_size is not None
-        return f"{self.method}-g{self.scheme.group_size}" if grouped and self.scheme else self.method
+        return f"{self.name}-g{self.scheme.group_size}" if grouped and self.scheme else self.name
 
     @property
     def needs_data(self) -> bool:
         """Whether the method needs calibration data: it uses a layer's inputs, and not only its weights."""
-        return self.method in ("w4a16-awq", "w8a8")
+        return self.method.scales is not None
 
 
 def _require_calibrator(name: str) -> None:
@@ -104,6 +153,32 @@ class DecoderInt8:
 
 
 @dataclass(frozen=True)
+class LearnedRounding:
+    """How the rounding of a layer's weights is learned.
+
+    Attributes:
+        steps: steps of gradient descent for each layer.
+        tokens: calibration tokens of each step, in whole samples.
+        rate: the largest step of a weight, in units of its grid.
+        seed: decides the order of the samples.
+
+    Raises:
+        EdgeError: from the constructor, for anything else.
+    """
+
+    steps: int = 32
+    tokens: int = 1024
+    rate: float = 0.01
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (1 <= self.steps <= 100_000 and 1 <= self.tokens <= 1 << 20 and 0 <= self.seed < 1 << 32):
+            raise EdgeError("learning takes 1 to 100000 steps of 1 to 1048576 tokens each, and a seed below 2^32")
+        if not 0 < self.rate <= 0.5:
+            raise EdgeError(f"a rate of {self.rate:g} is not possible; give one above 0, at most 0.5, such as 0.01")
+
+
+@dataclass(frozen=True)
 class Automatic:
     """Choose the precision of each linear of the decoder by its measured sensitivity, within one of two limits.
 
@@ -147,6 +222,10 @@ class Recipe:
         error_compensation: spread each column's rounding error over the columns not yet rounded (GPTQ); for w4a16-awq
             and w8a16. Without it, w8a16 is rounding to nearest, without data. The same holds where only exceptions are
             w8a16 and nothing else needs data.
+        rounding: "computed" (to nearest, after error compensation if there is one) or "learned": from there, weights of
+            w4a16-awq move to the other neighbour where a layer's output comes nearer to the float model's. It costs a
+            multiple of the time.
+        learning: options of learned rounding.
         vision: "fp" or "int8" (weights and inputs of tower and projector); fewer bits are refused.
         vision_int8: options of int8 vision.
         decoder_int8: options of "w8a8".
@@ -166,6 +245,8 @@ class Recipe:
     symmetric: bool = False
     lm_head: str = "fp"
     error_compensation: bool = True
+    rounding: str = "computed"
+    learning: LearnedRounding = LearnedRounding()
     vision: str = "fp"
     vision_int8: VisionInt8 = VisionInt8()
     decoder_int8: DecoderInt8 = DecoderInt8()
@@ -176,24 +257,24 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.decoder not in DECODER_SCHEMES:
             raise EdgeError(_unknown_scheme(self.decoder))
-        if self.group_size not in GROUP_SIZES:
-            raise EdgeError(f"group size {self.group_size} is not one of {', '.join(map(str, GROUP_SIZES))}")
-        if self.lm_head not in LM_HEADS:
-            raise EdgeError(f"lm_head {self.lm_head!r} is not one of {', '.join(LM_HEADS)}")
+        for name, allowed in _VALUES.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise EdgeError(f"{name} {value!r} is not one of {', '.join(map(str, allowed))}")
         if self.vision not in VISION:
             raise EdgeError(
                 f"vision {self.vision!r} is not supported: towers lose their answers below 8 bits; use int8 or fp"
             )
-        if self.kv_cache not in KV_CACHES:
-            raise EdgeError(f"kv_cache {self.kv_cache!r} is not one of {', '.join(KV_CACHES)}")
         found = [self.precision(precision) for _, precision in self.layers]
-        if self.automatic and self.decoder == "fp":
+        if self.automatic and self.base.scheme is None:
             raise EdgeError("precision is chosen from the decoder's scheme upwards; give a decoder scheme below fp")
         found += self.candidates
-        if self.choice and self.choice.target_bits and any(each.method == "w8a8" for each in self.candidates):
+        if self.choice and self.choice.target_bits and any(p.method.rounds_inputs for p in self.candidates):
             raise EdgeError("w8a8 has as many bits as w8a16, so target_bits cannot choose between them; give max_kl")
-        floats = (self.decoder, self.lm_head, self.vision, self.kv_cache) == ("fp", "fp", "fp", "fp")
-        if floats and all(precision.scheme is None for precision in found):
+        if self.rounding == "learned" and not any(p.method.learns for p in [self.base, *found]):
+            learns = " and ".join(name for name, method in METHODS.items() if method.learns)
+            raise EdgeError(f"only the rounding of {learns} is learned, and no linear here is; use rounding = computed")
+        floats = (self.lm_head, self.vision, self.kv_cache) == ("fp", "fp", "fp")
+        if floats and all(precision.scheme is None for precision in [self.base, *found]):
             raise EdgeError("decoder, lm_head and vision all keep their floats; quantize at least one of them")
 
     def precision(self, text: str) -> Precision:
@@ -203,17 +284,15 @@ class Recipe:
             EdgeError: no such scheme or group size, or a group size where there are no groups.
         """
         found = _PRECISION.fullmatch(text)
-        method = found["method"] if found else text
-        if method not in DECODER_SCHEMES:
+        name = found["method"] if found else text
+        if name not in METHODS:
             raise EdgeError(_unknown_scheme(text))
         group = int(found["group"]) if found and found["group"] else None
-        if group is not None and method not in _FOUR_BITS:
-            raise EdgeError(f"{text!r}: only {' and '.join(_FOUR_BITS)} have groups; write {method}")
+        if group is not None and name not in _GROUPED:
+            raise EdgeError(f"{text!r}: only {' and '.join(_GROUPED)} have groups; write {name}")
         if group is not None and group not in GROUP_SIZES:
             raise EdgeError(f"{text!r}: group size {group} is not one of {', '.join(map(str, GROUP_SIZES))}")
-        if method in _FOUR_BITS:
-            return Precision(method, Scheme(4, group or self.group_size, self.symmetric))
-        return Precision(method, {"w8a16": INT8, "w8a8": W8A8, "fp": None}[method])
+        return Precision(name, METHODS[name].scheme(group or self.group_size, self.symmetric))
 
     @property
     def base(self) -> Precision:
@@ -223,13 +302,13 @@ class Recipe:
     @property
     def head(self) -> Precision:
         """The precision of lm_head. "int4" means the decoder's 4-bit scheme, where it has one."""
-        four_bits = self.decoder if self.decoder in _FOUR_BITS else _FOUR_BITS[not self.needs_data]
+        four_bits = self.decoder if self.decoder in _GROUPED else _GROUPED[not self.needs_data]
         return self.precision({"fp": "fp", "int8": "w8a16", "int4": four_bits}[self.lm_head])
 
     @property
     def choice(self) -> Automatic | None:
         """The limits of the automatic choice; None where nothing is chosen."""
-        limited = self.decoder == "w8a8" and self.decoder_int8.max_kl > 0
+        limited = self.base.method.rounds_inputs and self.decoder_int8.max_kl > 0
         return self.automatic or (Automatic(max_kl=self.decoder_int8.max_kl) if limited else None)
 
     @property
@@ -238,7 +317,7 @@ class Recipe:
         if self.choice is None:
             return []
         halved = self.group_size // 2
-        finer = [f"{self.decoder}-g{halved}"] if self.decoder in _FOUR_BITS and halved in GROUP_SIZES else []
+        finer = [f"{self.decoder}-g{halved}"] if self.decoder in _GROUPED and halved in GROUP_SIZES else []
         among = self.choice.among or (self.decoder, *finer, "w8a16", "fp")
         return list(dict.fromkeys(self.precision(text) for text in among))
 
@@ -247,7 +326,7 @@ class Recipe:
         """Whether the decoder's activations are needed: by a linear, by a choice, or for the range of the KV cache."""
         exceptions = [self.precision(text) for _, text in self.layers]
         chosen = self.choice is not None or self.kv_cache == "int8"
-        compensated = self.decoder == "w8a16" and self.error_compensation
+        compensated = self.base.method.compensates and self.error_compensation
         return chosen or compensated or any(each.needs_data for each in (self.base, *exceptions))
 
     @property
@@ -255,7 +334,7 @@ class Recipe:
         """Whether AutoAWQ's format can represent the whole recipe."""
         uniform = not self.layers and self.choice is None
         others = (self.lm_head, self.vision, self.kv_cache) == ("fp", "fp", "fp")
-        return self.decoder in _FOUR_BITS and not self.symmetric and uniform and others
+        return self.decoder in _GROUPED and not self.symmetric and uniform and others
 
 
 def _unknown_scheme(name: str) -> str:

@@ -20,10 +20,13 @@ from helpers.reference import Reference, tile_image
 from helpers.reference_names import reference_name
 from helpers.tiny import write_checkpoint
 from internvl_edge.base.errors import EdgeError
-from internvl_edge.calibration import CalibrationSet, DataOptions, calibrate, read_statistics
+from internvl_edge.base.progress import SILENT
+from internvl_edge.calibration import CalibrationSet, DataOptions, calibrate
 from internvl_edge.calibration.items import read_items
-from internvl_edge.calibration.statistics import Observer, StatisticsRequest, symmetrize
+from internvl_edge.calibration.statistics import InputStatistics, Observer, StatisticsRequest, symmetrize
+from internvl_edge.calibration.stream import BlockStream, Decoder, Tower
 from internvl_edge.calibration.work import WorkFolder, discard
+from internvl_edge.checkpoint.reader import Checkpoint
 
 KINDS: dict[str, dict[str, Any]] = {
     "qwen2": {},
@@ -79,20 +82,29 @@ def test_statistics_are_those_of_a_plain_forward(tmp_path: Path, kind: str) -> N
     torch.testing.assert_close(
         torch.from_numpy(np.array(made.embeddings())), torch.cat(embeddings).float(), atol=2e-5, rtol=1e-5
     )
-    statistics = read_statistics(made.folder)
-    names = {name.removesuffix(".mean_abs") for name in statistics if name.endswith(".mean_abs")}
+    statistics = statistics_of(checkpoint, made, tmp_path / "work")
     same_input = (".k_proj", ".v_proj", ".up_proj", "lm_head")
     unused = "vision_model.encoder.layers.2."  # with select_layer -2 nothing depends on the third block
     expected = {name for name in recorder.seen if not name.endswith(same_input) and not name.startswith(unused)}
-    assert {reference_name(name) for name in names} == expected
-    for name in names:
+    assert {reference_name(name) for name in statistics} == expected
+    for name, found in statistics.items():
         seen = torch.cat(recorder.seen[reference_name(name)]).abs()
-        torch.testing.assert_close(
-            torch.from_numpy(statistics[f"{name}.mean_abs"]).double(), seen.mean(0), rtol=1e-3, atol=1e-5
-        )
-        torch.testing.assert_close(
-            torch.from_numpy(statistics[f"{name}.max_abs"]).double(), seen.amax(0), rtol=1e-3, atol=1e-4
-        )
+        torch.testing.assert_close(found.mean_abs.double(), seen.mean(0), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(found.max_abs.double(), seen.amax(0), rtol=1e-3, atol=1e-4)
+
+
+def statistics_of(checkpoint: Path, made: CalibrationSet, work: Path) -> dict[str, InputStatistics]:
+    """What passes through tower and decoder, by the canonical name of the linear that receives it."""
+    source, found = Checkpoint(checkpoint), {}
+    tower = Tower(source, FLOAT32, made.pixels(source.config.vision.image_size), made.tile_owners)
+    for label, blocks, twice in (("tower", tower, False), ("decoder", Decoder(source, FLOAT32, made), True)):
+
+        def keep(index: int, statistics: Any, blocks: Any = blocks) -> None:
+            found.update({f"{blocks.names[index]}.{name}": inputs for name, inputs in statistics.items()})
+
+        stream = BlockStream(WorkFolder(work / label, {}), label, blocks)
+        stream.run(SILENT, "", keep, StatisticsRequest(), replaces=twice)
+    return found
 
 
 # ---- statistics ----
@@ -199,17 +211,10 @@ def test_data_that_is_not_there_is_one_line(tmp_path: Path, name: str) -> None:
 # ---- damage ----
 
 
-@pytest.mark.parametrize(
-    ("stored", "canonical"),
-    [
-        ("vision_model.encoder.layers.1.mlp.fc1.weight", "vision.layers.1.mlp.fc1.weight"),
-        ("language_model.model.layers.1.mlp.up_proj.weight", "decoder.layers.1.mlp.up_proj.weight"),
-    ],
-)
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, stored: str, canonical: str, value: float) -> None:
-    poison(write_checkpoint(tmp_path / "checkpoint"), stored, value)
-    with pytest.raises(EdgeError, match=rf"tensor {canonical} holds NaN or infinity in 1 "):
+def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, value: float) -> None:
+    poison(write_checkpoint(tmp_path / "checkpoint"), "vision_model.encoder.layers.1.mlp.fc1.weight", value)
+    with pytest.raises(EdgeError, match=r"tensor vision\.layers\.1\.mlp\.fc1\.weight holds NaN or infinity in 1 "):
         calibrate_tiny(tmp_path, write_data(tmp_path / "data"))
 
 
@@ -225,7 +230,7 @@ def test_activations_that_are_not_finite_name_layer_tensor_and_sample(tmp_path: 
     tensors["language_model.model.embed_tokens.weight"][token, 3] = float("nan")
     save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(EdgeError, match=rf"layers.0: the input of self_attn.q_proj holds NaN .* sample {victim} "):
-        calibrate_tiny(tmp_path, tmp_path / "data" / "data.jsonl")
+        statistics_of(checkpoint, calibrate_tiny(tmp_path, tmp_path / "data" / "data.jsonl"), tmp_path / "work")
 
 
 # ---- kills ----
@@ -233,52 +238,42 @@ def test_activations_that_are_not_finite_name_layer_tensor_and_sample(tmp_path: 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from internvl_edge.calibration import DataOptions, calibrate, choose_compute, tower
+from internvl_edge.calibration import DataOptions, calibrate, choose_compute, pipeline
 from internvl_edge.calibration.work import WorkFolder
-tower._WAVE_BYTES = 20_000
+pipeline._WAVE_BYTES = 20_000
 moment, checkpoint, data, out = sys.argv[1:]
 
-def kill_at(method, name, count):
-    original = getattr(WorkFolder, method)
-    seen = []
-    def patched(self, file, values):
-        seen.append(file)
-        if seen.count(name) == count:
+if moment == "vision":  # image tokens of the second wave are computed, not written
+    names = []
+    write_arrays = WorkFolder.write_arrays
+    def patched(self, file, arrays):
+        names.append(file)
+        if len(names) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
-        original(self, file, values)
-    setattr(WorkFolder, method, patched)
-
-if moment == "vision":  # embeddings of the second wave are written, the state is not
-    kill_at("write_arrays", "vision.npz", 2)
+        write_arrays(self, file, arrays)
+    WorkFolder.write_arrays = patched
 elif moment == "end":  # the set is complete, but not in its place
     Path.rename = lambda path, target: os.kill(os.getpid(), signal.SIGKILL)
-elif moment == "layer":  # statistics of the second layer are about to be stored
-    kill_at("write_arrays", "layer-1.npz", 1)
-else:  # hidden states of the first layer are written, the state is not
-    kill_at("write_json", "decoder.json", 1)
+else:  # the embeddings are written, the waves are still there
+    WorkFolder.remove = lambda self, name: os.kill(os.getpid(), signal.SIGKILL)
 calibrate(Path(checkpoint), Path(out), DataOptions(Path(data), max_tiles=2), choose_compute("cpu", "float32"))
 """
 
 
 def test_a_killed_calibration_continues_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from internvl_edge.calibration import tower
+    from internvl_edge.calibration import pipeline
 
-    monkeypatch.setattr(tower, "_WAVE_BYTES", 20_000)
+    monkeypatch.setattr(pipeline, "_WAVE_BYTES", 20_000)
     checkpoint, data = write_checkpoint(tmp_path / "checkpoint"), write_data(tmp_path / "data")
     options = DataOptions(data, max_tiles=2)
     undisturbed = contents(calibrate(checkpoint, tmp_path / "whole", options, FLOAT32).folder)
-    assert {"calibration.json", "embeddings.f32", "statistics.npz", "tokens.npy"} == set(undisturbed)
+    assert {"calibration.json", "embeddings.f32", "tiles.u8", "tokens.npy"} == set(undisturbed)
     out = tmp_path / "killed"
-    for moment in ("vision", "commit", "layer", "end", "end"):  # each run continues the one killed before
+    for moment in ("vision", "commit", "end", "end"):  # each run continues the one killed before
         run_and_be_killed(KILLED, moment, checkpoint, data, out)
         assert not out.exists()
     continued = calibrate(checkpoint, out, options, FLOAT32)
-    assert {name: data for name, data in contents(continued.folder).items() if name != "statistics.npz"} == {
-        name: data for name, data in undisturbed.items() if name != "statistics.npz"
-    }
-    ours, theirs = read_statistics(continued.folder), read_statistics(tmp_path / "whole")
-    assert ours.keys() == theirs.keys()
-    assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+    assert contents(continued.folder) == undisturbed
     assert not (tmp_path / "killed.partial").exists()
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from internvl_edge.calibration.statistics import InputStatistics, Observer, StatisticsRequest
 from internvl_edge.model.linear import Scheme
-from internvl_edge.quantize.grid import minmax_grid
+from internvl_edge.quantize.rounding import minmax_grid
 
 ASYMMETRIC, SYMMETRIC = Scheme(4, 32, symmetric=False), Scheme(4, 32, symmetric=True)
 

@@ -20,19 +20,27 @@ from helpers.linears import ASYMMETRIC, SYMMETRIC, nearest, observed, output_err
 from helpers.reference import Reference
 from helpers.reference_names import text_name
 from helpers.tiny import write_checkpoint
+from internvl_edge.base.progress import SILENT
 from internvl_edge.calibration.dataset import DataOptions
-from internvl_edge.calibration.decoder_pass import DecoderPass
 from internvl_edge.calibration.pipeline import embedded_set
 from internvl_edge.calibration.statistics import StatisticsRequest
+from internvl_edge.calibration.stream import BlockStream, Decoder
 from internvl_edge.calibration.work import WorkFolder
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.model.linear import PackedLinear, Scheme
 from internvl_edge.quantize import layer as layer_module
-from internvl_edge.quantize.awq import block_gram, search_clipping, search_scale
-from internvl_edge.quantize.compensation import compensated_rounding, inverse_factor
+from internvl_edge.quantize.awq import search_scale
 from internvl_edge.quantize.folding import storable_scale
-from internvl_edge.quantize.grid import Grid, minmax_grid
 from internvl_edge.quantize.layer import BlockQuantizer
+from internvl_edge.quantize.plan import plan_decoder
+from internvl_edge.quantize.rounding import (
+    Grid,
+    block_gram,
+    compensated_rounding,
+    inverse_factor,
+    minmax_grid,
+    search_clipping,
+)
 from internvl_edge.recipe.recipe import Recipe
 
 SCHEMES = pytest.mark.parametrize("scheme", [ASYMMETRIC, SYMMETRIC], ids=str)
@@ -143,9 +151,8 @@ def test_folding_scales_leaves_the_logits_as_they_were(
         layer_module, "search_clipping", lambda rows, *_: ExactGrid(ASYMMETRIC, torch.ones(1), torch.zeros(1))
     )
     decoder, source = decoder_pass(tmp_path, folder)
-    quantizer = BlockQuantizer(
-        source, Recipe(group_size=32, error_compensation=False, lm_head="int4"), FLOAT32, torch.float16
-    )
+    recipe = Recipe(group_size=32, error_compensation=False, lm_head="int4")
+    quantizer = BlockQuantizer(source, recipe, FLOAT32, torch.float16, plan_decoder(source, recipe))
     scaled = Reference(folder, torch.float64)
     changed: list[float] = []
 
@@ -157,8 +164,9 @@ def test_folding_scales_leaves_the_logits_as_they_were(
             scaled.weights[text_name(name)] = torch.from_numpy(np.asarray(array, np.float64))
             changed.append(float((scaled.weights[text_name(name)] / old - 1).abs().nanmedian()))
 
-    decoder.run(quantizer.wanted, fold)
-    fold(None, decoder.observe_head(quantizer.wanted))
+    decoder.run(SILENT, "", fold, quantizer.wanted)
+    assert isinstance(decoder.blocks, Decoder)
+    fold(None, decoder.observe_output("lm_head", decoder.blocks.normed, quantizer.wanted))
     assert np.mean([change > 0.01 for change in changed]) > 0.8  # scales were applied nearly everywhere
     ids = list(range(40, 90))
     torch.testing.assert_close(scaled.logits(ids), Reference(folder, torch.float64).logits(ids), rtol=1e-4, atol=2e-5)
@@ -166,12 +174,12 @@ def test_folding_scales_leaves_the_logits_as_they_were(
 
 def decoder_pass(
     tmp_path: Path, folder: Path, data: Path | None = None, name: str = "work"
-) -> tuple[DecoderPass, Checkpoint]:
+) -> tuple[BlockStream, Checkpoint]:
     source = Checkpoint(folder)
     options = DataOptions(data or write_data(tmp_path / "data"), max_tiles=2)
     work = WorkFolder(tmp_path / name, {})
-    calibration, _ = embedded_set(work, source, "", options, FLOAT32)
-    return DecoderPass(work, source, calibration, FLOAT32, lambda count: None), source
+    calibration = embedded_set(work, source, "", options, FLOAT32)
+    return BlockStream(work, "decoder", Decoder(source, FLOAT32, calibration)), source
 
 
 def test_image_tokens_change_the_chosen_scales(tmp_path: Path) -> None:
@@ -187,9 +195,10 @@ def test_image_tokens_change_the_chosen_scales(tmp_path: Path) -> None:
     chosen = {}
     for name, data in (("with", with_images), ("without", without_images)):
         decoder, source = decoder_pass(tmp_path, folder, data, name)
-        quantizer = BlockQuantizer(source, Recipe(group_size=32), FLOAT32, torch.float16)
+        recipe = Recipe(group_size=32)
+        quantizer = BlockQuantizer(source, recipe, FLOAT32, torch.float16, plan_decoder(source, recipe))
         blocks: list[Any] = []
-        decoder.run(quantizer.wanted, lambda n, s, q=quantizer, b=blocks: b.append(q.layer(n, s)))
+        decoder.run(SILENT, "", lambda n, s, q=quantizer, b=blocks: b.append(q.layer(n, s)), quantizer.wanted)
         chosen[name] = blocks[0].tensors["decoder.layers.0.input_layernorm.weight"].astype(np.float32)
     assert np.abs(chosen["with"] / chosen["without"] - 1).max() > 0.1
 

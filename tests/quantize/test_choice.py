@@ -20,19 +20,19 @@ from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.progress import SILENT
 from internvl_edge.calibration import DataOptions
 from internvl_edge.calibration.block_weights import load_block
-from internvl_edge.calibration.blocks import decoder_block, no_observer, rms_norm
-from internvl_edge.calibration.decoder_pass import DecoderPass
+from internvl_edge.calibration.blocks import rms_norm
 from internvl_edge.calibration.pipeline import embedded_set
 from internvl_edge.calibration.statistics import StatisticsRequest, symmetrize
+from internvl_edge.calibration.stream import BlockStream, Decoder
 from internvl_edge.calibration.work import WorkFolder
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.model.linear import W8A8, Scheme
-from internvl_edge.quantize import QuantizationReport, quantize_checkpoint, sensitivity_decoder
+from internvl_edge.quantize import QuantizationReport, quantize_checkpoint, sensitivity
 from internvl_edge.quantize.choose import Option, choose_for_cost, choose_for_divergence, lower_hull
 from internvl_edge.quantize.folding import SCALE_GROUPS
 from internvl_edge.quantize.layer import BlockQuantizer
 from internvl_edge.quantize.plan import Choice, decoder_linears, units
-from internvl_edge.quantize.sensitivity_decoder import DecoderSensitivity, probe_samples
+from internvl_edge.quantize.sensitivity import DecoderSensitivity, probe_samples
 from internvl_edge.recipe.recipe import Automatic, DecoderInt8, Recipe
 
 Options = dict[str, list[Option]]
@@ -107,6 +107,28 @@ def test_probes_are_evenly_spaced_and_few() -> None:
     assert probe_samples([5000], tokens=300) == [0]
 
 
+def floats(parts: dict[str, float], costs: dict[str, float], limit: float) -> set[str]:
+    """What stays float of int8 linears whose errors may add up to a limit."""
+    menus = {
+        name: [Option("int8", costs[name], part), Option("float", 2 * costs[name], 0)] for name, part in parts.items()
+    }
+    return {name for name, option in choose_for_divergence(menus, limit).items() if option.precision == "float"}
+
+
+def test_floats_are_chosen_by_error_per_cost_and_only_as_many_as_needed() -> None:
+    parts = {"small": 2.0, "large": 6.0, "harmless": 0.1, "worst": 20.0}
+    costs = {"small": 1.0, "large": 4.0, "harmless": 4.0, "worst": 4.0}
+    assert floats(parts, costs, 30) == set()
+    assert floats(parts, costs, 9) == {"worst"}
+    assert floats(parts, costs, 7) == {"worst", "small"}
+    assert floats(parts, costs, 0) == set(parts)
+
+
+def test_what_turns_out_not_to_be_needed_goes_back() -> None:
+    """The cheap one comes first by error per cost, but the dear one alone is enough."""
+    assert floats({"cheap": 1.0, "dear": 5.0}, {"cheap": 0.1, "dear": 4.0}, 1.5) == {"dear"}
+
+
 # ---- sensitivity ----
 
 
@@ -115,7 +137,7 @@ def measured(checkpoint: Path, tmp_path: Path, recipe: Recipe) -> tuple[dict[str
     source = Checkpoint(checkpoint)
     work = WorkFolder(tmp_path / "work", {})
     options = DataOptions(write_data(tmp_path / "data", count=4), max_tiles=1)
-    calibration, _ = embedded_set(work, source, "", options, FLOAT32)
+    calibration = embedded_set(work, source, "", options, FLOAT32)
     names = decoder_linears(source)
     quantizers = {
         precision: BlockQuantizer(source, recipe, FLOAT32, torch.float32, dict.fromkeys(names, Choice(precision)))
@@ -124,20 +146,20 @@ def measured(checkpoint: Path, tmp_path: Path, recipe: Recipe) -> tuple[dict[str
     }
     made: dict[tuple[int, str], dict[str, dict[str, Tensor]]] = {}
     found = {}
-    sensitivity = DecoderSensitivity(work, source, calibration, FLOAT32, quantizers)
-    predicted = sensitivity.run(SILENT)
+    measuring = DecoderSensitivity(work, source, calibration, FLOAT32, quantizers)
+    predicted = measuring.run(SILENT)
 
     groups = SCALE_GROUPS[source.config.decoder.architecture]
-    run = DecoderPass(work, source, calibration, FLOAT32, lambda count: None, "again-")
+    decoder = Decoder(source, FLOAT32, calibration)
 
     def keep(layer: int, statistics: Any) -> None:
         for precision, quantizer in quantizers.items():
-            copies = {name: sensitivity_decoder._copy(inputs) for name, inputs in statistics.items()}
+            copies = {name: sensitivity._copy(inputs) for name, inputs in statistics.items()}
             block = quantizer.layer(layer, copies)
             prefix = f"decoder.layers.{layer}."
             made[layer, str(precision)] = {g.consumers[0]: quantizer.only_unit(prefix, g, block) for g in groups}
 
-    run.run(sensitivity._wanted(), keep)
+    BlockStream(work, "again", decoder).run(SILENT, "", keep, measuring.wanted)
     lengths, is_image = calibration.lengths, calibration.is_image
     starts = np.concatenate([[0], np.cumsum(lengths)])
 
@@ -147,7 +169,7 @@ def measured(checkpoint: Path, tmp_path: Path, recipe: Recipe) -> tuple[dict[str
             x = torch.from_numpy(np.array(calibration.embeddings()[starts[sample] : starts[sample + 1]]))
             for layer in range(source.config.decoder.num_hidden_layers):
                 weights = load_block(source, f"decoder.layers.{layer}.", FLOAT32) | replaced.get(layer, {})
-                x = decoder_block(weights, x, [len(x)], run.rotary(sample), source.config.decoder, no_observer)
+                x = decoder.run(layer, weights, x, range(sample, sample + 1))
             norm = torch.from_numpy(source.tensor("decoder.norm.weight").astype(np.float32))
             head = torch.from_numpy(source.tensor("decoder.lm_head.weight").astype(np.float32))
             x = rms_norm(x, norm, source.config.decoder.rms_norm_eps)
@@ -166,10 +188,11 @@ def measured(checkpoint: Path, tmp_path: Path, recipe: Recipe) -> tuple[dict[str
 def test_statistics_do_not_know_the_samples_held_out(tmp_path: Path) -> None:
     source = Checkpoint(write_checkpoint(tmp_path / "checkpoint", dtype="float32"))
     work, options = WorkFolder(tmp_path / "work", {}), DataOptions(write_data(tmp_path / "data"), max_tiles=1)
-    calibration, _ = embedded_set(work, source, "", options, FLOAT32)
-    run = DecoderPass(work, source, calibration, FLOAT32, lambda count: None, held_out=[0, 3, 4])
+    calibration = embedded_set(work, source, "", options, FLOAT32)
+    run = BlockStream(work, "decoder", Decoder(source, FLOAT32, calibration), held_out=[0, 3, 4])
     found: dict[int, Any] = {}
-    run.run(StatisticsRequest(gram=True, tokens=7), lambda layer, statistics: found.update({layer: statistics}))
+    wanted = StatisticsRequest(gram=True, tokens=7)
+    run.run(SILENT, "", lambda layer, statistics: found.update({layer: statistics}), wanted)
     norm = torch.from_numpy(source.tensor("decoder.layers.0.input_layernorm.weight").astype(np.float32))
     starts = np.concatenate([[0], np.cumsum(calibration.lengths)])
     embeddings = torch.from_numpy(np.array(calibration.embeddings()))
@@ -190,7 +213,7 @@ def test_predictions_are_what_is_measured(
     tmp_path: Path, kind: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every unit at 8 bits, with and without int8 inputs, rounded alone."""
-    monkeypatch.setattr(sensitivity_decoder, "_DRAWS", 64)
+    monkeypatch.setattr(sensitivity, "_DRAWS", 64)
     checkpoint = write_checkpoint(tmp_path / "checkpoint", dtype="float32", **kind)
     recipe = Recipe("w8a8", automatic=Automatic(max_kl=1, among=("w8a8", "w8a16")))
     predicted, found = measured(checkpoint, tmp_path, recipe)
@@ -203,7 +226,7 @@ def test_predictions_are_what_is_measured(
 
 def test_few_draws_tell_the_grids_of_a_unit_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """How much finer groups help is known better than how much the unit matters."""
-    monkeypatch.setattr(sensitivity_decoder, "_DRAWS", 2)
+    monkeypatch.setattr(sensitivity, "_DRAWS", 2)
     checkpoint = write_checkpoint(tmp_path / "checkpoint", dtype="float32")
     among = ("w4a16-awq-g64", "w4a16-awq-g32", "w8a16")
     predicted, found = measured(checkpoint, tmp_path, mixed(max_kl=9, among=among))
@@ -312,10 +335,10 @@ from internvl_edge.quantize.layer import BlockQuantizer
 from internvl_edge.recipe.recipe import Automatic, Recipe
 moment, checkpoint, data, out = sys.argv[1:]
 at = {
-    "candidates": ("float-decoder.json", {"layers": 2}),
-    "back": ("decoder-sensitivity.json", 0),
-    "measured": ("decoder-divergences.json", None),
-    "quantized": ("decoder.json", {"layers": 1}),
+    "candidates": ("decoder-float.json", {"blocks": 2}),
+    "back": ("decoder-float-back.json", 1),
+    "measured": ("decoder-float-back.json", 0),
+    "quantized": ("decoder.json", {"blocks": 1}),
 }[moment]
 write_json = WorkFolder.write_json
 

@@ -23,7 +23,6 @@ from internvl_edge.export.weights import WeightFile
 from internvl_edge.model.linear import W8A8, PackedLinear, Scheme
 from internvl_edge.quantize.calibrators import CALIBRATORS, find_range, histogram, rounded
 from internvl_edge.quantize.integer import IntegerLinear, quantize_linear, round_inputs
-from internvl_edge.quantize.sensitivity import choose_floats
 from internvl_edge.quantize.smoothing import divide, smoothing_scale
 from internvl_edge.recipe.recipe import CALIBRATORS as OFFERED
 from internvl_edge.recipe.recipe import Recipe, VisionInt8
@@ -272,20 +271,3 @@ def test_other_quantized_activations_are_refused(changes: dict[str, Any]) -> Non
     config["config_groups"]["group_0"]["input_activations"] |= changes
     with pytest.raises(CheckpointError, match="group_0 quantizes activations otherwise"):
         compressed_tensors.read_configuration(config)
-
-
-# ---- the fallback ----
-
-
-def test_floats_are_chosen_by_error_per_cost_and_only_as_many_as_needed() -> None:
-    parts = {"small": 2.0, "large": 6.0, "harmless": 0.1, "worst": 20.0}
-    costs = {"small": 1.0, "large": 4.0, "harmless": 4.0, "worst": 4.0}
-    assert choose_floats(parts, costs, 30) == []
-    assert choose_floats(parts, costs, 9) == ["worst"]
-    assert choose_floats(parts, costs, 7) == ["worst", "small"]
-    assert set(choose_floats(parts, costs, 0)) == set(parts)
-
-
-def test_what_turns_out_not_to_be_needed_goes_back() -> None:
-    """The cheap one comes first by error per cost, but the dear one alone is enough."""
-    assert choose_floats({"cheap": 1.0, "dear": 5.0}, {"cheap": 0.1, "dear": 4.0}, 1.5) == ["dear"]

@@ -247,9 +247,19 @@ def test_without_images_there_is_nothing_to_calibrate_with(tmp_path: Path) -> No
     data.write_text(json.dumps({"images": [], "prompt": "what is the number"}))
     with pytest.raises(EdgeError, match="int8 vision needs images"):
         quantize(original, tmp_path / "out", data=data)
-    stats = calibrate(original, tmp_path / "stats", DataOptions(write_data(tmp_path / "data"), max_tiles=2), FLOAT32)
-    with pytest.raises(EdgeError, match="give data instead of statistics"):
-        quantize_checkpoint(original, tmp_path / "out", Recipe("fp", vision="int8"), stats=stats.folder)
+
+
+@pytest.mark.parametrize("decoder", ["fp", "w4a16-awq"])
+def test_a_calibration_set_holds_the_images(tmp_path: Path, decoder: str) -> None:
+    original, data = write_checkpoint(tmp_path / "checkpoint"), write_data(tmp_path / "data")
+    recipe = Recipe(decoder, group_size=32, vision="int8", vision_int8=ALL_INT8)
+    made = calibrate(original, tmp_path / "set", DataOptions(data, max_tiles=2), FLOAT32).folder
+    quantize(original, tmp_path / "a", recipe, data=data)
+    quantize_checkpoint(original, tmp_path / "b", recipe, calibration=made, compute=FLOAT32)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    (made / "tiles.u8").write_bytes((made / "tiles.u8").read_bytes()[:-1])
+    with pytest.raises(EdgeError, match=r"tiles.u8 is missing or incomplete; make the calibration set again"):
+        quantize_checkpoint(original, tmp_path / "c", recipe, calibration=made, compute=FLOAT32)
 
 
 def test_an_infinite_weight_of_the_tower_is_named(tmp_path: Path) -> None:
@@ -290,10 +300,10 @@ from internvl_edge.recipe.recipe import Recipe, VisionInt8
 from internvl_edge.runtime.engines import onnxruntime as engine_module
 moment, checkpoint, data, out = sys.argv[1:]
 name, values = {
-    "float": ("vision-float.json", {"blocks": 2}),
-    "back": ("vision-sensitivity.json", None),
+    "float": ("tower-float.json", {"blocks": 2}),
+    "back": ("tower-float-back.json", None),
     "choice": ("vision-choice.json", None),
-    "int8": ("vision-int8.json", {"blocks": 2}),
+    "int8": ("tower-int8.json", {"blocks": 2}),
 }[moment]
 write_json = WorkFolder.write_json
 

@@ -9,7 +9,6 @@ import pytest
 from helpers.tiny import write_checkpoint
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.checkpoint.reader import Checkpoint
-from internvl_edge.quantize import check_recipe
 from internvl_edge.quantize.plan import decoder_linears, plan_decoder
 from internvl_edge.recipe.recipe import Automatic, Recipe
 
@@ -45,20 +44,20 @@ def test_patterns_that_match_nothing_or_too_much_are_refused(
 ) -> None:
     checkpoint = Checkpoint(write_checkpoint(tmp_path / "checkpoint"))
     with pytest.raises(EdgeError, match=message):
-        check_recipe(checkpoint, Recipe(group_size=32, layers=((pattern, precision),)))
+        plan_decoder(checkpoint, Recipe(group_size=32, layers=((pattern, precision),)))
 
 
 def test_parts_of_one_stored_tensor_stay_together(tmp_path: Path) -> None:
     split = Recipe(group_size=32, layers=(("*.v_proj", "w8a16"),))
-    check_recipe(Checkpoint(write_checkpoint(tmp_path / "qwen2")), split)
+    plan_decoder(Checkpoint(write_checkpoint(tmp_path / "qwen2")), split)
     with pytest.raises(EdgeError, match=r"q_proj would be w4a16-awq-g32 and .*v_proj w8a16, .* one tensor"):
-        check_recipe(Checkpoint(write_checkpoint(tmp_path / "internlm2", text="internlm2")), split)
+        plan_decoder(Checkpoint(write_checkpoint(tmp_path / "internlm2", text="internlm2")), split)
 
 
 def test_group_sizes_of_exceptions_and_candidates_must_divide(tmp_path: Path) -> None:
     checkpoint = Checkpoint(write_checkpoint(tmp_path / "checkpoint"))
     with pytest.raises(EdgeError, match="64 inputs, which groups of 128 do not divide"):
-        check_recipe(checkpoint, Recipe("w8a16", layers=(("layers.0.*", "w4a16-awq-g128"),)))
+        plan_decoder(checkpoint, Recipe("w8a16", layers=(("layers.0.*", "w4a16-awq-g128"),)))
     among = Automatic(target_bits=6, among=("w4a16-awq-g128", "w8a16"))
     with pytest.raises(EdgeError, match="groups of 128"):
-        check_recipe(checkpoint, Recipe(group_size=32, automatic=among))
+        plan_decoder(checkpoint, Recipe(group_size=32, automatic=among))

@@ -21,7 +21,7 @@ from helpers.reference_names import text_name
 from helpers.tiny import write_checkpoint
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.calibration import DataOptions, calibrate
-from internvl_edge.calibration.decoder_pass import DecoderPass
+from internvl_edge.calibration.stream import BlockStream
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.checkpoint.record import RECORD
 from internvl_edge.cli import cli
@@ -195,29 +195,29 @@ def test_quantized_checkpoints_export(tmp_path: Path, kind: str, name: str) -> N
     assert (bundle / "manifest.json").is_file()
 
 
-def test_statistics_of_calibrate_serve_quantize(tmp_path: Path) -> None:
+def test_a_calibration_set_serves_quantize(tmp_path: Path) -> None:
     checkpoint, data = write_checkpoint(tmp_path / "checkpoint"), write_data(tmp_path / "data")
     made = calibrate(checkpoint, tmp_path / "stats", DataOptions(data, max_tiles=2), FLOAT32)
-    quantize_checkpoint(checkpoint, tmp_path / "a", RECIPES["awq"], stats=made.folder, compute=FLOAT32)
+    quantize_checkpoint(checkpoint, tmp_path / "a", RECIPES["awq"], calibration=made.folder, compute=FLOAT32)
     quantize(checkpoint, tmp_path / "b", RECIPES["awq"], data)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     other = write_checkpoint(tmp_path / "other", seed=1)
     with pytest.raises(EdgeError, match="another checkpoint"):
-        quantize_checkpoint(other, tmp_path / "c", RECIPES["awq"], stats=made.folder, compute=FLOAT32)
+        quantize_checkpoint(other, tmp_path / "c", RECIPES["awq"], calibration=made.folder, compute=FLOAT32)
 
 
 @pytest.mark.parametrize("name", ["tokens.npy", "embeddings.f32"])
-def test_statistics_that_lack_a_file_are_refused_before_a_layer_is_quantized(
+def test_a_calibration_set_that_lacks_a_file_is_refused_before_a_layer_is_quantized(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     checkpoint, data = write_checkpoint(tmp_path / "checkpoint"), write_data(tmp_path / "data")
     made = calibrate(checkpoint, tmp_path / "stats", DataOptions(data, max_tiles=2), FLOAT32)
-    monkeypatch.setattr(DecoderPass, "run", lambda *arguments: pytest.fail("work was done"))
+    monkeypatch.setattr(BlockStream, "run", lambda *arguments: pytest.fail("work was done"))
     whole = (made.folder / name).read_bytes()
     for content in (whole[:-4], whole[:20], b"", None):
         (made.folder / name).unlink() if content is None else (made.folder / name).write_bytes(content)
         with pytest.raises(EdgeError, match=f"{name} is missing or incomplete"):
-            quantize_checkpoint(checkpoint, tmp_path / "out", RECIPES["awq"], stats=made.folder, compute=FLOAT32)
+            quantize_checkpoint(checkpoint, tmp_path / "out", RECIPES["awq"], calibration=made.folder, compute=FLOAT32)
 
 
 # ---- kills ----
@@ -240,7 +240,7 @@ if moment == "layer":  # in the second layer, before its result is stored
     BlockQuantizer.layer = lambda self, n, s: kill() if n == 1 else layer(self, n, s)
 elif moment == "commit":  # the second layer's result and hidden states are stored, the state is not
     WorkFolder.write_json = lambda self, name, values: (
-        kill() if (name, values) == ("decoder.json", {"layers": 2}) else write_json(self, name, values)
+        kill() if (name, values) == ("decoder.json", {"blocks": 2}) else write_json(self, name, values)
     )
 elif moment == "write":  # all layers are done, the new checkpoint is half written
     pipeline.write_shards = kill
@@ -339,7 +339,7 @@ def test_the_commands_print_json(tmp_path: Path) -> None:
     assert (facts["samples"], facts["broken"]) == (6, [])
     assert 0 < facts["image_tokens"] < facts["tokens"]
     out = str(tmp_path / "out")
-    arguments = ["quantize", str(checkpoint), "--stats", stats, "--group-size", "32", "-o", out, *common]
+    arguments = ["quantize", str(checkpoint), "--calibration", stats, "--group-size", "32", "-o", out, *common]
     facts = json.loads(CliRunner().invoke(cli, arguments, catch_exceptions=False).stdout)
     assert facts["recipe"]["decoder"] == "w4a16-awq"
     assert facts["samples"] == 6

@@ -1,0 +1,275 @@
+"""Round one linear's weights: the grid of values that a weight can take, its clipping, and error compensation.
+
+A grid has one scale (and zero point) per output and group of inputs. Scales are rounded to their stored type before any
+weight is rounded, so the integers fit the scales that a reader will see.
+
+Clipping shrinks the range of each group to the one with the least squared error of the group's part of the output
+(AWQ; Lin et al., 2023, arXiv:2306.00978).
+
+Error compensation spreads each column's rounding error over the columns that are not yet rounded (GPTQ; Frantar et al.,
+2022, arXiv:2210.17323). Columns are rounded in order of falling activation energy. The grids are fixed before: each
+column keeps the grid of its own group, so grids that were found by clipping remain valid in any column order.
+
+This module does not know where in a model the linear stands.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from internvl_edge.base.errors import EdgeError
+from internvl_edge.calibration.compute import one_thread
+from internvl_edge.calibration.statistics import InputStatistics
+from internvl_edge.model.linear import PackedLinear, Scheme
+
+_CLIP_RATIOS = tuple(1 - 0.05 * step for step in range(1, 11))
+# Ratios for symmetric 4-bit scales. max/7 is always tried. max/7.5 and max/8 use the lowest integer. The others clip.
+_SYMMETRIC_RATIOS = (7 / 7.5, 7 / 8, *(7 / 8 * ratio for ratio in _CLIP_RATIOS))
+# The number of weights whose clipping is searched together. They must fit into the processor's cache.
+_CLIP_WEIGHTS = 1 << 19
+# The number of columns whose errors are spread over all later ones together.
+_BLOCK = 128
+_DAMPING = (0.01, 0.03, 0.1, 0.3, 1.0)
+# How far `near` goes from an integer. The border to the next one is at 0.5.
+_LATENT = 0.49
+
+
+# ---- grids ----
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The representable weights of one layer: scale * (q - zero), q in [low, high].
+
+    Attributes:
+        scheme: bits, group size, symmetric or not.
+        scale: [out, groups] float32, exact in the stored type.
+        zero: [out, groups] float32 whole numbers; all 0 for symmetric grids.
+    """
+
+    scheme: Scheme
+    scale: Tensor
+    zero: Tensor
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """The lowest and the highest integer."""
+        return limits(self.scheme)
+
+    def round(self, weight: Tensor) -> Tensor:
+        """Round a weight [out, in] float32 to the nearest integers on the grid, [out, in] float32."""
+        grouped = _groups(weight, self.scale.shape[1])
+        q = torch.round(grouped / self.scale[..., None]) + self.zero[..., None]
+        return q.clamp_(*self.limits).flatten(1)
+
+    def unrounded(self, weight: Tensor) -> Tensor:
+        """Return a weight [out, in] float32 in units of the grid: what `round` rounds to integers."""
+        grouped = _groups(weight, self.scale.shape[1])
+        return (grouped / self.scale[..., None] + self.zero[..., None]).flatten(1)
+
+    def dequantize(self, q: Tensor) -> Tensor:
+        """Return the weights [out, in] that the integers stand for."""
+        grouped = _groups(q, self.scale.shape[1])
+        return ((grouped - self.zero[..., None]) * self.scale[..., None]).flatten(1)
+
+    def pack(self, q: Tensor, bias: NDArray[Any] | None = None) -> PackedLinear:
+        """Return the layer as integers and scales."""
+        symmetric = self.scheme.symmetric
+        return PackedLinear(
+            values=q.to(torch.int8 if symmetric else torch.uint8).cpu().numpy(),
+            scale=self.scale.cpu().numpy(),
+            zero_point=None if symmetric else self.zero.to(torch.uint8).cpu().numpy(),
+            bits=self.scheme.bits,
+            bias=bias,
+        )
+
+
+def limits(scheme: Scheme) -> tuple[int, int]:
+    """Return the lowest and the highest integer of a scheme."""
+    return (
+        (-(1 << (scheme.bits - 1)), (1 << (scheme.bits - 1)) - 1) if scheme.symmetric else (0, (1 << scheme.bits) - 1)
+    )
+
+
+def minmax_grid(weight: Tensor, scheme: Scheme, stored: torch.dtype) -> Grid:
+    """Return the grid that spans all weights [out, in] of each group."""
+    return spanning(extent(weight, scheme), scheme, stored)
+
+
+def extent(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Return the smallest and the largest weight of each group, [out, groups]. The interval always includes 0."""
+    grouped = _groups(weight, 1 if scheme.group_size is None else weight.shape[1] // scheme.group_size)
+    smallest, largest = torch.aminmax(grouped, dim=-1)
+    return smallest.clamp_(max=0), largest.clamp_(min=0)
+
+
+def spanning(spanned: tuple[Tensor, Tensor], scheme: Scheme, stored: torch.dtype, ratio: float = 1.0) -> Grid:
+    """Return the grid for groups that span the interval `spanned` (from `extent`), after shrinking it by `ratio`.
+
+    Asymmetric grids always hold 0. At ratio 1, a symmetric grid spans [-max, max] and its highest integer stands for
+    max. A ratio of 7/8 therefore makes the lowest 4-bit integer stand for -max.
+    """
+    low, high = limits(scheme)
+    smallest, largest = (values * ratio for values in spanned)
+    if scheme.symmetric:
+        scale = round_scale(torch.maximum(-smallest, largest) / high, stored)
+        return Grid(scheme, scale, torch.zeros_like(scale))
+    scale = round_scale((largest - smallest) / high, stored)
+    return Grid(scheme, scale, torch.round(-smallest / scale).clamp_(low, high))
+
+
+def round_scale(scale: Tensor, stored: torch.dtype) -> Tensor:
+    """Return scales as the stored type holds them, in float32. A scale that becomes 0 (group of zeros) is set to 1."""
+    rounded = scale.clamp(max=torch.finfo(stored).max).to(stored).float()
+    return torch.where(rounded == 0, torch.ones_like(rounded), rounded)
+
+
+def _groups(weight: Tensor, groups: int) -> Tensor:
+    """Reshape [out, in] to [out, groups, in / groups]."""
+    return weight.reshape(len(weight), groups, -1)
+
+
+def near(q: Tensor, unrounded: Tensor) -> Tensor:
+    """Return the numbers nearest to `unrounded` that round to the integers q, and not at the border between two."""
+    return q + (unrounded - q).clamp_(-_LATENT, _LATENT)
+
+
+# ---- clipping ----
+
+
+def block_gram(inputs: InputStatistics, scale: Tensor, group_size: int) -> Tensor:
+    """Return the Gram matrices [groups, size, size] of each group of inputs after division by `scale` [in]."""
+    groups = len(scale) // group_size
+    if inputs.gram is not None:
+        starts = range(0, len(scale), group_size)
+        blocks = torch.stack([inputs.gram[n : n + group_size, n : n + group_size] for n in starts])
+    else:
+        assert inputs.subset is not None
+        tokens = inputs.subset.float().reshape(-1, groups, group_size).transpose(0, 1)
+        blocks = tokens.transpose(1, 2) @ tokens
+    inverse = 1 / scale.reshape(groups, group_size)
+    return blocks * inverse[:, :, None] * inverse[:, None, :]
+
+
+def search_clipping(weight: Tensor, blocks: Tensor, scheme: Scheme, stored: torch.dtype) -> Grid:
+    """Return the grid of `weight` [out, in] with the clipping range of least error for each output and group.
+
+    The error is that of the group's part of the output, for this group's inputs.
+
+    Args:
+        weight: float32, already multiplied by its input scale.
+        blocks: Gram matrix of each group, see `block_gram`.
+        scheme: how weights are rounded.
+        stored: type of the stored scales.
+    """
+    rows = max(1, _CLIP_WEIGHTS // weight.shape[1])
+    parts = [_clip_rows(part, blocks, scheme, stored) for part in torch.split(weight, rows)]
+    return Grid(scheme, torch.cat([part.scale for part in parts]), torch.cat([part.zero for part in parts]))
+
+
+def _clip_rows(weight: Tensor, blocks: Tensor, scheme: Scheme, stored: torch.dtype) -> Grid:
+    spanned = extent(weight, scheme)
+    grouped = weight.reshape(len(weight), len(blocks), -1).transpose(0, 1).contiguous()
+    best = spanning(spanned, scheme, stored)
+    least = _group_error(grouped, best, blocks)
+    for ratio in _SYMMETRIC_RATIOS if scheme.symmetric else _CLIP_RATIOS:
+        grid = spanning(spanned, scheme, stored, ratio)
+        error = _group_error(grouped, grid, blocks)
+        better = error < least
+        least = torch.where(better, error, least)
+        best = Grid(scheme, torch.where(better, grid.scale, best.scale), torch.where(better, grid.zero, best.zero))
+    return best
+
+
+def _group_error(weight: Tensor, grid: Grid, blocks: Tensor) -> Tensor:
+    """Return the squared error [out, groups] of each group's part of the output. `weight` is [groups, out, size]."""
+    scale, zero = grid.scale.T[..., None], grid.zero.T[..., None]
+    error = torch.div(weight, scale).round_().add_(zero).clamp_(*grid.limits)
+    error.sub_(zero).mul_(scale).sub_(weight)
+    return (error @ blocks).mul_(error).sum(-1).T
+
+
+# ---- error compensation ----
+
+
+def inverse_factor(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the column order [in] and the upper Cholesky factor [in, in] of the inverse Gram matrix in that order.
+
+    The matrix is damped by 1 % of its mean diagonal, and by more only where float32 cannot factorise it. With the
+    columns in reverse order the matrix is M M^T, and the factor of the inverse is M^-1 with rows and columns reversed.
+    The inverse itself is never computed.
+
+    Raises:
+        EdgeError: the matrix cannot be factorised (activations that are not finite).
+    """
+    diagonal = gram.diagonal()
+    order = torch.argsort(diagonal, descending=True, stable=True)
+    reverse = order.flip(0)
+    for damping in _DAMPING:
+        h = gram[reverse][:, reverse]
+        h.diagonal().add_(damping * float(diagonal.mean()) + 1e-10)
+        lower, failed = torch.linalg.cholesky_ex(h)
+        del h
+        if int(failed) == 0:
+            _invert_lower(lower)
+            if bool(torch.isfinite(lower).all()):
+                return order, lower.flip(0, 1)
+    raise EdgeError("the activations' Gram matrix cannot be factorised; switch off error compensation")
+
+
+def _invert_lower(matrix: Tensor) -> None:
+    """Invert a lower triangular matrix in place, by halves, so that nearly all of the work is matrix products."""
+    size = len(matrix)
+    if size <= _BLOCK:
+        identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
+        matrix.copy_(torch.linalg.solve_triangular(matrix, identity, upper=False))
+        return
+    half = size // 2
+    first, second, below = matrix[:half, :half], matrix[half:, half:], matrix[half:, :half]
+    _invert_lower(first)
+    _invert_lower(second)
+    below.copy_(-(second @ (below @ first)))
+
+
+def compensated_rounding(
+    weight: Tensor, grid: Grid, order: Tensor, upper: Tensor, unrounded: Tensor | None = None
+) -> Tensor:
+    """Return integers [out, in] on the grid that make the error of the outputs small, not each weight's own error.
+
+    Args:
+        weight: [out, in] float32.
+        grid: the values that the integers stand for.
+        order, upper: from `inverse_factor` for the same inputs.
+        unrounded: [out, in] to be filled with what each integer was rounded from, in units of the grid.
+    """
+    low, high = grid.limits
+    size = weight.shape[1] // grid.scale.shape[1]
+    group = order // size
+    w = weight.T[order].contiguous()  # [in, out]: a column of the layer is a contiguous row here
+    scale, zero = grid.scale.T[group], grid.zero.T[group]
+    q = torch.empty_like(w)
+    before = torch.empty_like(w) if unrounded is not None else None
+    errors = torch.empty(min(_BLOCK, len(w)), w.shape[1], device=w.device)
+    for start in range(0, len(w), _BLOCK):
+        stop = min(start + _BLOCK, len(w))
+        with one_thread():
+            for column in range(start, stop):
+                step = scale[column]
+                rounded = torch.round(w[column] / step).add_(zero[column]).clamp_(low, high)
+                q[column] = rounded
+                if before is not None:
+                    before[column] = w[column] / step + zero[column]
+                error = (w[column] - (rounded - zero[column]) * step).div_(upper[column, column])
+                errors[column - start] = error
+                w[column + 1 : stop].addr_(upper[column, column + 1 : stop], error, alpha=-1)
+        w[stop:].addmm_(upper[start:stop, stop:].T, errors[: stop - start], alpha=-1)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    if unrounded is not None and before is not None:
+        unrounded.copy_(before[back].T)
+    return q[back].T.contiguous()

@@ -1,0 +1,189 @@
+"""Learned rounding: nearer to the float model, on the same grids, the same for a seed, and resumable."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.calibration_data import FLOAT32
+from helpers.killed_runs import contents, run_and_be_killed, run_to_the_end
+from helpers.reference import Reference
+from helpers.reference_names import text_name
+from helpers.tiny import write_checkpoint
+from internvl_edge.base.errors import EdgeError
+from internvl_edge.calibration import DataOptions, calibrate
+from internvl_edge.checkpoint.reader import Checkpoint
+from internvl_edge.quantize import QuantizationReport, quantize_checkpoint
+from internvl_edge.quantize.learned import batches
+from internvl_edge.recipe.files import make_recipe
+from internvl_edge.recipe.recipe import LearnedRounding, Recipe
+
+COMPUTED = Recipe(group_size=32)
+LEARNED = Recipe(group_size=32, rounding="learned", learning=LearnedRounding(tokens=60))
+WORDS = (
+    "the",
+    "number",
+    "of",
+    "pictures",
+    "on",
+    "this",
+    "page",
+    "is",
+    "what",
+    "we",
+    "ask",
+    "for",
+    "and",
+    "a",
+    "total",
+    "say",
+)
+
+
+def write_texts(folder: Path) -> Path:
+    """Ten prompts of different length, of words that the tiny tokenizers know."""
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    prompts = (" ".join(random.choice(WORDS, random.integers(8, 30))) for _ in range(10))
+    path = folder / "data.jsonl"
+    path.write_text("\n".join(json.dumps({"images": [], "prompt": prompt}) for prompt in prompts))
+    return path
+
+
+def quantize(checkpoint: Path, out: Path, recipe: Recipe) -> QuantizationReport:
+    data = checkpoint.parent / "data"
+    path = data / "data.jsonl" if data.exists() else write_texts(data)
+    return quantize_checkpoint(checkpoint, out, recipe, data=DataOptions(path), compute=FLOAT32)
+
+
+def divergence(original: Path, quantized: Path, sequences: list[list[int]]) -> float:
+    """Mean KL divergence of the reference with the quantized weights from the one with the original weights."""
+    base, changed, read = Reference(original), Reference(original), Checkpoint(quantized)
+    for name in read.shapes:
+        if name.startswith("decoder."):
+            changed.weights[text_name(name)] = torch.from_numpy(read.tensor(name).astype(np.float32))
+    parts = []
+    for ids in sequences:
+        expected, found = base.logits(ids).log_softmax(-1), changed.logits(ids).log_softmax(-1)
+        parts.append((expected.exp() * (expected - found)).sum(-1))
+    return float(torch.cat(parts).mean())
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("kind", [{}, {"text": "internlm2", "bias": True, "dtype": "float16"}], ids=str)
+def test_learned_integers_come_nearer_to_the_float_model_on_the_same_grids(
+    tmp_path: Path, kind: dict[str, object], symmetric: bool
+) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", **kind)
+    computed = Recipe(group_size=32, symmetric=symmetric)
+    learned = Recipe(group_size=32, symmetric=symmetric, rounding="learned", learning=LearnedRounding(tokens=60))
+    plain, report = (quantize(checkpoint, tmp_path / n, r) for n, r in (("computed", computed), ("learned", learned)))
+    made = calibrate(checkpoint, tmp_path / "set", DataOptions(tmp_path / "data" / "data.jsonl"), FLOAT32)
+    ids = np.split(np.load(made.folder / "tokens.npy"), np.cumsum(made.lengths)[:-1])
+    sequences = [each.tolist() for each in ids]
+    before, after = (divergence(checkpoint, tmp_path / name, sequences) for name in ("computed", "learned"))
+    assert after < 0.8 * before
+    # The first layer's inputs are the same for both, and so is all but its integers.
+    old, new = Checkpoint(tmp_path / "computed"), Checkpoint(tmp_path / "learned")
+    for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
+        one, other = (read.linear(f"decoder.layers.0.{name}") for read in (old, new))
+        assert one is not None
+        assert other is not None
+        np.testing.assert_array_equal(one.scale, other.scale)
+        np.testing.assert_array_equal(one.zero_point, other.zero_point)
+        steps = np.abs(one.values.astype(int) - other.values)
+        assert 0 < (steps > 0).mean() < 0.3
+        assert steps.max() == 1
+    assert plain.learned is None
+    assert report.learned is not None
+    assert report.learned.after < report.learned.before
+    assert 0 < report.learned.changed < 0.3
+    # The report tells the errors of the integers that are stored.
+    errors = {linear.name: linear.error for linear in report.record.linears}
+    assert errors != {linear.name: linear.error for linear in plain.record.linears}
+    assert all(error is not None and error > 0 for error in errors.values())
+
+
+def test_a_seed_decides_the_integers(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint")
+    other = Recipe(group_size=32, rounding="learned", learning=LearnedRounding(tokens=60, seed=1))
+    for name, recipe in (("a", LEARNED), ("b", LEARNED), ("c", other)):
+        quantize(checkpoint, tmp_path / name, recipe)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "abc"]
+    assert weights[0] == weights[1] != weights[2]
+
+
+def test_every_sample_comes_before_any_comes_again() -> None:
+    lengths = [10, 20, 30, 40, 5]
+    made = list(batches(lengths, 50, 30, (7, 0)))
+    assert made == list(batches(lengths, 50, 30, (7, 0))) != list(batches(lengths, 50, 30, (7, 1)))
+    assert all(sum(lengths[item] for item in batch) >= 50 for batch in made)
+    order = [item for batch in made for item in batch]
+    for start in range(0, len(order) - 5, 5):
+        assert sorted(order[start : start + 5]) == [0, 1, 2, 3, 4]
+    assert next(batches([3, 3], 1000, 2, (0, 0))) in ([0, 1], [1, 0])  # never more than there is
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from internvl_edge.calibration import DataOptions, choose_compute
+from internvl_edge.calibration.work import WorkFolder
+from internvl_edge.quantize import learned, quantize_checkpoint
+from internvl_edge.recipe.recipe import LearnedRounding, Recipe
+moment, checkpoint, data, out = sys.argv[1:]
+write_json, step = WorkFolder.write_json, learned._Moving.step
+
+def kill(*ignored):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if moment == "steps":  # in the middle of the first layer
+    learned._Moving.step = lambda self, number, rate: kill() if number == 9 else step(self, number, rate)
+at = {  # state that is about to be written
+    "reference": ("decoder-reference.json", {"blocks": 2}),
+    "learned": ("learned-001.json", None),
+    "commit": ("decoder.json", {"blocks": 2}),
+}.get(moment, ("", None))
+WorkFolder.write_json = lambda self, name, values: (
+    kill() if name == at[0] and at[1] in (None, values) else write_json(self, name, values)
+)
+recipe = Recipe(group_size=32, rounding="learned", learning=LearnedRounding(tokens=60))
+quantize_checkpoint(checkpoint, out, recipe, data=DataOptions(Path(data)), compute=choose_compute("cpu", "float32"))
+"""
+
+
+def test_killed_learning_continues_to_the_same_bytes(tmp_path: Path) -> None:
+    checkpoint, data = write_checkpoint(tmp_path / "checkpoint", text="internlm2"), write_texts(tmp_path / "data")
+    run_to_the_end(KILLED, "never", checkpoint, data, tmp_path / "whole")
+    for moment in ("steps", "reference", "learned", "commit"):  # each run continues the one killed before
+        run_and_be_killed(KILLED, moment, checkpoint, data, tmp_path / "killed")
+        assert not (tmp_path / "killed").exists()
+    run_to_the_end(KILLED, "never", checkpoint, data, tmp_path / "killed")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert not (tmp_path / "killed.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rounding": "guessed"}, "rounding 'guessed' is not one of computed, learned"),
+        ({"decoder": "w8a16", "rounding": "learned"}, "only the rounding of w4a16-awq is learned"),
+        ({"rounding": "learned", "learning": {"steps": 0}}, "1 to 100000 steps"),
+        ({"rounding": "learned", "learning": {"rate": 1.5}}, "a rate of 1.5 is not possible"),
+        ({"rounding": "learned", "learning": {"step": 4}}, "did you mean steps"),
+    ],
+)
+def test_recipes_that_learn_nothing_are_refused(fields: dict[str, object], message: str, tmp_path: Path) -> None:
+    with pytest.raises(EdgeError, match=message):
+        make_recipe(fields) if "step" not in fields.get("learning", {}) else read(fields, tmp_path)
+
+
+def read(fields: dict[str, object], folder: Path) -> None:
+    from internvl_edge.recipe.files import read_recipe
+
+    (folder / "mine.toml").write_text('rounding = "learned"\n[learning]\nstep = 4\n')
+    read_recipe(str(folder / "mine.toml"))
