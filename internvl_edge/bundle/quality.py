@@ -82,13 +82,19 @@ class Quality:
         pairs = [(earlier, newer.get(_side(earlier), earlier)) for earlier in self.conditions]
         return [(earlier, later) for earlier, later in pairs if earlier != later]
 
+    def is_of_another_suite(self, measured: Mapping[str, Measurement]) -> bool:
+        """Whether a suite is among newer measurements, and the recorded figures are of another one."""
+        newer, recorded = measured.get("suite"), self.measured.get("suite")
+        return newer is not None and recorded is not None and newer.data != recorded.data
+
     def with_figures(
         self, figures: Mapping[str, float], measured: Mapping[str, Measurement], conditions: Iterable[Condition]
     ) -> Quality:
         """Return this quality with the figures of newer runs, and with newer conditions.
 
         A run replaces all figures of an earlier run of its kind, so that figures of two runs never stand together, and
-        with a figure that it did not measure goes the condition on it. A condition replaces an earlier one on the same
+        with a figure that it did not measure goes the condition on it. Conditions on a suite are about that suite: with
+        the figures of another one, all of them go. A condition replaces an earlier one on the same
         side of the same metric (see `replaced`). The other conditions are held against the newer figures. What was
         accepted was accepted of the older figures.
 
@@ -97,9 +103,15 @@ class Quality:
             measured: how, by the kind of run that measured them.
             conditions: newer ones.
         """
-        gone = {name for name in self.figures if name in METRICS and METRICS[name].run in measured} - figures.keys()
+        replaced = {name for name in self.figures if name in METRICS and METRICS[name].run in measured}
+        gone = replaced - figures.keys()
         together = {name: value for name, value in self.figures.items() if name not in gone} | dict(figures)
-        kept = {_side(condition): condition for condition in self.conditions if condition.metric not in gone}
+        others = self.is_of_another_suite(measured)
+        kept = {
+            _side(condition): condition
+            for condition in self.conditions
+            if condition.metric not in gone and not (others and METRICS[condition.metric].run == "suite")
+        }
         kept |= {_side(condition): condition for condition in conditions}
         return replace(
             self,

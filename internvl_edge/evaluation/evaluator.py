@@ -14,6 +14,7 @@ from pathlib import Path
 
 from internvl_edge.base.errors import EdgeError, QualityWarning
 from internvl_edge.base.progress import SILENT, Progress, as_progress
+from internvl_edge.base.text import shown
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.bundle.gate import METRICS, Condition, Verdict, parse_condition, require_measurable
 from internvl_edge.bundle.manifest import is_bundle
@@ -22,12 +23,13 @@ from internvl_edge.bundle.quality_record import quality_of
 from internvl_edge.runtime.model import InternVL
 
 from .cases import SUITES, Case, QuestionSettings, read_cases
-from .compare import COMPARISON_PHASES, Comparison, compare
+from .compare import COMPARISON_PHASES, Comparison, Load, compare
+from .metrics import SCORES
 from .reference import REFERENCE_PHASES, reference_bundle
-from .suite import SuiteResult, run_suite
+from .suite import Suite, SuiteResult, read_suite, run_suite
 
 _CASES = 32
-_SUITE_QUESTIONS = 500
+_ANSWER_TOKENS = 64
 _SUITE_ANSWER_TOKENS = 256
 
 
@@ -38,12 +40,15 @@ class EvaluationSettings:
     Attributes:
         bundle: its folder.
         reference: what to compare it with: a checkpoint (folder or hub id) or a bundle; None compares with nothing.
-        suite: a name in `SUITES`, whose exact answers are counted; None asks no suite.
+        suite: questions with known answers, which are scored: a name in `SUITES`, or a file of one of the formats in
+            `suite_files.FORMATS`; None asks no suite.
+        images: folder of the images of a suite's file; None is where the format usually has them.
+        metric: the metric in `SCORES` by which a suite is mainly judged; None is the usual one of its format.
         data: a folder of images or a JSON Lines file to compare on; None is the built-in set.
-        samples: how many questions; None is 32 for the comparison and 500 for a suite.
+        samples: how many questions; None is 32 for the comparison, 500 for a built-in suite, and all of a file.
         seed: which questions, and in which order.
         max_tiles: most tiles of an image; None is the checkpoint's own limit.
-        max_new_tokens: most tokens of an answer that are compared.
+        max_new_tokens: most tokens of an answer; None is 64 for the comparison and 256 for a suite.
         fail_if: conditions, such as "kl>0.05", of which none may hold.
         replace_larger: whether figures may replace recorded ones that come from more questions or longer answers.
         shown: of how many questions the comparison keeps both answers and small pictures.
@@ -62,7 +67,7 @@ class EvaluationSettings:
     samples: int | None = None
     seed: int = 0
     max_tiles: int | None = None
-    max_new_tokens: int = 64
+    max_new_tokens: int | None = None
     fail_if: tuple[str, ...] = ()
     replace_larger: bool = False
     shown: int = 6
@@ -73,11 +78,19 @@ class EvaluationSettings:
     threads: int | None = None
     revision: str | None = None
     exact: bool = False
+    images: str | Path | None = None
+    metric: str | None = None
 
     def __post_init__(self) -> None:
         conditions = self.conditions
-        if self.suite is not None and self.suite not in SUITES:
-            raise EdgeError(f"there is no suite {self.suite!r}; known are {', '.join(SUITES)}")
+        if self.suite is not None and self.suite not in SUITES and not Path(self.suite).is_file():
+            raise EdgeError(f"there is no suite {shown(self.suite)}; known are {', '.join(SUITES)}, or give a file")
+        if self.images is not None and (self.suite is None or self.suite in SUITES):
+            raise EdgeError("--images is the folder of the images of a suite's file; give a file as --suite")
+        if self.metric is not None and self.suite is None:
+            raise EdgeError("--metric chooses how a --suite is judged; give both or neither")
+        if self.metric is not None and self.metric not in SCORES:
+            raise EdgeError(f"there is no metric {shown(self.metric)} of a suite; known are {', '.join(SCORES)}")
         if self.reference is None and self.data is not None:
             raise EdgeError("--data is compared with a --reference; a --suite brings its own questions")
         if self.reference is None and self.suite is None and conditions:
@@ -86,6 +99,16 @@ class EvaluationSettings:
             raise EdgeError("--revision chooses a version of a hub id in --reference; give both or neither")
         if self.samples is not None and self.samples < 1:
             raise EdgeError(f"samples is {self.samples}, expected at least 1")
+
+    @property
+    def compared_tokens(self) -> int:
+        """The most tokens of an answer that are compared."""
+        return self.max_new_tokens or _ANSWER_TOKENS
+
+    @property
+    def suite_tokens(self) -> int:
+        """The most tokens of an answer to a suite."""
+        return self.max_new_tokens or _SUITE_ANSWER_TOKENS
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
@@ -148,46 +171,56 @@ def evaluate(settings: EvaluationSettings, progress: bool | Progress = False) ->
         raise EdgeError("give --reference, a checkpoint or a bundle to compare with, or --suite, or both")
     if settings.engine == "auto" and settings.device in ("auto", "cpu"):
         settings = replace(settings, engine="onnxruntime")
-    cases = _cases(settings)
+    suite, cases = _read(settings)
     known = quality_of(Bundle.open(Path(settings.bundle)).manifest)
     if not settings.replace_larger:
-        _require_no_larger(settings, cases, known)
+        _require_no_larger(settings, suite, cases, known)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", QualityWarning)
-        comparison, suite = _measure(settings, cases, as_progress(progress))
-    figures = {**(comparison.figures if comparison else {}), **(suite.figures if suite else {})}
-    quality = known.with_figures(figures, _measurements(settings, comparison, suite), settings.conditions)
-    return EvaluationResult(settings, comparison, suite, figures, quality, replaced=known.replaced(settings.conditions))
+        comparison, answered = _measure(settings, suite, cases, as_progress(progress))
+    figures = {**(comparison.figures if comparison else {}), **(answered.figures if answered else {})}
+    quality = known.with_figures(figures, _measurements(settings, comparison, answered), settings.conditions)
+    replaced = known.replaced(settings.conditions)
+    return EvaluationResult(settings, comparison, answered, figures, quality, replaced)
 
 
-def _cases(settings: EvaluationSettings) -> list[Case]:
-    """Read the questions of the comparison, and refuse conditions on what will not be measured."""
-    cases = []
+def _read(settings: EvaluationSettings) -> tuple[Suite | None, list[Case]]:
+    """Read the suite and the questions of the comparison, and refuse conditions on what will not be measured."""
+    suite, cases = None, []
+    if settings.suite is not None:
+        images = None if settings.images is None else Path(settings.images)
+        suite = read_suite(settings.suite, settings.samples, settings.seed, settings.metric, images)
     if settings.reference is not None:
         source = None if settings.data is None else Path(settings.data)
         cases = read_cases(source, settings.samples or _CASES, settings.seed)
-    require_measurable(settings.conditions, _available(settings, cases))
-    return cases
+    require_measurable(settings.conditions, _available(settings, suite, cases))
+    return suite, cases
 
 
-def _available(settings: EvaluationSettings, cases: Sequence[Case]) -> list[str]:
+def _available(settings: EvaluationSettings, suite: Suite | None, cases: Sequence[Case]) -> list[str]:
     """List what there is to measure with, in the words of `Metric.needs`."""
     available = {
         "reference": settings.reference is not None,
-        "suite": settings.suite is not None,
+        "suite": suite is not None,
+        "choices": suite is not None and "choice_accuracy" in suite.metrics,
         "answers": any(case.answer for case in cases),
     }
     return [name for name, there in available.items() if there]
 
 
-def _require_no_larger(settings: EvaluationSettings, cases: Sequence[Case], known: Quality) -> None:
-    """Refuse to replace recorded figures by those of a smaller run, which say less although they look the same."""
+def _require_no_larger(
+    settings: EvaluationSettings, suite: Suite | None, cases: Sequence[Case], known: Quality
+) -> None:
+    """Refuse to replace recorded figures by those of a smaller run or of another suite, which look the same."""
     planned = {}
     if settings.reference is not None:
-        planned["comparison"] = (len(cases), settings.max_new_tokens)
-    if settings.suite is not None:
-        planned["suite"] = (settings.samples or _SUITE_QUESTIONS, _SUITE_ANSWER_TOKENS)
+        planned["comparison"] = (len(cases), settings.compared_tokens)
+    if suite is not None:
+        planned["suite"] = (len(suite.cases), settings.suite_tokens)
     advice = "pass --replace to replace them, or --no-record to look only"
+    asked = known.measured.get("suite")
+    if suite and asked and asked.data != suite.name:
+        raise EdgeError(f"{settings.bundle} has figures of {asked}; those of {suite.name} would replace them; {advice}")
     for kind, (questions, tokens) in planned.items():
         recorded = known.measured.get(kind)
         if recorded and recorded.is_more_than(questions, tokens):
@@ -196,7 +229,7 @@ def _require_no_larger(settings: EvaluationSettings, cases: Sequence[Case], know
                 f"{settings.bundle} has figures of {recorded}{length}; "
                 f"{questions} questions and {tokens} tokens would say less; {advice}"
             )
-    available = _available(settings, cases)
+    available = _available(settings, suite, cases)
     for condition in known.conditions:
         metric = METRICS[condition.metric]
         if metric.run in planned and not set(metric.needs) <= set(available):
@@ -204,30 +237,35 @@ def _require_no_larger(settings: EvaluationSettings, cases: Sequence[Case], know
 
 
 def _measure(
-    settings: EvaluationSettings, cases: Sequence[Case], progress: Progress
+    settings: EvaluationSettings, suite: Suite | None, cases: Sequence[Case], progress: Progress
 ) -> tuple[Comparison | None, SuiteResult | None]:
     load_bundle = partial(_load_bundle, settings)
-    questions = QuestionSettings(settings.suite or "", settings.seed, settings.max_tiles, _SUITE_ANSWER_TOKENS)
-    ask_suite = partial(run_suite, load_bundle, questions, settings.samples or _SUITE_QUESTIONS, progress=progress)
+
+    def ask(load_reference: Load | None = None) -> SuiteResult | None:
+        if suite is None:
+            return None
+        questions = QuestionSettings(suite.name, settings.seed, settings.max_tiles, settings.suite_tokens)
+        return run_suite(load_bundle, suite, questions, load_reference, progress)
+
     progress.expect(_phases(settings))
     if settings.reference is None:
-        return None, ask_suite()
+        return None, ask()
     with progress.phase("loading the bundle"), load_bundle(progress):
         pass  # whatever keeps it from being loaded is found out now, not after hours of the reference's answers
     with reference_bundle(str(settings.reference), progress, settings.revision) as folder:
         load_reference = partial(_load_reference, settings, folder)
-        suite = ask_suite(load_reference=load_reference) if settings.suite else None
+        answered = ask(load_reference)
         data = Path(settings.data).name if settings.data else "built-in pictures and texts"
         comparison = compare(
             load_bundle,
             load_reference,
             cases,
-            replace(questions, data=data, max_new_tokens=settings.max_new_tokens),
+            QuestionSettings(data, settings.seed, settings.max_tiles, settings.compared_tokens),
             progress,
             reference=Path(settings.reference).name,
             shown=settings.shown,
         )
-    return comparison, suite
+    return comparison, answered
 
 
 def _phases(settings: EvaluationSettings) -> int:
@@ -277,7 +315,7 @@ def _measurements(
     if suite:
         measured["suite"] = how(
             suite.settings.data,
-            suite.total.asked,
+            suite.asked,
             settings.seed,
             date=suite.run.date,
             answer_tokens=suite.settings.max_new_tokens,

@@ -21,7 +21,7 @@ from internvl_edge.model.description import describe
 from ..compare import Comparison
 from ..suite import SuiteResult
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)
