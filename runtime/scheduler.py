@@ -87,6 +87,8 @@ class Scheduler:
         decoder: the model's decoder.
         embed: returns the row [hidden] of a token in the token table.
         most_waiting: tasks that may wait for a row.
+        prompts_first: do not decode while a task with a row waits for its prompt. Answers under way stand still
+            meanwhile, and later each decode step serves more of them.
     """
 
     def __init__(
@@ -95,12 +97,14 @@ class Scheduler:
         decoder: DecoderConfig,
         embed: Callable[[int], NDArray[np.float32]],
         most_waiting: int = MOST_WAITING,
+        prompts_first: bool = False,
     ) -> None:
         self._engine = engine
         self._decoder = decoder
         self._prefixes = Prefixes(engine, decoder)
         self._embed = embed
         self._most_waiting = most_waiting
+        self._decodes_per_prompt_step = 0 if prompts_first else _DECODES_PER_PROMPT_STEP
         # The garbage collector may cancel a forgotten answer in any thread and at any moment. So the lock is reentrant,
         # no thread waits for another one while it holds it, and forgetting an answer does not wait for it.
         self._lock = threading.RLock()
@@ -167,7 +171,7 @@ class Scheduler:
     def _work(self) -> None:
         try:
             while self._admit():
-                wants_step = self._prompts and (not self._answers or self._decodes >= _DECODES_PER_PROMPT_STEP)
+                wants_step = self._prompts and (not self._answers or self._decodes >= self._decodes_per_prompt_step)
                 if wants_step:
                     self._decodes = 0
                     self._prompt_step(self._prompts[0])

@@ -26,7 +26,7 @@ LEVELS = (
     {"bundle"},
     {"planning"},
     {"calibration", "export", "runtime"},
-    {"quantize"},
+    {"batch", "quantize"},
     {"evaluation"},
     {"adapters", "cli"},
 )
@@ -37,7 +37,7 @@ MODULES = sorted(
     for name in names
     if name.endswith(".py")
 )
-TORCH_FREE = ("base", "demo", "model", "recipe", "bundle", "planning", "export", "runtime")
+TORCH_FREE = ("base", "demo", "model", "recipe", "bundle", "planning", "export", "runtime", "batch")
 
 
 def room_of(path: Path) -> str | None:

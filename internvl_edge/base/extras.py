@@ -16,7 +16,9 @@ _MODULES = {
     "openvino": ("onnxruntime", "openvino"),
     "export": _EXPORT,
     "quantize": (*_EXPORT, "torch"),
+    "parquet": ("pyarrow",),
     "report": ("jinja2", "matplotlib"),
+    "structured": ("llguidance",),
     "synthetic": ("fontpkg_arimo", "cvttf_NotoSansCJK_Medium"),
     "video": ("av",),
 }

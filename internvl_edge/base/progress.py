@@ -47,6 +47,7 @@ class Step:
         unit: what people count: "layers", or "bytes".
         units: how many of these all steps are; the steps themselves where 0.
         detail: what inside the phase is being done, such as the name of a file; "" for nothing.
+        facts: what else is said of the phase, such as a rate, also where each minute is one line.
     """
 
     label: str
@@ -54,6 +55,7 @@ class Step:
     unit: str = ""
     units: int = 0
     detail: str = ""
+    facts: str = ""
     done: int = 0
     began: float = field(default_factory=time.monotonic)
     _updated: Callable[[], None] = field(default=lambda: None, repr=False)
@@ -98,7 +100,7 @@ class Step:
             found.append(duration(now - self.began))
         if self.total and self.unit:
             found.append(self._count())
-        return found
+        return [*found, self.facts] if self.facts else found
 
     def amount(self) -> str:
         """Say how much there is to do in all, such as "24 layers"; "" where nobody counts."""

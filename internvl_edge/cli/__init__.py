@@ -1,7 +1,8 @@
 """The command line: `internvl-edge COMMAND`.
 
-Exit status: 0 done, 1 a bundle failed a condition of `evaluate --fail-if`, 2 a mistake of the user's (one line on
-standard error), 130 interrupted by Ctrl-C or SIGTERM, 141 nobody reads the output any more (a closed pipe).
+Exit status: 0 done, 1 a bundle failed a condition of `evaluate --fail-if` or rows of `batch` have errors, 2 a mistake
+of the user's (one line on standard error), 130 interrupted by Ctrl-C or SIGTERM, 141 nobody reads the output any more
+(a closed pipe).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ COMMANDS = {
     "build": "Build TensorRT engines from a bundle, for a device.",
     "run": "Ask a bundle one question about images or a video.",
     "chat": "Chat with a bundle in the terminal.",
+    "batch": "Ask a bundle about every image of a folder or row of a table.",
     "evaluate": "Measure the quality of a bundle's answers.",
     "bench": "Measure the speed and memory of a bundle on this machine.",
     "demo": "Export the shipped demo model and ask it about shipped images.",

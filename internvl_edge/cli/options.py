@@ -1,6 +1,7 @@
 """Options that several commands share.
 
-`run`, `chat`, `bench` and `evaluate` share how a bundle is loaded; `run` and `chat` also share how it answers.
+`run`, `chat`, `batch`, `bench` and `evaluate` share how a bundle is loaded; `run`, `chat` and `batch` also share how it
+answers, `run` and `batch` the form of answers and votes.
 """
 
 from __future__ import annotations
@@ -10,16 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
+from internvl_edge.base.errors import PromptError
+from internvl_edge.base.json_files import read_bytes
 from internvl_edge.base.progress import Progress
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.bundle.names import DECODERS, ENGINE_RECORD
 from internvl_edge.bundle.names import ENGINES as ENGINE_FOLDERS
 from internvl_edge.model.context import DEFAULT_CONTEXT
+from internvl_edge.runtime.answer_format import MOST_BYTES, AnswerFormat
 from internvl_edge.runtime.engines.choice import ENGINES, choose
 from internvl_edge.runtime.engines.device import DEVICES, choose_device
 from internvl_edge.runtime.model import InternVL
 from internvl_edge.runtime.options import ChatOptions
+from internvl_edge.runtime.voting import MOST_VOTES
 
 Command = Callable[..., Any]
 LOADING_NAMES = ("device", "engine", "dialect", "context", "threads", "exact")
@@ -149,6 +155,30 @@ _ANSWERING = (
         help="Keep special tokens such as <box> in the answer. The original model code drops them.",
     ),
 )
+_VOTING = (
+    click.option(
+        "--votes",
+        type=click.IntRange(1, MOST_VOTES),
+        help="Sample this many answers (temperature 0.6 and top-p 0.95 unless set), and take the one that most replies "
+        "give.",
+    ),
+    click.option(
+        "--sure",
+        type=float,
+        help="With --votes: stop as soon as the leading answer has the majority with this probability, such as 0.95.  "
+        "[default: stop when the outcome is certain]",
+    ),
+    click.option("--reason", is_flag=True, help="Ask for step by step reasoning before the answer."),
+)
+_FORM = (
+    click.option(
+        "--json-schema",
+        type=click.Path(path_type=Path),
+        help="File with a JSON schema that the answer follows. Ask for such an answer in the question too.",
+    ),
+    click.option("--regex", help="Regular expression that the whole answer matches."),
+    click.option("--choice", "choices", multiple=True, help="Answer to choose (repeatable). Nothing else comes out."),
+)
 
 
 def loading_options(command: Command) -> Command:
@@ -161,12 +191,47 @@ def answering_options(command: Command) -> Command:
     return _apply(_ANSWERING, command)
 
 
-def load_model(folder: Path, values: dict[str, Any], progress: Progress, rows: int = 1) -> InternVL:
+def voting_options(command: Command) -> Command:
+    """Add --votes, --sure and --reason to a command."""
+    return _apply(_VOTING, command)
+
+
+def form_options(command: Command) -> Command:
+    """Add --json-schema, --regex and --choice to a command; `answer_format` reads them."""
+    return _apply(_FORM, command)
+
+
+def answer_format(json_schema: Path | None, regex: str | None, choices: tuple[str, ...]) -> AnswerFormat | None:
+    """Return the form of the answer, from the options that give one."""
+    given = {"--json-schema": json_schema is not None, "--regex": regex is not None, "--choice": bool(choices)}
+    if sum(given.values()) > 1:
+        names = " and ".join(name for name, is_given in given.items() if is_given)
+        raise PromptError(f"{names} cannot be combined; give one form of the answer")
+    if json_schema is not None:
+        schema = read_bytes(json_schema, PromptError, "give a file with a JSON schema", limit=MOST_BYTES)
+        try:
+            return AnswerFormat.json_schema(schema.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise PromptError(f"{json_schema} is not UTF-8 at byte {error.start}; give a JSON schema") from None
+    if regex is not None:
+        return AnswerFormat.regex(regex)
+    return AnswerFormat.choice(choices) if choices else None
+
+
+def is_given(name: str) -> bool:
+    """Whether an option of the running command was given, and is no default."""
+    return click.get_current_context().get_parameter_source(name) is not ParameterSource.DEFAULT
+
+
+def load_model(
+    folder: Path, values: dict[str, Any], progress: Progress, rows: int = 1, prompts_first: bool = False
+) -> InternVL:
     """Load a bundle as the options say. This removes the loading options from `values`. On a GPU there is one row."""
     options = {name: values.pop(name) for name in LOADING_NAMES}
     with progress.phase(f"loading {folder}"):
         options |= chosen(folder, options, progress)
-        return InternVL.load(folder, rows=rows if options["device"] == "cpu" else 1, progress=progress, **options)
+        rows = rows if options["device"] == "cpu" else 1
+        return InternVL.load(folder, rows=rows, prompts_first=prompts_first, progress=progress, **options)
 
 
 def engine_extra(folder: Path, device: str, engine: str) -> tuple[str, ...]:

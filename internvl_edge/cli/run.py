@@ -9,18 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from internvl_edge.base.errors import PromptError
 from internvl_edge.base.extras import require_extras
-from internvl_edge.base.json_files import read_bytes
 from internvl_edge.base.text import shown
 from internvl_edge.model.prompt import Text, video_parts
-from internvl_edge.runtime.answer_format import MOST_BYTES, AnswerFormat
 from internvl_edge.runtime.reply import Reply
-from internvl_edge.runtime.voting import MOST_VOTES, SAMPLING, reasoning_question
+from internvl_edge.runtime.voting import SAMPLING, reasoning_question
 
-from .options import answering_options, chat_options, engine_extra, load_model, loading_options
+from .options import (
+    answer_format,
+    answering_options,
+    chat_options,
+    engine_extra,
+    form_options,
+    is_given,
+    load_model,
+    loading_options,
+    voting_options,
+)
 from .output import print_json, quiet_option, reading, shown_progress, timing_line
 
 # More rows would not be much faster on a CPU.
@@ -45,32 +52,14 @@ _MOST_ROWS = 8
     show_default=True,
     help="Number of frames to take from the video.",
 )
-@click.option(
-    "--votes",
-    type=click.IntRange(1, MOST_VOTES),
-    help="Sample this many answers (temperature 0.6 and top-p 0.95 unless set), and print the one that most replies "
-    "give.",
-)
-@click.option(
-    "--sure",
-    type=float,
-    help="With --votes: stop as soon as the leading answer has the majority with this probability, such as 0.95.  "
-    "[default: stop when the outcome is certain]",
-)
-@click.option("--reason", is_flag=True, help="Ask for step by step reasoning before the answer.")
+@voting_options
 @click.option(
     "--json",
     "as_json",
     is_flag=True,
     help="Print one JSON object with text, tokens and timings instead of streaming the text.",
 )
-@click.option(
-    "--json-schema",
-    type=click.Path(path_type=Path),
-    help="File with a JSON schema that the answer follows. Ask for such an answer in QUESTION too.",
-)
-@click.option("--regex", help="Regular expression that the whole answer matches.")
-@click.option("--choice", "choices", multiple=True, help="An answer to choose (repeatable). Nothing else comes out.")
+@form_options
 @quiet_option
 @loading_options
 @answering_options
@@ -101,7 +90,7 @@ def command(
     asked, sources = (
         (question, list(images)) if video is None else _about_video(question, images, video, frames, values)
     )
-    values["answer_format"] = _answer_format(json_schema, regex, choices)
+    values["answer_format"] = answer_format(json_schema, regex, choices)
     if reason and values["answer_format"] and not choices:
         raise PromptError("--reason asks for free text first; leave it out, or give --choice for the form of the end")
     if votes is not None or (reason and choices):
@@ -153,7 +142,7 @@ def _vote(
 ) -> None:
     if voting["choices"]:
         values["answer_format"] = None
-    given = {name for name in SAMPLING if _is_given(name)}
+    given = {name for name in SAMPLING if is_given(name)}
     with ExitStack() as stack, shown_progress(quiet) as progress:
         progress.expect(2)
         model = stack.enter_context(load_model(bundle, values, progress, rows=min(voting["votes"], _MOST_ROWS)))
@@ -179,27 +168,6 @@ def _vote(
     first = outcome.counts[outcome.answer]
     others = "".join(f", {count} {shown(answer)}" for answer, count in list(outcome.counts.items())[1:])
     click.secho(f"{first} of {len(outcome.replies)} replies agree{others}", dim=True, err=True)
-
-
-def _is_given(name: str) -> bool:
-    return click.get_current_context().get_parameter_source(name) is not ParameterSource.DEFAULT
-
-
-def _answer_format(json_schema: Path | None, regex: str | None, choices: tuple[str, ...]) -> AnswerFormat | None:
-    """The form of the answer, from the options that give one."""
-    given = {"--json-schema": json_schema is not None, "--regex": regex is not None, "--choice": bool(choices)}
-    if sum(given.values()) > 1:
-        names = " and ".join(name for name, is_given in given.items() if is_given)
-        raise PromptError(f"{names} cannot be combined; give one form of the answer")
-    if json_schema is not None:
-        schema = read_bytes(json_schema, PromptError, "give a file with a JSON schema", limit=MOST_BYTES)
-        try:
-            return AnswerFormat.json_schema(schema.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise PromptError(f"{json_schema} is not UTF-8 at byte {error.start}; give a JSON schema") from None
-    if regex is not None:
-        return AnswerFormat.regex(regex)
-    return AnswerFormat.choice(choices) if choices else None
 
 
 def _as_json(reply: Reply) -> dict[str, Any]:
