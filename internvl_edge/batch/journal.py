@@ -45,8 +45,9 @@ class Journal:
         changed: the versions of packages under which it was begun, where others are installed now; else empty.
     """
 
-    def __init__(self, path: Path, record: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, record: Mapping[str, Any], other: str = _OTHER) -> None:
         self.path = path
+        self._other = other
         self.finished: dict[str, str] = {}
         self.failed: set[str] = set()
         self.changed: Mapping[str, str] = {}
@@ -61,7 +62,7 @@ class Journal:
             EdgeError: the disk is full or refuses; the rows before this one stay.
         """
         line = line_of(row)
-        with readable_disk_errors(self.path, "finished rows were kept; make room and start again", _OTHER):
+        with readable_disk_errors(self.path, "finished rows were kept; make room and start again", self._other):
             try:
                 written = 0
                 while written < len(line):
@@ -85,7 +86,7 @@ class Journal:
             if (found := self.finished.get(item.id)) is not None and found != item.request:
                 raise EdgeError(
                     f"{self.path} has an answer for {shown(item.id)} to another prompt, image or option than "
-                    f"{item.place} asks now; {_OTHER}, or remove it"
+                    f"{item.place} asks now; {self._other}, or remove it"
                 )
         return [item for item in items if item.id not in self.finished]
 
@@ -93,7 +94,7 @@ class Journal:
         """Remove the rows with errors, so that their items are asked again."""
         if not self.failed:
             return
-        with readable_disk_errors(self.path, "nothing was changed, make room", _OTHER):
+        with readable_disk_errors(self.path, "nothing was changed, make room", self._other):
             with replacing(self.path) as temporary, temporary.open("wb") as file, self.path.open("rb") as old:
                 file.writelines(line for line in old if parse(line)["id"] not in self.failed)
             self.close()
@@ -105,11 +106,13 @@ class Journal:
     def start(self) -> None:
         """Read what is there, cut off half a row, and open the file for appending."""
         if self.path.exists() and not self.path.is_file():
-            raise EdgeError(f"{self.path} is no file; {_OTHER}")
+            raise EdgeError(f"{self.path} is no file; {self._other}")
         if self.path.exists() and self.path.stat().st_size:
             if not record_path(self.path).exists():
                 what = f"it has no record {record_path(self.path).name} beside it"
-                raise EdgeError(f"{self.path} exists and is no batch that could go on ({what}); {_OTHER}, or remove it")
+                raise EdgeError(
+                    f"{self.path} exists and is no batch that could go on ({what}); {self._other}, or remove it"
+                )
             self._read()
         self._check_record()
         self._open()
@@ -127,7 +130,7 @@ class Journal:
                 row = _row_of(line)
                 if row is None:
                     if file.read(1):  # a killed process leaves half a row at the end, and nowhere else
-                        raise EdgeError(f"{self.path}, line {number} is no row of a batch; repair it, or {_OTHER[5:]}")
+                        raise EdgeError(f"{self.path}, line {number} is no row of a batch; repair it, or {self._other}")
                     return
                 self.finished[row["id"]] = row["request"]
                 if row["error"] is not None:
@@ -139,14 +142,14 @@ class Journal:
         if not self.finished:
             replace_text(path, json.dumps(self._record, indent=2, ensure_ascii=False) + "\n")
             return
-        found = read_object(path, EdgeError, f"{_OTHER}, or remove it and its rows")
+        found = read_object(path, EdgeError, f"{self._other}, or remove it and its rows")
         for name in {**found, **self._record}:
             before, now = found.get(name), self._record.get(name)
             if name != VERSIONS and before != now:
                 what, before, now = _difference(name, before, now)
                 raise EdgeError(
-                    f"{self.path} was begun with {what} {shown(before)}, and not {shown(now)}; {_OTHER}, or go on as it"
-                    " was begun"
+                    f"{self.path} was begun with {what} {shown(before)}, and not {shown(now)}; {self._other}, or"
+                    " go on as it was begun"
                 )
         if found.get(VERSIONS) != self._record.get(VERSIONS):
             self.changed = found.get(VERSIONS) or {}
@@ -161,22 +164,23 @@ class Journal:
 
 
 @contextmanager
-def open_journal(path: Path, record: Mapping[str, Any]) -> Iterator[Journal]:
+def open_journal(path: Path, record: Mapping[str, Any], other: str = _OTHER) -> Iterator[Journal]:
     """Begin or continue a journal, as its one writer.
 
     Args:
         path: the JSONL file; its folder exists.
         record: what decides the answers of all rows, as values of JSON; see `answering_record`.
+        other: what to do where this file cannot be used, for messages: "give another --output".
 
     Raises:
         EdgeError: another process writes it, it was begun under another record, or the disk refuses.
     """
     if not path.parent.is_dir():
-        raise EdgeError(f"{path.parent} is no folder; make it, or {_OTHER[5:]}")
-    journal = Journal(path, record)
+        raise EdgeError(f"{path.parent} is no folder; make it, or {other}")
+    journal = Journal(path, record, other)
     with ExitStack() as stack:
-        with readable_disk_errors(path, "make room", _OTHER):
-            stack.enter_context(only_writer(path, _OTHER))
+        with readable_disk_errors(path, "make room", other):
+            stack.enter_context(only_writer(path, other))
             stack.callback(journal.close)
             journal.start()
         yield journal

@@ -20,7 +20,7 @@ from internvl_edge.batch.inputs import read_items
 from internvl_edge.batch.items import Ask
 from internvl_edge.batch.journal import answering_record, open_journal
 from internvl_edge.batch.output import require_parquet, write_jsonl, write_parquet
-from internvl_edge.batch.run import Summary, run
+from internvl_edge.batch.run import ROWS, Summary, run
 from internvl_edge.bundle.manifest import Manifest
 from internvl_edge.runtime.model import MOST_ROWS
 
@@ -39,8 +39,6 @@ from .options import (
 )
 from .output import print_json, quiet_option, shown_progress, stoppable
 
-# More rows are hardly faster on a CPU (docs/performance.md).
-_ROWS = 8
 _LINES = (".jsonl", ".ndjson")
 _PROMPT_BYTES = 1 << 20
 
@@ -63,7 +61,7 @@ _PROMPT_BYTES = 1 << 20
 @click.option(
     "--rows",
     type=click.IntRange(1, MOST_ROWS),
-    default=_ROWS,
+    default=ROWS,
     show_default=True,
     help="Number of answers that are computed together on a CPU.",
 )

@@ -14,13 +14,16 @@ import click
 
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.extras import require_extras
+from internvl_edge.batch.run import ROWS
 from internvl_edge.bundle.gate import METRICS
 from internvl_edge.bundle.manifest import is_bundle
 from internvl_edge.bundle.quality_record import accept_quality, record_quality
 from internvl_edge.evaluation import SCORES, SUITES, EvaluationSettings, evaluate
 from internvl_edge.evaluation.report import bundle_report, read_report, report_folder, require_own_report, write_report
+from internvl_edge.evaluation.suite import remove_answers
 from internvl_edge.evaluation.suite_files import FORMATS
 from internvl_edge.model.preprocess import MAX_TILES
+from internvl_edge.runtime.model import MOST_ROWS
 
 from . import completion
 from .data_options import MOST_SAMPLES
@@ -84,6 +87,13 @@ _PUBLIC = [name for name in FORMATS if name != "own"]
     help="Maximum number of tokens of an answer.  [default: 64 that are compared; 256 with --suite]",
 )
 @click.option(
+    "--rows",
+    type=click.IntRange(1, MOST_ROWS),
+    default=ROWS,
+    show_default=True,
+    help="Number of answers to a suite that are computed together on a CPU.",
+)
+@click.option(
     "--fail-if",
     "fail_if",
     multiple=True,
@@ -114,7 +124,7 @@ _PUBLIC = [name for name in FORMATS if name != "own"]
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @quiet_option
 @loading_options
-@stoppable("nothing is recorded; repeat the command to measure again")
+@stoppable("nothing is recorded; repeat the command, which keeps the answers to a suite if there is a report")
 def command(
     bundle: Path,
     accept: str | None,
@@ -134,7 +144,7 @@ def command(
     """
     folder = None if no_report else report or report_folder(bundle)
     values["replace_larger"] |= not record
-    settings = EvaluationSettings(bundle, shown=6 if folder else 0, **values)
+    settings = EvaluationSettings(bundle, shown=6 if folder else 0, answers=folder, **values)
     if settings.reference is None and settings.suite is None and accept is not None:
         accepted = accept_quality(bundle, accept)
         click.echo(f"{bundle}: accepted, {accepted.state}: {accepted.accepted}")
@@ -163,6 +173,7 @@ def command(
     if folder:
         found = bundle_report(bundle, quality, result.comparison, result.suite, typed_command())
         say_written(write_report(found.completed_by(read_report(folder)), folder))
+        remove_answers(folder)
     return 1 if result.failed else 0
 
 

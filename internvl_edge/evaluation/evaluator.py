@@ -13,20 +13,22 @@ from functools import partial
 from pathlib import Path
 
 from internvl_edge.base.errors import EdgeError, QualityWarning
+from internvl_edge.base.files import readable_disk_errors
 from internvl_edge.base.progress import SILENT, Progress, as_progress
 from internvl_edge.base.text import shown
+from internvl_edge.batch.run import ROWS
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.bundle.gate import METRICS, Condition, Verdict, parse_condition, require_measurable
-from internvl_edge.bundle.manifest import is_bundle
+from internvl_edge.bundle.manifest import Manifest, is_bundle
 from internvl_edge.bundle.quality import Measurement, Quality
 from internvl_edge.bundle.quality_record import quality_of
-from internvl_edge.runtime.model import InternVL
+from internvl_edge.runtime.model import MOST_ROWS, InternVL
 
 from .cases import SUITES, Case, QuestionSettings, read_cases
-from .compare import COMPARISON_PHASES, Comparison, Load, compare
+from .compare import COMPARISON_PHASES, Comparison, compare
 from .metrics import SCORES
 from .reference import REFERENCE_PHASES, reference_bundle
-from .suite import Suite, SuiteResult, read_suite, run_suite
+from .suite import Suite, SuiteResult, answers_path, read_suite, run_suite
 
 _CASES = 32
 _ANSWER_TOKENS = 64
@@ -44,6 +46,9 @@ class EvaluationSettings:
             `suite_files.FORMATS`; None asks no suite.
         images: folder of the images of a suite's file; None is where the format usually has them.
         metric: the metric in `SCORES` by which a suite is mainly judged; None is the usual one of its format.
+        rows: how many answers to a suite are computed together on a CPU.
+        answers: a folder, made where it is missing, that keeps the answers to a suite, so that an interrupted
+            evaluation continues; `suite.remove_answers` removes them. None keeps none.
         data: a folder of images or a JSON Lines file to compare on; None is the built-in set.
         samples: how many questions; None is 32 for the comparison, 500 for a built-in suite, and all of a file.
         seed: which questions, and in which order.
@@ -80,6 +85,8 @@ class EvaluationSettings:
     exact: bool = False
     images: str | Path | None = None
     metric: str | None = None
+    rows: int = ROWS
+    answers: str | Path | None = None
 
     def __post_init__(self) -> None:
         conditions = self.conditions
@@ -97,6 +104,8 @@ class EvaluationSettings:
             raise EdgeError("--fail-if needs figures; give --reference, --suite or both")
         if self.reference is None and self.revision is not None:
             raise EdgeError("--revision chooses a version of a hub id in --reference; give both or neither")
+        if not 1 <= self.rows <= MOST_ROWS:
+            raise EdgeError(f"rows is {self.rows}, expected 1 to {MOST_ROWS}")
         if self.samples is not None and self.samples < 1:
             raise EdgeError(f"samples is {self.samples}, expected at least 1")
 
@@ -240,21 +249,14 @@ def _measure(
     settings: EvaluationSettings, suite: Suite | None, cases: Sequence[Case], progress: Progress
 ) -> tuple[Comparison | None, SuiteResult | None]:
     load_bundle = partial(_load_bundle, settings)
-
-    def ask(load_reference: Load | None = None) -> SuiteResult | None:
-        if suite is None:
-            return None
-        questions = QuestionSettings(suite.name, settings.seed, settings.max_tiles, settings.suite_tokens)
-        return run_suite(load_bundle, suite, questions, load_reference, progress)
-
     progress.expect(_phases(settings))
     if settings.reference is None:
-        return None, ask()
+        return None, _ask_suite(settings, suite, None, progress) if suite else None
     with progress.phase("loading the bundle"), load_bundle(progress):
         pass  # whatever keeps it from being loaded is found out now, not after hours of the reference's answers
     with reference_bundle(str(settings.reference), progress, settings.revision) as folder:
         load_reference = partial(_load_reference, settings, folder)
-        answered = ask(load_reference)
+        answered = _ask_suite(settings, suite, folder, progress) if suite else None
         data = Path(settings.data).name if settings.data else "built-in pictures and texts"
         comparison = compare(
             load_bundle,
@@ -268,6 +270,30 @@ def _measure(
     return comparison, answered
 
 
+def _ask_suite(settings: EvaluationSettings, suite: Suite, reference: Path | None, progress: Progress) -> SuiteResult:
+    """Ask the bundle, and a reference where there is one. Several answers are computed together."""
+    questions = QuestionSettings(suite.name, settings.seed, settings.max_tiles, settings.suite_tokens)
+    on_cpu = settings.device == "cpu" or (settings.device == "auto" and settings.engine != "auto")
+    rows = settings.rows if on_cpu else 1
+    several = {"several_rows": rows > 1}
+    ours = {name: getattr(settings, name) for name in ("device", "engine", "dialect", "exact")} | several
+    asked = {"bundle": (Path(settings.bundle), ours)}
+    load_reference = None
+    if reference is not None:
+        asked["reference"] = (reference, {"several_rows": settings.rows > 1})
+        load_reference = partial(_load_reference, settings, reference, settings.rows)
+    if settings.answers is not None:
+        with readable_disk_errors(Path(settings.answers), "make room", "give another --report, or --no-report"):
+            Path(settings.answers).mkdir(parents=True, exist_ok=True)
+    kept = {
+        who: answers_path(Path(settings.answers), who, Manifest.read(folder), engine, suite, questions)
+        for who, (folder, engine) in asked.items()
+        if settings.answers is not None
+    }
+    load = partial(_load_bundle, settings, rows=rows, prompts_first=True)
+    return run_suite(load, suite, questions, load_reference, progress, kept)
+
+
 def _phases(settings: EvaluationSettings) -> int:
     """The number of phases that the progress shows."""
     if settings.reference is None:
@@ -276,10 +302,14 @@ def _phases(settings: EvaluationSettings) -> int:
     return 1 + export + (2 if settings.suite else 0) + COMPARISON_PHASES
 
 
-def _load_bundle(settings: EvaluationSettings, progress: Progress = SILENT) -> InternVL:
+def _load_bundle(
+    settings: EvaluationSettings, progress: Progress = SILENT, rows: int = 1, prompts_first: bool = False
+) -> InternVL:
     return InternVL.load(
         settings.bundle,
         settings.device,
+        rows=rows,
+        prompts_first=prompts_first,
         engine=settings.engine,
         dialect=settings.dialect,
         context=settings.context,
@@ -289,11 +319,12 @@ def _load_bundle(settings: EvaluationSettings, progress: Progress = SILENT) -> I
     )
 
 
-def _load_reference(settings: EvaluationSettings, folder: Path) -> InternVL:
+def _load_reference(settings: EvaluationSettings, folder: Path, rows: int = 1) -> InternVL:
     """Load it for exact answers, whatever runs the bundle: what an engine rounds is part of the bundle's figures."""
-    return _load_bundle(
-        replace(settings, bundle=folder, device="cpu", engine="onnxruntime", dialect=None, context=None, exact=False)
+    exact = replace(
+        settings, bundle=folder, device="cpu", engine="onnxruntime", dialect=None, context=None, exact=False
     )
+    return _load_bundle(exact, rows=rows, prompts_first=rows > 1)
 
 
 def _measurements(

@@ -1,17 +1,29 @@
-"""Ask a bundle the questions of a suite and score its answers, in all and per tag, beside those of a reference."""
+"""Ask a bundle the questions of a suite and score its answers, in all and per tag, beside those of a reference.
+
+Questions are asked as a batch: several at a time, with a journal of answers, so that an interrupted suite continues.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from PIL import Image
 
 from internvl_edge.base.errors import EdgeError
-from internvl_edge.base.progress import SILENT, Advance, Progress
+from internvl_edge.base.folders import scratch_folder
+from internvl_edge.base.progress import SILENT, Progress
 from internvl_edge.base.run_record import RunRecord, run_record
-from internvl_edge.runtime.model import InternVL
+from internvl_edge.batch.items import Ask, Item
+from internvl_edge.batch.journal import answering_record, open_journal, rows_of
+from internvl_edge.batch.run import run
+from internvl_edge.bundle.manifest import Manifest
 
 from .cases import SUITES, Case, QuestionSettings
 from .compare import Load
@@ -19,6 +31,7 @@ from .metrics import SCORES, Estimate, bootstrap, estimate
 from .suite_files import read_suite_file
 
 _BUILT_IN_QUESTIONS = 500
+_ANSWERS = "answers-"
 
 
 @dataclass(frozen=True)
@@ -133,6 +146,7 @@ def run_suite(
     settings: QuestionSettings,
     load_reference: Load | None = None,
     progress: Progress = SILENT,
+    kept: Mapping[str, Path] | None = None,
 ) -> SuiteResult:
     """Ask every question, and score each answer by every metric that applies.
 
@@ -141,17 +155,20 @@ def run_suite(
         suite: the questions.
         settings: the limits of each question.
         progress: shows the answers so far.
+        kept: journals of the answers of "bundle" and of "reference" (see `answers_path`), where answers that are
+            finished are not asked again. Without them, an interrupted suite begins anew.
 
     Raises:
-        EdgeError: as `InternVL.chat`.
+        EdgeError: as `InternVL.chat`; the message names the question.
     """
     started = time.perf_counter()
     loads = [load_candidate] if load_reference is None else [load_candidate, load_reference]
-    found = []
-    for load, who in zip(loads, ("bundle", "reference"), strict=False):
-        label = f"answering the suite with the {who}"
-        with progress.phase(label, len(suite.cases), "questions") as advance, load() as model:
-            found.append(_ask(model, suite.cases, settings, advance))
+    items = [_item(case, settings) for case in suite.cases]
+    with scratch_folder("suite") as scratch:
+        found = [
+            _ask(load, items, who, (kept or {}).get(who, scratch / f"{who}.jsonl"), progress)
+            for load, who in zip(loads, ("bundle", "reference"), strict=False)
+        ]
     answers, reference = found[0], found[1] if load_reference else None
     return SuiteResult(
         settings=settings,
@@ -164,13 +181,64 @@ def run_suite(
     )
 
 
-def _ask(model: InternVL, cases: Sequence[Case], settings: QuestionSettings, advance: Advance) -> list[str]:
-    """Return the text of each answer."""
-    answers = []
-    for case in cases:
-        answers.append(model.chat(case.question, list(case.images), **case.options(settings.options)).text)
-        advance(1)
-    return answers
+def answers_path(
+    folder: Path, who: str, manifest: Manifest, engine: Mapping[str, Any], suite: Suite, settings: QuestionSettings
+) -> Path:
+    """Name the journal of answers of a bundle to a suite.
+
+    The name holds a digest of everything that decides the answers: the bundle's files, what computes, the versions of
+    packages, the questions, and the size and time of each image. Answers to anything else are never continued.
+
+    Args:
+        folder: where journals are.
+        who: "bundle" or "reference".
+        manifest: of the bundle.
+        engine: what computes its answers, as values of JSON.
+        suite, settings: the questions.
+    """
+    record = answering_record(manifest, engine, Ask()) | {"seed": settings.seed}
+    requests = [[_item(case, settings).request, *map(_state, case.images)] for case in suite.cases]
+    digest = hashlib.blake2b(json.dumps([record, requests], sort_keys=True).encode(), digest_size=8).hexdigest()
+    return folder / f"{_ANSWERS}{who}-{digest}.jsonl"
+
+
+def remove_answers(folder: Path) -> None:
+    """Remove the journals in a folder, when what was made of them is stored."""
+    for path in folder.glob(f"{_ANSWERS}*.jsonl*"):
+        path.unlink(missing_ok=True)
+
+
+def _state(image: Path | Image.Image) -> list[int]:
+    """Return what shows that an image is another one than before."""
+    if not isinstance(image, Path):
+        return []
+    status = image.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _item(case: Case, settings: QuestionSettings) -> Item:
+    """Return a question as one of a batch."""
+    options = {name: value for name, value in case.options(settings.options).items() if value not in (None, ())}
+    names = tuple(
+        str(image) if isinstance(image, Path) else f"{settings.data} {settings.seed} {case.name} {number}"
+        for number, image in enumerate(case.images)
+    )
+    return Item(case.name, case.name, Ask(case.question, options=options), case.images, names)
+
+
+def _ask(load: Load, items: list[Item], who: str, path: Path, progress: Progress) -> list[str]:
+    """Return the text of each answer, from a journal or from a model."""
+    label = f"answering the suite with the {who}"
+    with open_journal(path, {"suite": who}, other="choose another --report") as journal:
+        journal.drop_failed()
+        if journal.finished:
+            progress.remark(f"{len(journal.finished)} answers of an interrupted evaluation are kept")
+        run(load, items, journal, max_errors=0, progress=progress, label=label, unit="questions")
+        answered = {row["id"]: row for _, row in rows_of(path)}
+    for item in items:
+        if (row := answered.get(item.id)) and row["error"] is not None:
+            raise EdgeError(f"{item.id}: {row['error']}; mend it and repeat the command, which keeps the other answers")
+    return [answered[item.id]["answer"] for item in items]
 
 
 def _tagged(cases: Sequence[Case]) -> dict[str, list[int]]:
