@@ -124,7 +124,7 @@ _PUBLIC = [name for name in FORMATS if name != "own"]
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @quiet_option
 @loading_options
-@stoppable("nothing is recorded; repeat the command, which keeps the answers to a suite if there is a report")
+@stoppable("nothing is recorded; repeat the command to measure again")
 def command(
     bundle: Path,
     accept: str | None,

@@ -77,7 +77,7 @@ def _same(one: SuiteResult | None, other: SuiteResult | None) -> bool:
 def test_an_interrupted_suite_asks_only_what_is_left(bundle: Path, suite: Path, asked: Asked) -> None:
     whole = evaluate(_settings(bundle, suite, answers=None))
     assert sorted(asked.questions) == [f"What is {number}?" for number in range(COUNT)]
-    for fail_at in (3, 6):
+    for fail_at in (5, 6):  # three are asked at a time, so two are finished by then
         asked.questions.clear()
         asked.fail_at = fail_at
         with pytest.raises(KeyboardInterrupt):
