@@ -4,7 +4,7 @@ VENV := .venv
 DEMO_VENV := .venv-demo
 LOCK_VENV := .venv-lock
 BIN := $(VENV)/bin
-EXTRAS := cpu,export,openvino,quantize,report,rtx,structured,video
+EXTRAS := cpu,export,openvino,parquet,quantize,report,rtx,structured,video
 comma := ,
 JOBS ?= 2
 # ONNX Runtime and torch would each use all cores. One thread each lets JOBS tests run in parallel.

@@ -18,11 +18,11 @@ from PIL import Image
 from internvl_edge.base import json_files
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.text import shown
+from internvl_edge.model.preprocess import IMAGE_SUFFIXES
 from internvl_edge.model.prompt import IMAGE_MARK
 
 from .texts import IMAGE_PROMPTS, TEXTS
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif", ".jp2"}
 # One built-in item in this many is text without an image, because decoders also answer such prompts.
 _TEXT_EVERY = 4
 # Most bytes of a JSON Lines file, and of one line.

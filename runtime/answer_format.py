@@ -80,14 +80,15 @@ class AnswerFormat:
         """
         if isinstance(choices, (str, bytes, Mapping)) or not hasattr(choices, "__iter__"):
             raise PromptError(f"the choices are {shown(choices)}, expected a list of texts")
-        texts = list(dict.fromkeys(choices))
-        if not 0 < len(texts) <= _MOST_CHOICES:
-            raise PromptError(f"there are {len(texts)} choices, expected 1 to {_MOST_CHOICES}")
+        texts = list(choices)
         for text in texts:
             if not isinstance(text, str) or not text or text != text.strip():
                 raise PromptError(
                     f"a choice is {shown(text)}, expected a text that is not empty and has no space at its ends"
                 )
+        texts = list(dict.fromkeys(texts))
+        if not 0 < len(texts) <= _MOST_CHOICES:
+            raise PromptError(f"there are {len(texts)} choices, expected 1 to {_MOST_CHOICES}")
         encoded = json.dumps(texts, ensure_ascii=False)
         _check_size("the choices", encoded)
         return cls("choice", encoded)

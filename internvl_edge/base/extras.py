@@ -15,6 +15,7 @@ _MODULES = {
     "gpu": ("onnxruntime",),
     "openvino": ("onnxruntime", "openvino"),
     "export": _EXPORT,
+    "fleet": ("ray", "pyarrow"),
     "quantize": (*_EXPORT, "torch"),
     "parquet": ("pyarrow",),
     "report": ("jinja2", "matplotlib"),

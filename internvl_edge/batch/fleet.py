@@ -24,7 +24,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,25 @@ class Fleet:
 
 
 @dataclass(frozen=True)
+class Job:
+    """What workers do.
+
+    Attributes:
+        bundle: a path that every node sees, or an address such as "s3://bucket/bundle" (see `node_bundle`).
+        digest: `journal.bundle_digest` of its manifest; a node with another bundle is refused.
+        loading: arguments of `InternVL.load`.
+        rows: answers that a worker computes together, on a CPU.
+        max_errors: stop as soon as more rows than this have errors; None never does.
+    """
+
+    bundle: str
+    digest: str
+    loading: Mapping[str, Any]
+    rows: int
+    max_errors: int | None = None
+
+
+@dataclass(frozen=True)
 class WorkerSummary:
     """What one worker did in a run.
 
@@ -126,22 +145,21 @@ def parse_workers(text: str | None) -> tuple[int, int | None]:
     if text is None:
         return 1, None
     least, colon, most = text.partition(":")
-    if not least.isdecimal() or (colon and not most.isdecimal()) or not 1 <= int(least) <= int(most or least) <= 100_000:
+    if (
+        not least.isdecimal()
+        or (colon and not most.isdecimal())
+        or not 1 <= int(least) <= int(most or least) <= 100_000
+    ):
         raise EdgeError(f"--workers is {shown(text)}, expected a number such as 4, or bounds such as 2:16")
     return int(least), int(most or least)
 
 
 def run_fleet(
-    bundle: str,
-    digest: str,
-    loading: Mapping[str, Any],
+    job: Job,
     items: Sequence[Item],
     output: Path,
     record: Mapping[str, Any],
     fleet: Fleet,
-    *,
-    rows: int,
-    max_errors: int | None = None,
     progress: Progress = SILENT,
 ) -> FleetSummary:
     """Answer items on a cluster, and write the rows into a folder of Parquet files.
@@ -149,15 +167,11 @@ def run_fleet(
     A call with the same output continues: finished ids are not asked again.
 
     Args:
-        bundle: a path that every node sees, or an address such as "s3://bucket/bundle" (see `node_bundle`).
-        digest: `manifest_digest` of the bundle; a node with another one is refused.
-        loading: arguments of `InternVL.load`.
+        job: what workers do.
         items: what is asked. Their images are files that every node sees, or bytes.
-        output: the folder; it is made.
+        output: the folder; it is made, and every node sees it.
         record: what decides the answers of all rows, see `journal.answering_record`.
         fleet: where.
-        rows: answers that a worker computes together.
-        max_errors: stop as soon as more rows than this have errors.
         progress: shows the rows so far.
 
     Raises:
@@ -174,36 +188,23 @@ def run_fleet(
         (folder / "work").mkdir(parents=True, exist_ok=True)
         with only_writer(output, _OTHER):
             check_record(folder / "record.json", output, record, _OTHER)
-            return _Run(bundle, digest, loading, items, output, fleet, rows, max_errors, progress).run()
+            return _Run(job, items, output, fleet, progress).run()
 
 
 class _Run:
     """One run on a cluster."""
 
-    def __init__(
-        self,
-        bundle: str,
-        digest: str,
-        loading: Mapping[str, Any],
-        items: Sequence[Item],
-        output: Path,
-        fleet: Fleet,
-        rows: int,
-        max_errors: int | None,
-        progress: Progress,
-    ) -> None:
-        self._items, self._output, self._folder = items, output, output / _PRIVATE
-        self._fleet, self._max_errors, self._progress = fleet, max_errors, progress
-        self._worker = {
-            "bundle": bundle,
-            "digest": digest,
-            "loading": {**loading, "threads": loading.get("threads") or max(1, int(fleet.cpus))},
-            "rows": rows,
+    def __init__(self, job: Job, items: Sequence[Item], output: Path, fleet: Fleet, progress: Progress) -> None:
+        self._items, self._output, self._folder = items, output.absolute(), output.absolute() / _PRIVATE
+        self._fleet, self._max_errors, self._progress = fleet, job.max_errors, progress
+        run, threads = secrets.token_hex(6), job.loading.get("threads") or max(1, int(fleet.cpus))
+        self._worker: dict[str, Any] = {
+            "job": replace(job, loading={**job.loading, "threads": threads}),
             "work": str(self._folder / "work"),
-            "run": secrets.token_hex(6),
+            "run": run,
             "kept": list(dict.fromkeys(name for item in items for name in item.kept)),
         }
-        self._work = _WorkLog(self._folder / "work", self._worker["run"])
+        self._work = _WorkLog(self._folder / "work", run)
         self._began = time.monotonic()
 
     def run(self) -> FleetSummary:
@@ -323,8 +324,8 @@ class _Run:
                 failed += error is not None
         if not stopped and not finished == counts == len(ids) == len(self._items):
             raise EdgeError(
-                f"{self._output} has {counts} rows of {len(ids)} ids and {finished} finished ones for {len(self._items)} "
-                "items; repeat the command, and report this if it stays so"
+                f"{self._output} has {counts} rows of {len(ids)} ids, {finished} of them finished, for "
+                f"{len(self._items)} items; repeat the command, and report this if it stays so"
             )
         return FleetSummary(
             items=len(self._items),
@@ -342,22 +343,11 @@ class _Run:
 class _Worker:
     """An actor of Ray Data: it loads the bundle once, and answers blocks of items."""
 
-    def __init__(
-        self,
-        bundle: str,
-        digest: str,
-        loading: Mapping[str, Any],
-        rows: int,
-        work: str,
-        run: str,
-        kept: list[str],
-    ) -> None:
+    def __init__(self, job: Job, work: str, run: str, kept: list[str]) -> None:
         began = time.monotonic()
-        folder = node_bundle(bundle, digest)
-        options = dict(loading)
-        device = options.pop("device")
-        rows = rows if device == "cpu" else 1
-        self._model = InternVL.load(folder, device, rows=rows, prompts_first=True, **options)
+        folder = node_bundle(job.bundle, job.digest)
+        rows = job.rows if job.loading["device"] == "cpu" else 1
+        self._model = InternVL.load(folder, rows=rows, prompts_first=True, **job.loading)
         self._loading_s = time.monotonic() - began
         self._work, self._run, self._kept = Path(work), run, kept
         self._name = f"{socket.gethostname()}-{os.getpid()}"
@@ -402,12 +392,16 @@ class _WorkLog:
             self._seen.add(entry.name)
             one = decode(WorkerSummary, json.loads(Path(entry.path).read_text(encoding="utf-8")))
             old = self._of.get(one.worker)
-            self._of[one.worker] = one if old is None else replace(
-                one,
-                items=old.items + one.items,
-                failed=old.failed + one.failed,
-                output_tokens=old.output_tokens + one.output_tokens,
-                busy_s=old.busy_s + one.busy_s,
+            self._of[one.worker] = (
+                one
+                if old is None
+                else replace(
+                    one,
+                    items=old.items + one.items,
+                    failed=old.failed + one.failed,
+                    output_tokens=old.output_tokens + one.output_tokens,
+                    busy_s=old.busy_s + one.busy_s,
+                )
             )
         return self
 
@@ -449,7 +443,8 @@ def _cluster(fleet: Fleet) -> Iterator[Any]:
     except Exception as error:  # Ray raises ConnectionError, RuntimeError, ValueError and its own, by the cause
         reason = one_line(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__, 200)
         raise EdgeError(
-            f"no Ray cluster at {shown(fleet.address)} ({reason}); begin one with ray start --head, and give its address"
+            f"no Ray cluster at {shown(fleet.address)} ({reason}); begin one with ray start --head, and give its "
+            "address"
         ) from None
     try:
         require_protection(ray.get_runtime_context().gcs_address, os.environ.get("RAY_AUTH_MODE", ""))
@@ -511,8 +506,8 @@ def fitting_workers(nodes: Sequence[Mapping[str, float]], fleet: Fleet) -> tuple
         gpus = f" and {fleet.gpus:g} GPUs" if fleet.gpus else ""
         raise EdgeError(
             f"the cluster has {sum(cpus):g} CPUs on {len(nodes)} nodes, which leaves room for {sum(fit)} workers of "
-            f"{fleet.cpus:g} CPUs{gpus} beside {SPARE_CPUS} CPUs for reading and writing; {fleet.least} were asked for: "
-            "lower --workers or --cpus-per-worker, or add nodes"
+            f"{fleet.cpus:g} CPUs{gpus} beside {SPARE_CPUS} CPUs for reading and writing; {fleet.least} were asked "
+            "for: lower --workers or --cpus-per-worker, or add nodes"
         )
     return fleet.least, max(fleet.least, min(fleet.most or sum(fit), sum(fit)))
 
@@ -525,7 +520,9 @@ def _as_edge_error(error: BaseException) -> EdgeError:
             return EngineError(f"a worker cannot go on: {cause}; finished rows are kept")
         cause = getattr(cause, "cause", None) or cause.__cause__
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return EdgeError(f"the cluster failed: {one_line(lines[-1] if lines else repr(error), 250)}; finished rows are kept")
+    return EdgeError(
+        f"the cluster failed: {one_line(lines[-1] if lines else repr(error), 250)}; finished rows are kept"
+    )
 
 
 # ---- items as rows of a table ----

@@ -18,7 +18,7 @@ from typing import Any
 from internvl_edge.base.errors import EdgeError, PromptError
 from internvl_edge.base.json_files import parse
 from internvl_edge.base.text import one_line, shown
-from internvl_edge.model.preprocess import ImageSource
+from internvl_edge.model.preprocess import IMAGE_SUFFIXES, ImageSource
 from internvl_edge.runtime.answer_format import AnswerFormat
 from internvl_edge.runtime.options import whole_number
 
@@ -26,10 +26,6 @@ from .items import ROW_OPTIONS, Ask, Item
 from .rows import FIELDS
 from .tables import TABLES, Cells
 
-# Files of a folder that are taken for images, in any case.
-SUFFIXES = frozenset(
-    (".avif", ".bmp", ".gif", ".j2k", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-)
 COLUMNS = ("id", "images", "prompt", "json_schema", "regex", "choices", "votes", "sure", "reason", *ROW_OPTIONS)
 _ALIASES = {"image": "images", "question": "prompt"}
 # How other tables name our columns. To take no notice of such a column would be to ask another question.
@@ -75,7 +71,7 @@ def read_items(source: str | Path, ask: Ask, *, keep: Sequence[str] = (), limit:
     reader = TABLES.get(path.suffix.lower())
     if path.is_dir():
         found = _of_files(path, _files_below(path), ask)
-        nothing = f"the folder {path} holds no images ({', '.join(sorted(SUFFIXES))})"
+        nothing = f"the folder {path} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})"
     elif reader and path.exists():
         unused: dict[str, None] = {}
         found = (_of_row(path, row, ask, keep, unused) for row in reader(path))
@@ -84,7 +80,7 @@ def read_items(source: str | Path, ask: Ask, *, keep: Sequence[str] = (), limit:
             raise PromptError(f"{path} has no rows; give a table with one row for each question")
         _check_kept(path, keep, items)
         return Items(items, tuple(unused))
-    elif path.is_file() and path.suffix.lower() in SUFFIXES:
+    elif path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES:
         found, nothing = _of_files(path.parent, iter([path]), ask), ""
     elif glob.has_magic(str(source)):
         found, nothing = _of_pattern(str(source), ask), f"no file matches the pattern {shown(str(source))}"
@@ -104,10 +100,12 @@ def _unique(path: Path, items: Iterable[Item]) -> list[Item]:
     places: dict[str, str] = {}
     found = []
     for item in items:
-        if (first := places.setdefault(item.id, item.place)) != item.place:
+        if item.id in places:
             raise PromptError(
-                f"{path}: {first} and {item.place} have the same id {shown(item.id)}; give each row an id of its own"
+                f"{path}: {places[item.id]} and {item.place} have the same id {shown(item.id)}; give each row an id of "
+                "its own"
             )
+        places[item.id] = item.place
         found.append(item)
     return found
 
@@ -120,7 +118,7 @@ def _files_below(folder: Path) -> Iterator[Path]:
     for root, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
                 yield Path(root, name)
 
 

@@ -51,7 +51,7 @@ class Journal:
         self.finished: dict[str, str] = {}
         self.failed: set[str] = set()
         self.changed: Mapping[str, str] = {}
-        self._record = json.loads(json.dumps({"format": FORMAT, **record}))
+        self._record = record
         self._descriptor = -1
         self._size = 0
 
@@ -139,20 +139,7 @@ class Journal:
 
     def _check_record(self) -> None:
         path = record_path(self.path)
-        if not self.finished:
-            replace_text(path, json.dumps(self._record, indent=2, ensure_ascii=False) + "\n")
-            return
-        found = read_object(path, EdgeError, f"{self._other}, or remove it and its rows")
-        for name in {**found, **self._record}:
-            before, now = found.get(name), self._record.get(name)
-            if name != VERSIONS and before != now:
-                what, before, now = _difference(name, before, now)
-                raise EdgeError(
-                    f"{self.path} was begun with {what} {shown(before)}, and not {shown(now)}; {self._other}, or"
-                    " go on as it was begun"
-                )
-        if found.get(VERSIONS) != self._record.get(VERSIONS):
-            self.changed = found.get(VERSIONS) or {}
+        self.changed = check_record(path, self.path, self._record, self._other, is_new=not self.finished)
 
     def _open(self) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
@@ -186,9 +173,48 @@ def open_journal(path: Path, record: Mapping[str, Any], other: str = _OTHER) -> 
         yield journal
 
 
+def check_record(
+    path: Path, target: Path, record: Mapping[str, Any], other: str = _OTHER, *, is_new: bool = False
+) -> Mapping[str, str]:
+    """Write the record of an output where there is none, else refuse an output that was begun under another one.
+
+    Args:
+        path: the record.
+        target: the output, for messages.
+        record: what decides all answers, as values of JSON.
+        other: what to do where the output cannot be used, for messages.
+        is_new: whether the output has no rows, so that a record of it means nothing.
+
+    Returns:
+        The versions of packages under which the output was begun, where others are installed now; else nothing.
+
+    Raises:
+        EdgeError: the record differs, or cannot be read.
+    """
+    record = json.loads(json.dumps({"format": FORMAT, **record}))
+    if is_new or not path.exists():
+        replace_text(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        return {}
+    found = read_object(path, EdgeError, f"{other}, or remove it and its rows")
+    for name in {**found, **record}:
+        before, now = found.get(name), record.get(name)
+        if name != VERSIONS and before != now:
+            what, before, now = _difference(name, before, now)
+            raise EdgeError(
+                f"{target} was begun with {what} {shown(before)}, and not {shown(now)}; {other}, or go on as it"
+                " was begun"
+            )
+    return (found.get(VERSIONS) or {}) if found.get(VERSIONS) != record.get(VERSIONS) else {}
+
+
 def record_path(path: Path) -> Path:
     """Return the record of a journal."""
     return path.with_name(path.name + RECORD_SUFFIX)
+
+
+def bundle_digest(manifest: Manifest) -> str:
+    """Return the digest of everything in a bundle that decides answers: not of the quality recorded in it."""
+    return manifest_digest(encode(replace(manifest, quality=None)))
 
 
 def answering_record(manifest: Manifest, engine: Mapping[str, Any], ask: Ask) -> dict[str, Any]:
@@ -199,14 +225,13 @@ def answering_record(manifest: Manifest, engine: Mapping[str, Any], ask: Ask) ->
         engine: what the engine computes and how, where answers may differ by it.
         ask: how items are asked.
     """
-    bundle = manifest_digest(encode(replace(manifest, quality=None)))
-    return {"bundle": bundle, **engine, **ask.described(), VERSIONS: run_record(0).versions}
+    return {"bundle": bundle_digest(manifest), **engine, **ask.described(), VERSIONS: run_record(0).versions}
 
 
 def line_of(row: Row) -> bytes:
     """Return a row as one line of JSON."""
     text = json.dumps(row.as_json(), ensure_ascii=False, allow_nan=False, default=str)
-    return text.encode("utf-8", "backslashreplace") + b"\n"
+    return text.encode("utf-8", "replace") + b"\n"
 
 
 def rows_of(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from queue import Full, Queue
 
 from internvl_edge.base.progress import SILENT, Progress, Step
+from internvl_edge.base.text import one_line
 from internvl_edge.base.units import rounded
 from internvl_edge.runtime.model import InternVL
 
@@ -102,7 +103,7 @@ def run(
     todo = journal.unfinished(items)
     failed = len(journal.failed.intersection(item.id for item in items))
     earlier, tokens, began = len(items) - len(todo), 0, time.monotonic()
-    if todo and _too_many(failed, max_errors) is None:
+    if todo and too_many(failed, max_errors) is None:
         with load() as model, progress.phase(label, len(items), unit) as step:
             step(earlier)
             began = time.monotonic()
@@ -112,18 +113,18 @@ def run(
                     tokens += row.output_tokens
                     failed += row.error is not None
                     if row.error is not None and failed <= _SHOWN_ERRORS:
-                        progress.remark(f"{row.id}: {row.error}")
+                        progress.remark(one_line(f"{row.id}: {row.error}"))
                     _tell(step, done, failed, time.monotonic() - began)
-                    if _too_many(failed, max_errors):
+                    if too_many(failed, max_errors):
                         break
     finished = len(journal.finished.keys() & {item.id for item in items})
     seconds = time.monotonic() - began
-    stopped = _too_many(failed, max_errors) or ""
+    stopped = too_many(failed, max_errors) or ""
     return Summary(len(items), earlier, finished - failed, failed, tokens, seconds, stopped)
 
 
-def _too_many(failed: int, most: int | None) -> str | None:
-    """Say that there are too many errors; None where there are not."""
+def too_many(failed: int, most: int | None) -> str | None:
+    """Say that there are more errors than `--max-errors` allows; None where there are not."""
     if most is None or failed <= most:
         return None
     return f"{failed} rows have errors, more than --max-errors {most}"

@@ -31,6 +31,8 @@ _VALUES = frozenset(
         "keep_special",
     )
 )
+# Rows of a Parquet file in memory while it is read; they may hold images.
+_ROWS_AT_ONCE = 32
 _ADVICE = "give a table of questions"
 
 
@@ -130,7 +132,7 @@ def read_parquet(path: Path) -> Iterator[Cells]:
             cells, number = _ImageCells(path), 0
             for group in range(file.num_row_groups):
                 first = number
-                for batch in file.iter_batches(batch_size=256, row_groups=[group]):
+                for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, row_groups=[group]):
                     for values in batch.to_pylist():
                         number += 1
                         for name in ("images", "image"):

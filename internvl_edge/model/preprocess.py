@@ -30,6 +30,10 @@ MAX_TILES = 128
 # Formats that have their size in the header and are decoded in this process. EPS and WMF are missing because Pillow
 # passes them to other programs, and ICO because it holds images of another size than its own.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000")
+# How the names of such files end, in lower case.
+IMAGE_SUFFIXES = frozenset(
+    (".avif", ".bmp", ".gif", ".j2k", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+)
 
 
 # A path, `file://` or `data:` address, the bytes of a file, an open file, a Pillow image, or pixels uint8 [h, w, 3].

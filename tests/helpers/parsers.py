@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import csv
 import io
 import json
 import os
@@ -27,6 +28,10 @@ from helpers.repository import REPOSITORY
 from helpers.tiny_config import Tiny, native_config, remote_config, side_files
 from helpers.tiny_tokenizers import Vocabulary
 from internvl_edge.base.errors import EdgeError
+from internvl_edge.batch import inputs
+from internvl_edge.batch.items import Ask, Item
+from internvl_edge.batch.journal import open_journal
+from internvl_edge.batch.rows import Row
 from internvl_edge.bundle.manifest import DIGEST, Manifest, manifest_digest
 from internvl_edge.bundle.names import MANIFEST
 from internvl_edge.calibration.items import read_items
@@ -508,6 +513,7 @@ class Arguments:
         "build",
         "run",
         "chat",
+        "batch",
         "evaluate",
         "bench",
     )
@@ -560,6 +566,88 @@ class Arguments:
             raise EdgeError(said.removeprefix("internvl-edge: error: ").rstrip("\n"))
         assert status == 0, (status, said)
         return out.getvalue()
+
+
+class BatchTable:
+    """A table of questions, as JSONL or as CSV."""
+
+    seconds = 0.5
+    memory_mb = 50.0
+    _ROW: ClassVar = {
+        "id": "1",
+        "images": ["0.png"],
+        "prompt": "What?",
+        "choices": ["a", "b"],
+        "votes": 3,
+        "sure": 0.9,
+        "max_tiles": 2,
+        "max_new_tokens": 5,
+        "temperature": 0.5,
+        "stop": ["x"],
+        "exif": True,
+        "label": "z",
+    }
+    _MORE = ("id", "image", "regex", "json_schema", {"type": "object"}, "(", ["a", "a"], [""], "promt", "[1", "true")
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def mutant(self, rng: random.Random) -> Files:
+        rows: list[dict[str, Any]] = []
+        for number in range(rng.randrange(1, 4)):
+            rows.append(copy.deepcopy(self._ROW) | {"id": str(number)})
+            if rng.random() < 0.7:
+                mutate_values(rng, rows[-1], self._MORE)
+        if rng.random() < 0.5:
+            return {"table.csv": None, "table.jsonl": b"\n".join(_json_text(rng, row) for row in rows)}
+        out = io.StringIO()
+        writer = csv.writer(out)
+        writer.writerow(rows[0])
+        for row in rows:
+            writer.writerow([each if isinstance(each, str) else json.dumps(each) for each in row.values()])
+        text = out.getvalue().encode("utf-8", "surrogatepass")
+        return {"table.jsonl": None, "table.csv": mutate_bytes(rng, text) if rng.random() < 0.5 else text}
+
+    def read(self, files: Files) -> list[Item]:
+        _write(self._folder, files)
+        (name,) = [name for name, content in files.items() if content is not None]
+        return inputs.read_items(self._folder / name, Ask("What?")).items
+
+
+class BatchJournal:
+    """The journal of an unfinished batch, and its record. Rows that are read are those that were written."""
+
+    seconds = 0.5
+    memory_mb = 50.0
+    _RECORD: ClassVar = {"bundle": "0" * 64, "prompt": "What?", "options": {"seed": 1}, "versions": {"numpy": "2"}}
+    _NAME = "out.jsonl"
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._items = [Item(str(number), f"line {number}", Ask("What?")) for number in range(4)]
+        with open_journal(folder / self._NAME, self._RECORD) as journal:
+            for item in self._items[:3]:
+                journal.write(Row(item.id, "answer", request=item.request))
+        self._originals = {path.name: path.read_bytes() for path in folder.iterdir()}
+        self._lines = self._originals[self._NAME].splitlines()
+
+    def mutant(self, rng: random.Random) -> Files:
+        files: Files = dict(self._originals)
+        for _ in range(rng.choice([1, 1, 2])):
+            name = rng.choice(list(files))
+            files[name] = None if rng.random() < 0.1 else mutate_bytes(rng, files[name] or b"")
+        return files
+
+    def read(self, files: Files) -> int:
+        _write(self._folder, files)
+        with open_journal(self._folder / self._NAME, self._RECORD) as journal:
+            left = journal.unfinished(self._items)
+            for item in left:
+                journal.write(Row(item.id, "answer", request=item.request))
+        lines = (self._folder / self._NAME).read_bytes().splitlines()
+        assert sorted(set(journal.finished) & {item.id for item in self._items}) == ["0", "1", "2", "3"]
+        assert len(lines) == len(journal.finished)
+        return len(left)
 
 
 class State:
@@ -634,6 +722,8 @@ PARSERS: dict[str, Callable[[Path], Parser]] = {
     "device TOML": DevicesToml,
     "calibration JSONL": CalibrationData,
     "suites": SuiteData,
+    "batch table": BatchTable,
+    "batch journal": BatchJournal,
     "arguments": Arguments,
     "work state": State,
 }

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.remembering_engine import VOCABULARY, RememberingEngine, greedy
+from helpers.remembering_engine import VOCABULARY, RememberingEngine, greedy, logits_after
 from internvl_edge.base.errors import BusyError, EngineError
 from internvl_edge.checkpoint.config_reader import read_config
 from internvl_edge.demo import CHECKPOINT
@@ -170,6 +170,39 @@ def test_an_answer_under_way_goes_on_while_a_long_prompt_is_computed() -> None:
     during = [each for each in times if 2 < each < 402]  # computed prompt tokens at each token of the answer
     assert len(during) > 400
     assert np.diff(during).max() <= 1
+
+
+@pytest.mark.parametrize("prompts_first", [False, True])
+def test_prompts_can_come_first(prompts_first: bool) -> None:
+    """An answer under way waits for a prompt, or is decoded between its steps; the tokens are the same."""
+    engine = RememberingEngine(rows=2, chunk=4)
+    scheduler = scheduler_for(engine, prompts_first=prompts_first)
+    short, long = [1, 2, 3], [7] * 100
+    steps: list[str] = []
+    prefill, decode, gate = engine.prefill_steps, engine.decode_rows, threading.Event()
+
+    def prefill_steps(embeds: np.ndarray, row: int = 0) -> Generator[None, None, np.ndarray]:
+        for step in prefill(embeds, row):
+            steps.append("prompt")
+            yield step
+        return logits_after(engine.tokens[row])
+
+    def decode_rows(embeds: np.ndarray, rows: list[int]) -> list[np.ndarray]:
+        gate.wait()
+        steps.append("decode")
+        return decode(embeds, rows)
+
+    engine.prefill_steps, engine.decode_rows = prefill_steps, decode_rows  # type: ignore[method-assign]
+    tasks = [task_for(short, 40), task_for(long, 5)]
+    for task in tasks:
+        scheduler.submit(task)
+    gate.set()
+    found = [[int(piece) for piece in task.pieces()] for task in tasks]
+    assert found == [greedy(short, 40), greedy(long, 5)]
+    last = len(steps) - steps[::-1].index("prompt")
+    assert steps[:last].count("prompt") > 20
+    decodes = steps[:last].count("decode")
+    assert decodes <= 1 if prompts_first else decodes > 30
 
 
 def test_cancelling_ends_the_call_that_the_engine_is_in() -> None:
