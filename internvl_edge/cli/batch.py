@@ -17,13 +17,15 @@ from internvl_edge.base.extras import require_extras
 from internvl_edge.base.json_files import read_bytes
 from internvl_edge.base.text import shown
 from internvl_edge.base.units import rounded
-from internvl_edge.batch.fleet import Fleet, FleetSummary, Job, parse_workers, run_fleet
+from internvl_edge.batch.cluster import Fleet, parse_workers
+from internvl_edge.batch.fleet import FleetSummary, run_fleet
 from internvl_edge.batch.inputs import read_items
 from internvl_edge.batch.items import Ask
 from internvl_edge.batch.journal import answering_record, bundle_digest, open_journal
 from internvl_edge.batch.node_bundle import is_address, node_bundle
 from internvl_edge.batch.output import require_parquet, write_jsonl, write_parquet
 from internvl_edge.batch.run import ROWS, Summary, run
+from internvl_edge.batch.worker import Job
 from internvl_edge.bundle.manifest import Manifest
 from internvl_edge.runtime.model import MOST_ROWS
 
