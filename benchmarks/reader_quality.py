@@ -19,7 +19,7 @@ from record import write_results
 from internvl_edge import InternVL, export_bundle
 from internvl_edge.calibration import DataOptions, choose_compute
 from internvl_edge.checkpoint.reader import Checkpoint
-from internvl_edge.evaluation import QuestionSettings, compare, read_cases, run_suite
+from internvl_edge.evaluation import QuestionSettings, compare, read_cases, read_suite, run_suite
 from internvl_edge.quantize import quantize_checkpoint
 from internvl_edge.recipe.files import make_recipe, presets, read_recipe
 
@@ -68,10 +68,11 @@ def measure(bundle: Path, reference: Path) -> dict[str, Any]:
     def load(folder: Path) -> InternVL:
         return InternVL.load(folder, device="cpu", engine="onnxruntime")
 
-    score = run_suite(lambda: load(bundle), QuestionSettings("reader", max_new_tokens=ANSWER_TOKENS), QUESTIONS)
+    suite = read_suite("reader", QUESTIONS)
+    score = run_suite(lambda: load(bundle), suite, QuestionSettings("reader", max_new_tokens=ANSWER_TOKENS))
     found: dict[str, Any] = {
-        "exact_match": round(score.total.exact_match, 4),
-        "tasks": {name: round(task.exact_match, 4) for name, task in score.tasks.items()},
+        "exact_match": round(score.total["exact_match"].bundle.value, 4),
+        "tasks": {tag: round(results["exact_match"].bundle.value, 4) for tag, results in score.tags.items()},
     }
     if bundle != reference:
         cases = read_cases(None, COMPARED, SEED)

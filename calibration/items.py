@@ -26,7 +26,7 @@ from .texts import IMAGE_PROMPTS, TEXTS
 # One built-in item in this many is text without an image, because decoders also answer such prompts.
 _TEXT_EVERY = 4
 # Most bytes of a JSON Lines file, and of one line.
-_DATA_BYTES = 1 << 30
+DATA_BYTES = 1 << 30
 _LINE_BYTES = json_files.FILE_BYTES
 _ADVICE = "expected UTF-8 JSON Lines"
 # Who speaks, in the words of InternVL's "conversations" and of ms-swift's "messages".
@@ -78,35 +78,52 @@ def _folder(folder: Path, seed: int) -> list[CalibrationItem]:
 
 
 def _json_lines(path: Path) -> list[CalibrationItem]:
-    lines = json_files.read_bytes(path, EdgeError, _ADVICE, limit=_DATA_BYTES).split(b"\n")
-    return [_one_line(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    return [_one_line(path, name, line) for name, line in read_lines(path)]
 
 
-def _one_line(path: Path, number: int, line: bytes) -> CalibrationItem:
-    name = f"{path.name}:{number}"
+def read_lines(path: Path) -> list[tuple[str, bytes]]:
+    """Return the lines of a JSON Lines file that are not empty, each with its name (FILE:NUMBER).
+
+    Raises:
+        EdgeError: the file cannot be read, or is larger than 1 GiB.
+    """
+    lines = json_files.read_bytes(path, EdgeError, _ADVICE, limit=DATA_BYTES).split(b"\n")
+    return [(f"{path.name}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def parse_line(line: bytes) -> dict[str, Any]:
+    """Return the object in one line.
+
+    Raises:
+        ValueError: it is no JSON object, or longer than 8 MiB.
+    """
     try:
         if len(line) > _LINE_BYTES:
             raise ValueError(f"a line of more than {_LINE_BYTES >> 20} MiB")
         values: Any = json_files.parse(line)
     except ValueError as error:
-        return CalibrationItem(name, problem=f"not JSON ({error})")
+        raise ValueError(f"not JSON ({error})") from None
     if not isinstance(values, dict):
-        return CalibrationItem(name, problem=f"a {type(values).__name__}, expected an object")
+        raise ValueError(f"a {type(values).__name__}, expected an object")
+    return values
+
+
+def _one_line(path: Path, name: str, line: bytes) -> CalibrationItem:
     try:
-        return _item(path, name, values)
+        return read_item(path.parent, name, parse_line(line))
     except ValueError as problem:
         return CalibrationItem(name, problem=str(problem))
 
 
-def _item(path: Path, name: str, values: dict[str, Any]) -> CalibrationItem:
-    """Read one object in any of the three forms.
+def read_item(folder: Path, name: str, values: dict[str, Any]) -> CalibrationItem:
+    """Read one object in any of the three forms; its images are relative to the folder.
 
     Raises:
         ValueError: it is of none of them.
     """
     for form in ("conversations", "messages"):
         if form in values:
-            return _conversation(path, name, values, form)
+            return _conversation(folder, name, values, form)
     prompt, answer = values.get("prompt"), values.get("answer", "")
     if unknown := sorted(set(values) - {"images", "prompt", "answer"}):
         raise ValueError(
@@ -115,14 +132,14 @@ def _item(path: Path, name: str, values: dict[str, Any]) -> CalibrationItem:
     if not isinstance(prompt, str) or not isinstance(answer, str):
         raise ValueError("prompt or answer is not a text")
     images = values.get("images", [])
-    return CalibrationItem(name, prompt, _images(path, images if isinstance(images, list) else None), answer)
+    return CalibrationItem(name, prompt, read_images(folder, images if isinstance(images, list) else None), answer)
 
 
-def _conversation(path: Path, name: str, values: dict[str, Any], form: str) -> CalibrationItem:
+def _conversation(folder: Path, name: str, values: dict[str, Any], form: str) -> CalibrationItem:
     """Read a conversation: the last question and its answer, and the turns before them as history."""
     if other := next((key for key in ("video", "videos", "audio", "audios") if values.get(key)), None):
         raise ValueError(f"{other} is not read, only images are")
-    images = _images(path, values.get("image") or values.get("images") or [])
+    images = read_images(folder, values.get("image") or values.get("images") or [])
     system: str | None = None
     turns: list[list[str]] = []
     for number, message in enumerate(values[form] if isinstance(values[form], list) else [None], start=1):
@@ -157,8 +174,12 @@ def _message(message: Any, form: str, number: int) -> tuple[str, str]:
     return _ROLES[role], text
 
 
-def _images(path: Path, value: Any) -> tuple[Path, ...]:
-    """Return the image files that one entry names, one or several. They are relative to the file of the data."""
+def read_images(folder: Path, value: Any) -> tuple[Path, ...]:
+    """Return the image files that one entry names, one or several. They are relative to the folder.
+
+    Raises:
+        ValueError: anything else.
+    """
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, list):
@@ -166,7 +187,7 @@ def _images(path: Path, value: Any) -> tuple[Path, ...]:
     names: list[Any] = [each.get("path") if isinstance(each, dict) else each for each in value]
     if not all(isinstance(each, str) and each and "\0" not in each for each in names):
         raise ValueError("images is not a list of file names")
-    return tuple(path.parent / each for each in names)
+    return tuple(folder / each for each in names)
 
 
 def _built_in(seed: int) -> Iterator[CalibrationItem]:

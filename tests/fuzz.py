@@ -32,7 +32,7 @@ from helpers.parsers import PARSERS, Files, Parser
 # Shares of the inputs, in thousandths.
 SHARES = {
     "config.json": 150,
-    "safetensors header": 250,
+    "safetensors header": 220,
     "safetensors index": 90,
     "manifest.json": 100,
     "images": 90,
@@ -41,6 +41,7 @@ SHARES = {
     "recipe TOML": 70,
     "device TOML": 30,
     "calibration JSONL": 40,
+    "suites": 30,
     "batch table": 20,
     "batch journal": 20,
     "arguments": 10,

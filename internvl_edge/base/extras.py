@@ -16,6 +16,7 @@ _MODULES = {
     "openvino": ("onnxruntime", "openvino"),
     "hub": ("huggingface_hub",),
     "export": _EXPORT,
+    "fleet": ("ray", "pyarrow"),
     "quantize": (*_EXPORT, "torch"),
     "parquet": ("pyarrow",),
     "serve": ("starlette", "uvicorn", "prometheus_client", "anyio", "h11"),

@@ -45,12 +45,13 @@ class Journal:
         changed: the versions of packages under which it was begun, where others are installed now; else empty.
     """
 
-    def __init__(self, path: Path, record: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, record: Mapping[str, Any], other: str = _OTHER) -> None:
         self.path = path
+        self._other = other
         self.finished: dict[str, str] = {}
         self.failed: set[str] = set()
         self.changed: Mapping[str, str] = {}
-        self._record = json.loads(json.dumps({"format": FORMAT, **record}))
+        self._record = record
         self._descriptor = -1
         self._size = 0
 
@@ -61,7 +62,7 @@ class Journal:
             EdgeError: the disk is full or refuses; the rows before this one stay.
         """
         line = line_of(row)
-        with readable_disk_errors(self.path, "finished rows were kept; make room and start again", _OTHER):
+        with readable_disk_errors(self.path, "finished rows were kept; make room and start again", self._other):
             try:
                 written = 0
                 while written < len(line):
@@ -85,7 +86,7 @@ class Journal:
             if (found := self.finished.get(item.id)) is not None and found != item.request:
                 raise EdgeError(
                     f"{self.path} has an answer for {shown(item.id)} to another prompt, image or option than "
-                    f"{item.place} asks now; {_OTHER}, or remove it"
+                    f"{item.place} asks now; {self._other}, or remove it"
                 )
         return [item for item in items if item.id not in self.finished]
 
@@ -93,7 +94,7 @@ class Journal:
         """Remove the rows with errors, so that their items are asked again."""
         if not self.failed:
             return
-        with readable_disk_errors(self.path, "nothing was changed, make room", _OTHER):
+        with readable_disk_errors(self.path, "nothing was changed, make room", self._other):
             with replacing(self.path) as temporary, temporary.open("wb") as file, self.path.open("rb") as old:
                 file.writelines(line for line in old if parse(line)["id"] not in self.failed)
             self.close()
@@ -105,11 +106,13 @@ class Journal:
     def start(self) -> None:
         """Read what is there, cut off half a row, and open the file for appending."""
         if self.path.exists() and not self.path.is_file():
-            raise EdgeError(f"{self.path} is no file; {_OTHER}")
+            raise EdgeError(f"{self.path} is no file; {self._other}")
         if self.path.exists() and self.path.stat().st_size:
             if not record_path(self.path).exists():
                 what = f"it has no record {record_path(self.path).name} beside it"
-                raise EdgeError(f"{self.path} exists and is no batch that could go on ({what}); {_OTHER}, or remove it")
+                raise EdgeError(
+                    f"{self.path} exists and is no batch that could go on ({what}); {self._other}, or remove it"
+                )
             self._read()
         self._check_record()
         self._open()
@@ -127,7 +130,7 @@ class Journal:
                 row = _row_of(line)
                 if row is None:
                     if file.read(1):  # a killed process leaves half a row at the end, and nowhere else
-                        raise EdgeError(f"{self.path}, line {number} is no row of a batch; repair it, or {_OTHER[5:]}")
+                        raise EdgeError(f"{self.path}, line {number} is no row of a batch; repair it, or {self._other}")
                     return
                 self.finished[row["id"]] = row["request"]
                 if row["error"] is not None:
@@ -136,20 +139,7 @@ class Journal:
 
     def _check_record(self) -> None:
         path = record_path(self.path)
-        if not self.finished:
-            replace_text(path, json.dumps(self._record, indent=2, ensure_ascii=False) + "\n")
-            return
-        found = read_object(path, EdgeError, f"{_OTHER}, or remove it and its rows")
-        for name in {**found, **self._record}:
-            before, now = found.get(name), self._record.get(name)
-            if name != VERSIONS and before != now:
-                what, before, now = _difference(name, before, now)
-                raise EdgeError(
-                    f"{self.path} was begun with {what} {shown(before)}, and not {shown(now)}; {_OTHER}, or go on as it"
-                    " was begun"
-                )
-        if found.get(VERSIONS) != self._record.get(VERSIONS):
-            self.changed = found.get(VERSIONS) or {}
+        self.changed = check_record(path, self.path, self._record, self._other, is_new=not self.finished)
 
     def _open(self) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
@@ -161,30 +151,70 @@ class Journal:
 
 
 @contextmanager
-def open_journal(path: Path, record: Mapping[str, Any]) -> Iterator[Journal]:
+def open_journal(path: Path, record: Mapping[str, Any], other: str = _OTHER) -> Iterator[Journal]:
     """Begin or continue a journal, as its one writer.
 
     Args:
         path: the JSONL file; its folder exists.
         record: what decides the answers of all rows, as values of JSON; see `answering_record`.
+        other: what to do where this file cannot be used, for messages: "give another --output".
 
     Raises:
         EdgeError: another process writes it, it was begun under another record, or the disk refuses.
     """
     if not path.parent.is_dir():
-        raise EdgeError(f"{path.parent} is no folder; make it, or {_OTHER[5:]}")
-    journal = Journal(path, record)
+        raise EdgeError(f"{path.parent} is no folder; make it, or {other}")
+    journal = Journal(path, record, other)
     with ExitStack() as stack:
-        with readable_disk_errors(path, "make room", _OTHER):
-            stack.enter_context(only_writer(path, _OTHER))
+        with readable_disk_errors(path, "make room", other):
+            stack.enter_context(only_writer(path, other))
             stack.callback(journal.close)
             journal.start()
         yield journal
 
 
+def check_record(
+    path: Path, target: Path, record: Mapping[str, Any], other: str = _OTHER, *, is_new: bool = False
+) -> Mapping[str, str]:
+    """Write the record of an output where there is none, else refuse an output that was begun under another one.
+
+    Args:
+        path: the record.
+        target: the output, for messages.
+        record: what decides all answers, as values of JSON.
+        other: what to do where the output cannot be used, for messages.
+        is_new: whether the output has no rows, so that a record of it means nothing.
+
+    Returns:
+        The versions of packages under which the output was begun, where others are installed now; else nothing.
+
+    Raises:
+        EdgeError: the record differs, or cannot be read.
+    """
+    record = json.loads(json.dumps({"format": FORMAT, **record}))
+    if is_new or not path.exists():
+        replace_text(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        return {}
+    found = read_object(path, EdgeError, f"{other}, or remove it and its rows")
+    for name in {**found, **record}:
+        before, now = found.get(name), record.get(name)
+        if name != VERSIONS and before != now:
+            what, before, now = _difference(name, before, now)
+            raise EdgeError(
+                f"{target} was begun with {what} {shown(before)}, and not {shown(now)}; {other}, or go on as it"
+                " was begun"
+            )
+    return (found.get(VERSIONS) or {}) if found.get(VERSIONS) != record.get(VERSIONS) else {}
+
+
 def record_path(path: Path) -> Path:
     """Return the record of a journal."""
     return path.with_name(path.name + RECORD_SUFFIX)
+
+
+def bundle_digest(manifest: Manifest) -> str:
+    """Return the digest of everything in a bundle that decides answers: not of the quality recorded in it."""
+    return manifest_digest(encode(replace(manifest, quality=None)))
 
 
 def answering_record(manifest: Manifest, engine: Mapping[str, Any], ask: Ask) -> dict[str, Any]:
@@ -195,8 +225,7 @@ def answering_record(manifest: Manifest, engine: Mapping[str, Any], ask: Ask) ->
         engine: what the engine computes and how, where answers may differ by it.
         ask: how items are asked.
     """
-    bundle = manifest_digest(encode(replace(manifest, quality=None)))
-    return {"bundle": bundle, **engine, **ask.described(), VERSIONS: run_record(0).versions}
+    return {"bundle": bundle_digest(manifest), **engine, **ask.described(), VERSIONS: run_record(0).versions}
 
 
 def line_of(row: Row) -> bytes:

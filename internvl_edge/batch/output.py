@@ -48,7 +48,7 @@ def write_parquet(journal: Path, items: Sequence[Item], path: Path) -> None:
     from pyarrow import parquet
 
     kept = list(dict.fromkeys(name for item in items for name in item.kept))
-    schema = _schema(pyarrow, kept)
+    schema = row_schema(pyarrow, kept)
     with (
         _replacing(path) as temporary,
         journal.open("rb") as rows,
@@ -56,7 +56,7 @@ def write_parquet(journal: Path, items: Sequence[Item], path: Path) -> None:
     ):
         group: list[dict[str, Any]] = []
         for line in _lines(journal, rows, items):
-            group.append(_flat(parse(line)))
+            group.append(flat_row(parse(line)))
             if len(group) == _GROUP:
                 writer.write_table(pyarrow.Table.from_pylist(group, schema))
                 group.clear()
@@ -76,7 +76,8 @@ def _lines(journal: Path, rows: BinaryIO, items: Sequence[Item]) -> Iterator[byt
         yield rows.readline()
 
 
-def _schema(pyarrow: Any, kept: list[str]) -> Any:
+def row_schema(pyarrow: Any, kept: list[str]) -> Any:
+    """Return the schema of rows in Parquet, with the columns that are kept behind the fields."""
     kinds = {
         "agreement": pyarrow.float64(),
         **dict.fromkeys(("replies", "prompt_tokens", "image_tokens", "output_tokens"), pyarrow.int32()),
@@ -86,7 +87,7 @@ def _schema(pyarrow: Any, kept: list[str]) -> Any:
     return pyarrow.schema([(name, kinds.get(name, pyarrow.string())) for name in (*FIELDS, *kept)])
 
 
-def _flat(row: dict[str, Any]) -> dict[str, Any]:
+def flat_row(row: dict[str, Any]) -> dict[str, Any]:
     """Return a row with texts in the place of values of any kind."""
     for name, value in row.items():
         if value is not None and (name == "json" or (name not in FIELDS and not isinstance(value, str))):

@@ -21,6 +21,8 @@ from .items import Item, grouped
 from .journal import Journal
 from .rows import Row, answer
 
+# Answers that are computed together on a CPU; more are hardly faster (docs/performance.md).
+ROWS = 8
 # Items beyond the rows of the model whose images are read, cut into tiles and held in memory: 7 MB for 12 tiles.
 READ_AHEAD = 2
 Rows = Generator[tuple[Item, Row], None, None]
@@ -81,6 +83,8 @@ def run(
     *,
     max_errors: int | None = None,
     progress: Progress = SILENT,
+    label: str = "answering",
+    unit: str = "items",
 ) -> Summary:
     """Answer the items that a journal does not have, and write each row into it as soon as it is finished.
 
@@ -90,6 +94,7 @@ def run(
         journal: an open one.
         max_errors: stop as soon as more rows than this have errors, those of earlier runs included.
         progress: shows rate, time left and failures.
+        label, unit: what the progress calls this work and what it counts.
 
     Raises:
         EdgeError: the disk is full, or a row of the journal answers another question (see `Journal.unfinished`).
@@ -98,8 +103,8 @@ def run(
     todo = journal.unfinished(items)
     failed = len(journal.failed.intersection(item.id for item in items))
     earlier, tokens, began = len(items) - len(todo), 0, time.monotonic()
-    if todo and _too_many(failed, max_errors) is None:
-        with load() as model, progress.phase("answering", len(items), "items") as step:
+    if todo and too_many(failed, max_errors) is None:
+        with load() as model, progress.phase(label, len(items), unit) as step:
             step(earlier)
             began = time.monotonic()
             with closing(answers(model, grouped(todo))) as results:
@@ -110,23 +115,23 @@ def run(
                     if row.error is not None and failed <= _SHOWN_ERRORS:
                         progress.remark(one_line(f"{row.id}: {row.error}"))
                     _tell(step, done, failed, time.monotonic() - began)
-                    if _too_many(failed, max_errors):
+                    if too_many(failed, max_errors):
                         break
     finished = len(journal.finished.keys() & {item.id for item in items})
     seconds = time.monotonic() - began
-    stopped = _too_many(failed, max_errors) or ""
+    stopped = too_many(failed, max_errors) or ""
     return Summary(len(items), earlier, finished - failed, failed, tokens, seconds, stopped)
 
 
-def _too_many(failed: int, most: int | None) -> str | None:
-    """Say that there are too many errors; None where there are not."""
+def too_many(failed: int, most: int | None) -> str | None:
+    """Say that there are more errors than `--max-errors` allows; None where there are not."""
     if most is None or failed <= most:
         return None
     return f"{failed} rows have errors, more than --max-errors {most}"
 
 
 def _tell(step: Step, done: int, failed: int, seconds: float) -> None:
-    rate = f"{rounded(done / max(seconds, 1e-9))} items/s"
+    rate = f"{rounded(done / max(seconds, 1e-9))} {step.unit}/s"
     step.facts = f"{rate}, {failed} with errors" if failed else rate
     step(1)
 

@@ -20,7 +20,7 @@ class Metric:
 
     Attributes:
         meaning: for people, with its unit.
-        needs: what must be there to measure it: "reference", "answers" (in the data), "suite".
+        needs: what must be there to measure it: "reference", "answers" (in the data), "suite", "choices" (in it).
         is_share: a share from 0 to 1, shown in percent.
     """
 
@@ -42,6 +42,27 @@ class Metric:
         return f"{value:.3g}" if abs(value) < 1 else f"{value:.4g}"
 
 
+# What a suite measures; `evaluation.metrics.SCORES` says how.
+SUITE_METRICS = {
+    "exact_match": "share of a suite's questions that are answered exactly",
+    "normalised_match": "share of a suite's questions that are answered right, but for case, quotes and such",
+    "contains": "share of a suite's answers that hold a right answer somewhere",
+    "anls": "average normalized Levenshtein similarity of a suite's answers to the right ones",
+    "relaxed_accuracy": "share of a suite's answers that are right, numbers within 5 %",
+    "choice_accuracy": "share of a suite's multiple-choice questions that are answered with the right choice",
+}
+
+
+def _suite_metrics() -> dict[str, Metric]:
+    """Return the metrics of a suite, and what each loses against the reference."""
+    metrics = {}
+    for name, meaning in SUITE_METRICS.items():
+        needs = ("suite", "choices") if name == "choice_accuracy" else ("suite",)
+        metrics[name] = Metric(meaning, needs, is_share=True)
+        metrics[f"{name}_loss"] = Metric(f"the reference's {name} less the bundle's", (*needs, "reference"), True)
+    return metrics
+
+
 METRICS = {
     "kl": Metric("mean KL divergence of the bundle's predictions from the reference's, in nats", ("reference",)),
     "kl_p99": Metric("99th percentile of the KL divergence over all tokens, in nats", ("reference",)),
@@ -60,15 +81,12 @@ METRICS = {
     "perplexity_ratio": Metric(
         "perplexity of the given answers, divided by the reference's perplexity", ("reference", "answers")
     ),
-    "exact_match": Metric("share of a suite's questions that are answered exactly", ("suite",), is_share=True),
-    "exact_match_loss": Metric(
-        "the reference's share of exact answers less the bundle's", ("suite", "reference"), is_share=True
-    ),
-}
+} | _suite_metrics()
 _NEEDS = {
     "reference": "--reference",
     "answers": "data that holds answers",
     "suite": "--suite",
+    "choices": "a suite with choices",
 }
 _OPERATORS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 _FORM = re.compile(r"\s*(?P<metric>[A-Za-z]\w*)\s*(?P<sign>[<>]=?)\s*(?P<limit>\S+)\s*")

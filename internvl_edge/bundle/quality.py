@@ -116,11 +116,14 @@ class Quality:
         return [(earlier, later) for earlier, later in pairs if earlier != later]
 
     def unmeasured(self, figures: Mapping[str, float], measured: Mapping[str, Measurement]) -> list[Condition]:
-        """The conditions on figures that newer runs of their kind did not measure."""
+        """The conditions on figures that newer runs of their kind did not measure, or measured of another suite."""
+        newer, recorded = measured.get("suite"), self.measured.get("suite")
+        other_suite = newer is not None and recorded is not None and newer.data != recorded.data
         return [
             condition
             for condition in self.conditions
-            if METRICS[condition.metric].run in measured and condition.metric not in figures
+            if (run := METRICS[condition.metric].run) in measured
+            and (condition.metric not in figures or (other_suite and run == "suite"))
         ]
 
     def with_figures(
@@ -144,7 +147,8 @@ class Quality:
             conditions: newer ones.
             drop_unmeasured: remove conditions on figures that the newer runs did not measure (see `unmeasured`).
         """
-        gone = {name for name in self.figures if name in METRICS and METRICS[name].run in measured} - figures.keys()
+        replaced = {name for name in self.figures if name in METRICS and METRICS[name].run in measured}
+        gone = replaced - figures.keys()
         together = {name: value for name, value in self.figures.items() if name not in gone} | dict(figures)
         dropped = self.unmeasured(figures, measured) if drop_unmeasured else []
         kept = {_side(condition): condition for condition in self.conditions if condition not in dropped}

@@ -5,6 +5,7 @@ Exit status 1 where rows have errors.
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,15 @@ from internvl_edge.base.extras import require_extras
 from internvl_edge.base.json_files import read_bytes
 from internvl_edge.base.text import shown
 from internvl_edge.base.units import rounded
+from internvl_edge.batch.cluster import Fleet, parse_workers
+from internvl_edge.batch.fleet import FleetSummary, run_fleet
 from internvl_edge.batch.inputs import read_items
 from internvl_edge.batch.items import Ask
-from internvl_edge.batch.journal import answering_record, open_journal
+from internvl_edge.batch.journal import answering_record, bundle_digest, open_journal
+from internvl_edge.batch.node_bundle import is_address, node_bundle
 from internvl_edge.batch.output import require_parquet, write_jsonl, write_parquet
-from internvl_edge.batch.run import Summary, run
+from internvl_edge.batch.run import ROWS, Summary, run
+from internvl_edge.batch.worker import Job
 from internvl_edge.bundle.manifest import Manifest
 from internvl_edge.runtime.find import find_bundle
 from internvl_edge.runtime.model import MOST_ROWS
@@ -38,10 +43,8 @@ from .options import (
     loading_options,
     voting_options,
 )
-from .output import print_json, quiet_option, shown_progress, stoppable
+from .output import print_columns, print_json, quiet_option, shown_progress, stoppable
 
-# More rows are hardly faster on a CPU (docs/performance.md).
-_ROWS = 8
 _LINES = (".jsonl", ".ndjson")
 _PROMPT_BYTES = 1 << 20
 
@@ -51,7 +54,7 @@ _PROMPT_BYTES = 1 << 20
     epilog="Exit status: 0 every row has an answer, 1 some rows have an error (their column error says it), 2 a "
     "mistake, with finished rows kept.",
 )
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=click.Path())
 @click.argument("inputs", metavar="INPUT", nargs=-1, required=True)
 @click.option(
     "-o",
@@ -64,7 +67,7 @@ _PROMPT_BYTES = 1 << 20
 @click.option(
     "--rows",
     type=click.IntRange(1, MOST_ROWS),
-    default=_ROWS,
+    default=ROWS,
     show_default=True,
     help="Number of answers that are computed together on a CPU.",
 )
@@ -73,6 +76,14 @@ _PROMPT_BYTES = 1 << 20
 @click.option("--limit", type=click.IntRange(min=1), help="Take only this many rows of INPUT.")
 @click.option("--max-errors", type=click.IntRange(min=0), help="Stop when more rows than this have errors.")
 @click.option("--retry-errors", is_flag=True, help="Ask the rows again that have errors from an earlier run.")
+@click.option(
+    "--ray", metavar="ADDRESS|auto", help="Ray cluster that answers; --output is then a folder. See docs/fleet.md."
+)
+@click.option("--workers", metavar="N|MIN:MAX", help="Workers on the cluster.  [default: as many as fit]")
+@click.option(
+    "--cpus-per-worker", type=click.FloatRange(min=0.01), help="CPUs of a worker on the cluster.  [default: 1]"
+)
+@click.option("--gpus-per-worker", type=click.FloatRange(min=0), help="GPUs of a worker on the cluster.  [default: 0]")
 @click.option("--json", "as_json", is_flag=True, help="Print what was done as one JSON object.")
 @quiet_option
 @voting_options
@@ -81,7 +92,7 @@ _PROMPT_BYTES = 1 << 20
 @answering_options
 @stoppable("finished rows are kept; repeat the command to continue")
 def command(
-    bundle: Path,
+    bundle: str,
     inputs: tuple[str, ...],
     output: Path,
     prompt: str | None,
@@ -91,6 +102,10 @@ def command(
     limit: int | None,
     max_errors: int | None,
     retry_errors: bool,
+    ray: str | None,
+    workers: str | None,
+    cpus_per_worker: float | None,
+    gpus_per_worker: float | None,
     as_json: bool,
     quiet: bool,
     **values: Any,
@@ -103,12 +118,12 @@ def command(
     """
     if len(inputs) > 1:
         raise PromptError(f"{len(inputs)} inputs were given, expected one; quote a pattern: 'scans/*.png'")
-    journal_path = _journal_path(output, ordered)
-    if output.suffix.lower() == ".parquet":
+    fleet = _fleet(ray, workers, cpus_per_worker, gpus_per_worker, ordered or retry_errors)
+    journal_path = output if fleet else _journal_path(output, ordered)
+    if not fleet and output.suffix.lower() == ".parquet":
         require_parquet()
     ask = _ask(prompt, values)
-    bundle = find_bundle(bundle, values["revision"], values["device"])
-    values["revision"] = None  # it is found
+    done: Summary
     with shown_progress(quiet) as progress:
         progress.expect(2)
         with progress.waiting(f"reading {inputs[0]}"):
@@ -116,24 +131,59 @@ def command(
         if found.unused:
             progress.remark(f"columns not used: {shown(', '.join(found.unused), 200)} (--keep copies one)")
         structured = ("structured",) if any(item.ask.form for item in found.items) else ()
-        require_extras("batch", *engine_extra(bundle, values["device"], values["engine"]), *structured)
-        values |= chosen(bundle, values, progress)
+        if not is_address(bundle):
+            bundle = str(find_bundle(bundle, values["revision"], values["device"]))
+        values["revision"] = None  # it is found
+        folder = node_bundle(bundle) if fleet else Path(bundle)
+        if fleet and values["device"] == "auto" and not fleet.gpus:
+            values["device"] = "cpu"
+        require_extras("batch", *engine_extra(folder, values["device"], values["engine"]), *structured)
+        if not fleet or values["device"] == "cpu":
+            values |= chosen(folder, values, progress)
         several = rows > 1 and values["device"] == "cpu"
         engine = {name: values[name] for name in ("device", "engine", "dialect", "exact")} | {"several_rows": several}
-        with open_journal(journal_path, answering_record(Manifest.read(bundle), engine, ask)) as journal:
-            if retry_errors:
-                journal.drop_failed()
-            if journal.changed:
-                before = shown(", ".join(f"{name} {version}" for name, version in journal.changed.items()), 200)
-                progress.note(f"internvl-edge: warning: {output} was begun with other versions: {before}")
-            load = partial(load_model, bundle, values, progress, rows=rows, prompts_first=True)
-            done = run(load, found.items, journal, max_errors=max_errors, progress=progress)
-            if journal_path != output and not done.stopped:
-                write = write_jsonl if output.suffix.lower() in _LINES else write_parquet
-                with progress.phase(f"writing {output}"):
-                    write(journal_path, found.items, output)
+        manifest = Manifest.read(folder)
+        record = answering_record(manifest, engine, ask)
+        if fleet:
+            loading = {name: values[name] for name in LOADING_NAMES}
+            source = bundle if is_address(bundle) else os.path.abspath(bundle)
+            done = run_fleet(
+                Job(source, bundle_digest(manifest), loading, rows, max_errors),
+                found.items,
+                output,
+                record,
+                fleet,
+                progress,
+            )
+        else:
+            with open_journal(journal_path, record) as journal:
+                if retry_errors:
+                    journal.drop_failed()
+                if journal.changed:
+                    before = shown(", ".join(f"{name} {version}" for name, version in journal.changed.items()), 200)
+                    progress.note(f"internvl-edge: warning: {output} was begun with other versions: {before}")
+                load = partial(load_model, folder, values, progress, rows=rows, prompts_first=True)
+                done = run(load, found.items, journal, max_errors=max_errors, progress=progress)
+                if journal_path != output and not done.stopped:
+                    write = write_jsonl if output.suffix.lower() in _LINES else write_parquet
+                    with progress.phase(f"writing {output}"):
+                        write(journal_path, found.items, output)
     _say(done, output, as_json)
     return 1 if done.failed else 0
+
+
+def _fleet(
+    ray: str | None, workers: str | None, cpus: float | None, gpus: float | None, alone_only: bool
+) -> Fleet | None:
+    """Return the cluster that the options name; None for this machine alone."""
+    if ray is None:
+        if any(each is not None for each in (workers, cpus, gpus)):
+            raise EdgeError("--workers, --cpus-per-worker and --gpus-per-worker are for a cluster; give --ray, or none")
+        return None
+    if alone_only:
+        raise EdgeError("--ordered and --retry-errors are for one machine; leave them out with --ray")
+    least, most = parse_workers(workers)
+    return Fleet(ray, least, most, 1.0 if cpus is None else cpus, gpus or 0.0)
 
 
 def _journal_path(output: Path, ordered: bool) -> Path:
@@ -174,24 +224,32 @@ def _ask(prompt: str | None, values: dict[str, Any]) -> Ask:
 
 
 def _say(done: Summary, output: Path, as_json: bool) -> None:
+    fleet = done if isinstance(done, FleetSummary) else None
     if as_json:
-        print_json(
-            {
-                "output": str(output),
-                "items": done.items,
-                "answered": done.answered,
-                "failed": done.failed,
-                "earlier": done.earlier,
-                "output_tokens": done.output_tokens,
-                "seconds": round(done.seconds, 3),
-                "items_per_s": round(done.items_per_s, 4),
-                "stopped": done.stopped or None,
-            }
-        )
+        values = {
+            "output": str(output),
+            "items": done.items,
+            "answered": done.answered,
+            "failed": done.failed,
+            "earlier": done.earlier,
+            "output_tokens": done.output_tokens,
+            "seconds": round(done.seconds, 3),
+            "items_per_s": round(done.items_per_s, 4),
+            "stopped": done.stopped or None,
+        }
+        print_json(values | ({"repeated": fleet.repeated, "workers": fleet.workers} if fleet else {}))
     else:
         earlier = f", {done.earlier} of them earlier" if done.earlier else ""
         errors = f", {done.failed} have errors" if done.failed else ""
         rate = f"; {rounded(done.items_per_s)} items/s" if done.items > done.earlier else ""
         click.echo(f"{output}: {done.answered} of {done.items} rows answered{earlier}{errors}{rate}")
+        if fleet and fleet.repeated:
+            click.echo(f"{fleet.repeated} rows were computed again after a worker or a node was lost")
+        if fleet and fleet.workers:
+            rows = [
+                (each.worker, each.items, each.failed, rounded(each.items_per_s), rounded(each.loading_s))
+                for each in fleet.workers
+            ]
+            print_columns(("worker", "rows", "errors", "rows/s", "loading, s"), rows)
     if done.stopped:
         click.echo(f"stopped: {done.stopped}; finished rows are kept", err=True)

@@ -1,4 +1,4 @@
-"""`internvl-edge evaluate BUNDLE --reference CHECKPOINT|BUNDLE`, `--suite NAME`, or both; the gate; the report.
+"""`internvl-edge evaluate BUNDLE --reference CHECKPOINT|BUNDLE`, `--suite NAME|FILE`, or both; the gate; the report.
 
 Exit status 1 where a condition of --fail-if holds.
 """
@@ -15,13 +15,17 @@ import click
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.extras import require_extras
 from internvl_edge.base.hub import hub_source
+from internvl_edge.batch.run import ROWS
 from internvl_edge.bundle.gate import METRICS
 from internvl_edge.bundle.manifest import is_bundle
 from internvl_edge.bundle.quality_record import accept_quality, record_quality
-from internvl_edge.evaluation import SUITES, EvaluationResult, EvaluationSettings, evaluate
+from internvl_edge.evaluation import SCORES, SUITES, EvaluationResult, EvaluationSettings, evaluate
 from internvl_edge.evaluation.report import bundle_report, read_report, report_folder, require_own_report, write_report
+from internvl_edge.evaluation.suite import remove_answers
+from internvl_edge.evaluation.suite_files import FORMATS
 from internvl_edge.model.preprocess import MAX_TILES
 from internvl_edge.runtime.find import find_bundle
+from internvl_edge.runtime.model import MOST_ROWS
 
 from . import completion
 from .data_options import MOST_SAMPLES
@@ -39,13 +43,29 @@ from .output import (
     typed_command,
 )
 
+_PUBLIC = [name for name in FORMATS if name != "own"]
+
 
 @click.command("evaluate", epilog=f"Metrics of --fail-if: {', '.join(METRICS)}.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--reference", type=click.Path(), help="Checkpoint (folder or hub id) or bundle to compare with.")
 @click.option("--reference-revision", help="Branch, tag or commit of a hub id in --reference.  [default: main]")
 @click.option(
-    "--suite", type=click.Choice(list(SUITES)), help="Suite of questions with known answers; exact answers are counted."
+    "--suite",
+    metavar="NAME|FILE",
+    shell_complete=completion.of(SUITES, files=True),
+    help=f"Questions with known answers: {', '.join(SUITES)}, or a .jsonl or .json file of your own, or of "
+    f"{', '.join(_PUBLIC)}.",
+)
+@click.option(
+    "--metric",
+    type=click.Choice(list(SCORES)),
+    help="Metric by which a suite is mainly judged; all are computed.  [default: that of the file's format]",
+)
+@click.option(
+    "--images",
+    type=click.Path(path_type=Path),
+    help="Folder of the images of a suite's file.  [default: the folder of the file]",
 )
 @click.option(
     "--data",
@@ -55,7 +75,7 @@ from .output import (
 @click.option(
     "--samples",
     type=click.IntRange(min=1, max=MOST_SAMPLES),
-    help="Number of questions.  [default: 32; 500 with --suite]",
+    help="Number of questions.  [default: 32; 500 of a suite, all of a suite's file]",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed that chooses the questions and their order.")
 @click.option(
@@ -66,9 +86,14 @@ from .output import (
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(min=1),
-    default=64,
+    help="Maximum number of tokens of an answer.  [default: 64 that are compared; 256 with --suite]",
+)
+@click.option(
+    "--rows",
+    type=click.IntRange(1, MOST_ROWS),
+    default=ROWS,
     show_default=True,
-    help="Maximum number of tokens of an answer that are compared.",
+    help="Number of answers to a suite that are computed together on a CPU.",
 )
 @click.option(
     "--fail-if",
@@ -115,7 +140,7 @@ def command(
     """Measure the quality of BUNDLE's answers.
 
     With --reference, predictions and answers are compared with those of the reference on the same questions. With
-    --suite, answers are compared with known answers; with both, those of the reference are too. Figures and conditions
+    --suite, answers are scored by known answers; with both, those of the reference are too. Figures and conditions
     are stored in the bundle's manifest and in a report. ONNX Runtime computes them unless --engine or --device says
     otherwise.
     """
@@ -125,7 +150,7 @@ def command(
     folder = None if no_report else report or report_folder(bundle)
     bundle = found
     values["replace_recorded"] |= not record
-    settings = EvaluationSettings(bundle, shown=6 if folder else 0, **values)
+    settings = EvaluationSettings(bundle, shown=6 if folder else 0, answers=folder, **values)
     if settings.reference is None and settings.suite is None and accept is not None:
         accepted = accept_quality(bundle, accept)
         click.echo(f"{bundle}: accepted, {accepted.state}: {accepted.accepted}")
@@ -151,6 +176,7 @@ def command(
     if folder:
         made = bundle_report(bundle, quality, result.comparison, result.suite, command=typed_command())
         say_written(write_report(made.completed_by(read_report(folder)), folder))
+        remove_answers(folder)
     return 1 if result.failed else 0
 
 
@@ -181,7 +207,7 @@ def _extras(settings: EvaluationSettings) -> list[str]:
     extras = [*engine_extra(Path(settings.bundle), settings.device, "onnxruntime" if on_cpu else settings.engine)]
     if settings.reference is not None and not is_bundle(Path(settings.reference)):
         extras.append("export")
-    if settings.suite is not None or (settings.reference is not None and settings.data is None):
+    if settings.suite in SUITES or (settings.reference is not None and settings.data is None):
         extras.append("synthetic")
     return extras
 

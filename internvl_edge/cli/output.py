@@ -21,7 +21,14 @@ from internvl_edge.base.units import rounded, share
 
 if TYPE_CHECKING:
     from internvl_edge.bundle.manifest import Manifest
-    from internvl_edge.evaluation import Comparison, DivergenceSummary, EvaluationResult, SuiteResult
+    from internvl_edge.evaluation import (
+        Comparison,
+        DivergenceSummary,
+        Estimate,
+        EvaluationResult,
+        MetricResult,
+        SuiteResult,
+    )
     from internvl_edge.evaluation.report.files import Written
     from internvl_edge.runtime.reply import Reply
 
@@ -176,11 +183,8 @@ def evaluation_values(result: EvaluationResult) -> dict[str, Any]:
         values |= {"reference": str(settings.reference), "data": str(settings.data or "built-in")}
         values |= {name: getattr(result.comparison, name) for name in _COMPARISON}
     if suite:
-        tasks = {name: {"asked": task.asked, "exact_match": task.exact_match} for name, task in suite.tasks.items()}
-        total = {"exact_match": suite.total.exact_match, "asked": suite.total.asked}
-        values |= {"suite": suite.settings.data, **total, "tasks": tasks, "wrong": suite.mistakes}
-    if suite and suite.total.reference is not None:
-        values["reference_exact_match"] = suite.total.reference
+        values |= {"suite": suite.settings.data, "metric": suite.metric, "asked": suite.asked}
+        values |= {"scores": suite.total, "tags": suite.tags, "wrong": suite.mistakes}
     return values | {"figures": result.figures, "gate": result.quality.gate}
 
 
@@ -224,9 +228,26 @@ def _perplexities(answers: DivergenceSummary) -> str:
 
 
 def _suite_rows(found: SuiteResult) -> list[Row]:
-    """List exact answers, in all and by task, beside those of a reference."""
-    rows: list[Row] = []
-    for name, task in (("exact answers", found.total), *found.tasks.items()):
-        beside = "" if task.reference is None else f", reference {share(task.reference)}"
-        rows.append((name, f"{share(task.exact_match)} of {task.asked}{beside}"))
+    """List the main metric in all and by tag, then the other metrics, beside those of a reference."""
+    rows: list[Row] = [("suite", f"{found.asked} question{'s' if found.asked > 1 else ''} of {found.settings.data}")]
+    for name, result in found.total.items():
+        rows.append((name, _score(result)))
+        if name == found.metric:
+            rows += [(f"  {tag}", _score(results[name])) for tag, results in found.tags.items() if name in results]
+    methods = {
+        estimate.method for result in found.total.values() for estimate in (result.bundle, result.loss) if estimate
+    }
+    rows.append(("intervals", f"95 %, {' and '.join(sorted(methods, reverse=True))}"))
     return rows
+
+
+def _score(result: MetricResult) -> str:
+    """Write a score with its interval, and how much of the reference's is lost."""
+    text = f"{_estimate(result.bundle)} of {result.asked}"
+    if result.reference and result.loss:
+        text += f", reference {share(result.reference.value)}, loss {_estimate(result.loss)}"
+    return text
+
+
+def _estimate(found: Estimate) -> str:
+    return f"{share(found.value)} ({share(found.low)} to {share(found.high)})"

@@ -32,7 +32,11 @@ class Case:
         question: may hold `<image>` marks.
         images: paths or pictures, in the order of the marks.
         answer: the right answer, "" where none is known.
-        task: what kind of question it is; suites count right answers per task.
+        also_right: other right answers.
+        choices: the texts of the possible answers, where the question has them. The right answer is one of them, or the
+            letter of its place.
+        tags: what kinds of question it is; suites count per tag.
+        is_formula: whether the answer is a formula, whose spaces mean nothing (see `metrics.contains`).
         history: earlier questions and answers, whose marks take the first images.
         system: system text; None is the checkpoint's own.
     """
@@ -41,9 +45,17 @@ class Case:
     question: str
     images: tuple[Path | Image.Image, ...] = ()
     answer: str = ""
-    task: str = ""
+    also_right: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    is_formula: bool = False
     history: tuple[tuple[str, str], ...] = ()
     system: str | None = None
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """All right answers."""
+        return (self.answer, *self.also_right)
 
     def options(self, limits: ChatOptions) -> ChatOptions:
         """Return the limits together with what goes before the question, as a model takes them."""
@@ -90,26 +102,26 @@ def read_cases(source: Path | None, count: int, seed: int = 0) -> list[Case]:
 
 def _built_in(seed: int) -> Iterator[Case]:
     """Synthetic pictures with fonts and words that calibration never sees, and short texts in two languages."""
-    from internvl_edge.calibration.synthetic import sample  # fonts are packages of an extra; only this needs them
-
     texts = list(TEXTS)
     random.Random(f"evaluate/{seed}").shuffle(texts)
     for index in itertools.count():
         if index % _TEXT_EVERY == _TEXT_EVERY - 1:
             question, answer = texts[index // _TEXT_EVERY % len(texts)]
-            yield Case(f"text {index}", question, (), answer, "text")
+            yield Case(f"text {index}", question, (), answer, tags=("text",))
         else:
-            drawn = sample("test", index, seed)
-            yield Case(f"{drawn.task} {index}", drawn.question, (drawn.image,), drawn.answer, drawn.task)
+            yield _drawn(index, seed)
+
+
+def _drawn(index: int, seed: int) -> Case:
+    from internvl_edge.calibration.synthetic import sample  # fonts are packages of an extra; only this needs them
+
+    drawn = sample("test", index, seed)
+    return Case(f"{drawn.task} {index}", drawn.question, (drawn.image,), drawn.answer, tags=(drawn.task,))
 
 
 def _reader(seed: int) -> Iterator[Case]:
-    from internvl_edge.calibration.synthetic import sample
-
-    for index in itertools.count():
-        drawn = sample("test", index, seed)
-        yield Case(f"{drawn.task} {index}", drawn.question, (drawn.image,), drawn.answer, drawn.task)
+    return (_drawn(index, seed) for index in itertools.count())
 
 
-# A suite is an endless stream of cases with exact answers, made from a seed.
+# A built-in suite is an endless stream of cases with exact answers, made from a seed.
 SUITES: dict[str, Callable[[int], Iterator[Case]]] = {"reader": _reader}

@@ -13,22 +13,26 @@ from functools import partial
 from pathlib import Path
 
 from internvl_edge.base.errors import EdgeError, QualityWarning
+from internvl_edge.base.files import readable_disk_errors
 from internvl_edge.base.progress import SILENT, Progress, as_progress
+from internvl_edge.base.text import shown
+from internvl_edge.batch.run import ROWS
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.bundle.gate import METRICS, Condition, Verdict, parse_condition, require_measurable
-from internvl_edge.bundle.manifest import is_bundle
+from internvl_edge.bundle.manifest import Manifest, is_bundle
 from internvl_edge.bundle.quality import Measurement, Quality
 from internvl_edge.bundle.quality_record import quality_of
 from internvl_edge.runtime.find import find_bundle
-from internvl_edge.runtime.model import InternVL
+from internvl_edge.runtime.model import MOST_ROWS, InternVL
 
 from .cases import SUITES, Case, QuestionSettings, read_cases
 from .compare import COMPARISON_PHASES, Comparison, compare
+from .metrics import SCORES
 from .reference import REFERENCE_PHASES, reference_bundle
-from .suite import SuiteResult, run_suite
+from .suite import Suite, SuiteResult, answers_path, read_suite, run_suite
 
 _CASES = 32
-_SUITE_QUESTIONS = 500
+_ANSWER_TOKENS = 64
 _SUITE_ANSWER_TOKENS = 256
 
 
@@ -39,12 +43,18 @@ class EvaluationSettings:
     Attributes:
         bundle: its folder, or a hub id.
         reference: what to compare it with: a checkpoint or a bundle (folder or hub id); None compares with nothing.
-        suite: a name in `SUITES`, whose exact answers are counted; None asks no suite.
+        suite: questions with known answers, which are scored: a name in `SUITES`, or a file of one of the formats in
+            `suite_files.FORMATS`; None asks no suite.
+        images: folder of the images of a suite's file; None is where the format usually has them.
+        metric: the metric in `SCORES` by which a suite is mainly judged; None is the usual one of its format.
+        rows: how many answers to a suite are computed together on a CPU.
+        answers: a folder, made where it is missing, that keeps the answers to a suite, so that an interrupted
+            evaluation continues; `suite.remove_answers` removes them. None keeps none.
         data: a folder of images or a JSON Lines file to compare on; None is the built-in set.
-        samples: how many questions; None is 32 for the comparison and 500 for a suite.
+        samples: how many questions; None is 32 for the comparison, 500 for a built-in suite, and all of a file.
         seed: which questions, and in which order.
         max_tiles: most tiles of an image; None is the checkpoint's own limit.
-        max_new_tokens: most tokens of an answer that are compared.
+        max_new_tokens: most tokens of an answer; None is 64 for the comparison and 256 for a suite.
         fail_if: conditions, such as "kl>0.05", of which none may hold.
         replace_recorded: whether figures may replace recorded ones that come from more questions, longer answers or
             other settings.
@@ -65,7 +75,7 @@ class EvaluationSettings:
     samples: int | None = None
     seed: int = 0
     max_tiles: int | None = None
-    max_new_tokens: int = 64
+    max_new_tokens: int | None = None
     fail_if: tuple[str, ...] = ()
     replace_recorded: bool = False
     shown: int = 6
@@ -77,19 +87,41 @@ class EvaluationSettings:
     revision: str | None = None
     reference_revision: str | None = None
     exact: bool = False
+    images: str | Path | None = None
+    metric: str | None = None
+    rows: int = ROWS
+    answers: str | Path | None = None
 
     def __post_init__(self) -> None:
         conditions = self.conditions
-        if self.suite is not None and self.suite not in SUITES:
-            raise EdgeError(f"there is no suite {self.suite!r}; known are {', '.join(SUITES)}")
+        if self.suite is not None and self.suite not in SUITES and not Path(self.suite).is_file():
+            raise EdgeError(f"there is no suite {shown(self.suite)}; known are {', '.join(SUITES)}, or give a file")
+        if self.images is not None and (self.suite is None or self.suite in SUITES):
+            raise EdgeError("--images is the folder of the images of a suite's file; give a file as --suite")
+        if self.metric is not None and self.suite is None:
+            raise EdgeError("--metric chooses how a --suite is judged; give both or neither")
+        if self.metric is not None and self.metric not in SCORES:
+            raise EdgeError(f"there is no metric {shown(self.metric)} of a suite; known are {', '.join(SCORES)}")
         if self.reference is None and self.data is not None:
             raise EdgeError("--data is compared with a --reference; a --suite brings its own questions")
         if self.reference is None and self.suite is None and conditions:
             raise EdgeError("--fail-if needs figures; give --reference, --suite or both")
         if self.reference is None and self.reference_revision is not None:
             raise EdgeError("--reference-revision chooses a version of a hub id in --reference; give both or neither")
+        if not 1 <= self.rows <= MOST_ROWS:
+            raise EdgeError(f"rows is {self.rows}, expected 1 to {MOST_ROWS}")
         if self.samples is not None and self.samples < 1:
             raise EdgeError(f"samples is {self.samples}, expected at least 1")
+
+    @property
+    def compared_tokens(self) -> int:
+        """The most tokens of an answer that are compared."""
+        return self.max_new_tokens or _ANSWER_TOKENS
+
+    @property
+    def suite_tokens(self) -> int:
+        """The most tokens of an answer to a suite."""
+        return self.max_new_tokens or _SUITE_ANSWER_TOKENS
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
@@ -155,23 +187,24 @@ def evaluate(settings: EvaluationSettings, progress: bool | Progress = False) ->
         raise EdgeError("give --reference, a checkpoint or a bundle to compare with, or --suite, or both")
     if settings.engine == "auto" and settings.device in ("auto", "cpu"):
         settings = replace(settings, engine="onnxruntime")
-    cases = _cases(settings)
+    suite, cases = _read(settings)
     folder = find_bundle(settings.bundle, settings.revision, settings.device)
     settings = replace(settings, bundle=folder, revision=None)
     known = quality_of(Bundle.open(Path(settings.bundle)).manifest)
     if not settings.replace_recorded:
-        _require_replaceable(settings, cases, known)
+        _require_replaceable(settings, suite, cases, known)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", QualityWarning)
-        comparison, suite = _measure(settings, cases, as_progress(progress))
-    figures = {**(comparison.figures if comparison else {}), **(suite.figures if suite else {})}
-    runs = {"comparison": comparison, "suite": suite}
-    measured = _measurements(settings, len(cases), {kind: found.run.date for kind, found in runs.items() if found})
+        comparison, answered = _measure(settings, suite, cases, as_progress(progress))
+    figures = {**(comparison.figures if comparison else {}), **(answered.figures if answered else {})}
+    runs = {"comparison": comparison, "suite": answered}
+    dates = {kind: found.run.date for kind, found in runs.items() if found}
+    measured = _measurements(settings, suite, cases, dates)
     quality = known.with_figures(figures, measured, settings.conditions, drop_unmeasured=settings.replace_recorded)
     return EvaluationResult(
         settings=settings,
         comparison=comparison,
-        suite=suite,
+        suite=answered,
         figures=figures,
         quality=quality,
         replaced=known.replaced(settings.conditions),
@@ -179,35 +212,41 @@ def evaluate(settings: EvaluationSettings, progress: bool | Progress = False) ->
     )
 
 
-def _cases(settings: EvaluationSettings) -> list[Case]:
-    """Read the questions of the comparison, and refuse conditions on what will not be measured."""
-    cases = []
+def _read(settings: EvaluationSettings) -> tuple[Suite | None, list[Case]]:
+    """Read the suite and the questions of the comparison, and refuse conditions on what will not be measured."""
+    suite, cases = None, []
+    if settings.suite is not None:
+        images = None if settings.images is None else Path(settings.images)
+        suite = read_suite(settings.suite, settings.samples, settings.seed, settings.metric, images)
     if settings.reference is not None:
         source = None if settings.data is None else Path(settings.data)
         cases = read_cases(source, settings.samples or _CASES, settings.seed)
-    require_measurable(settings.conditions, _available(settings, cases))
-    return cases
+    require_measurable(settings.conditions, _available(settings, suite, cases))
+    return suite, cases
 
 
-def _available(settings: EvaluationSettings, cases: Sequence[Case]) -> list[str]:
+def _available(settings: EvaluationSettings, suite: Suite | None, cases: Sequence[Case]) -> list[str]:
     """List what there is to measure with, in the words of `Metric.needs`."""
     available = {
         "reference": settings.reference is not None,
-        "suite": settings.suite is not None,
+        "suite": suite is not None,
+        "choices": suite is not None and "choice_accuracy" in suite.metrics,
         "answers": any(case.answer for case in cases),
     }
     return [name for name, there in available.items() if there]
 
 
-def _require_replaceable(settings: EvaluationSettings, cases: Sequence[Case], known: Quality) -> None:
+def _require_replaceable(
+    settings: EvaluationSettings, suite: Suite | None, cases: Sequence[Case], known: Quality
+) -> None:
     """Refuse to replace recorded figures by those of a run that says less, or that measures something else."""
-    planned = _measurements(settings, len(cases))
+    planned = _measurements(settings, suite, cases)
     advice = "pass --replace to replace them, or --no-record to look only"
     for kind, newer in planned.items():
         recorded = known.measured.get(kind)
         if recorded and (why := recorded.why_kept(newer)):
             raise EdgeError(f"{settings.bundle} has figures of {recorded}; {why}; {advice}")
-    available = _available(settings, cases)
+    available = _available(settings, suite, cases)
     for condition in known.conditions:
         metric = METRICS[condition.metric]
         if metric.run in planned and not set(metric.needs) <= set(available):
@@ -215,29 +254,51 @@ def _require_replaceable(settings: EvaluationSettings, cases: Sequence[Case], kn
 
 
 def _measure(
-    settings: EvaluationSettings, cases: Sequence[Case], progress: Progress
+    settings: EvaluationSettings, suite: Suite | None, cases: Sequence[Case], progress: Progress
 ) -> tuple[Comparison | None, SuiteResult | None]:
     load_bundle = partial(_load_bundle, settings)
-    questions = QuestionSettings(settings.suite or "", settings.seed, settings.max_tiles, _SUITE_ANSWER_TOKENS)
-    ask_suite = partial(run_suite, load_bundle, questions, settings.samples or _SUITE_QUESTIONS, progress=progress)
     progress.expect(_phases(settings))
     if settings.reference is None:
-        return None, ask_suite()
+        return None, _ask_suite(settings, suite, None, progress) if suite else None
     with progress.phase("loading the bundle"), load_bundle(progress):
         pass  # whatever keeps it from being loaded is found out now, not after hours of the reference's answers
     with reference_bundle(str(settings.reference), progress, settings.reference_revision) as folder:
         load_reference = partial(_load_reference, settings, folder)
-        suite = ask_suite(load_reference=load_reference) if settings.suite else None
+        answered = _ask_suite(settings, suite, folder, progress) if suite else None
         comparison = compare(
             load_bundle,
             load_reference,
             cases,
-            replace(questions, data=_data_name(settings), max_new_tokens=settings.max_new_tokens),
+            QuestionSettings(_data_name(settings), settings.seed, settings.max_tiles, settings.compared_tokens),
             progress,
             reference=Path(settings.reference).name,
             shown=settings.shown,
         )
-    return comparison, suite
+    return comparison, answered
+
+
+def _ask_suite(settings: EvaluationSettings, suite: Suite, reference: Path | None, progress: Progress) -> SuiteResult:
+    """Ask the bundle, and a reference where there is one. Several answers are computed together."""
+    questions = QuestionSettings(suite.name, settings.seed, settings.max_tiles, settings.suite_tokens)
+    on_cpu = settings.device == "cpu" or (settings.device == "auto" and settings.engine != "auto")
+    rows = settings.rows if on_cpu else 1
+    several = {"several_rows": rows > 1}
+    ours = {name: getattr(settings, name) for name in ("device", "engine", "dialect", "exact")} | several
+    asked = {"bundle": (Path(settings.bundle), ours)}
+    load_reference = None
+    if reference is not None:
+        asked["reference"] = (reference, {"several_rows": settings.rows > 1})
+        load_reference = partial(_load_reference, settings, reference, settings.rows)
+    if settings.answers is not None:
+        with readable_disk_errors(Path(settings.answers), "make room", "give another --report, or --no-report"):
+            Path(settings.answers).mkdir(parents=True, exist_ok=True)
+    kept = {
+        who: answers_path(Path(settings.answers), who, Manifest.read(folder), engine, suite, questions)
+        for who, (folder, engine) in asked.items()
+        if settings.answers is not None
+    }
+    load = partial(_load_bundle, settings, rows=rows, prompts_first=True)
+    return run_suite(load, suite, questions, load_reference, progress, kept)
 
 
 def _phases(settings: EvaluationSettings) -> int:
@@ -248,10 +309,14 @@ def _phases(settings: EvaluationSettings) -> int:
     return 1 + export + (2 if settings.suite else 0) + COMPARISON_PHASES
 
 
-def _load_bundle(settings: EvaluationSettings, progress: Progress = SILENT) -> InternVL:
+def _load_bundle(
+    settings: EvaluationSettings, progress: Progress = SILENT, rows: int = 1, prompts_first: bool = False
+) -> InternVL:
     return InternVL.load(
         settings.bundle,
         settings.device,
+        rows=rows,
+        prompts_first=prompts_first,
         engine=settings.engine,
         dialect=settings.dialect,
         context=settings.context,
@@ -261,21 +326,23 @@ def _load_bundle(settings: EvaluationSettings, progress: Progress = SILENT) -> I
     )
 
 
-def _load_reference(settings: EvaluationSettings, folder: Path) -> InternVL:
+def _load_reference(settings: EvaluationSettings, folder: Path, rows: int = 1) -> InternVL:
     """Load it for exact answers, whatever runs the bundle: what an engine rounds is part of the bundle's figures."""
-    return _load_bundle(
-        replace(settings, bundle=folder, device="cpu", engine="onnxruntime", dialect=None, context=None, exact=False)
+    exact = replace(
+        settings, bundle=folder, device="cpu", engine="onnxruntime", dialect=None, context=None, exact=False
     )
+    return _load_bundle(exact, rows=rows, prompts_first=rows > 1)
 
 
 def _measurements(
-    settings: EvaluationSettings, cases: int, dates: Mapping[str, str] | None = None
+    settings: EvaluationSettings, suite: Suite | None, cases: Sequence[Case], dates: Mapping[str, str] | None = None
 ) -> dict[str, Measurement]:
     """State how figures are measured, by the kind of run.
 
     Args:
         settings: what is measured.
-        cases: how many questions the comparison has.
+        suite: the suite that is asked.
+        cases: the questions of the comparison.
         dates: when each kind of run ended, where it did.
     """
     how = partial(
@@ -292,17 +359,17 @@ def _measurements(
     if settings.reference is not None:
         measured["comparison"] = how(
             _data_name(settings),
-            cases,
+            len(cases),
             date=dates.get("comparison", ""),
             reference=Path(settings.reference).name,
-            answer_tokens=settings.max_new_tokens,
+            answer_tokens=settings.compared_tokens,
         )
-    if settings.suite is not None:
+    if suite is not None:
         measured["suite"] = how(
-            settings.suite,
-            settings.samples or _SUITE_QUESTIONS,
+            suite.name,
+            len(suite.cases),
             date=dates.get("suite", ""),
-            answer_tokens=_SUITE_ANSWER_TOKENS,
+            answer_tokens=settings.suite_tokens,
         )
     return measured
 

@@ -34,17 +34,18 @@ from internvl_edge.bundle.quality import Quality
 from internvl_edge.bundle.quality_record import quality_of, record_quality
 from internvl_edge.cli import output
 from internvl_edge.evaluation import (
-    SUITES,
     Case,
     Comparison,
     EvaluationSettings,
     Mistake,
     QuestionSettings,
+    Suite,
     compare,
     reference_bundle,
     run_suite,
 )
 from internvl_edge.evaluation.divergence import Divergence, divergence, summarise
+from internvl_edge.evaluation.metrics import bootstrap, wilson
 from internvl_edge.evaluation.report import read_report
 
 
@@ -229,31 +230,108 @@ def test_an_answer_along_its_own_tokens_has_the_same_logits(pair: Pair) -> None:
 # ---- suites ----
 
 
-def test_a_suite_counts_exact_answers_per_task(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_suite_scores_answers_per_tag_beside_those_of_a_reference(pair: Pair) -> None:
     with InternVL.load(pair.reference, threads=1) as model:
         said = model.chat("What is this?", max_new_tokens=4).text
-    right, wrong = (Case(name, "What is this?", answer=said + end, task=name) for name, end in (("a", ""), ("b", "?")))
-    monkeypatch.setitem(SUITES, "three", lambda seed: iter([right, right, wrong]))
+    right, wrong = (
+        Case(name, "What is this?", answer=said + end, tags=(name,)) for name, end in (("a", ""), ("b", "?"))
+    )
+    suite = Suite("three", [right, replace(right, tags=("a", "c")), wrong], "exact_match")
     log = io.StringIO()
     with Progress(log) as progress:
         score = run_suite(
             lambda: InternVL.load(pair.reference, threads=1),
+            suite,
             QuestionSettings("three", max_new_tokens=4),
-            3,
             lambda: InternVL.load(pair.candidate, threads=1),
             progress,
         )
-    shares = [task.exact_match for task in (score.tasks["a"], score.tasks["b"], score.total)]
-    assert shares == [1, 0, 2 / 3]
-    assert [task.asked for task in (score.tasks["a"], score.tasks["b"], score.total)] == [2, 1, 3]
+    exact = [score.tags[tag]["exact_match"] for tag in "abc"] + [score.total["exact_match"]]
+    assert [result.bundle.value for result in exact] == [1, 0, 1, 2 / 3]
+    assert [result.asked for result in exact] == [2, 1, 1, 3]
+    assert exact[3].bundle == wilson(2, 3)
+    assert "choice_accuracy" not in score.total, "no question has choices"
     assert score.mistakes == (Mistake("b", said + "?", said),)
     with InternVL.load(pair.candidate, threads=1) as model:
         other = model.chat("What is this?", max_new_tokens=4).text
     expected = [float(other == said), float(other == said + "?")]
-    assert [score.tasks["a"].reference, score.tasks["b"].reference] == expected
+    assert [score.tags[tag]["exact_match"].reference for tag in "ab"] == [
+        wilson(round(2 * expected[0]), 2),
+        wilson(round(expected[1]), 1),
+    ]
     assert score.figures["exact_match_loss"] == pytest.approx((2 * expected[0] + expected[1]) / 3 - 2 / 3)
+    loss = score.total["exact_match"].loss
+    assert loss == bootstrap([expected[0] - 1, expected[0] - 1, expected[1]])
     shown = [f"internvl-edge: answering the suite with the {who}, 3 questions" for who in ("bundle", "reference")]
     assert [line for line in log.getvalue().splitlines() if ", 3 questions" in line] == shown
+
+
+def test_a_file_of_own_questions_is_scored_recorded_and_judged(pair: Pair, tmp_path: Path) -> None:
+    """The command, from a file with tags and choices to the manifest, the report and the exit status."""
+    bundle = shutil.copytree(pair.candidate, tmp_path / "bundle")
+    with InternVL.load(bundle, threads=1) as model:
+        said = model.chat("What is this?", max_new_tokens=3).text
+    lines = [
+        {"id": "one", "prompt": "What is this?", "answer": [said + "!", "no", said], "tags": ["x", "y"]},
+        {"id": "two", "prompt": "What is this?", "answer": "B", "choices": ["never", f"{said} indeed"], "tags": "y"},
+    ]
+    data = tmp_path / "own.jsonl"
+    data.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    common = (
+        "evaluate",
+        bundle,
+        "--suite",
+        data,
+        "--threads",
+        1,
+        "--max-new-tokens",
+        3,
+        "--report",
+        tmp_path / "report",
+    )
+    found = internvl_edge(*common, "--json", "--fail-if", "exact_match<0.6", "--fail-if", "choice_accuracy<0")
+    assert found.returncode == 1, found.stderr
+    assert "failed: exact_match is 50.00% (exact_match<0.6)" in found.stderr
+    printed = json.loads(found.stdout)
+    assert (printed["suite"], printed["metric"], printed["asked"]) == ("own.jsonl", "exact_match", 2)
+    assert printed["scores"]["exact_match"] == {
+        "asked": 2,
+        "bundle": asdict(wilson(1, 2)),
+        "reference": None,
+        "loss": None,
+    }
+    assert printed["scores"]["choice_accuracy"]["asked"] == 1
+    assert {tag: scores["exact_match"]["bundle"]["value"] for tag, scores in printed["tags"].items()} == {
+        "x": 1,
+        "y": 0.5,
+    }
+    assert printed["wrong"] == [{"case": "two", "expected": "B", "answered": said}]
+    recorded, report = quality_of(Manifest.read(bundle)), read_report(tmp_path / "report")
+    assert report is not None
+    assert report.suite is not None
+    assert report.suite.figures == recorded.figures == printed["figures"]
+    assert recorded.measured["suite"].data == "own.jsonl"
+    assert recorded.measured["suite"].answer_tokens == 3
+
+    reader = ("evaluate", bundle, "--suite", "reader", "--samples", 3, "--max-new-tokens", 3, "--threads", 1)
+    assert_one_line(
+        internvl_edge(*reader, "--no-report"), "2 questions of own.jsonl", "reader would replace", "--replace"
+    )
+    assert internvl_edge(*reader, "--no-report", "--replace").returncode == 0
+    assert quality_of(Manifest.read(bundle)).gate == (), "conditions on one suite do not hold for another"
+
+
+def test_a_table_of_a_suite_has_intervals_and_tags(pair: Pair, tmp_path: Path) -> None:
+    data = tmp_path / "own.jsonl"
+    data.write_text(json.dumps({"prompt": "Why?", "answer": "x", "tags": ["t"]}), encoding="utf-8")
+    common = ("--suite", data, "--metric", "anls", "--threads", 1, "--max-new-tokens", 2, "--no-report", "--no-record")
+    found = internvl_edge("evaluate", pair.candidate, "--reference", pair.reference, *common, "--samples", 1)
+    assert found.returncode == 0, found.stderr
+    rows = dict(re.split(r"  +", line.strip(), maxsplit=1) for line in found.stdout.splitlines())
+    assert rows["suite"] == "1 question of own.jsonl"
+    assert rows["anls"] == rows["t"] == "0% (0% to 0%) of 1, reference 0%, loss 0% (0% to 0%)"
+    assert rows["exact_match"].startswith(f"0% (0% to {share(wilson(0, 1).high)}) of 1")
+    assert rows["intervals"] == "95 %, wilson and bootstrap"
 
 
 # ---- the command ----
@@ -326,7 +404,10 @@ def test_a_smaller_run_replaces_recorded_figures_only_when_asked(pair: Pair, tmp
 
 def test_settings_that_do_not_fit_together_are_refused() -> None:
     for values, message in (
-        ({"suite": "none"}, "no suite 'none'; known are reader"),
+        ({"suite": "none"}, "no suite 'none'; known are reader, or give a file"),
+        ({"suite": "reader", "images": "x"}, "--images is the folder"),
+        ({"suite": "reader", "metric": "bleu"}, "no metric 'bleu' of a suite; known are exact_match"),
+        ({"reference": "r", "metric": "anls"}, "--metric chooses how a --suite is judged"),
         ({"data": "questions.jsonl"}, "--data is compared with a --reference"),
         ({"fail_if": ("kl>1",)}, "--fail-if needs figures"),
         ({"reference": "r", "fail_if": ("kl",)}, "METRIC"),

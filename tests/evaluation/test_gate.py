@@ -113,6 +113,8 @@ def test_conditions_on_what_is_not_measured_are_refused() -> None:
         require_measurable(conditions, ["suite"])
     with pytest.raises(EdgeError, match="data that holds answers"):
         require_measurable([parse_condition("perplexity_ratio>1.1")], ["reference"])
+    with pytest.raises(EdgeError, match=r"choice_accuracy<0\.5 needs a suite with choices"):
+        require_measurable([parse_condition("choice_accuracy<0.5")], ["suite"])
 
 
 # ---- the manifest ----
@@ -215,6 +217,22 @@ def test_figures_of_two_runs_never_stand_together() -> None:
     assert list(map(str, first.unmeasured(*newer))) == ["perplexity_ratio>1.2"]
     assert [verdict.condition for verdict in second.gate] == ["kl>0.05", "exact_match<0.8"]
     assert {kind: how.questions for kind, how in second.measured.items()} == {"comparison": 80, "suite": 500}
+
+
+def test_conditions_on_a_suite_go_with_its_figures() -> None:
+    first = Quality("x").with_figures(
+        {"kl": 0.02, "exact_match": 0.9, "anls": 0.95},
+        _measured("comparison", 60) | _measured("suite", 500),
+        map(parse_condition, ["kl>0.05", "exact_match<0.8", "anls<0.9"]),
+    )
+    again = first.with_figures({"exact_match": 0.7, "anls": 0.9}, _measured("suite", 500), [])
+    assert [str(verdict.condition) for verdict in again.failed] == ["exact_match<0.8"]
+    other = {"suite": replace(_measured("suite", 9)["suite"], data="own.jsonl")}
+    assert first.is_of_another_suite(other)
+    newer = first.with_figures({"exact_match": 0.1}, other, [parse_condition("exact_match<0.05")])
+    assert newer.figures == {"kl": 0.02, "exact_match": 0.1}
+    assert [verdict.condition for verdict in newer.gate] == ["kl>0.05", "exact_match<0.05"]
+    assert newer.state == "passed"
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ from internvl_edge.checkpoint.quantization import read_quantization
 from internvl_edge.checkpoint.safetensors_header import BITS, read_header
 from internvl_edge.checkpoint.tensor_files import open_tensor_files
 from internvl_edge.checkpoint.tokenizer_files import build_tokenizer, end_tokens, token_ids
+from internvl_edge.evaluation import SCORES, read_suite
 from internvl_edge.model import tokenizer as runtime
 from internvl_edge.model.config import ModelConfig
 from internvl_edge.model.linear import W8A8, Scheme
@@ -446,6 +447,57 @@ class CalibrationData:
         return list(good_samples(items, self._builder, 8, 1, lambda line: None))
 
 
+class SuiteData:
+    """Questions of a suite in each format, read with their images and scored."""
+
+    seconds = 1.0
+    memory_mb = 50.0
+    _ENTRIES: ClassVar[list[dict[str, Any]]] = [
+        {"images": ["0.png"], "prompt": "what", "answer": ["a", "b"], "tags": ["x"], "choices": ["a", "b"], "id": 3},
+        {"messages": [{"role": "user", "content": "what"}, {"role": "assistant", "content": "3"}], "id": "m"},
+        {"questionId": 3, "question": "what", "image": "0.png", "answers": ["12%"], "question_types": ["form"]},
+        {"imgname": "0.png", "query": "how many", "label": "12.5"},
+        {
+            "dataset_name": "HME100k",
+            "id": 1,
+            "image_path": "0.png",
+            "question": "what",
+            "answers": "x ^ 2",
+            "type": "f",
+        },
+        {"id": "val_Art_1", "question": "<image 1>?", "options": "['a', 'b']", "image_1": "0.png", "answer": "B"},
+    ]
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        Image.new("RGB", (20, 10)).save(folder / "0.png")
+
+    def mutant(self, rng: random.Random) -> Files:
+        name = rng.choice(["data.json", "data.jsonl"])
+        chosen = rng.choice(self._ENTRIES)
+        entries = [copy.deepcopy(chosen) for _ in range(rng.randrange(1, 4))]
+        for entry in entries:
+            if rng.random() < 0.5:
+                mutate_values(rng, entry, ("0.png", ["0.png"], ["absent.png"], "[" * 99, "A", ["a"] * 30, "<image 9>"))
+        if name == "data.jsonl":
+            text = b"\n".join(_json_text(rng, entry) for entry in entries)
+        else:
+            text = _json_text(rng, {"data": entries} if rng.random() < 0.5 else entries)
+        text = mutate_bytes(rng, text) if rng.random() < 0.1 else text
+        return {"data.json": None, "data.jsonl": None} | {name: text}
+
+    def read(self, files: Files) -> Any:
+        _write(self._folder, files)
+        name = next(name for name, content in files.items() if content is not None)
+        suite = read_suite(str(self._folder / name))
+        answers = ("B", "12.4", "what", *(case.answer for case in suite.cases))
+        return [
+            {metric: SCORES[metric].of(answer, case) for metric in suite.metrics if SCORES[metric].applies(case)}
+            for answer in answers
+            for case in suite.cases
+        ]
+
+
 class Arguments:
     """Arguments of the command line, run in this process; what they name is absent, empty or a configuration."""
 
@@ -470,6 +522,7 @@ class Arguments:
         *("-h", "--help", "--json", "--version", "-o", "--output", "--device", "--engine", "--recipe", "--threads"),
         *("--context", "--image", "--data", "--samples", "--seed", "--scheme", "--group-size", "--set", "--devices"),
         *("--max-new-tokens", "--temperature", "--stop", "--layer", "--dtype", "--dialect", "--fail-if", "--nonsense"),
+        *("--suite", "--metric", "--images", "anls", "anls<0.5"),
         *("0", "1", "-1", "64", "1e9", "9" * 40, "nan", "inf", "cpu", "tensorrt", "float16", "w8a8", "kl>0.05", "a=b"),
         *("rtx-4060", "orin", "x.toml", "layers.*=w8a16", "onnxruntime"),
     )
@@ -668,6 +721,7 @@ PARSERS: dict[str, Callable[[Path], Parser]] = {
     "recipe TOML": RecipeToml,
     "device TOML": DevicesToml,
     "calibration JSONL": CalibrationData,
+    "suites": SuiteData,
     "batch table": BatchTable,
     "batch journal": BatchJournal,
     "arguments": Arguments,

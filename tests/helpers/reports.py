@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image
@@ -15,13 +16,15 @@ from internvl_edge.evaluation import (
     AnswerPair,
     Comparison,
     DivergenceSummary,
+    Estimate,
+    MetricResult,
     Mistake,
     QuestionSettings,
     SuiteResult,
-    TaskResult,
 )
 from internvl_edge.evaluation.compare import small_picture
 from internvl_edge.evaluation.divergence import histogram
+from internvl_edge.evaluation.metrics import wilson
 from internvl_edge.evaluation.report import Report
 from internvl_edge.model.components import Component, Stored
 from internvl_edge.model.linear import W8A8, Scheme
@@ -50,7 +53,13 @@ def full_report() -> Report:
         samples=tuple(map(_sample, range(6))),
         run=RUN,
     )
-    tasks = {"sign": TaskResult(300, 0.95, 0.96), HOSTILE: TaskResult(200, 0.5, None)}
+    share = Estimate(0.95, 0.93, 0.965, "wilson")
+    loss = Estimate(0.01, -0.002, 0.022, "bootstrap")
+    total = {
+        "exact_match": MetricResult(500, share, replace(share, value=0.96), loss),
+        "anls": MetricResult(500, Estimate(0.97, 0.95, 0.98, "bootstrap"), share, loss),
+    }
+    tags = {"sign": total, HOSTILE: {"exact_match": MetricResult(200, wilson(100, 200))}, "none": {}}
     mistakes = tuple(Mistake(f"sign {n}", HOSTILE, "STOP" * n) for n in range(40))
     return Report(
         kind="bundle",
@@ -72,7 +81,7 @@ def full_report() -> Report:
         ),
         quantization=quantization_record(),
         comparison=comparison,
-        suite=SuiteResult(QuestionSettings("reader"), TaskResult(500, 0.95, 0.96), tasks, mistakes, RUN),
+        suite=SuiteResult(QuestionSettings("reader"), "exact_match", 500, total, RUN, tags, mistakes),
     )
 
 

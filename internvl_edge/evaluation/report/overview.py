@@ -15,7 +15,7 @@ from typing import Any
 from internvl_edge.base import units
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.bundle.bundle import Bundle
-from internvl_edge.bundle.gate import METRICS
+from internvl_edge.bundle.gate import METRICS, SUITE_METRICS
 from internvl_edge.bundle.manifest import is_bundle
 from internvl_edge.bundle.quality import Measurement
 from internvl_edge.bundle.quality_record import quality_of
@@ -27,7 +27,7 @@ from .report import Report, bundle_report
 RUNS = "Runs"
 _RUNS = {"comparison": "compared", "suite": "asked"}
 # Metrics of which more is better; of all others less is.
-_MORE_IS_BETTER = ("top1", "same_answers", "same_tokens", "exact_match")
+_MORE_IS_BETTER = ("top1", "same_answers", "same_tokens", *SUITE_METRICS)
 _MOST_ANSWERS = 24
 
 
@@ -98,7 +98,7 @@ def overview(reports: Sequence[Report], names: Sequence[str]) -> Overview:
     shown = tuple(name if short.count(name) == 1 else path for name, path in zip(short, names, strict=True))
     warnings = tuple(_differences(reports, shown))
     comparable = {kind: not any(warning.startswith(f"{word} ") for warning in warnings) for kind, word in _RUNS.items()}
-    rows = [*_sizes(reports), *_figures(reports, comparable), *_tasks(reports), *_speeds(reports)]
+    rows = [*_sizes(reports), *_figures(reports, comparable), *_tags(reports), *_speeds(reports)]
     kept = tuple(row for row in rows if any(row.texts))
     return Overview(shown, kept, tuple(_answers(reports))[:_MOST_ANSWERS], warnings)
 
@@ -111,7 +111,7 @@ def overview_values(reports: Sequence[Report], found: Overview) -> dict[str, Any
             "bytes": report.bytes,
             "components": report.components,
             "quality": report.quality,
-            "tasks": report.suite.tasks if report.suite else None,
+            "tags": report.suite.tags if report.suite else None,
             "speed": report.speed,
         }
         for name, report in zip(found.names, reports, strict=True)
@@ -148,17 +148,15 @@ def _figures(reports: Sequence[Report], comparable: dict[str, bool]) -> list[Row
     return rows
 
 
-def _tasks(reports: Sequence[Report]) -> list[Row]:
-    names = sorted({name for report in reports if report.suite for name in report.suite.tasks})
-    tasks = [report.suite.tasks if report.suite else {} for report in reports]
-    return [
-        Row(
-            "Exact answers by task",
-            name,
-            tuple(f"{of[name].exact_match:.1%} of {of[name].asked}" if name in of else "" for of in tasks),
-        )
-        for name in names
-    ]
+def _tags(reports: Sequence[Report]) -> list[Row]:
+    """The main metric of each suite for each tag of its questions."""
+    found: list[dict[str, str]] = [{} for _ in reports]
+    for known, report in zip(found, reports, strict=True):
+        for tag, results in report.suite.tags.items() if report.suite else ():
+            if report.suite and (result := results.get(report.suite.metric)):
+                known[f"{tag}, {report.suite.metric}"] = f"{result.bundle.value:.1%} of {result.asked}"
+    labels = sorted({label for known in found for label in known})
+    return [Row("By tag", label, tuple(known.get(label, "") for known in found)) for label in labels]
 
 
 def _speeds(reports: Sequence[Report]) -> list[Row]:

@@ -15,12 +15,13 @@ from markupsafe import Markup, escape
 
 from internvl_edge.base import units
 from internvl_edge.base.run_record import RunRecord
-from internvl_edge.bundle.gate import METRICS, Verdict, parse_condition
+from internvl_edge.bundle.gate import METRICS, SUITE_METRICS, Verdict, parse_condition
 from internvl_edge.checkpoint.record import LinearReport
 from internvl_edge.model.components import Stored, weights_text
 from internvl_edge.runtime.bench import BenchResult
 
 from ..divergence import MEANINGFUL_PERPLEXITY
+from ..suite import MetricResult
 from .meaning import changes_in_words, divergence_in_words
 from .overview import Overview
 from .plots import Plot, divergence_plot, layers_plot, ranges_plot, scale_plot, size_plot
@@ -30,12 +31,17 @@ _TEMPLATE = "page.html.jinja"
 _OVERVIEW = "overview.html.jinja"
 _STYLE = "page.css"
 # Headline figures, the first that are known.
-_HEADLINES = ("kl", "top1", "exact_match", "same_answers", "perplexity_ratio")
+_HEADLINES = ("kl", "top1", *SUITE_METRICS, "same_answers", "perplexity_ratio")
 _MOST_HEADLINES = 3
 _LABELS = {
     "kl": "KL divergence, mean",
     "top1": "same most probable token",
     "exact_match": "exact answers",
+    "normalised_match": "right answers, but for case and form",
+    "contains": "answers that hold the right one",
+    "anls": "ANLS",
+    "relaxed_accuracy": "right answers, numbers within 5 %",
+    "choice_accuracy": "right choices",
     "same_answers": "same greedy answers",
     "perplexity_ratio": "perplexity over the reference's",
 }
@@ -70,6 +76,8 @@ def render(report: Report) -> str:
         glance=_at_a_glance(report),
         plots={name: plot and _markup(plot) for name, plot in _plots(report).items()},
         conditions=[_condition(verdict) for verdict in report.quality.gate] if report.quality else [],
+        meanings=SUITE_METRICS,
+        tag_results=_tag_results(report),
         mistakes=report.suite.mistakes[:_MISTAKES] if report.suite else (),
         largest=max((part.bytes for part in report.components), default=1),
         choices=[linear for linear in _linears(report) if linear.reason],
@@ -103,6 +111,7 @@ def _fill(template: str, **values: Any) -> str:
     environment.filters |= {
         "size": size,
         "share": lambda value: f"{value:.1%}",
+        "interval": lambda found: f"{found.low:.1%} to {found.high:.1%}",
         "number": number,
         "count": lambda value: f"{value:,}".replace(",", "\N{THIN SPACE}"),
         "duration": units.duration,
@@ -143,7 +152,8 @@ def _headlines(report: Report) -> list[tuple[str, str]]:
     alone = f"; weights alone {weights_text(report.components)}" if report.components else ""
     rows = [(size(report.bytes), f"all files{alone}")]
     figures = _figures(report)
-    known = [name for name in _HEADLINES if name in figures][:_MOST_HEADLINES]
+    others = [name for name in SUITE_METRICS if not report.suite or name != report.suite.metric]
+    known = [name for name in _HEADLINES if name in figures and name not in others][:_MOST_HEADLINES]
     rows += [(METRICS[name].show(figures[name]), f"{_LABELS[name]}, {_asked(report, name)}") for name in known]
     if report.quantization and report.quantization.tower and len(rows) < 1 + _MOST_HEADLINES:
         rows.append((f"{report.quantization.tower.cosine:.5f}", "cosine of the image embeddings to the float tower's"))
@@ -183,6 +193,12 @@ def _speed(found: BenchResult | None) -> str:
     memory = f"at most {size(found.peak_rss_bytes)} of memory"
     where = f"{found.device}, {found.threads} threads, {found.run.machine}"
     return f"{', '.join([*parts, memory])} ({where})."
+
+
+def _tag_results(report: Report) -> dict[str, MetricResult]:
+    """Return the main metric of a suite for each tag that has questions of it."""
+    suite = report.suite
+    return {tag: found[suite.metric] for tag, found in suite.tags.items() if suite.metric in found} if suite else {}
 
 
 def _summary(report: Report) -> str:

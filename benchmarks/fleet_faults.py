@@ -1,0 +1,199 @@
+"""Kill workers, a node and the driver of a batch on a Ray cluster, and count what the output then holds.
+
+    python benchmarks/fleet_faults.py BUNDLE WORK [--images 2000] [--damaged 6]
+
+Ray's own cluster of several nodes runs on this machine: a head and two nodes, each with two logical CPUs. In one run
+over generated images, two workers get SIGKILL, a node is removed, and the driver gets SIGKILL; the same command then
+runs again, and a worker is killed once more. Before that, more workers are asked for than fit. WORK must be empty; its
+path is short, because Ray makes sockets below it. Results: benchmarks/results/fleet-faults.json: rows, distinct ids,
+errors, rows that were computed in all and those computed again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from PIL import Image
+from record import write_results
+
+NODES, CPUS, WORKERS = 3, 2, "1:4"
+# Shares of the images after which something is killed, in the first run and in the second.
+WORKER_KILLS, NODE_REMOVED, DRIVER_KILLED, SECOND_RUN_KILL = (0.1, 0.25), 0.4, 0.55, 0.75
+PATIENCE_S = 1800.0
+
+
+def draw(folder: Path, count: int, damaged: int) -> set[str]:
+    """Write images, of which some end in the middle of their file. Returns the names of these."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    broken = {f"{number:05}.png" for number in random.Random(0).sample(range(count), damaged)}
+    for number in range(count):
+        path = folder / f"{number:05}.png"
+        Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).save(path)
+        if path.name in broken:
+            path.write_bytes(path.read_bytes()[:60])
+    return broken
+
+
+class Run:
+    """One process of the command `batch`, and what its workers reported so far."""
+
+    def __init__(self, command: list[str], output: Path, log: Path) -> None:
+        self._work = output / "_batch" / "work"
+        self._before = set(self._reports())
+        with log.open("w") as file:
+            self.process = subprocess.Popen(command, stdout=file, stderr=file)
+
+    def _reports(self) -> list[Path]:
+        return sorted(self._work.glob("*.json"))
+
+    def reports(self) -> list[dict[str, Any]]:
+        """Return what workers of this run reported, one for each block."""
+        new = [path for path in self._reports() if path not in self._before]
+        return [json.loads(path.read_text(encoding="utf-8")) for path in new]
+
+    def wait_for(self, rows: int) -> None:
+        """Wait until so many rows are computed, or the command has ended."""
+        ends = time.monotonic() + PATIENCE_S
+        while self.process.poll() is None and sum(each["items"] for each in self.reports()) < rows:
+            if time.monotonic() > ends:
+                raise TimeoutError(f"{rows} rows were not reached")
+            time.sleep(0.5)
+
+    def kill_worker(self) -> str:
+        """Send SIGKILL to the worker that reported last and still lives."""
+        for each in reversed(self.reports()):
+            pid = int(each["worker"].rsplit("-", 1)[1])
+            if is_ray_worker(pid):
+                os.kill(pid, signal.SIGKILL)
+                return str(each["worker"])
+        raise LookupError("no worker lives")
+
+
+def is_ray_worker(pid: int) -> bool:
+    """Whether a process is an actor of Ray Data."""
+    try:
+        return b"MapWorker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def output_counts(output: Path) -> dict[str, Any]:
+    """Count the rows of an output, the ids, and the ids with errors."""
+    from pyarrow import parquet
+
+    tables = [parquet.read_table(path, columns=["id", "error"]) for path in sorted(output.glob("*.parquet"))]
+    rows = [row for table in tables for row in table.to_pylist()]
+    counts = Counter(row["id"] for row in rows)
+    return {
+        "files": len(tables),
+        "rows": len(rows),
+        "distinct_ids": len(counts),
+        "ids_more_than_once": sum(count > 1 for count in counts.values()),
+        "errors": sorted(row["id"] for row in rows if row["error"] is not None),
+    }
+
+
+def faults(bundle: Path, work: Path, images: int, damaged: int, add_cluster: Callable[[], Any]) -> dict[str, Any]:
+    """Run the batch with all faults, and return the counts."""
+    broken = draw(work / "images", images, damaged)
+    output = work / "out"
+    cluster = add_cluster()
+    try:
+        nodes = [cluster.add_node(num_cpus=CPUS, object_store_memory=100 << 20) for _ in range(NODES - 1)]
+        command = [sys.executable, "-m", "internvl_edge", "batch", str(bundle), str(work / "images")]
+        command += ["-o", str(output), "--prompt", "What is this?", "--max-new-tokens", "4", "--max-tiles", "1"]
+        command += ["--ray", cluster.address, "--quiet", "--json"]
+
+        began = time.monotonic()
+        refused = subprocess.run(
+            [*command, "--workers", str(NODES * CPUS)], capture_output=True, text=True, check=False, timeout=PATIENCE_S
+        )
+        refusal = {"exit": refused.returncode, "said": refused.stderr.strip(), "seconds": time.monotonic() - began}
+
+        command += ["--workers", WORKERS]
+        killed: list[str] = []
+        first = Run(command, output, work / "first.log")
+        for share in WORKER_KILLS:
+            first.wait_for(int(share * images))
+            killed.append(first.kill_worker())
+        first.wait_for(int(NODE_REMOVED * images))
+        cluster.remove_node(nodes[-1], allow_graceful=False)
+        first.wait_for(int(DRIVER_KILLED * images))
+        first.process.kill()
+        first.process.wait()
+        computed = {"first run": sum(each["items"] for each in first.reports())}
+        after_kill = output_counts(output)
+
+        second = Run(command, output, work / "second.log")
+        second.wait_for(int(SECOND_RUN_KILL * images) - computed["first run"])
+        killed.append(second.kill_worker())
+        second.process.wait(PATIENCE_S)
+        computed["second run"] = sum(each["items"] for each in second.reports())
+        said = (work / "second.log").read_text(encoding="utf-8")
+
+        third = Run(command, output, work / "third.log")
+        third.process.wait(PATIENCE_S)
+        computed["third run"] = sum(each["items"] for each in third.reports())
+    finally:
+        cluster.shutdown()
+    counts = output_counts(output)
+    return {
+        "images": images,
+        "damaged": sorted(broken),
+        "cluster": {"nodes": NODES, "cpus_per_node": CPUS, "workers": WORKERS},
+        "killed": {"workers": len(killed), "nodes": 1, "drivers": 1},
+        "refused": refusal,
+        "after_the_driver_was_killed": {name: after_kill[name] for name in ("files", "rows", "distinct_ids")},
+        "computed": computed,
+        "computed_again": sum(computed.values()) - images,
+        "output": counts,
+        "errors_are_the_damaged": counts["errors"] == sorted(broken),
+        "exit_of_second_run": second.process.returncode,
+        "second_run_said": json.loads(said.splitlines()[-1]) if said.strip() else None,
+        "exit_of_third_run": third.process.returncode,
+    }
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path, exists=True))
+@click.argument("work", type=click.Path(path_type=Path))
+@click.option("--images", default=2000)
+@click.option("--damaged", default=6)
+@click.option("--results", type=click.Path(path_type=Path), help="File of the results.  [default: beside the others]")
+def main(bundle: Path, work: Path, images: int, damaged: int, results: Path | None) -> None:
+    """Run all faults and write the counts."""
+    work = work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    os.environ |= {"XDG_CACHE_HOME": str(work / "cache"), "RAY_TMPDIR": str(work / "ray"), "OMP_NUM_THREADS": "1"}
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    (work / "ray").mkdir(exist_ok=True)
+    from ray.cluster_utils import Cluster
+
+    def add_cluster() -> Any:
+        head = {"num_cpus": CPUS, "object_store_memory": 100 << 20, "include_dashboard": False}
+        return Cluster(initialize_head=True, head_node_args={**head, "node_ip_address": "127.0.0.1"})
+
+    found = faults(bundle.resolve(), work, images, damaged, add_cluster)
+    if results:
+        results.write_text(json.dumps(found, indent=2), encoding="utf-8")
+    else:
+        write_results("fleet-faults", found)
+    if not found["errors_are_the_damaged"] or found["output"]["distinct_ids"] != images != found["output"]["rows"]:
+        raise click.ClickException("the output is not what it must be; see the results")
+
+
+if __name__ == "__main__":
+    main()

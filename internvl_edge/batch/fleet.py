@@ -1,0 +1,248 @@
+"""Answer a batch on a Ray cluster: Ray Data moves the items, its actors hold the bundle, Parquet files hold the rows.
+
+A block of items is the unit of work. Ray Data writes the ids of a block before its file and commits them after it, so
+an id is in the output once, whatever was killed; a block that was under way is computed again. Everything lies in the
+folder of the output, which all nodes must see:
+
+    OUT/*.parquet               rows
+    OUT/_batch/record.json      what decides all answers; a batch continues only under the same record
+    OUT/_batch/items.parquet    what is asked
+    OUT/_batch/checkpoint/      ids that are finished, by Ray Data
+    OUT/_batch/work/            what each worker computed: one small file for each block, also of repeated work
+
+Ray is imported where it is used: it is an extra of its own.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from internvl_edge.base.errors import EdgeError
+from internvl_edge.base.extras import require_extras
+from internvl_edge.base.files import readable_disk_errors
+from internvl_edge.base.locks import only_writer
+from internvl_edge.base.progress import SILENT, Progress
+from internvl_edge.base.text import shown
+from internvl_edge.base.units import rounded
+
+from .cluster import Fleet, connected, fitting_workers, worker_failure
+from .items import Item
+from .journal import check_record
+from .run import Summary, too_many
+from .worker import Job, Worker, WorkerSummary, WorkLog, write_items
+
+_PRIVATE = "_batch"
+# Rows of a block: the most work that is lost with a worker, and the fewest rows of a file.
+_SMALLEST_BLOCK, _LARGEST_BLOCK = 8, 1000
+_BLOCKS_PER_WORKER = 20
+# Memory that Ray sets aside for the filter of finished ids; Ray Data's own gigabyte does not fit small boxes.
+_FILTER_BYTES = 64 << 20
+# Seconds between two looks at the work, and without any progress until a cluster that lost nodes is given up.
+_LOOK = 1.0
+_PATIENCE = 120.0
+_OTHER = "give another --output"
+
+
+@dataclass(frozen=True)
+class FleetSummary(Summary):
+    """What a run on a cluster did.
+
+    Attributes:
+        repeated: rows that were computed in this run and thrown away, because their worker or node died.
+        workers: each by itself.
+    """
+
+    repeated: int = 0
+    workers: tuple[WorkerSummary, ...] = ()
+
+
+def run_fleet(
+    job: Job,
+    items: Sequence[Item],
+    output: Path,
+    record: Mapping[str, Any],
+    fleet: Fleet,
+    progress: Progress = SILENT,
+) -> FleetSummary:
+    """Answer items on a cluster, and write the rows into a folder of Parquet files.
+
+    A call with the same output continues: finished ids are not asked again.
+
+    Args:
+        job: what workers do.
+        items: what is asked. Their images are files that every node sees, or bytes.
+        output: the folder; it is made, and every node sees it.
+        record: what decides the answers of all rows, see `journal.answering_record`.
+        fleet: where.
+        progress: shows the rows so far.
+
+    Raises:
+        EdgeError: Ray is missing, or its cluster is not reachable, not protected or too small; the folder was begun
+            under another record; a worker failed; or nodes were lost and no room for reading is left.
+    """
+    require_extras("a batch on a Ray cluster", "fleet")
+    folder = output / _PRIVATE
+    with readable_disk_errors(output, "make room", _OTHER):
+        if output.exists() and not output.is_dir():
+            raise EdgeError(f"{output} is no folder, and a cluster writes a folder of Parquet files; {_OTHER}")
+        if output.is_dir() and any(output.iterdir()) and not folder.is_dir():
+            raise EdgeError(f"{output} holds something else than a batch of a cluster; {_OTHER}")
+        (folder / "work").mkdir(parents=True, exist_ok=True)
+        with only_writer(output, _OTHER):
+            check_record(folder / "record.json", output, record, _OTHER)
+            return _Run(job, items, output, fleet, progress).run()
+
+
+class _Run:
+    """One run on a cluster."""
+
+    def __init__(self, job: Job, items: Sequence[Item], output: Path, fleet: Fleet, progress: Progress) -> None:
+        self._items, self._output, self._folder = items, output.absolute(), output.absolute() / _PRIVATE
+        self._fleet, self._max_errors, self._progress = fleet, job.max_errors, progress
+        run, threads = secrets.token_hex(6), job.loading.get("threads") or max(1, int(fleet.cpus))
+        self._worker: dict[str, Any] = {
+            "job": replace(job, loading={**job.loading, "threads": threads}),
+            "work": str(self._folder / "work"),
+            "run": run,
+            "kept": list(dict.fromkeys(name for item in items for name in item.kept)),
+        }
+        self._work = WorkLog(self._folder / "work", run)
+        self._began = time.monotonic()
+
+    def run(self) -> FleetSummary:
+        """Compute what is missing."""
+        self._check_finished()
+        earlier = len(self._finished_ids())
+        if earlier == len(self._items):
+            return self._summary(earlier, "")
+        write_items(self._items, self._folder / "items.parquet")
+        with connected(self._fleet.address) as ray:
+            self._began = time.monotonic()
+            stopped = self._compute(ray, earlier)
+        return self._summary(earlier, stopped)
+
+    def _compute(self, ray: Any, earlier: int) -> str:
+        """Run the pipeline in a thread, and watch it. Returns why it was stopped, "" if it was not."""
+        least, most = fitting_workers([node["Resources"] for node in ray.nodes() if node["Alive"]], self._fleet)
+        self._progress.remark(f"{least} to {most} workers on {ray.get_runtime_context().gcs_address}")
+        failures: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                self._pipeline(ray, least, most, len(self._items) - earlier)
+            except BaseException as error:
+                failures.append(error)
+
+        thread = threading.Thread(target=work, name="fleet", daemon=True)
+        with self._progress.phase("answering", len(self._items), "items") as step:
+            step(earlier)
+            thread.start()
+            moved, shown_rows = time.monotonic(), 0
+            while thread.is_alive():
+                thread.join(_LOOK)
+                done = min(self._work.read().items, len(self._items) - earlier)
+                if done > shown_rows:
+                    seconds = time.monotonic() - self._began
+                    step.facts = f"{rounded(done / max(seconds, 1e-9))} items/s, {self._work.failed} with errors"
+                    step(done - shown_rows)
+                    moved, shown_rows = time.monotonic(), done
+                if stopped := too_many(self._work.failed, self._max_errors):
+                    return stopped
+                if time.monotonic() - moved > _PATIENCE:
+                    self._require_room(ray)
+        if failures:
+            raise worker_failure(failures[0])
+        return ""
+
+    def _pipeline(self, ray: Any, least: int, most: int, left: int) -> None:
+        import ray.data as data
+        from ray.data.checkpoint import CheckpointConfig
+
+        context = data.DataContext.get_current()
+        config = CheckpointConfig("id", str(self._folder / "checkpoint"), delete_checkpoint_on_success=False)
+        config.checkpoint_actor_memory_bytes = _FILTER_BYTES
+        context.checkpoint_config = config
+        context.enable_progress_bars = False
+        context.max_errored_blocks = 0
+        block = min(max(left // (most * _BLOCKS_PER_WORKER), _SMALLEST_BLOCK), _LARGEST_BLOCK)
+        found = data.read_parquet(str(self._folder / "items.parquet"), num_cpus=0.1)
+        found = found.repartition(target_num_rows_per_block=block)
+        found = found.map_batches(
+            Worker,
+            fn_constructor_kwargs=self._worker,
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=data.ActorPoolStrategy(min_size=least, max_size=most),
+            num_cpus=self._fleet.cpus,
+            **({"num_gpus": self._fleet.gpus} if self._fleet.gpus else {}),
+        )
+        found.write_parquet(str(self._output), ray_remote_args={"num_cpus": 0.1})
+
+    def _require_room(self, ray: Any) -> None:
+        """Raise EdgeError where a cluster without progress has no room for reading beside the least workers."""
+        alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        try:
+            fitting_workers(alive, self._fleet)
+        except EdgeError as error:
+            raise EdgeError(f"nothing was finished in {_PATIENCE:.0f} s, and {error}; finished rows are kept") from None
+
+    def _check_finished(self) -> None:
+        """Refuse to continue an output whose rows answer something else than the items of the same ids."""
+        asked = {item.id: item.request for item in self._items}
+        for each, request in self._rows("id", "request"):
+            if asked.get(each, request) != request:
+                raise EdgeError(
+                    f"{self._output} has an answer for {shown(each)} to another prompt, image or option; {_OTHER}"
+                )
+
+    def _finished_ids(self) -> set[str]:
+        """Return the ids that Ray Data committed."""
+        from pyarrow import parquet
+
+        wanted = {item.id for item in self._items}
+        found: set[str] = set()
+        for path in (self._folder / "checkpoint").glob("*.parquet"):
+            found.update(parquet.read_table(path, columns=["id"]).column("id").to_pylist())
+        return found & wanted
+
+    def _rows(self, *columns: str) -> Iterator[tuple[Any, ...]]:
+        """Yield columns of all rows in the output."""
+        from pyarrow import parquet
+
+        for path in self._output.glob("*.parquet"):
+            table = parquet.read_table(path, columns=list(columns))
+            yield from zip(*(table.column(name).to_pylist() for name in columns), strict=True)
+
+    def _summary(self, earlier: int, stopped: str) -> FleetSummary:
+        work = self._work.read()
+        finished = len(self._finished_ids())
+        wanted = {item.id for item in self._items}
+        failed, counts = 0, 0
+        ids: set[str] = set()
+        for each, error in self._rows("id", "error"):
+            if each in wanted:
+                ids.add(each)
+                counts += 1
+                failed += error is not None
+        if not stopped and not finished == counts == len(ids) == len(self._items):
+            raise EdgeError(
+                f"{self._output} has {counts} rows of {len(ids)} ids, {finished} of them finished, for "
+                f"{len(self._items)} items; repeat the command, and report this if it stays so"
+            )
+        return FleetSummary(
+            items=len(self._items),
+            earlier=earlier,
+            answered=finished - min(failed, finished),
+            failed=failed,
+            output_tokens=work.output_tokens,
+            seconds=time.monotonic() - self._began,
+            stopped=stopped,
+            repeated=max(0, work.items - (finished - earlier)),
+            workers=tuple(work.workers()),
+        )
