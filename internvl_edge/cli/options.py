@@ -17,7 +17,7 @@ from internvl_edge.bundle.names import DECODERS, ENGINE_RECORD
 from internvl_edge.bundle.names import ENGINES as ENGINE_FOLDERS
 from internvl_edge.model.context import DEFAULT_CONTEXT
 from internvl_edge.runtime.engines.choice import ENGINES, choose
-from internvl_edge.runtime.engines.device import DEVICES, choose_device
+from internvl_edge.runtime.engines.device import DEVICES, choose_device, most_rows
 from internvl_edge.runtime.model import InternVL
 from internvl_edge.runtime.options import ChatOptions
 
@@ -162,11 +162,16 @@ def answering_options(command: Command) -> Command:
 
 
 def load_model(folder: Path, values: dict[str, Any], progress: Progress, rows: int = 1) -> InternVL:
-    """Load a bundle as the options say. This removes the loading options from `values`. On a GPU there is one row."""
+    """Load a bundle as the options say. This removes the loading options from `values`.
+
+    There are as many rows as the device has, up to `rows`.
+    """
     options = {name: values.pop(name) for name in LOADING_NAMES}
     with progress.phase(f"loading {folder}"):
         options |= chosen(folder, options, progress)
-        return InternVL.load(folder, rows=rows if options["device"] == "cpu" else 1, progress=progress, **options)
+        if rows > 1:
+            rows = min(rows, most_rows(Bundle.open(folder), options["device"]))
+        return InternVL.load(folder, rows=rows, progress=progress, **options)
 
 
 def engine_extra(folder: Path, device: str, engine: str) -> tuple[str, ...]:
