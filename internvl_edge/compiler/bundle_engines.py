@@ -288,9 +288,10 @@ def _check_memory(opened: Bundle, target: Target, options: BuildOptions) -> None
     needed = build_bytes(_footprint(opened, target), target.flavour, Programs(options.profiles))
     available = memory("MemAvailable", "SwapFree")
     if available is not None and needed > available:
+        fewer = "give --profiles 1" if options.profiles > least_programs(options.rows) else "quantize more"
         raise EngineError(
             f"building needs about {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are available; "
-            f"close other programs, add swap, or {'give --profiles 1' if options.profiles > 1 else 'quantize more'}"
+            f"close other programs, add swap, or {fewer}"
         )
 
 
