@@ -4,8 +4,9 @@
 
 The stand-in's "kernels" are copies within the device, from a step's inputs to its outputs. All else is the engine as it
 ships: pinned and device blocks, streams, the capture and replay of a step, new entries stored into the KV cache by 2D
-copies at odd capacities, and an image encoded in one thread while another one decodes. Each value that comes back is
-compared with what was sent. Also measures the microseconds of one step, in which the GPU has next to nothing to do.
+copies at odd capacities, the rows of a cache and copies between them, and an image encoded in one thread while another
+one decodes. Each value that comes back is compared with what was sent. Also measures the microseconds of one step, in
+which the GPU has next to nothing to do.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from tensorrt_host_path import VERSIONS, StubTensorRT, stubbed_bundle
 
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.model.config import DecoderConfig, ModelConfig, RopeConfig, VisionConfig
+from internvl_edge.planning.programs import slots_of
 from internvl_edge.runtime.engines.tensorrt.buffers import HALVES, Block
 from internvl_edge.runtime.engines.tensorrt.cuda import Cuda
 from internvl_edge.runtime.engines.tensorrt.engine import TensorRTEngine
@@ -30,7 +32,7 @@ from internvl_edge.runtime.engines.tensorrt.flavour import Flavour, make_log
 from internvl_edge.runtime.engines.tensorrt.record import BuildOptions
 from internvl_edge.runtime.engines.tensorrt.runtime_cache import DeviceCache
 
-CAPACITY, CHUNK, STEPS = 1301, 512, 600
+CAPACITY, CHUNK, STEPS, ROWS = 1301, 512, 600, 3
 # The new entries of a token are as many numbers as its embedding: 2 x 2 layers x 2 heads x 32.
 HIDDEN, LAYERS, HEADS, WIDTH = 256, 2, 2, 32
 TILES, SIDE = 2, 28
@@ -49,6 +51,7 @@ def main() -> None:
 def check(connect: Any) -> dict[str, Any]:
     """Run all checks; `connect` returns a new `Cuda`. Raises AssertionError for a value that is not the one sent."""
     checked = [check_blocks(connect()), *(check_stores(connect(), itemsize) for itemsize in (1, 2))]
+    checked += [check_rows(connect(), itemsize) for itemsize in (1, 2)]
     with tempfile.TemporaryDirectory() as folder:
         steps, captured = check_steps(connect, Path(folder))
     return {"checks": [*checked, *steps], "graph_launches": captured["launches"], "us_per_step": captured["us"]}
@@ -77,10 +80,9 @@ def check_blocks(cuda: Cuda) -> str:
 def check_stores(cuda: Cuda, itemsize: int) -> str:
     """New entries land at their positions in every layer and head, and nowhere else, also with gaps between parts."""
     kind, stream = (np.int8, np.uint16)[itemsize - 1], cuda.stream()
-    cache = DeviceCache(cuda, decoder(), CAPACITY, itemsize, CHUNK)
+    cache = DeviceCache(cuda, decoder(), CAPACITY, itemsize, new=CHUNK)
     places = cache.addresses()
     expected = np.zeros((2 * LAYERS, HEADS, CAPACITY, WIDTH), kind)
-    parts = [f"past_key_values.{layer}.{part}" for layer in range(LAYERS) for part in ("key", "value")]
     random, new = np.random.default_rng(2), Block(cuda, {"new": ((2 * LAYERS * HEADS, CHUNK, WIDTH), kind)}, "a test")
     for start, count, rows in ((0, 512, 512), (512, 37, 64), (549, 1, 1), (CAPACITY - 5, 5, 8)):
         entries = random.integers(0, 100, (2 * LAYERS * HEADS, rows, WIDTH)).astype(kind)
@@ -91,14 +93,54 @@ def check_stores(cuda: Cuda, itemsize: int) -> str:
         cache.store(start, count, rows, stream)
         cuda.synchronise(stream)
         expected[:, :, start : start + count] = entries.reshape(2 * LAYERS, HEADS, rows, WIDTH)[:, :, :count]
+    _require_cache(cuda, places, expected, stream)
+    cuda.close()
+    return f"2D stores of {8 * itemsize} bits"
+
+
+def check_rows(cuda: Cuda, itemsize: int) -> str:
+    """New entries of a step of all rows land in each of them, and the first tokens of a row in another one."""
+    kind, stream, slots = (np.int8, np.uint16)[itemsize - 1], cuda.stream(), slots_of(CAPACITY, ROWS)
+    cache = DeviceCache(cuda, decoder(), slots, itemsize, ROWS, CHUNK)
+    expected = np.zeros((2 * LAYERS, ROWS, HEADS, slots, WIDTH), kind)
+    entries = np.random.default_rng(4).integers(1, 100, (ROWS, 2 * LAYERS, HEADS, CHUNK, WIDTH)).astype(kind)
+    starts = (0, 700, CAPACITY - CHUNK)
+    for row, start in enumerate(starts):  # a prompt for each row
+        _send(cuda, entries[row], cache.addresses(row)["new_entries"], stream)
+        cache.store(start, CHUNK, CHUNK, stream, row)
+        cuda.synchronise(stream)
+        expected[:, row, :, start : start + CHUNK] = entries[row]
+    step = np.ascontiguousarray(entries[:, :, :, 7:8])
+    _send(cuda, step, cache.addresses()["new_entries"], stream)
+    for row, start in ((2, CAPACITY), (0, CHUNK)):  # one token for two of them
+        cache.store(start, 1, 1, stream, row, row)
+        expected[:, row, :, start : start + 1] = step[row]
+    cache.copy(0, 1, 300, stream)
+    cuda.synchronise(stream)
+    expected[:, 1, :, :300] = expected[:, 0, :, :300]
+    for row in range(ROWS):
+        _require_cache(cuda, cache.addresses(row), expected[:, row], stream)
+    cuda.close()
+    return f"rows of {8 * itemsize} bits"
+
+
+def _send(cuda: Cuda, values: NDArray[Any], address: int, stream: Any) -> None:
+    """Copy an array to the device, and wait."""
+    host = cuda.pinned(values.nbytes)
+    host[:] = values.reshape(-1).view(np.uint8)
+    cuda.to_device(address, host.ctypes.data, values.nbytes, stream)
+    cuda.synchronise(stream)
+
+
+def _require_cache(cuda: Cuda, places: dict[str, int], expected: NDArray[Any], stream: Any) -> None:
+    """Compare a row of the cache with [parts, heads, slots, width]."""
     host = cuda.pinned(expected[0].nbytes)
-    for index, name in enumerate(parts):
+    names = [f"past_key_values.{layer}.{part}" for layer in range(LAYERS) for part in ("key", "value")]
+    for name, values in zip(names, expected, strict=True):
         assert places[name] % 256 == 0, "an address of the cache is not aligned"
         cuda.to_host(host.ctypes.data, places[name], host.nbytes, stream)
         cuda.synchronise(stream)
-        _require_same(host.view(kind).reshape(expected[0].shape), expected[index], name)
-    cuda.close()
-    return f"2D stores of {8 * itemsize} bits"
+        _require_same(host.view(values.dtype).reshape(values.shape), values, name)
 
 
 def check_steps(connect: Any, folder: Path) -> tuple[list[str], dict[str, Any]]:

@@ -1,6 +1,6 @@
 """Build a bundle's TensorRT engines for several devices, each in its own process: time, memory, sizes, layers, kernels.
 
-    python benchmarks/tensorrt_build.py BUNDLE NAME [--device rtx-3060 ...] [--dtype bfloat16] [--profiles 1]
+    python benchmarks/tensorrt_build.py BUNDLE NAME [--device rtx-3060 ...] [--dtype bfloat16] [--profiles 1] [--rows 1]
 
 The kernels are those of the compiled programs in the engine files, one program per optimization profile.
 
@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--device", action="append", help=f"default: {', '.join(DEVICES)}")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--profiles", help="optimization profiles of the decoder; default: that of build")
+    parser.add_argument("--rows", type=int, default=1, help="rows of the KV cache; default: 1")
     arguments = parser.parse_args()
     bundle = Bundle.open(arguments.bundle)
     scratch = Path(tempfile.mkdtemp(dir=arguments.bundle.resolve().parent))
@@ -52,6 +53,7 @@ def main() -> None:
             if path.is_file():
                 os.link(path, scratch / path.name)
         extra = ["--profiles", arguments.profiles] if arguments.profiles else []
+        extra += ["--rows", str(arguments.rows)]
         builds = [build(scratch, device, arguments.dtype, extra) for device in arguments.device or DEVICES]
     finally:
         shutil.rmtree(scratch)
@@ -63,7 +65,8 @@ def main() -> None:
         "dtype": arguments.dtype,
         "tensorrt_rtx": version("tensorrt-rtx-cu13"),
         "bundle_bytes": {name: files[name].bytes for name in ("vision.data", "decoder.data")},
-        "networks": networks(bundle, arguments.dtype),
+        "rows": arguments.rows,
+        "networks": networks(bundle, arguments.dtype, arguments.rows),
         "builds": builds,
     }
     print(write_results(f"tensorrt-build-{arguments.name}", figures))
@@ -104,11 +107,11 @@ def programs(engine: Path) -> list[dict[str, Any]]:
     return [program.summary() | {"names": dict(program.names())} for program in compiled_programs(engine)]
 
 
-def networks(bundle: Bundle, dtype: str) -> dict[str, Any]:
+def networks(bundle: Bundle, dtype: str, rows: int) -> dict[str, Any]:
     """What TensorRT parsed: layers by type, and the element types of what products and attention put out."""
     target = Devices().target("rtx")
     found = {}
-    for graph, (header, path) in headers(bundle, options_for(target, dtype)).items():
+    for graph, (header, path) in headers(bundle, options_for(target, dtype, rows=rows)).items():
         with parsed_network(load_flavour(target.flavour), header, path) as (_, network):
             layers = [network.get_layer(index) for index in range(network.num_layers)]
             count = Counter(layer.type.name for layer in layers)

@@ -24,6 +24,7 @@ from internvl_edge.bundle.quality_record import quality_warning
 from internvl_edge.model.prompt import Text
 from internvl_edge.model.rope import RotaryAngles
 from internvl_edge.model.tokenizer import Tokenizer
+from internvl_edge.planning import programs
 
 from .decoding import Decoding
 from .engines import Engine
@@ -46,7 +47,7 @@ from .voting import Vote, vote
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-MOST_ROWS = 64
+MOST_ROWS = programs.MOST_ROWS
 MOST_SAMPLES = 64
 
 
@@ -119,10 +120,11 @@ class InternVL:
                 has.
             context: the most tokens that prompt and answer may have together; the default is 32768, or the most that
                 the model can have, and for TensorRT what the engines were built for, which is also the most there.
-            rows: the most answers that are computed together on a CPU; a GPU has one row. Each has a KV cache of
-                `context` tokens, whose unused part takes no memory on a CPU. A model with several rows decodes at
-                least two at a time, so that an answer does not depend on what else is asked; this makes a lone answer
-                slower (docs/performance.md).
+            rows: the most answers that are computed together, each with a KV cache of `context` tokens. On a CPU, the
+                unused part of a cache takes no memory, and a model with several rows decodes at least two at a time,
+                so that an answer does not depend on what else is asked; this makes a lone answer slower
+                (docs/performance.md). For TensorRT the most is what the engines were built for (`build --rows`), and
+                CUDA has one row.
             threads: CPU threads; the default is all available cores.
             exact: compute in the types of the bundle, as ONNX Runtime does. Without it, OpenVINO rounds a bundle that
                 computes in float16 to bfloat16 where the CPU is faster with it.
@@ -155,7 +157,7 @@ class InternVL:
         choice = None
         if device == "auto":
             choice = choose_device(
-                opened, engine=engine, dialect=dialect, context=context, threads=threads, exact=exact
+                opened, engine=engine, dialect=dialect, context=context, threads=threads, exact=exact, rows=rows
             )
             device = choice.device
         if warning := quality_warning(opened.folder, opened.manifest):

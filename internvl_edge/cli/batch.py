@@ -131,10 +131,7 @@ def command(
         if found.unused:
             progress.remark(f"columns not used: {shown(', '.join(found.unused), 200)} (--keep copies one)")
         structured = ("structured",) if any(item.ask.form for item in found.items) else ()
-        if not is_address(bundle):
-            bundle = str(find_bundle(bundle, values["revision"], values["device"]))
-        values["revision"] = None  # it is found
-        folder = node_bundle(bundle) if fleet else Path(bundle)
+        folder, source = _found(bundle, values, fleet is not None)
         if fleet and values["device"] == "auto" and not fleet.gpus:
             values["device"] = "cpu"
         require_extras("batch", *engine_extra(folder, values["device"], values["engine"]), *structured)
@@ -146,7 +143,6 @@ def command(
         record = answering_record(manifest, engine, ask)
         if fleet:
             loading = {name: values[name] for name in LOADING_NAMES}
-            source = bundle if is_address(bundle) else os.path.abspath(bundle)
             done = run_fleet(
                 Job(source, bundle_digest(manifest), loading, rows, max_errors),
                 found.items,
@@ -170,6 +166,15 @@ def command(
                         write(journal_path, found.items, output)
     _say(done, output, as_json)
     return 1 if done.failed else 0
+
+
+def _found(bundle: str, values: dict[str, Any], on_cluster: bool) -> tuple[Path, str]:
+    """Return the folder of a bundle here, and what the nodes of a cluster take it from. `values` lose the revision."""
+    revision, values["revision"] = values["revision"], None
+    if is_address(bundle) and on_cluster:
+        return node_bundle(bundle), bundle
+    folder = find_bundle(bundle, revision, values["device"])
+    return node_bundle(str(folder)) if on_cluster else folder, os.path.abspath(folder)
 
 
 def _fleet(

@@ -11,6 +11,7 @@ from internvl_edge.base.units import size
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.bundle.hub import resolve_bundle
 from internvl_edge.planning.devices import Devices
+from internvl_edge.planning.programs import MOST_ROWS
 from internvl_edge.runtime.engines.tensorrt.record import EngineRecord, engine_folder
 
 from . import completion
@@ -54,6 +55,12 @@ from .output import print_json, quiet_option, shown_progress
     help="Programs of the decoder, each with its own optimization profile: 1 for prompts and single tokens together; "
     "2 for each of them, which holds 16-bit weights twice; 3 with one more for single tokens after long prompts.  "
     "[default: the most that the memory holds]",
+)
+@click.option(
+    "--rows",
+    type=click.IntRange(1, MOST_ROWS),
+    help="Answers that are decoded together, each with a KV cache of its own. A step always computes all of them.  "
+    "[default: 1]",
 )
 @click.option(
     "--check/--no-check",
@@ -103,10 +110,11 @@ def _summary(record: EngineRecord) -> str:
     total = sum(entry["bytes"] for entry in record.files.values())
     seconds = sum(figures["seconds"] for figures in record.figures.values())
     peak = max(figures["peak_rss"] for figures in record.figures.values())
+    rows = f"{record.options.rows} rows, " if record.options.rows > 1 else ""
     devices = ", ".join(f"{capability / 10:.1f}" for capability in record.compute_capabilities)
     return (
         f"{size(total)} for compute capability {devices} ({record.flavour} {record.version}, {record.options.dtype}), "
-        f"{seconds:.0f} s, at most {size(peak)} of memory; programs of the decoder: {record.options.profiles}"
+        f"{rows}{seconds:.0f} s, at most {size(peak)} of memory; programs of the decoder: {record.options.profiles}"
     )
 
 

@@ -172,6 +172,7 @@ def _engines(opened: Bundle) -> list[dict[str, Any]]:
                 "version": record.version,
                 "dtype": record.options.dtype,
                 "context_tokens": record.options.capacity,
+                "rows": record.options.rows,
                 "bytes": sum(entry["bytes"] for entry in record.files.values()),
             }
         )
@@ -183,9 +184,10 @@ def _engine_text(engine: dict[str, Any]) -> str:
         return f"unreadable: {engine['problem']}"
     capabilities = ", ".join(f"{capability:.1f}" for capability in engine["compute_capabilities"])
     state = "" if engine["state"] == "fresh" else "; stale: built from other files, build it again"
+    rows = f" in {engine['rows']} rows" if engine["rows"] > 1 else ""
     return (
         f"{engine['flavour']} {engine['version']} for compute capability {capabilities}, {engine['dtype']}, context "
-        f"{engine['context_tokens']}, {size(engine['bytes'])}{state}"
+        f"{engine['context_tokens']}{rows}, {size(engine['bytes'])}{state}"
     )
 
 

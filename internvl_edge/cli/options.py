@@ -22,7 +22,7 @@ from internvl_edge.bundle.names import ENGINES as ENGINE_FOLDERS
 from internvl_edge.model.context import DEFAULT_CONTEXT
 from internvl_edge.runtime.answer_format import MOST_BYTES, AnswerFormat
 from internvl_edge.runtime.engines.choice import ENGINES, choose
-from internvl_edge.runtime.engines.device import DEVICES, choose_device, has_tensorrt
+from internvl_edge.runtime.engines.device import DEVICES, choose_device, has_tensorrt, most_rows
 from internvl_edge.runtime.find import find_bundle
 from internvl_edge.runtime.model import InternVL
 from internvl_edge.runtime.options import ChatOptions
@@ -234,15 +234,16 @@ def is_given(name: str) -> bool:
 
 
 def load_model(folder: Path, values: dict[str, Any], progress: Progress, rows: int = 1, **scheduling: Any) -> InternVL:
-    """Load a bundle, a folder or a hub id, as the options say. On a GPU there is one row.
+    """Load a bundle, a folder or a hub id, as the options say. This removes the loading options from `values`.
 
-    This removes the loading options from `values`.
+    There are as many rows as the device has, up to `rows`.
     """
     options = {name: values.pop(name) for name in LOADING_NAMES}
     folder = find_bundle(folder, options.pop("revision"), options["device"])
     with progress.phase(f"loading {folder}"):
         options |= chosen(folder, options, progress)
-        rows = rows if options["device"] == "cpu" else 1
+        if rows > 1:
+            rows = min(rows, most_rows(Bundle.open(folder), options["device"]))
         return InternVL.load(folder, rows=rows, progress=progress, **options, **scheduling)
 
 

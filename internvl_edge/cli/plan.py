@@ -20,6 +20,7 @@ from internvl_edge.model.context import checked_context
 from internvl_edge.planning.devices import FLAVOURS, Device, Devices
 from internvl_edge.planning.footprint import RECIPES, Footprint, Storage
 from internvl_edge.planning.planner import TILE_LIMITS, Plan, make_plan, predict, tile_table, tiles_of
+from internvl_edge.planning.programs import MOST_ROWS
 from internvl_edge.planning.storage import bundle_storage, checkpoint_storage, recipe_storage
 from internvl_edge.recipe.files import make_recipe, presets, read_recipe
 
@@ -64,6 +65,12 @@ _GROUPS = {
     help="Capacity of the KV cache: maximum number of tokens of prompt and answer together.  "
     f"[default: {DEFAULT_CONTEXT}, or the most that the model can have]",
 )
+@click.option(
+    "--rows",
+    type=click.IntRange(1, MOST_ROWS),
+    default=1,
+    help="Answers that are decoded together, each with a KV cache of its own.  [default: 1]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
     path: str,
@@ -73,6 +80,7 @@ def command(
     recipe: str,
     max_tiles: int | None,
     context: int | None,
+    rows: int,
     as_json: bool,
 ) -> None:
     """Predict the memory and speed of PATH on a device: a bundle, a checkpoint, its config.json or a hub id.
@@ -91,7 +99,7 @@ def command(
     limit = max_tiles or config.max_tiles
     capacity = checked_context(config.decoder, context, DEFAULT_CONTEXT)
     plans = [
-        make_plan(config, device, label, storage, context=capacity, max_tiles=limit)
+        make_plan(config, device, label, storage, context=capacity, max_tiles=limit, rows=rows)
         for device in chosen
         for label, storage in recipes.items()
     ]
@@ -109,7 +117,7 @@ def command(
     else:
         _print_plans(plans)
         _print_details(plans[-1])
-        _print_tiles(config, chosen[0], list(recipes.values())[-1])
+        _print_tiles(config, chosen[0], list(recipes.values())[-1], rows, capacity)
     click.echo(
         "Speeds are predictions and not measurements: upper bounds from nominal\n"
         "bandwidth and arithmetic rates (roofline)."
@@ -153,7 +161,7 @@ def _print_overview(plans: list[Plan]) -> None:
         if _GROUPS[plan.device.flavour] not in groups.values():
             groups[number] = _GROUPS[plan.device.flavour]
     print_columns(
-        ["device", "fits with", "needs", "of", "first", "tokens/s"],
+        ["device", "fits with", "needs", "of", "first", _rate_heading(plans[0].rows)],
         [
             [
                 plan.device.name,
@@ -169,7 +177,7 @@ def _print_overview(plans: list[Plan]) -> None:
     )
     first = shown[0]
     click.echo(
-        f"GB of memory for a context of {first.context} tokens; time to the first token of an\n"
+        f"GB of memory for {_contexts(first)}; time to the first token of an\n"
         f"answer about an image of {first.speed.tiles} tiles. --device NAME shows all recipes of one."
     )
 
@@ -179,7 +187,7 @@ def _print_plans(plans: list[Plan]) -> None:
     device = plans[0].device
     click.echo(f"{device.title}: {size(device.usable_memory)} of {size(device.memory)} are usable")
     print_columns(
-        ["recipe", "weights", "KV cache", "in all", "", "first", "tokens/s"],
+        ["recipe", "weights", "KV cache", "in all", "", "first", _rate_heading(plans[0].rows)],
         [
             [
                 plan.recipe,
@@ -209,26 +217,34 @@ def _rate(tokens_per_s: float) -> str:
     return "over 9999" if tokens_per_s > 9999 else rounded(tokens_per_s, 3)
 
 
+def _rate_heading(rows: int) -> str:
+    return "tokens/s" if rows == 1 else f"tokens/s of {rows} rows"
+
+
+def _contexts(plan: Plan) -> str:
+    return f"{f'{plan.rows} contexts' if plan.rows > 1 else 'a context'} of {plan.context} tokens"
+
+
 def _print_details(plan: Plan) -> None:
-    click.echo(f"\nMemory with {plan.recipe}, context {plan.context}:")
+    click.echo(f"\nMemory with {plan.recipe}, {_contexts(plan)}:")
     for part, count in asdict(plan.memory).items():
         click.echo(f"  {part.replace('_', ' '):<20} {size(count):>10}")
 
 
-def _print_tiles(config: ModelConfig, device: Device, storage: Storage) -> None:
+def _print_tiles(config: ModelConfig, device: Device, storage: Storage, answers: int, context: int) -> None:
     click.echo(f"\nTiles by limit (each {config.tokens_per_tile} tokens), thumbnail included:")
     print_columns(
         ["image", "pixels", *(f"max {limit}" for limit in TILE_LIMITS)],
         [[row["image"], f"{row['width']}x{row['height']}", *row["tiles"].values()] for row in tile_table(config)],
     )
     footprint = Footprint(config, storage)
-    speeds = [predict(footprint, device, tiles_of(config, limit)) for limit in TILE_LIMITS]
+    speeds = [predict(footprint, device, tiles_of(config, limit), answers, context) for limit in TILE_LIMITS]
     click.echo(f"\nTheoretical upper bound on {device.title} when an image uses the full tile limit:")
     rows: list[tuple[str, list[Any]]] = [
         ("tiles", [speed.tiles for speed in speeds]),
         ("prompt tokens", [speed.prompt_tokens for speed in speeds]),
         ("vision", [short_time(speed.vision_s) for speed in speeds]),
         ("first token", [short_time(speed.first_token_s) for speed in speeds]),
-        ("tokens/s", [_rate(speed.decode_tokens_per_s) for speed in speeds]),
+        (_rate_heading(answers), [_rate(speed.decode_tokens_per_s) for speed in speeds]),
     ]
     print_columns(["limit", *(str(limit) for limit in TILE_LIMITS)], [[label, *cells] for label, cells in rows])

@@ -28,7 +28,7 @@ from internvl_edge.model.preprocess import MAX_TILES
 from internvl_edge.planning.devices import Target
 from internvl_edge.planning.footprint import Footprint
 from internvl_edge.planning.planner import WIDE_CACHE, build_bytes, choose_programs, slow_steps, stored_on
-from internvl_edge.planning.programs import Programs
+from internvl_edge.planning.programs import MOST_ROWS, Programs, least_programs
 from internvl_edge.planning.storage import bundle_storage
 from internvl_edge.planning.versions import compiler_settings, keeps_int8_cache, reads_decomposable
 from internvl_edge.runtime.engines.tensorrt.flavour import Flavour, compiler, load_flavour
@@ -156,7 +156,7 @@ def headers(
         "vision": (vision_header(vision, manifest.model, *types, decomposed, decomposable), vision),
         "decoder": (
             decoder_header(
-                *(decoder, manifest.model, *types, options.capacity, decomposed),
+                *(decoder, manifest.model, *types, options.slots, options.rows, decomposed),
                 decomposable=decomposable,
                 wide_cache=wide_cache,
             ),
@@ -170,27 +170,34 @@ def profiles(config: ModelConfig, options: BuildOptions, graph: str) -> tuple[Pr
 
     The decoder's are those of `Programs`: for one token with a window of the cache, for one token with the whole cache,
     and for prompts, as far as `options.profiles` goes. A single one serves all, and its best shape is one token,
-    because users wait longest for decode.
+    because users wait longest for decode. With several rows, steps of one token have all rows and all slots, and
+    prompts have one row.
     """
     if graph == "vision":
         size = config.vision.image_size
         shape = (size, size, 3)
         return ({"pixels": ((1, *shape), (options.tiles, *shape), (options.tiles, *shape))},)
-    decoder, capacity, chunk = config.decoder, options.capacity, options.chunk
+    decoder, slots, chunk, rows = config.decoder, options.slots, options.chunk, options.rows
     widths = {"inputs_embeds": decoder.hidden_size, "cos": decoder.head_dim // 2, "sin": decoder.head_dim // 2}
-    window = (1,), (max(1, capacity // 4),), (capacity,)
+    window, all_slots = ((1,), (max(1, slots // 4),), (slots,)), ((slots,), (slots,), (slots,))
+    caches = [f"past_key_values.{n}.{kind}" for n in range(decoder.num_hidden_layers) for kind in ("key", "value")]
 
-    def profile(best: int, largest: int, kept: int, slots: tuple[Shape, Shape, Shape] = window) -> Profile:
+    def profile(
+        best: int, largest: int, kept: int, slots: tuple[Shape, Shape, Shape] = window, batch: int = 1
+    ) -> Profile:
         shapes: Profile = {
-            name: ((1, 1, width), (1, best, width), (1, largest, width)) for name, width in widths.items()
+            name: ((batch, 1, width), (batch, best, width), (batch, largest, width)) for name, width in widths.items()
         }
+        if rows > 1:
+            cache = batch, decoder.num_key_value_heads, options.slots, decoder.head_dim
+            shapes |= dict.fromkeys(caches, (cache, cache, cache)) | {"past_length": ((batch,), (batch,), (batch,))}
         return shapes | {"kept": ((1,), (1,), (kept,)), "slots": slots}
 
     kept = min(options.kept, chunk)
     if options.profiles == Programs.ONE:
         return (profile(1, chunk, kept),)
-    step = profile(1, 1, _KEPT_BY_A_STEP)
-    whole = profile(1, 1, _KEPT_BY_A_STEP, ((capacity,), (capacity,), (capacity,)))
+    whole = profile(1, 1, _KEPT_BY_A_STEP, all_slots, rows)
+    step = profile(1, 1, _KEPT_BY_A_STEP) if rows == 1 else whole
     return (step, *([whole] if options.profiles == Programs.WHOLE else []), profile(chunk, chunk, kept))
 
 
@@ -246,6 +253,13 @@ def _check_options(config: ModelConfig, target: Target, options: BuildOptions) -
         raise EngineError(f"{target.title} has no bfloat16 (compute capability below 8.0); build with --dtype float16")
     if options.profiles not in tuple(Programs):
         raise EngineError(f"{options.profiles} optimization profiles, expected 1 to {len(Programs)}")
+    if not 1 <= options.rows <= MOST_ROWS:
+        raise EngineError(f"{options.rows} rows, expected 1 to {MOST_ROWS}")
+    if options.rows > 1 and options.profiles != Programs.STEP:
+        raise EngineError(
+            f"engines for {options.rows} rows have 2 programs, one for prompts and one for steps of all rows, not "
+            f"{options.profiles}; leave out --profiles, or --rows"
+        )
     if not 1 <= options.chunk <= options.capacity:
         raise EngineError(
             f"steps of {options.chunk} prompt tokens do not fit a context of {options.capacity}; "
@@ -287,9 +301,10 @@ def _check_memory(opened: Bundle, target: Target, options: BuildOptions) -> None
     needed = build_bytes(_footprint(opened, target), target.flavour, Programs(options.profiles))
     available = memory("MemAvailable", "SwapFree")
     if available is not None and needed > available:
+        fewer = "give --profiles 1" if options.profiles > least_programs(options.rows) else "quantize more"
         raise EngineError(
             f"building needs about {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are available; "
-            f"close other programs, add swap, or {'give --profiles 1' if options.profiles > 1 else 'quantize more'}"
+            f"close other programs, add swap, or {fewer}"
         )
 
 
@@ -299,15 +314,18 @@ def options_for(
     """Return build options with the given values. None means the default: for `dtype`, the target's own type.
 
     The default prefill step never exceeds the context. The default programs of the decoder are the fastest that the
-    target's memory holds beside the model of `opened`, and one program where no bundle is given.
+    target's memory holds beside the model of `opened`, and the fewest where no bundle is given.
     """
     given = {name: size for name, size in sizes.items() if size is not None}
     options = BuildOptions(**(asdict(BuildOptions(dtype or target.dtype)) | given))
     if "chunk" not in given:
         options = replace(options, chunk=min(options.chunk, options.capacity))
-    if opened is None or "profiles" in given:
+    if "profiles" in given:
         return options
-    programs = choose_programs(_footprint(opened, target), target.flavour, target.usable_memory, options.capacity)
+    if opened is None:
+        return replace(options, profiles=int(least_programs(options.rows)))
+    sizes_of_cache = options.capacity, options.rows
+    programs = choose_programs(_footprint(opened, target), target.flavour, target.usable_memory, *sizes_of_cache)
     return replace(options, profiles=int(programs))
 
 

@@ -9,7 +9,8 @@ standard dialect:
   bfloat16, and the first of equal ones would win.
 - A quantized head with an odd number of columns, as its vocabulary has, gets columns of zeros, because TensorRT for RTX
   would otherwise dequantize the whole head in memory for each step.
-- The batch and the capacity of the KV cache are fixed, as TensorRT's in-place update requires.
+- The capacity of the KV cache is fixed, as TensorRT's in-place update requires. The batch is 1. For several rows it
+  varies: a profile fixes it to all rows for steps of one token, and to 1 for prompts.
 - `slots` [window] int64, the numbers 0 to window - 1, is an input. The shape of this input, and not a value, says how
   many cache slots attention reads. So no shape depends on device data, and a decode step can be captured as a CUDA
   graph. The mask hides the slots after the present position.
@@ -182,20 +183,21 @@ def decoder_header(
     config: ModelConfig,
     stored: str,
     dtype: str,
-    capacity: int,
+    slots: int,
+    rows: int = 1,
     decomposed: bool = False,
     decomposable: bool = False,
     wide_cache: bool = False,
 ) -> bytes:
     """Return the decoder graph for TensorRT, serialised.
 
-    inputs_embeds [1, seq, hidden], cos and sin [1, seq, head_dim / 2], past_length [1] int64, slots [window] int64,
-    kept [kept] int64, past_key_values.N.{key,value} [1, kv_heads, capacity, head_dim]
-    -> logits [1, kept, vocab] float32, token [1, kept] int64, present.N.{key,value} in the memory of
+    inputs_embeds [batch, seq, hidden], cos and sin [batch, seq, head_dim / 2], past_length [batch] int64,
+    slots [window] int64, kept [kept] int64, past_key_values.N.{key,value} [batch, kv_heads, slots, head_dim]
+    -> logits [batch, kept, vocab] float32, token [batch, kept] int64, present.N.{key,value} in the memory of
        past_key_values.N.{key,value}, or new_entries instead of all present.*
 
-    Args and raises are those of `vision_header`; `path` is the graph in the standard dialect, `capacity` is the number
-    of tokens in the KV cache, and `wide_cache` keeps an int8 cache in 16 bits.
+    Args and raises are those of `vision_header`; `path` is the graph in the standard dialect, `slots` is the number of
+    slots of a row of the KV cache, and `wide_cache` keeps an int8 cache in 16 bits. With one of `rows`, the batch is 1.
     """
     source = StoredGraph(path, config)
     decoder, types = config.decoder, Types(DTYPES[stored], DTYPES[dtype])
@@ -203,7 +205,7 @@ def decoder_header(
     g = _builder(decomposed, decomposable)(
         *("decoder", types, source, source.shapes, source.tensor),
         partial(packed.matmul, dialect="standard"),
-        sizes={"batch": 1, "capacity": capacity},
+        sizes={"capacity": slots} | ({"batch": 1} if rows == 1 else {}),
     )
     kind = types.activations if wide_cache else cache_type(types, source)
     in_place = not decomposed and kind == types.activations

@@ -151,12 +151,13 @@ class Footprint:
         per_token = 2 * decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_dim
         return per_token * tokens * self.storage.cache_bytes
 
-    def activation_bytes(self, tiles: int, chunk: int, slots: int = 0) -> int:
+    def activation_bytes(self, tiles: int, chunk: int, slots: int = 0, rows: int = 1) -> int:
         """Estimate the peak bytes of activations for `tiles` tiles encoded together and `chunk` prompt tokens per step.
 
-        This counts the tensors alive at the widest place of one block, in 16 bits, and the logits of one position in
-        float32. With `slots`, those of the KV cache, attention is not one kernel, as before TensorRT 10.15: its scores
-        are in memory before and after the softmax, and keys and values are repeated for the query heads.
+        This counts the tensors alive at the widest place of one block, in 16 bits, and the logits of one position of
+        each row in float32. With `slots`, those of the KV cache, attention is not one kernel, as before TensorRT 10.15:
+        its scores are in memory before and after the softmax, and keys and values are repeated for the query heads, in
+        a step of one token for all `rows`.
         """
         vision, decoder = self.config.vision, self.config.decoder
         patches = vision.grid_size**2 + 1
@@ -166,8 +167,9 @@ class Footprint:
         if slots:
             heads, seen = decoder.num_attention_heads, slots + chunk
             tower += 2 * 2 * tiles * vision.num_attention_heads * patches**2
-            text += 2 * 2 * heads * chunk * seen + 2 * 2 * heads * seen * decoder.head_dim
-        return max(tower + pixels, text + 6 * decoder.vocab_size)
+            prompt, step = (chunk + decoder.head_dim), rows * (1 + decoder.head_dim)
+            text += 2 * 2 * heads * seen * max(prompt, step)
+        return max(tower + pixels, text + 6 * rows * decoder.vocab_size)
 
     def vision_operations(self, tiles: int) -> float:
         """Return the multiplications and additions to encode tiles: linears of tower and projector, and attention."""
@@ -193,9 +195,9 @@ class Footprint:
         attention = 2 * tokens**2 * width * decoder.num_hidden_layers
         return 2.0 * body * tokens + attention + 2.0 * decoder.vocab_size * decoder.hidden_size
 
-    def decode_bytes(self, length: int) -> int:
-        """Return the bytes read for one more token: decoder, head, and the KV cache of `length` tokens."""
-        return self.weights.decoder + self.weights.head + self.cache_bytes(length)
+    def decode_bytes(self, length: int, rows: int = 1) -> int:
+        """Return the bytes read for one more token of each row: decoder, head, and KV caches of `length` tokens."""
+        return self.weights.decoder + self.weights.head + rows * self.cache_bytes(length)
 
     def with_storage(self, storage: Storage) -> Footprint:
         """Return the footprint of the same model with another storage."""

@@ -17,7 +17,7 @@ from internvl_edge.model.preprocess import tile_grid
 
 from .devices import Device
 from .footprint import RECIPES, Footprint, Storage, builder_bytes
-from .programs import Programs, fastest_programs, further_bytes
+from .programs import Programs, fastest_programs, further_bytes, least_programs, slots_of
 from .versions import keeps_int8_cache
 
 # Image sizes of cameras, screens and scanners: label -> width, height in pixels.
@@ -69,7 +69,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Speed:
-    """A roofline prediction for one image of `tiles` tiles: bounds in seconds and in tokens per second."""
+    """A roofline prediction for one image of `tiles` tiles: bounds in seconds, and in tokens per second of all rows."""
 
     tiles: int
     prompt_tokens: int
@@ -87,7 +87,8 @@ class Speed:
 class Plan:
     """The plan of one model with one recipe on one device.
 
-    `programs` are those that `build` gives the decoder, and `build_bytes` is the free memory that `build` needs.
+    `programs` are those that `build` gives the decoder, `rows` are the sequences that its KV cache holds side by side,
+    each of `context` tokens, and `build_bytes` is the free memory that `build` needs.
     """
 
     device: Device
@@ -99,6 +100,7 @@ class Plan:
     speed: Speed
     build_bytes: int
     advice: tuple[str, ...]
+    rows: int = 1
 
     @property
     def fits(self) -> bool:
@@ -113,6 +115,7 @@ class Plan:
             "programs": int(self.programs),
             "build_bytes": self.build_bytes,
             "context": self.context,
+            "rows": self.rows,
             "max_tiles": self.max_tiles,
             "fits": self.fits,
             "memory": asdict(self.memory) | {"total": self.memory.total, "usable": self.device.usable_memory},
@@ -122,7 +125,7 @@ class Plan:
 
 
 def make_plan(
-    config: ModelConfig, device: Device, recipe: str, storage: Storage, *, context: int, max_tiles: int
+    config: ModelConfig, device: Device, recipe: str, storage: Storage, *, context: int, max_tiles: int, rows: int = 1
 ) -> Plan:
     """Plan one model on one device.
 
@@ -133,16 +136,17 @@ def make_plan(
         storage: how weights and KV cache are stored.
         context: the most tokens of prompt and answer together.
         max_tiles: the most tiles of an image. The prediction is for an image with this number of tiles.
+        rows: the sequences that the KV cache holds side by side.
     """
     footprint = Footprint(config, stored_on(device.flavour, storage))
-    programs = choose_programs(footprint, device.flavour, device.usable_memory, context)
-    memory = memory_of(footprint, context, device.flavour, programs)
-    speed = predict(footprint, device, tiles_of(config, max_tiles))
+    programs = choose_programs(footprint, device.flavour, device.usable_memory, context, rows)
+    memory = memory_of(footprint, context, device.flavour, programs, rows)
+    speed = predict(footprint, device, tiles_of(config, max_tiles), rows, context)
     advice: tuple[str, ...] = _refused_formats(device, storage)
     if footprint.storage != storage:
         advice += (WIDE_CACHE,)
     if memory.total > device.usable_memory:
-        advice += tuple(_advice(footprint, device, context, memory))
+        advice += tuple(_advice(footprint, device, context, memory, rows))
     elif programs == Programs.ONE:
         advice += (slow_steps(footprint, device.flavour, context),)
     if (needed := speed.prompt_tokens + ANSWER_TOKENS) > context:
@@ -150,7 +154,7 @@ def make_plan(
     building = build_bytes(footprint, device.flavour, programs)
     if device.flavour == "tensorrt" and memory.total <= device.usable_memory < building:
         advice += (f"engines are built on the device, which takes about {building / 1e9:.1f} GB: add swap for that",)
-    return Plan(device, recipe, programs, context, max_tiles, memory, speed, building, advice)
+    return Plan(device, recipe, programs, context, max_tiles, memory, speed, building, advice, rows)
 
 
 def stored_on(flavour: str, storage: Storage) -> Storage:
@@ -159,20 +163,21 @@ def stored_on(flavour: str, storage: Storage) -> Storage:
     return replace(storage, cache_bytes=2) if wide else storage
 
 
-def choose_programs(footprint: Footprint, flavour: str, usable: int, context: int) -> Programs:
-    """Return the programs of a decoder's engine: the fastest ones, or one for all steps where memory is short.
+def choose_programs(footprint: Footprint, flavour: str, usable: int, context: int, rows: int = 1) -> Programs:
+    """Return the programs of a decoder's engine: the fastest ones, or the least where memory is short.
 
     Args:
         footprint: the model as the device stores it.
         flavour: the TensorRT that builds, "tensorrt" or "tensorrt_rtx".
         usable: the bytes for a model on the device.
         context: the capacity of the KV cache in tokens.
+        rows: the sequences that it holds side by side.
     """
-    fastest = _fastest(footprint, flavour)
-    needed = memory_of(footprint, context, flavour, fastest).total
+    fastest = _fastest(footprint, flavour, rows)
+    needed = memory_of(footprint, context, flavour, fastest, rows).total
     if flavour == "tensorrt":  # which builds on the device itself
         needed = max(needed, build_bytes(footprint, flavour, fastest))
-    return fastest if needed <= usable else Programs.ONE
+    return fastest if needed <= usable else least_programs(rows)
 
 
 def build_bytes(footprint: Footprint, flavour: str, programs: Programs) -> int:
@@ -182,8 +187,8 @@ def build_bytes(footprint: Footprint, flavour: str, programs: Programs) -> int:
     return max(builder_bytes(weights.vision), builder_bytes(weights.decoder + weights.head, programs - 1, twice))
 
 
-def _fastest(footprint: Footprint, flavour: str) -> Programs:
-    return fastest_programs(flavour, footprint.storage.cache_bytes, footprint.storage.has_int8_body)
+def _fastest(footprint: Footprint, flavour: str, rows: int = 1) -> Programs:
+    return fastest_programs(flavour, footprint.storage.cache_bytes, footprint.storage.has_int8_body, rows)
 
 
 def slow_steps(footprint: Footprint, flavour: str, context: int) -> str:
@@ -196,29 +201,41 @@ def slow_steps(footprint: Footprint, flavour: str, context: int) -> str:
 
 
 def memory_of(
-    footprint: Footprint, context: int, flavour: str = "tensorrt_rtx", programs: Programs = Programs.ONE
+    footprint: Footprint,
+    context: int,
+    flavour: str = "tensorrt_rtx",
+    programs: Programs | None = None,
+    rows: int = 1,
 ) -> Memory:
-    """Return the bytes on the device for a context of `context` tokens and the programs of the decoder's engine.
+    """Return the bytes on the device for `rows` rows of `context` tokens and the programs of the decoder's engine.
+
+    The default programs are those that need least.
 
     Attention counts as on the oldest version of a flavour: `tensorrt` of JetPack 6.2 keeps its scores in memory.
     """
     weights = footprint.weights
     fused = footprint.activation_bytes(TILES_AT_ONCE, PREFILL_CHUNK)
-    slots = context if flavour == "tensorrt" else 0
+    each = slots_of(context, rows)
+    slots = each if flavour == "tensorrt" else 0
+    programs = programs or least_programs(rows)
     return Memory(
         vision=weights.vision,
         decoder=weights.decoder,
         head=weights.head,
         programs=further_bytes(programs, footprint.config.decoder.num_hidden_layers, footprint.twice_bytes(flavour)),
-        kv_cache=footprint.cache_bytes(context),
-        activations=footprint.activation_bytes(TILES_AT_ONCE, PREFILL_CHUNK, slots),
+        kv_cache=rows * footprint.cache_bytes(each),
+        activations=footprint.activation_bytes(TILES_AT_ONCE, PREFILL_CHUNK, slots, rows),
         workspace=fused // 2 + (64 << 20),  # scratch of single kernels, their code, CUDA graphs
         embeddings_on_disk=weights.embeddings,
     )
 
 
-def predict(footprint: Footprint, device: Device, tiles: int) -> Speed:
-    """Predict the speed of one question about one image of `tiles` tiles, thumbnail included."""
+def predict(footprint: Footprint, device: Device, tiles: int, rows: int = 1, context: int = 0) -> Speed:
+    """Predict the speed of one question about one image of `tiles` tiles, thumbnail included.
+
+    With several rows, as many such answers are decoded together. Each step reads all slots of all rows then, that is
+    `context` tokens of each.
+    """
     config, storage, weights = footprint.config, footprint.storage, footprint.weights
     bandwidth, rate, int8_rate = device.bandwidth_gbs * 1e9, device.tflops * 1e12, device.int8_tops * 1e12
     prompt = tiles * config.tokens_per_tile + TEXT_TOKENS
@@ -226,7 +243,10 @@ def predict(footprint: Footprint, device: Device, tiles: int) -> Speed:
     vision = max(footprint.vision_operations(tiles) / vision_rate, weights.vision / bandwidth)
     prefill_rate = int8_rate if storage.body and storage.body.static_inputs else rate
     prefill = max(footprint.prefill_operations(prompt) / prefill_rate, footprint.decode_bytes(prompt) / bandwidth)
-    return Speed(tiles, prompt, vision, prefill, bandwidth / footprint.decode_bytes(prompt + ANSWER_TOKENS // 2))
+    length = prompt + ANSWER_TOKENS // 2 if rows == 1 else slots_of(context, rows)
+    operations = rows * footprint.prefill_operations(1)
+    step = max(footprint.decode_bytes(length, rows) / bandwidth, operations / prefill_rate)
+    return Speed(tiles, prompt, vision, prefill, rows / step)
 
 
 def tiles_of(config: ModelConfig, limit: int) -> int:
@@ -258,28 +278,41 @@ def _refused_formats(device: Device, storage: Storage) -> tuple[str, ...]:
     return tuple(f"{device.title} has no {name}: choose another recipe" for name in lacking)
 
 
-def _advice(footprint: Footprint, device: Device, context: int, memory: Memory) -> list[str]:
+def _advice(footprint: Footprint, device: Device, context: int, memory: Memory, rows: int) -> list[str]:
     """Return the changes that make the model fit, the one with the least loss first."""
     advice = []
-    if shorter := _longest_context(device, footprint):
+    if fewer := _most_rows(device, footprint, context, rows):
+        advice.append(f"--rows {fewer}" if fewer > 1 else "one row")
+    if shorter := _longest_context(device, footprint, rows):
         advice.append(shorter)
     for name, storage in RECIPES.items():
         smaller = footprint.with_storage(stored_on(device.flavour, storage))
-        needed = memory_of(smaller, context, device.flavour)
+        needed = memory_of(smaller, context, device.flavour, rows=rows)
         if needed.total < memory.total and needed.total <= device.usable_memory:
             return [*advice, f"recipe {name} ({needed.total / 1e9:.2f} GB)"]
-        if not advice and name == list(RECIPES)[-1] and (shorter := _longest_context(device, smaller)):
+        if not advice and name == list(RECIPES)[-1] and (shorter := _longest_context(device, smaller, rows)):
             return [f"recipe {name} with {shorter}"]
     return advice or ["a smaller variant of the model, or a device with more memory"]
 
 
-def _longest_context(device: Device, footprint: Footprint) -> str | None:
+def _most_rows(device: Device, footprint: Footprint, context: int, rows: int) -> int | None:
+    """Return the largest number of rows below `rows` that fits, None if one row does not."""
+    usable = device.usable_memory
+    fitting = (
+        n for n in range(rows - 1, 0, -1) if memory_of(footprint, context, device.flavour, rows=n).total <= usable
+    )
+    return next(fitting, None)
+
+
+def _longest_context(device: Device, footprint: Footprint, rows: int) -> str | None:
     """Return advice with the largest context that fits, or None if it has no room for one tile and an answer."""
     # The bytes grow with the context, so the first one that does not fit can be searched by halving.
     usable, step = device.usable_memory, 256
-    limit = max(1, usable // (step * footprint.cache_bytes(1)) + 1)
+    limit = max(1, usable // (step * rows * footprint.cache_bytes(1)) + 1)
     fitting = bisect.bisect_right(
-        range(1, limit + 1), usable, key=lambda steps: memory_of(footprint, step * steps, device.flavour).total
+        range(1, limit + 1),
+        usable,
+        key=lambda steps: memory_of(footprint, step * steps, device.flavour, rows=rows).total,
     )
     context = fitting * step
     tiles = (context - TEXT_TOKENS - ANSWER_TOKENS) // footprint.config.tokens_per_tile

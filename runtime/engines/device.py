@@ -10,7 +10,7 @@ import contextlib
 import io
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from internvl_edge.base.errors import EngineError
 from internvl_edge.base.extras import install, missing_package
@@ -18,10 +18,14 @@ from internvl_edge.base.progress import Progress
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.model.context import checked_context
 from internvl_edge.planning.devices import FLAVOURS
+from internvl_edge.planning.programs import MOST_ROWS
 
 from . import Engine
 from .choice import cpu_engine
 from .onnxruntime import PROVIDERS, OnnxRuntimeEngine
+
+if TYPE_CHECKING:
+    from .tensorrt.record import EngineRecord
 
 DEVICES = ("auto", "cpu", "cuda", "tensorrt")
 # The types for which CUDA has a kernel of GroupQueryAttention (onnxruntime, docs/OperatorKernels.md), among those that
@@ -57,11 +61,12 @@ def choose_device(
     context: int | None = None,
     threads: int | None = None,
     exact: bool = False,
+    rows: int = 1,
 ) -> DeviceChoice:
     """Choose what "auto" means for a bundle and the further arguments of `InternVL.load`.
 
-    An engine or a number of threads means the CPU. A context or a dialect that the TensorRT engines do not have, or
-    exact numbers, mean another device.
+    An engine or a number of threads means the CPU. A context, rows or a dialect that the TensorRT engines do not have,
+    or exact numbers, mean another device. CUDA has one row.
 
     Raises:
         EngineError: there is neither a usable TensorRT nor ONNX Runtime.
@@ -71,10 +76,12 @@ def choose_device(
     if threads is not None:
         return DeviceChoice("cpu", "a number of threads was asked for")
     try:
-        return DeviceChoice("tensorrt", _tensorrt_engines(opened, dialect, context, exact))
+        return DeviceChoice("tensorrt", _tensorrt_engines(opened, dialect, context, exact, rows))
     except EngineError as error:
         without_tensorrt = str(error)
     obstacle = _cuda_obstacle(opened)
+    if obstacle is None and rows > 1:
+        return DeviceChoice("cpu", f"{without_tensorrt}; CUDA has one row, asked for are {rows}")
     if obstacle is None:
         return DeviceChoice("cuda", without_tensorrt)
     if obstacle.found == _NOT_INSTALLED:
@@ -85,6 +92,17 @@ def choose_device(
 def has_tensorrt() -> bool:
     """Return whether a TensorRT is installed, without loading it."""
     return any(find_spec(name) is not None for name in FLAVOURS)
+
+
+def most_rows(opened: Bundle, device: str) -> int:
+    """Return the most rows that a device has for a bundle: on TensorRT, those that the engines were built for.
+
+    Raises:
+        EngineError: there are no TensorRT engines for the present GPU.
+    """
+    if device == "tensorrt":
+        return _present_engines(opened)[0].options.rows
+    return MOST_ROWS if device == "cpu" else 1
 
 
 def require_cuda(opened: Bundle) -> None:
@@ -123,7 +141,7 @@ def load_engine(
     Raises:
         EngineError: as `InternVL.load`.
     """
-    if device != "cpu" and rows > 1:
+    if device == "cuda" and rows > 1:
         raise EngineError(f"device {device} has one row, {rows} were asked for; leave out rows, or choose device cpu")
     if device == "tensorrt":
         if exact:
@@ -131,7 +149,7 @@ def load_engine(
         require_unused(device, engine, dialect=None if dialect == "standard" else dialect, threads=threads)
         from .tensorrt.engine import TensorRTEngine
 
-        return TensorRTEngine(opened, capacity=context, progress=progress)
+        return TensorRTEngine(opened, capacity=context, rows=rows, progress=progress)
     capacity = checked_context(opened.manifest.model.decoder, context)
     if device == "cuda":
         require_unused(device, engine)
@@ -191,11 +209,10 @@ def obstacle_to_session(runtime: Any, provider: str) -> str | None:
         runtime.set_default_logger_severity(_WARNINGS)
 
 
-def _tensorrt_engines(opened: Bundle, dialect: str | None, context: int | None, exact: bool) -> str:
+def _tensorrt_engines(opened: Bundle, dialect: str | None, context: int | None, exact: bool, rows: int) -> str:
     """Return which engines of the bundle the present GPU can run; raise EngineError where there are none."""
-    from .tensorrt.cuda import Cuda
     from .tensorrt.flavour import load_flavour
-    from .tensorrt.record import engine_names, find_engines
+    from .tensorrt.record import engine_names, rows_text
 
     if not engine_names(opened):
         raise EngineError("the bundle has no TensorRT engines")
@@ -203,15 +220,26 @@ def _tensorrt_engines(opened: Bundle, dialect: str | None, context: int | None, 
         raise EngineError(f"TensorRT engines do not run the dialect {dialect}")
     if exact:
         raise EngineError("TensorRT engines compute in 16 bits, and exact numbers were asked for")
-    cuda = Cuda()
-    try:
-        found = cuda.compute_capability()
-    finally:
-        cuda.close()
-    record = find_engines(opened, found)
+    record, found = _present_engines(opened)
     installed = load_flavour(record.flavour).version
     if installed != record.version:
         raise EngineError(f"the engines {record.target} are of {record.flavour} {record.version}, not {installed}")
     if context is not None and context > record.options.capacity:
         raise EngineError(f"the engines {record.target} hold {record.options.capacity} tokens, asked for are {context}")
+    if rows > record.options.rows:
+        there = rows_text(record.options.rows)
+        raise EngineError(f"the engines {record.target} hold {there}, asked for are {rows}")
     return f"engines {record.target} for compute capability {found / 10:.1f}"
+
+
+def _present_engines(opened: Bundle) -> tuple[EngineRecord, int]:
+    """Return the record of the engines that the present GPU can run, and its compute capability."""
+    from .tensorrt.cuda import Cuda
+    from .tensorrt.record import find_engines
+
+    cuda = Cuda()
+    try:
+        found = cuda.compute_capability()
+    finally:
+        cuda.close()
+    return find_engines(opened, found), found

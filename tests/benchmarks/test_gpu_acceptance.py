@@ -173,7 +173,7 @@ def test_the_cuda_half_is_checked_value_by_value() -> None:
         return Cuda(made[-1])
 
     row = gpu_cuda.check(connect)
-    assert len(row["checks"]) == 5
+    assert len(row["checks"]) == 7
     assert row["graph_launches"] > gpu_cuda.STEPS
     assert [cuda.leaks for cuda in made] == [{}] * len(made)
 

@@ -59,9 +59,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return export(tmp_path_factory.mktemp("built"))
 
 
-def networks(bundle: Bundle, dtype: str = "bfloat16", decomposed: bool = False) -> Any:
+def networks(bundle: Bundle, dtype: str = "bfloat16", decomposed: bool = False, rows: int = 1) -> Any:
     flavour = load_flavour("tensorrt_rtx")
-    for header, path in headers(bundle, options_for(RTX, dtype, **SIZES), decomposed).values():
+    for header, path in headers(bundle, options_for(RTX, dtype, **SIZES, rows=rows), decomposed).values():
         with parsed_network(flavour, header, path) as (_, network):
             yield network
 
@@ -269,6 +269,38 @@ def test_two_profiles_and_other_compute_capabilities_build(bundle: Bundle) -> No
     assert build_engines(bundle, ada, options_for(ada, **SIZES, profiles=2))[0].compute_capabilities == (89,)
 
 
+@pytest.mark.parametrize("form", ["modern", "int8 cache", "decomposed"])
+def test_engines_for_several_rows_build(tmp_path: Path, form: str) -> None:
+    checkpoint = tiny.write_checkpoint(tmp_path / "plain")
+    if form == "int8 cache":
+        write_scales(checkpoint)
+    bundle = Bundle.open(export_bundle(checkpoint, tmp_path / "bundle", "float16"))
+    model, options = bundle.manifest.model, options_for(RTX, **SIZES, rows=3)
+    assert (options.profiles, options.slots) == (2, SIZES["capacity"] // 128 * 128 + 128)
+    _, network = networks(bundle, decomposed=form == "decomposed", rows=3)
+    io = tensors(network)
+    kind = "INT8" if form == "int8 cache" else "BF16"
+    cache = (-1, model.decoder.num_key_value_heads, options.slots, model.decoder.head_dim)
+    assert {io[name][1:] for name in io if name.startswith("past_key_values")} == {(kind, cache)}
+    assert io["inputs_embeds"] == ("input", "BF16", (-1, -1, model.decoder.hidden_size))
+    assert io["past_length"] == ("input", "INT64", (-1,))
+    assert io["logits"] == ("output", "FLOAT", (-1, -1, model.decoder.vocab_size))
+    assert ("new_entries" in io) == (form != "modern")
+    assert shape_inputs(network) == []
+    if form == "decomposed":
+        header, path = headers(bundle, options, decomposed=True)["decoder"]
+        shapes = bundle_engines.profiles(model, options, "decoder")
+        build = Build(header, path, RTX.sms, shapes, tmp_path / "decoder.engine")
+        made = build_engine(load_flavour("tensorrt_rtx"), build, lambda phase, done, total: None, threading.Event())
+        assert made.bytes > 0
+        return
+    record, built = build_engines(bundle, RTX, options)
+    assert built
+    assert EngineRecord.read(engine_folder(bundle, "rtx")).options.rows == 3
+    assert build_engines(bundle, RTX, options) == (record, False)
+    assert build_engines(bundle, RTX, options_for(RTX, **SIZES, rows=2))[1]
+
+
 def test_a_graph_the_parser_rejects_is_one_line_that_names_the_node(tmp_path: Path) -> None:
     """Zero points are what TensorRT takes least: the very graph that the exact correction avoids."""
     bundle = export(tmp_path, SYMMETRIC)
@@ -296,6 +328,9 @@ def test_a_graph_the_parser_rejects_is_one_line_that_names_the_node(tmp_path: Pa
         ({"capacity": 64, "chunk": 65}, "do not fit a context of 64"),
         ({"tiles": 0}, "0 tiles"),
         ({"profiles": 4}, "4 optimization profiles, expected 1 to 3"),
+        ({"rows": 65}, "65 rows, expected 1 to 64"),
+        ({"rows": 2, "profiles": 3}, "engines for 2 rows have 2 programs, .* not 3; leave out --profiles, or --rows"),
+        ({"rows": 2, "profiles": 1}, "engines for 2 rows have 2 programs, .* not 1; leave out --profiles, or --rows"),
     ],
 )
 def test_sizes_that_cannot_be(bundle: Bundle, sizes: dict[str, int], fragment: str) -> None:
@@ -371,6 +406,9 @@ def test_the_command(tmp_path: Path) -> None:
     again = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "nothing changed" in again.stdout
     assert "programs of the decoder: 3" in again.stdout
+    several = subprocess.run([*command, "--rows", "4"], capture_output=True, text=True, check=True)
+    assert "4 rows, " in several.stdout
+    assert "programs of the decoder: 2" in several.stdout
     one = subprocess.run([*command, "--profiles", "1"], capture_output=True, text=True, check=True)
     assert "Note: one program serves prompts and steps, so each step copies the cache" in one.stdout
     wrong = subprocess.run([*command, "--device", "abacus"], capture_output=True, text=True, check=False)

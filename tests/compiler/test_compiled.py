@@ -50,6 +50,8 @@ LAYERS = 6
 HEAD = Scheme(8, None, True)
 # The kind of a bundle -> the most kernels of a layer in a step of one token, in the program for the whole cache.
 BOUNDS = {"bfloat16": 9, "int4": 10, "int4 with zero points": 16, "int8 cache": 11}
+# The same for a step of four rows, whose products of q, k and v, and of gate and up, are not joined.
+ROW_BOUNDS = {"bfloat16": 13, "int4": 13, "int4 with zero points": 24, "int8 cache": 14}
 KINDS = ["bfloat16", "int4", pytest.param("int4 with zero points", marks=pytest.mark.slow), "int8 cache"]
 # Kernels of a step that belong to no layer: the first norm, the mask, the head, the choice of the token.
 ONCE = 12
@@ -82,9 +84,9 @@ def checkpoint(kind: str, folder: Path) -> Path:
     return made
 
 
-def engine(source: Path, folder: Path, programs: Programs, sms: tuple[int, ...] = (86,)) -> Path:
+def engine(source: Path, folder: Path, programs: Programs, sms: tuple[int, ...] = (86,), rows: int = 1) -> Path:
     bundle = Bundle.open(export_bundle(source, folder / "bundle", "float16", dialects=["standard"]))
-    options = options_for(RTX, profiles=int(programs))
+    options = options_for(RTX, profiles=int(programs), rows=rows)
     header, path = headers(bundle, options)["decoder"]
     build = Build(header, path, sms, profiles(bundle.manifest.model, options, "decoder"), folder / "decoder.engine")
     build_engine(load_flavour("tensorrt_rtx"), build, lambda phase, done, total: None, threading.Event())
@@ -114,6 +116,19 @@ def test_a_step_copies_the_cache_once_or_not_at_all(kind: str, compiled: Callabl
 def test_a_step_widens_an_int8_cache_once_and_transposes_nothing(compiled: Callable[[str], Found]) -> None:
     rewrites = compiled("int8 cache")[Programs.STEP].cache_rewrites
     assert LAYERS <= len(rewrites) <= 2 * LAYERS
+    assert all("Tran" not in kernel.steps for kernel in rewrites)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_of_several_rows_reads_the_cache_in_place(kind: str, tmp_path: Path) -> None:
+    """One attention per layer for all rows, and no copy of a 16-bit cache."""
+    step, prompt = compiled_programs(engine(checkpoint(kind, tmp_path), tmp_path, Programs.STEP, rows=4))
+    for program in (step, prompt):
+        assert sum(kernel.attends for kernel in program.kernels) == LAYERS
+        assert program.unpacked == ()
+    assert len(step.kernels) <= ROW_BOUNDS[kind] * LAYERS + ONCE
+    rewrites = step.cache_rewrites
+    assert len(rewrites) <= (2 * LAYERS if kind == "int8 cache" else 0)  # an int8 cache is widened
     assert all("Tran" not in kernel.steps for kernel in rewrites)
 
 

@@ -28,6 +28,7 @@ from internvl_edge.compiler.engine import Build, Built
 from internvl_edge.planning.devices import Target
 from internvl_edge.runtime.engines.tensorrt import self_check
 from internvl_edge.runtime.engines.tensorrt.record import EngineRecord, engine_folder
+from internvl_edge.runtime.engines.tensorrt.runtime_cache import DeviceCache
 
 TARGET = Target("board", "a board", "tensorrt", ("8.6",))
 Change = Callable[[ir.Graph], None]
@@ -50,10 +51,10 @@ def unchanged(graph: ir.Graph) -> None:
 class Builder:
     """Stands in for the builder: an engine is the header, changed as a faulty compiler would."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, bundle: Bundle, sm: int = 86) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, bundle: Bundle, sm: int = 86, profiles: int = 1) -> None:
         self.cuda, self.changes = FakeCuda(sm), dict[str, Change]()
         self.loaded = 0
-        self.api = FakeTensorRT(self.cuda, bundle.folder, FLAVOURS["tensorrt"])
+        self.api = FakeTensorRT(self.cuda, bundle.folder, FLAVOURS["tensorrt"], profiles)
         monkeypatch.setitem(sys.modules, "tensorrt", self.api)
         monkeypatch.setattr("internvl_edge.runtime.engines.tensorrt.cuda._import_runtime", lambda: self.cuda)
         monkeypatch.setattr(bundle_engines, "build_engine", self.build)
@@ -66,8 +67,8 @@ class Builder:
         return Built(build.output.stat().st_size, sha256(build.output), 1.0, 1, 1)
 
 
-def options() -> Any:
-    return options_for(TARGET, "float16", capacity=256, chunk=64, kept=4, tiles=2)
+def options(**further: int) -> Any:
+    return options_for(TARGET, "float16", capacity=256, chunk=64, kept=4, tiles=2, **further)
 
 
 def exchanged_weights(graph: ir.Graph) -> None:
@@ -127,6 +128,20 @@ def test_right_engines_are_kept_with_what_was_compared(monkeypatch: pytest.Monke
     assert EngineRecord.read(engine_folder(bundle, "board")) == record
     assert builder.cuda.leaks == {}
     assert build_engines(bundle, TARGET, options()) == (record, False)
+
+
+def test_engines_for_several_rows_are_checked_in_two_of_them(monkeypatch: pytest.MonkeyPatch, bundle: Bundle) -> None:
+    builder = Builder(monkeypatch, bundle, profiles=2)
+    record, _ = build_engines(bundle, TARGET, options(rows=3), force=True)
+    assert record.options.rows == 3
+    assert record.check["logits_cosine"] > 0.99
+    used = [dict(shape) for context in builder.api.contexts for shape in context.shapes]
+    assert {shape["past_length"][0] for shape in used if "past_length" in shape} == {1, 3}
+    monkeypatch.setattr(DeviceCache, "copy", lambda *arguments: None)
+    with pytest.raises(EngineError, match=r"compute wrong logits .*none were kept"):
+        build_engines(bundle, TARGET, options(rows=3), force=True)
+    assert EngineRecord.read(engine_folder(bundle, "board")) == record
+    assert builder.cuda.leaks == {}
 
 
 @pytest.mark.parametrize("change", [exchanged_weights, no_mask, late_positions, nothing_but_nan])

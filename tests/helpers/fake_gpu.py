@@ -20,6 +20,8 @@ import onnx
 import onnxruntime
 
 Work = Callable[[], None]
+# Input -> smallest, best and largest shape.
+Ranges = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 NUMPY = {
     "tensor(float16)": np.float16,
     "tensor(int64)": np.int64,
@@ -220,7 +222,10 @@ class FakeCuda:
 
 
 class FakeTensorRT:
-    """A fake of either flavour's module. Engine files are headers; their data are in `folder`."""
+    """A fake of either flavour's module. Engine files are headers; their data are in `folder`.
+
+    `ranges` are the optimization profiles that `build` gives each graph; a shape outside of them is an error.
+    """
 
     TensorIOMode = SimpleNamespace(INPUT="input", OUTPUT="output")
     ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user managed")
@@ -230,9 +235,17 @@ class FakeTensorRT:
     class ILogger:
         INTERNAL_ERROR, ERROR, WARNING = range(3)
 
-    def __init__(self, cuda: FakeCuda, folder: Path, version: str = "10.16.1", profiles: int = 1) -> None:
+    def __init__(
+        self,
+        cuda: FakeCuda,
+        folder: Path,
+        version: str = "10.16.1",
+        profiles: int = 1,
+        ranges: dict[str, tuple[Ranges, ...]] | None = None,
+    ) -> None:
         self.__version__ = version
         self.cuda, self.folder, self.num_profiles = cuda, folder, profiles
+        self.ranges = ranges or {}
         self.refused: str | None = None
         self.contexts: list[FakeContext] = []
         self.loaded_caches: list[bytes] = []
@@ -349,21 +362,26 @@ class FakeContext:
                 assert self._addresses[name] == self._addresses[name.replace("present", "past_key_values")]
         shapes = {name: tuple(shape) for name, shape in self._shapes.items()}
         inputs = {name: self._array(name, value, shapes[name]) for name, value in engine.inputs.items()}
-        if engine.num_optimization_profiles == 3 and self.profile == 1 and "slots" in shapes:
-            assert shapes["slots"] == tuple(engine.get_tensor_shape("past_key_values.0.key")[2:3])  # the whole cache
+        for name, (smallest, _, largest) in self._ranges().items():
+            within = zip(smallest, shapes[name], largest, strict=True)
+            assert all(low <= size <= high for low, size, high in within), f"{name} {shapes[name]} is in no profile"
         self.runs += 1
         self.shapes.add(tuple(shapes.items()))
 
         def work() -> None:
             if "slots" in shapes:
                 self.windows.append(shapes["slots"][0])
-                assert inputs["past_length"][0] + shapes["inputs_embeds"][1] <= shapes["slots"][0]
+                assert (inputs["past_length"] + shapes["inputs_embeds"][1] <= shapes["slots"][0]).all()
             results = engine.session.run(list(engine.outputs), {name: array.copy() for name, array in inputs.items()})
             for (name, value), result in zip(engine.outputs.items(), results, strict=True):
                 self._array(name, value, result.shape)[...] = result
 
         cuda.queue(stream, work)
         return True
+
+    def _ranges(self) -> Ranges:
+        ranges = self.engine.api.ranges.get("vision" if "pixels" in self.engine.inputs else "decoder")
+        return ranges[self.profile] if ranges else {}
 
     def _array(self, name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
         dtype = np.dtype(NUMPY[value.type])

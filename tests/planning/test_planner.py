@@ -220,6 +220,40 @@ def test_separate_programs_are_planned_where_they_fit(published: dict[str, Model
     assert large.to_dict()["programs"] == 1
 
 
+@pytest.mark.parametrize("name", ["orin-nano-8gb", "rtx-4060"])
+def test_rows_count_in_memory_and_in_speed(published: dict[str, ModelConfig], name: str) -> None:
+    """Each row has a cache of its own with some slots more; a step reads the weights once, and all slots."""
+    config, board, int4 = published["1B"], device(name), RECIPES["w4a16, int8 head and vision"]
+    footprint = Footprint(config, int4)
+    one, four, many = (make_plan(config, board, "", int4, context=2048, max_tiles=1, rows=rows) for rows in (1, 4, 64))
+    token = footprint.cache_bytes(1)
+    assert (one.rows, one.memory.kv_cache) == (1, 2048 * token)
+    assert (four.rows, four.memory.kv_cache) == (4, 4 * 2176 * token)
+    assert four.programs == Programs.STEP
+    read = footprint.weights.decoder + footprint.weights.head + 4 * 2176 * token
+    assert four.speed.decode_tokens_per_s == pytest.approx(4 * board.bandwidth_gbs * 1e9 / read)
+    assert one.speed.decode_tokens_per_s < four.speed.decode_tokens_per_s < 4 * one.speed.decode_tokens_per_s
+    assert (four.speed.vision_s, four.speed.prefill_s) == (one.speed.vision_s, one.speed.prefill_s)
+    most = 64 * board.tflops * 1e12 / (64 * footprint.prefill_operations(1))
+    assert many.speed.decode_tokens_per_s <= most
+    # Before TensorRT 10.15, keys and values of all rows are repeated for the query heads.
+    repeated = 64 * 4 * config.decoder.num_attention_heads * (2176 + 512) * config.decoder.head_dim
+    assert (many.memory.activations > repeated) == (board.flavour == "tensorrt")
+    assert four.to_dict()["rows"] == 4
+
+
+def test_too_many_rows_are_told_how_many_fit(published: dict[str, ModelConfig]) -> None:
+    config, board, storage = published["8B"], device("orin-nx-16gb"), RECIPES["w4a16, int8 head and vision"]
+    plan = make_plan(config, board, "", storage, context=8192, max_tiles=1, rows=32)
+    assert not plan.fits
+    rows = int(plan.advice[0].removeprefix("--rows "))
+    footprint = Footprint(config, storage)
+    fits = [memory_of(footprint, 8192, board.flavour, rows=n).total <= board.usable_memory for n in (rows, rows + 1)]
+    assert fits == [True, False]
+    context = int(next(text for text in plan.advice if text.startswith("--context")).split()[1])
+    assert memory_of(footprint, context, board.flavour, rows=32).total <= board.usable_memory
+
+
 def test_a_step_reads_what_moves_fewer_bytes() -> None:
     """Copying a window moves it three times. From a third of the cache on, reading all of it in place is less."""
     capacity = 4096
@@ -266,6 +300,21 @@ def test_plan_from_a_configuration_alone(checkpoint: Path, tmp_path: Path) -> No
         plans = json.loads(result.output)["plans"]
         assert {plan["device"] for plan in plans} == set(Devices().all)
         assert all(plan["fits"] and plan["prediction"]["method"] == "roofline bound" for plan in plans)
+
+
+def test_rows_are_planned_by_the_command(checkpoint: Path) -> None:
+    arguments = [str(checkpoint), "--device", "rtx-3060", "--context", "1024", "--rows", "4"]
+    shown = CliRunner().invoke(command, arguments)
+    assert shown.exit_code == 0, shown.output
+    assert "tokens/s of 4 rows" in shown.output
+    assert "4 contexts of 1024 tokens" in shown.output
+    plan = json.loads(CliRunner().invoke(command, [*arguments, "--json"]).output)["plans"][0]
+    assert (plan["rows"], plan["programs"]) == (4, 2)
+    single = json.loads(CliRunner().invoke(command, [*arguments[:-2], "--json"]).output)["plans"][0]
+    assert plan["memory"]["kv_cache"] == single["memory"]["kv_cache"] // 1024 * 1152 * 4
+    overview = CliRunner().invoke(command, [str(checkpoint), "--rows", "2", "--context", "512"])
+    assert "GB of memory for 2 contexts of 512 tokens" in overview.output
+    assert CliRunner().invoke(command, [*arguments[:-1], "65"]).exit_code == 2
 
 
 def test_plan_of_a_bundle_shows_stored_and_counted(checkpoint: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from internvl_edge.base.errors import EngineError
 from internvl_edge.base.progress import SILENT
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.runtime.engines import device as device_module
-from internvl_edge.runtime.engines.device import IDENTITY, DeviceChoice, choose_device, require_cuda
+from internvl_edge.runtime.engines.device import IDENTITY, DeviceChoice, choose_device, most_rows, require_cuda
 from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from internvl_edge.runtime.engines.rows import CacheRows
 from internvl_edge.runtime.engines.tensorrt import engine as engine_module
@@ -179,7 +179,7 @@ def test_a_model_tells_what_auto_chose(monkeypatch: pytest.MonkeyPatch, built: B
     monkeypatch.setattr(engine_module, "TensorRTEngine", Engine)
     with InternVL.load(built.folder, context=50) as model:
         assert str(model.choice) == "tensorrt (engines fake for compute capability 8.6)"
-    assert loaded == [{"capacity": 50, "progress": SILENT}]
+    assert loaded == [{"capacity": 50, "rows": 1, "progress": SILENT}]
     with InternVL.load(float32.folder, "cpu") as model:
         assert model.choice is None
     assert len(loaded) == 1
@@ -192,7 +192,7 @@ def test_a_model_tells_what_auto_chose(monkeypatch: pytest.MonkeyPatch, built: B
         ("tensorrt", {"dialect": "onnxruntime"}, "dialect onnxruntime has no effect on device tensorrt"),
         ("tensorrt", {"threads": 1}, "threads 1 has no effect on device tensorrt"),
         ("tensorrt", {"context": CAPACITY + 1}, f"hold {CAPACITY} tokens, asked for are {CAPACITY + 1}.*--context"),
-        ("tensorrt", {"rows": 2}, "device tensorrt has one row, 2 were asked for"),
+        ("tensorrt", {"rows": 2}, "fake hold 1 row, asked for are 2; ask for fewer, or build with --rows 2"),
         ("tensorrt", {"exact": True}, "TensorRT engines compute in 16 bits; leave out --exact"),
         ("cuda", {"engine": "openvino"}, "engine openvino has no effect on device cuda"),
         ("cuda", {"rows": 2}, "device cuda has one row, 2 were asked for"),
@@ -202,6 +202,21 @@ def test_a_model_tells_what_auto_chose(monkeypatch: pytest.MonkeyPatch, built: B
 def test_no_argument_is_ignored(built: Bundle, device: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(EngineError, match=message):
         InternVL.load(built.folder, device, **options)
+
+
+def test_more_rows_than_the_engines_have_mean_another_device(monkeypatch: pytest.MonkeyPatch, built: Bundle) -> None:
+    monkeypatch.setattr("internvl_edge.runtime.engines.tensorrt.cuda._import_runtime", FakeCuda)
+    monkeypatch.setitem(sys.modules, "tensorrt", FakeTensorRT(FakeCuda(), Path(), FLAVOURS["tensorrt"]))
+    write_engines(built, "tensorrt", profiles=2, rows=4)
+    assert choose_device(built, rows=4) == DeviceChoice("tensorrt", "engines fake for compute capability 8.6")
+    choice = choose_device(built, rows=5)
+    assert choice.device == "cpu"
+    assert choice.reason.startswith("the engines fake hold 4 rows, asked for are 5; ")
+    assert [most_rows(built, device) for device in ("tensorrt", "cuda", "cpu")] == [4, 1, 64]
+    use_onnxruntime(monkeypatch, offered=True, starts=True)
+    half = replace(built, manifest=replace(built.manifest, activations="float16"))
+    assert choose_device(half, rows=5).reason.endswith("; CUDA has one row, asked for are 5")
+    assert choose_device(half, rows=5).device == "cpu"
 
 
 def test_a_smaller_context_than_the_engines_is_kept_to(built: Bundle) -> None:

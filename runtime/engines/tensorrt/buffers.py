@@ -91,7 +91,8 @@ class Block:
         """Start a copy of all parts to the device. The host arrays must not change until the stream has done it."""
         self._cuda.to_device(self._device, self._host, self._size, stream)
 
-    def download(self, name: str, stream: Any, size: int | None = None) -> None:
-        """Start a copy of one part, or of its first `size` bytes, to the host."""
+    def download(self, name: str, stream: Any, size: int | None = None, first: int = 0) -> None:
+        """Start a copy of one part, or of `size` of its bytes from byte `first` on, to the host."""
         start, end = self._places[name]
+        start += first
         self._cuda.to_host(self._host + start, self._device + start, end - start if size is None else size, stream)

@@ -31,7 +31,7 @@ from .buffers import HALVES, Block
 from .cuda import Cuda
 from .flavour import Flavour, load_flavour
 from .program import Context, Program
-from .record import ENGINES, EngineRecord, engine_folder, find_engines
+from .record import ENGINES, EngineRecord, engine_folder, find_engines, rows_text
 from .runtime_cache import NEW_ENTRIES, DeviceCache
 from .steps import DecodeGraph, PackedAngles, Step, split, step_sizes, window, windows
 
@@ -40,13 +40,18 @@ _LARGEST_KERNELS = 256 << 20
 
 
 class TensorRTEngine(Engine):
-    """Runs the engines that `build` put into a bundle. Its KV cache has one row.
+    """Runs the engines that `build` put into a bundle.
+
+    Prompts are computed in one row of the KV cache. A decode step of engines for several rows computes all of them, and
+    reads all slots of the cache, so that a row's numbers do not depend on the lengths of the others. Rows that take no
+    part get an entry behind their last one, which nobody sees, and which their next token overwrites.
 
     Args:
         opened: the bundle.
         target: name of the engines' folder; the default is the first one that fits the present GPU.
         built: a record and the folder of its files, in place of engines that are in the bundle.
-        capacity: the most tokens in the KV cache; the default is, and the most is, what the engines were built for.
+        capacity: the most tokens in each row; the default is, and the most is, what the engines were built for.
+        rows: the sequences that are computed side by side; the most is what the engines were built for.
         progress: shows the warm-up, which takes longest when TensorRT for RTX compiles kernels for this GPU for the
             first time.
         warm: run each shape once before the first answer needs it (see `_warm_up`).
@@ -64,6 +69,7 @@ class TensorRTEngine(Engine):
         *,
         built: tuple[EngineRecord, Path] | None = None,
         capacity: int | None = None,
+        rows: int = 1,
         progress: Progress = SILENT,
         warm: bool = True,
         cuda: Cuda | None = None,
@@ -75,7 +81,7 @@ class TensorRTEngine(Engine):
         self._decoding: list[tuple[Step, DecodeGraph]] = []
         self._closed = False
         try:
-            self._open(opened, built or self._find(opened, target), capacity, flavour)
+            self._open(opened, built or self._find(opened, target), capacity, rows, flavour)
             if warm:
                 self._warm_up(progress)
         except BaseException:
@@ -87,7 +93,7 @@ class TensorRTEngine(Engine):
         return record, engine_folder(opened, record.target)
 
     def _open(
-        self, opened: Bundle, built: tuple[EngineRecord, Path], capacity: int | None, flavour: Flavour | None
+        self, opened: Bundle, built: tuple[EngineRecord, Path], capacity: int | None, rows: int, flavour: Flavour | None
     ) -> None:
         model = opened.manifest.model
         record, self._folder = built
@@ -98,35 +104,41 @@ class TensorRTEngine(Engine):
                 f"{self._flavour.version}; build them again"
             )
         self._options = record.options
-        self.cache = CacheRows(record.options.capacity if capacity is None else capacity)
+        self.cache = CacheRows(record.options.capacity if capacity is None else capacity, rows)
         self.tiles_at_once = record.options.tiles
         if self.cache.capacity > record.options.capacity:
             raise EngineError(
                 f"the engines in {self._folder} hold {record.options.capacity} tokens, asked for are {capacity}; "
                 f"leave out --context, or build with --context {capacity}"
             )
+        if rows > record.options.rows:
+            raise EngineError(
+                f"the engines in {self._folder} hold {rows_text(record.options.rows)}, asked for are {rows}; ask for "
+                f"fewer, or build with --rows {rows}"
+            )
         self._decoder = model.decoder
         self._half = HALVES[record.options.dtype]
         self._angles = PackedAngles(model.decoder, record.options.capacity, self._half)
-        # Where a new shape costs a compilation, prompts are padded to few sizes. Elsewhere rows of padding cost more.
+        # Where a new shape costs a compilation, prompts are padded to few sizes. Elsewhere padding costs more.
         chunk = record.options.chunk
         compiles, kept = self._flavour.builds_anywhere, min(record.options.kept, chunk)
         self._sizes = step_sizes(chunk) if compiles else range(1, chunk + 1)
         self._score_sizes = [kept] if compiles else range(1, kept + 1)
         text = self._program(record, "decoder")
         self._stream = self._cuda.stream()
+        self._rows, self._slots = record.options.rows, record.options.slots
+        most = max(record.options.kept, self._rows)
         self._results = Block(
             self._cuda,
-            {
-                "token": ((record.options.kept,), np.int64),
-                "logits": ((record.options.kept, model.decoder.vocab_size), np.float32),
-            },
+            {"token": ((most,), np.int64), "logits": ((most, model.decoder.vocab_size), np.float32)},
             "logits",
         )
         itemsize = text.itemsize("past_key_values.0.key")  # an int8 cache of the bundle can be one of 16 bits here
-        new = chunk if NEW_ENTRIES in text.outputs() else 0
-        self._device_cache = DeviceCache(self._cuda, model.decoder, record.options.capacity, itemsize, new)
-        shared = self._shared_addresses(record.options.capacity)
+        new = max(chunk, self._rows) if NEW_ENTRIES in text.outputs() else 0
+        self._device_cache = DeviceCache(self._cuda, model.decoder, self._slots, itemsize, self._rows, new)
+        self._bound = 0  # the row that the prefill step is bound to
+        self._last = 0  # the row of the last decode step of one row
+        shared = self._shared_addresses(self._slots)
         # The programs of an engine: for one token with a part of the cache, for one token with the whole cache, and for
         # prompts. The last one does the work of those that are not there.
         count = text.profiles()
@@ -154,39 +166,45 @@ class TensorRTEngine(Engine):
     def prefill_steps(self, embeds: NDArray[np.float32], row: int = 0) -> Generator[None, None, NDArray[np.float32]]:
         """Append a prompt [seq, hidden] in chunks (see `Engine`)."""
         total = self.cache.room_for(len(embeds), row)
-        for part, rows in self._parts(embeds, self._sizes):
-            self._run(part, rows, total, np.array([len(part) - 1]))
+        left = len(embeds)
+        for part, size in self._parts(embeds, self._sizes, row):
+            self._run(part, size, total, np.array([len(part) - 1]), row)
+            left -= len(part)
+            if not left:  # before other rows decode, whose logits take the same place
+                logits: NDArray[np.float32] = self._logits(1)[0].copy()
             yield
-        logits: NDArray[np.float32] = self._logits(1)[0]
         return logits
 
     def decode_rows(self, embeds: NDArray[np.float32], rows: Sequence[int]) -> list[NDArray[np.float32]]:
-        """Append one token (see `Engine`)."""
-        self._decode_one(embeds[0])
-        return [self._logits(1)[0]]
+        """Append one token to each row (see `Engine`)."""
+        self._decode(embeds, rows)
+        return self._logits_of(rows)
 
     def decode_token(self, embed: NDArray[np.float32], row: int = 0) -> int:
         """Append one token [hidden], and return the most probable next token, which the device chooses."""
-        self._decode_one(embed)
-        return int(self._results.arrays["token"][0])
+        self._decode(embed[None], [row])
+        self._last = row
+        return int(self._results.arrays["token"][row])
 
     def last_logits(self) -> NDArray[np.float32]:
         """Copy the logits [vocab] of the last `decode_token` from the device. They are valid until the next call."""
-        logits: NDArray[np.float32] = self._logits(1)[0]
-        return logits
+        return self._logits_of([self._last])[0]
 
     def score(self, embeds: NDArray[np.float32], row: int = 0) -> NDArray[np.float32]:
         """Append tokens [seq, hidden], and return the logits [seq, vocab] after each of them."""
         total = self.cache.room_for(len(embeds), row)
         found = []
-        for part, rows in self._parts(embeds, self._score_sizes):
-            # Padding rows ask for the logits of the last token again, so that the shapes of all steps are the same.
-            self._run(part, rows, total, np.minimum(np.arange(rows), len(part) - 1))
+        for part, size in self._parts(embeds, self._score_sizes, row):
+            # Padding asks for the logits of the last token again, so that the shapes of all steps are the same.
+            self._run(part, size, total, np.minimum(np.arange(size), len(part) - 1), row)
             found.append(self._logits(len(part)).copy())
         return np.concatenate(found)
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Do nothing, because there is one row."""
+        """Make the first `length` tokens of one row those of another row, too."""
+        self._device_cache.copy(source, target, length, self._stream)
+        self._cuda.synchronise(self._stream)
+        self.cache.copied(source, target, length)
 
     def interrupt(self) -> None:
         """Do nothing, because a step on the device is short."""
@@ -219,38 +237,50 @@ class TensorRTEngine(Engine):
         if hasattr(self, "_closed"):
             self.close()
 
-    def _decode_one(self, embed: NDArray[np.float32]) -> None:
-        start = self.cache.length()
-        total = self.cache.room_for(1)
-        program, slots = self._program_for(total)
+    def _decode(self, embeds: NDArray[np.float32], rows: Sequence[int]) -> None:
+        """Append one token [hidden] to each of some rows."""
+        totals = [self.cache.room_for(1, row) for row in rows]
+        program, slots = self._program_for(max(totals))
         step, graph = self._decoding[program]
-        step.fill_one(embed, start)
+        for embed, row, total in zip(embeds, rows, totals, strict=True):
+            step.fill_one(embed, total - 1, row)
+        for row in set(range(self.cache.rows)).difference(rows):
+            step.idle(row, self.cache.length(row))
         graph.run(slots)
-        self._device_cache.store(start, 1, 1, self._stream)
+        for row, total in zip(rows, totals, strict=True):
+            self._device_cache.store(total - 1, 1, 1, self._stream, row, row)
         self._cuda.synchronise(self._stream)
-        self.cache.append(1)
+        for row in rows:
+            self.cache.append(1, row)
 
     def _program_for(self, total: int) -> tuple[int, int]:
         """Return which program computes the last of `total` tokens, and how many slots of the cache it reads."""
-        slots = window(total, self._options.capacity)
-        whole = len(self._decoding) > 1 and reads_whole(slots, self._options.capacity)
-        return (1, self._options.capacity) if whole else (0, slots)
+        if self._rows > 1:
+            return 0, self._slots
+        slots = window(total, self._slots)
+        whole = len(self._decoding) > 1 and reads_whole(slots, self._slots)
+        return (1, self._slots) if whole else (0, slots)
 
-    def _parts(self, embeds: NDArray[np.float32], sizes: Sequence[int]) -> Iterator[tuple[NDArray[np.float32], int]]:
-        """Yield the tokens of each step, and its rows with padding."""
+    def _parts(
+        self, embeds: NDArray[np.float32], sizes: Sequence[int], row: int
+    ) -> Iterator[tuple[NDArray[np.float32], int]]:
+        """Yield the tokens of each step, and its size with padding."""
         start = 0
-        for tokens, rows in split(len(embeds), self.cache.length(), sizes, self._options.capacity):
-            yield embeds[start : start + tokens], rows
+        for tokens, size in split(len(embeds), self.cache.length(row), sizes, self._options.capacity):
+            yield embeds[start : start + tokens], size
             start += tokens
 
-    def _run(self, embeds: NDArray[np.float32], rows: int, total: int, kept: NDArray[np.int64]) -> None:
-        step, start = self._prefill, self.cache.length()
-        step.fill(embeds, rows, start, total, kept)
-        step.reshape(rows, len(kept), window(start + rows, self._options.capacity))
+    def _run(self, embeds: NDArray[np.float32], size: int, total: int, kept: NDArray[np.int64], row: int = 0) -> None:
+        step, start = self._prefill, self.cache.length(row)
+        if row != self._bound:
+            step.context.bind(self._device_cache.addresses(row))
+            self._bound = row
+        step.fill(embeds, size, start, total, kept)
+        step.reshape(size, len(kept), window(start + size, self._slots))
         step.enqueue(self._stream)
-        self._device_cache.store(start, len(embeds), rows, self._stream)
+        self._device_cache.store(start, len(embeds), size, self._stream, row)
         self._cuda.synchronise(self._stream)  # the next step fills the host block again
-        self.cache.append(len(embeds))
+        self.cache.append(len(embeds), row)
 
     def _warm_up(self, progress: Progress) -> None:
         """Run shapes once that would otherwise be slow in the first answer, and leave the cache empty.
@@ -259,8 +289,8 @@ class TensorRTEngine(Engine):
         run, which are compiled before they run, and each size of prompt steps, which are compiled in the background.
         TensorRT has nothing to compile, but loads its kernels with the first run: one shape of each kind is run.
         """
-        compiles, capacity = self._flavour.builds_anywhere, self._options.capacity
-        lengths = [1, *(slots + 1 for slots in windows(capacity) if slots < self.cache.capacity)]
+        compiles = self._flavour.builds_anywhere
+        lengths = [1, *(slots + 1 for slots in windows(self._slots) if slots < self.cache.capacity)]
         lengths = list({self._program_for(length): length for length in lengths}.values())  # one for each shape
         tiles, sizes = range(1, self._options.tiles + 1), step_sizes(self._options.chunk)
         if not compiles:
@@ -278,7 +308,7 @@ class TensorRTEngine(Engine):
     def _warm_up_decode(self, length: int) -> None:
         self.cache.reset()
         self.cache.append(length - 1)
-        self._decode_one(np.zeros(self._decoder.hidden_size, np.float32))
+        self._decode(np.zeros((1, self._decoder.hidden_size), np.float32), [0])
 
     def _warm_up_prompt(self, size: int) -> None:
         self.cache.reset()
@@ -288,8 +318,15 @@ class TensorRTEngine(Engine):
         logits = self._results.arrays["logits"]
         self._results.download("logits", self._stream, logits[:count].nbytes)
         self._cuda.synchronise(self._stream)
-        rows: NDArray[np.float32] = logits[:count]
-        return rows
+        first: NDArray[np.float32] = logits[:count]
+        return first
+
+    def _logits_of(self, rows: Sequence[int]) -> list[NDArray[np.float32]]:
+        logits = self._results.arrays["logits"]
+        for row in rows:
+            self._results.download("logits", self._stream, logits[row].nbytes, row * logits[row].nbytes)
+        self._cuda.synchronise(self._stream)
+        return [logits[row] for row in rows]
 
     def _program(self, record: EngineRecord, graph: str) -> Program:
         path = self._folder / ENGINES[graph]
@@ -306,16 +343,21 @@ class TensorRTEngine(Engine):
         return all((self._folder / name).is_file() for name in names.RUNTIME_CACHES.values())
 
     def _decoder_step(self, program: Program, profile: int, shared: dict[str, int]) -> tuple[Step, DecodeGraph]:
-        step = self._step(program, profile, 1, 1, shared)
+        step = self._step(program, profile, 1, 1, shared, self._rows)
         return step, DecodeGraph(self._cuda, step, self._stream, not self._flavour.captures_itself)
 
-    def _step(self, program: Program, profile: int, rows: int, kept: int, shared: dict[str, int]) -> Step:
-        context = self._context(program, profile, self._stream, repeats=rows == 1, eager=rows == 1)
-        step = Step(self._cuda, context, self._decoder, self._half, self._angles, rows, kept, self._results)
+    def _step(
+        self, program: Program, profile: int, tokens: int, kept: int, shared: dict[str, int], rows: int = 1
+    ) -> Step:
+        context = self._context(program, profile, self._stream, repeats=tokens == 1, eager=tokens == 1)
+        step = Step(self._cuda, context, self._decoder, self._half, self._angles, tokens, kept, self._results, rows)
         addresses = shared | step.addresses()
         if missing := (program.inputs().keys() | program.outputs().keys()) ^ addresses.keys():
             raise EngineError(f"{ENGINES['decoder']} does not have the expected {sorted(missing)[0]}; build it again")
         step.context.bind(addresses)
+        if self._rows > 1:  # the batch of these inputs differs from program to program
+            cache = {name: shape for name, shape in program.inputs().items() if name.startswith("past_key_values")}
+            step.context.reshape({name: (rows, *shape[1:]) for name, shape in cache.items()} | {"past_length": (rows,)})
         return step
 
     def _context(self, program: Program, profile: int, stream: Any, *, repeats: bool, eager: bool) -> Context:
@@ -323,10 +365,10 @@ class TensorRTEngine(Engine):
         self._contexts.append(context)
         return context
 
-    def _shared_addresses(self, capacity: int) -> dict[str, int]:
+    def _shared_addresses(self, count: int) -> dict[str, int]:
         """Return the addresses that all steps use: the KV cache, the slot numbers and the results."""
-        slots = Block(self._cuda, {"slots": ((capacity,), np.int64)}, "slot numbers")
-        slots.arrays["slots"][:] = np.arange(capacity)
+        slots = Block(self._cuda, {"slots": ((count,), np.int64)}, "slot numbers")
+        slots.arrays["slots"][:] = np.arange(count)
         slots.upload(self._stream)
         self._cuda.synchronise(self._stream)
         results = {name: self._results.address(name) for name in ("token", "logits")}

@@ -21,7 +21,7 @@ from internvl_edge.bundle import names
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.bundle.manifest import FileEntry
 from internvl_edge.model.limits import LARGEST
-from internvl_edge.planning.programs import Programs
+from internvl_edge.planning.programs import MOST_ROWS, Programs, slots_of
 
 RECORD = names.ENGINE_RECORD
 ENGINES = {"vision": "vision.engine", "decoder": "decoder.engine"}
@@ -43,6 +43,7 @@ class BuildOptions:
         kept: the most positions of one step that get logits, to verify guessed tokens.
         tiles: the most tiles that are encoded together.
         profiles: the number of the decoder's programs, a value of `Programs`.
+        rows: the sequences that the KV cache holds side by side. A decode step computes all of them.
     """
 
     dtype: str
@@ -51,6 +52,12 @@ class BuildOptions:
     kept: int = 16
     tiles: int = 4
     profiles: int = 1
+    rows: int = 1
+
+    @property
+    def slots(self) -> int:
+        """The slots of one row of the KV cache."""
+        return slots_of(self.capacity, self.rows)
 
 
 @dataclass(frozen=True)
@@ -137,15 +144,21 @@ def _require_possible(record: EngineRecord) -> None:
         raise ValueError(f"flavour {shown(record.flavour)} with dtype {shown(record.options.dtype)} is not known")
     if not record.compute_capabilities or not all(10 <= sm < 1000 for sm in record.compute_capabilities):
         raise ValueError(f"compute_capabilities is {shown(record.compute_capabilities)}, expected numbers like 86")
-    largest = LARGEST["max_position_embeddings"]
+    most = {"profiles": len(Programs), "rows": MOST_ROWS}
     for name, size in asdict(record.options).items():
-        if name != "dtype" and not 1 <= size <= (len(Programs) if name == "profiles" else largest):
+        largest = most.get(name, LARGEST["max_position_embeddings"])
+        if name != "dtype" and not 1 <= size <= largest:
             raise ValueError(f"options.{name} is {size}, expected a number from 1 to {largest}")
 
 
 def engine_folder(opened: Bundle, target: str) -> Path:
     """Where a target's engines lie."""
     return opened.folder / names.ENGINES / target
+
+
+def rows_text(rows: int) -> str:
+    """Return "1 row" or "4 rows"."""
+    return f"{rows} row" if rows == 1 else f"{rows} rows"
 
 
 def graph_inputs(opened: Bundle) -> dict[str, str]:

@@ -48,7 +48,7 @@ def windows(capacity: int) -> list[int]:
 
 
 def step_sizes(largest: int) -> list[int]:
-    """Return the numbers of rows that steps of a prompt have, in order."""
+    """Return the sizes that steps of a prompt have, in order."""
     sizes = []
     size = SMALLEST_STEP
     while size < largest:
@@ -58,17 +58,17 @@ def step_sizes(largest: int) -> list[int]:
 
 
 def split(count: int, start: int, sizes: Sequence[int], capacity: int) -> Iterator[tuple[int, int]]:
-    """Yield (tokens, rows) of the steps that append `count` tokens from position `start` on.
+    """Yield (tokens, size) of the steps that append `count` tokens from position `start` on.
 
-    A step has one of `sizes` as its rows, and those after its tokens are padding. At the end of the cache, where no
-    padding fits, steps have powers of two, the largest first.
+    A step has one of `sizes`, and what follows its tokens is padding. At the end of the cache, where no padding fits,
+    steps have powers of two, the largest first.
     """
     while count:
-        rows = next((size for size in sizes if size >= count), sizes[-1])
-        tokens = min(count, rows)
-        if start + rows > capacity:
-            tokens = rows = 1 << (tokens.bit_length() - 1)
-        yield tokens, rows
+        size = next((size for size in sizes if size >= count), sizes[-1])
+        tokens = min(count, size)
+        if start + size > capacity:
+            tokens = size = 1 << (tokens.bit_length() - 1)
+        yield tokens, size
         start, count = start + tokens, count - tokens
 
 
@@ -93,16 +93,18 @@ class PackedAngles:
 
 
 class Step:
-    """The inputs of a step of up to `rows` tokens, and the execution context that computes it.
+    """The inputs of a step, and the execution context that computes it: of up to `tokens` tokens of one row of the
+    cache, or of one token of each of its rows.
 
     Args:
         cuda: allocates and copies.
         context: computes the step.
         decoder, half: the sizes and the type of the inputs.
         angles: the rotary angles.
-        rows: the most tokens of a step.
+        tokens: the most tokens of a step, of each row.
         kept: the most tokens of a step that get logits.
         results: receives the token ids.
+        rows: the rows of the cache that a step computes.
     """
 
     def __init__(
@@ -112,16 +114,21 @@ class Step:
         decoder: DecoderConfig,
         half: Half,
         angles: PackedAngles,
-        rows: int,
+        tokens: int,
         kept: int,
         results: Block,
+        rows: int = 1,
     ) -> None:
         self.context = context
         self._pack, self._angles, self._results = half.pack, angles, results
         half_head = decoder.head_dim // 2
         self._widths = {"inputs_embeds": decoder.hidden_size, "cos": half_head, "sin": half_head}
-        parts: dict[str, tuple[tuple[int, ...], Any]] = {"past_length": ((1,), np.int64), "kept": ((kept,), np.int64)}
-        parts |= {name: ((rows, width), half.stored) for name, width in self._widths.items()}
+        self._rows = rows
+        parts: dict[str, tuple[tuple[int, ...], Any]] = {
+            "past_length": ((rows,), np.int64),
+            "kept": ((kept,), np.int64),
+        }
+        parts |= {name: ((rows * tokens, width), half.stored) for name, width in self._widths.items()}
         self._block = Block(cuda, parts, "inputs of the decoder")
         arrays = self._block.arrays
         self._embeds, self._cos, self._sin = (arrays[name] for name in self._widths)
@@ -131,29 +138,33 @@ class Step:
         """Return the addresses of this step's own inputs."""
         return {name: self._block.address(name) for name in self._block.arrays}
 
-    def fill_one(self, embed: NDArray[np.float32], position: int) -> None:
-        """Write the inputs of one token [hidden], the last of its sequence. It gets logits."""
+    def fill_one(self, embed: NDArray[np.float32], position: int, row: int = 0) -> None:
+        """Write the inputs of a row's one token [hidden], the last of its sequence. It gets logits."""
         cos, sin = self._angles.at(position, 1, position + 1)
-        self._embeds[0] = self._pack(embed)
-        self._cos[:1], self._sin[:1] = cos, sin
-        self._past_length[0] = position
+        self._embeds[row] = self._pack(embed)
+        self._cos[row : row + 1], self._sin[row : row + 1] = cos, sin
+        self._past_length[row] = position
 
-    def fill(self, embeds: NDArray[np.float32], rows: int, start: int, total: int, kept: NDArray[np.int64]) -> None:
+    def idle(self, row: int, length: int) -> None:
+        """Let a row of `length` tokens compute what nobody reads. Its entry goes behind its last token."""
+        self._past_length[row] = length
+
+    def fill(self, embeds: NDArray[np.float32], tokens: int, start: int, total: int, kept: NDArray[np.int64]) -> None:
         """Write the inputs of tokens [n, hidden] at the positions from `start` on, in a sequence of `total` tokens.
 
-        Rows from n to `rows` are padding: zeros, which no token sees, and whose entries later tokens overwrite. `kept`
-        are the indices of the rows that get logits.
+        Tokens from n to `tokens` are padding: zeros, which no token sees, and whose entries later tokens overwrite.
+        `kept` are the indices of the tokens that get logits.
         """
-        cos, sin = self._angles.at(start, rows, total)
+        cos, sin = self._angles.at(start, tokens, total)
         self._embeds[: len(embeds)] = self._pack(embeds)
-        self._embeds[len(embeds) : rows] = 0
-        self._cos[:rows], self._sin[:rows] = cos, sin
+        self._embeds[len(embeds) : tokens] = 0
+        self._cos[:tokens], self._sin[:tokens] = cos, sin
         self._past_length[0] = start
         self._kept[: len(kept)] = kept
 
-    def reshape(self, rows: int, kept: int, slots: int) -> None:
+    def reshape(self, tokens: int, kept: int, slots: int) -> None:
         """Set the shapes of the inputs whose shape varies."""
-        shapes = {name: (1, rows, width) for name, width in self._widths.items()}
+        shapes = {name: (self._rows, tokens, width) for name, width in self._widths.items()}
         self.context.reshape(shapes | {"kept": (kept,), "slots": (slots,)})
 
     def enqueue(self, stream: Any) -> None:
