@@ -9,9 +9,10 @@ the load stays). Every answer is compared with the one that the server gave whil
 process gets SIGTERM while all clients ask: each stream that had begun must end whole.
 
 Results: results/serve_load.json: requests by kind and outcome; wrong and lost answers; p50 and p95 of the seconds to
-the first token, to the end, and to a refusal; resident memory, descriptors and threads every five seconds; the outcomes
-after SIGTERM. Beside it, the answers per second that the same questions get from `InternVL.chat` in a process
-without a server, asked by as many threads as there are rows: the limit that HTTP cannot exceed.
+the first token, to the end, and to a refusal (as the client and as the server see it); resident memory, descriptors
+and threads every five seconds; the outcomes after SIGTERM. Beside it, the answers per second that the same questions
+get from `InternVL.chat` in a process without a server, asked by as many threads as there are rows: the limit that HTTP
+cannot exceed.
 """
 
 from __future__ import annotations
@@ -282,8 +283,10 @@ def main(work: Path, minutes: float, clients: int, rows: int, queue: int) -> Non
         "--queue",
         queue,
     ]
-    command = [sys.executable, "-c", SERVE, "serve", bundle, "--quiet", "--no-access-log", "--drain", 60, *options]
-    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", SERVE, "serve", bundle, "--quiet", "--drain", 60, *options]
+    log = work / "access.log"
+    with log.open("w") as lines:
+        process = subprocess.Popen(list(map(str, command)), stdout=lines, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     load = Load(int(process.stderr.readline().rpartition(":")[2].partition("/")[0]))
     load.learn()
@@ -304,6 +307,9 @@ def main(work: Path, minutes: float, clients: int, rows: int, queue: int) -> Non
         thread.join(120)
     status = process.wait(120)
     middle = len(samples) // 5
+    logged = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    refused_in_server = [line["seconds"] for line in logged if line["status"] == 429]
+    under_load.seconds["refusal_in_server_s"] = refused_in_server or [0.0]
     right = sum(count for name, count in under_load.outcomes.items() if name.endswith(": right"))
     results = {
         "clients": clients,

@@ -10,7 +10,8 @@ The demo bundle is exported to WORK. Each server is a process of its own with on
   bundle, asks it once and has no server.
 * overhead: seconds from the first byte of a request to the last of its answer as the client sees it, without the
   seconds of the engine that the answer itself says (waiting, vision, prefill, decode). The same requests are answered
-  by `InternVL.chat` in a process without a server, whose own overhead stands beside it. Both alternate.
+  by `InternVL.chat` in a process without a server, whose own overhead stands beside it. Both alternate. On a machine
+  that others use, wall clock says little; CPU time of the two processes per request stands beside it.
 
 Results: results/serve_overhead.json.
 """
@@ -61,7 +62,7 @@ class Served:
         line = self.process.stderr.readline()
         self.port = int(line.rpartition(":")[2].partition("/")[0])
         assert self.request("GET", "/readyz")[0] == 200
-        self.start_s = time.perf_counter() - self.started
+        self.start_s = {"wall": time.perf_counter() - self.started, "cpu": cpu_s(self.process.pid)}
 
     def request(self, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
@@ -86,7 +87,7 @@ def memory(pid: int) -> dict[str, float]:
     return {"rss_mb": round(found["Rss"] / 1024, 1), "uss_mb": round(private / 1024, 1)}
 
 
-def alone(bundle: Path) -> tuple[float, dict[str, float]]:
+def alone(bundle: Path) -> tuple[dict[str, float], dict[str, float]]:
     """Seconds to load the bundle in a new process, and its memory after one answer."""
     started = time.perf_counter()
     process = subprocess.Popen(
@@ -95,14 +96,20 @@ def alone(bundle: Path) -> tuple[float, dict[str, float]]:
     assert process.stdin is not None
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
-    seconds = time.perf_counter() - started
+    seconds, cpu = time.perf_counter() - started, cpu_s(process.pid)
     process.stdin.write("ask\n")
     process.stdin.flush()
     assert process.stdout.readline() == "asked\n"
     found = memory(process.pid)
     process.stdin.close()
     process.wait(30)
-    return seconds, found
+    return {"wall": seconds, "cpu": cpu}, found
+
+
+def cpu_s(pid: int) -> float:
+    """CPU seconds of a process so far, in steps of 10 ms."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def overheads(served: Served, bundle: Path, requests: int) -> dict[str, Any]:
@@ -123,18 +130,26 @@ def overheads(served: Served, bundle: Path, requests: int) -> dict[str, Any]:
         for kind, content in contents.items():
             body = json.dumps({"messages": [{"role": "user", "content": content}], "max_tokens": 8}).encode()
             over_http, inside = [], []
-            for _ in range(requests + 5):
+            served_cpu = inside_cpu = 0.0
+            for number in range(requests + 5):
+                if number == 5:
+                    served_cpu, inside_cpu = -cpu_s(served.process.pid), 0.0
                 started = time.perf_counter()
                 status, answer = served.request("POST", "/v1/chat/completions", body)
                 seconds = time.perf_counter() - started
                 assert status == 200
                 timings = json.loads(answer)["timings"]
                 over_http.append(1000 * (seconds - sum(timings[name] for name in ENGINE)))
-                started = time.perf_counter()
+                started, began = time.perf_counter(), time.process_time()
                 reply = model.chat(questions[kind], images[kind], max_new_tokens=8, max_tiles=6)
                 seconds = time.perf_counter() - started
+                inside_cpu += time.process_time() - began
                 inside.append(1000 * (seconds - sum(reply.timings[name] for name in ENGINE)))
+            served_cpu += cpu_s(served.process.pid)
             found[kind] = {
+                "server_cpu_ms": round(1000 * served_cpu / requests, 2),
+                "in_process_cpu_ms": round(1000 * inside_cpu / requests, 2),
+                "server_beyond_in_process_cpu_ms": round(1000 * (served_cpu - inside_cpu) / requests, 2),
                 "http_ms": summary(over_http[5:]),
                 "in_process_ms": summary(inside[5:]),
                 "server_ms": round(statistics.median(over_http[5:]) - statistics.median(inside[5:]), 2),
@@ -149,6 +164,14 @@ def summary(values: list[float]) -> dict[str, float]:
         "p50": round(statistics.median(ordered), 2),
         "p95": round(ordered[int(len(ordered) * 0.95)], 2),
     }
+
+
+def spread(values: list[dict[str, float]]) -> dict[str, float]:
+    found = {}
+    for name in ("wall", "cpu"):
+        found[f"{name}_median"] = round(statistics.median(each[name] for each in values), 2)
+        found[f"{name}_least"] = round(min(each[name] for each in values), 2)
+    return found
 
 
 @click.command()
@@ -181,11 +204,8 @@ def main(work: Path, requests: int) -> None:
     without_server = {name: statistics.median(each[1][name] for each in loads) for name in memories[0]}
     results = {
         "load_average": os.getloadavg()[0],
-        "start_to_ready_s": {"median": round(statistics.median(starts), 2), "least": round(min(starts), 2)},
-        "load_alone_s": {
-            "median": round(statistics.median(each[0] for each in loads), 2),
-            "least": round(min(each[0] for each in loads), 2),
-        },
+        "start_to_ready_s": spread(starts),
+        "load_alone_s": spread([each[0] for each in loads]),
         "idle_memory": {
             "server": with_server,
             "engine_alone": without_server,

@@ -41,7 +41,7 @@ _SAME_OPTIONS = (
     "presence_penalty",
     "repetition_penalty",
 )
-_SPACES = re.compile(rb"[\r\n\t ]+")
+_SPACES = (b"\n", b"\r", b"\t", b" ")
 
 
 @dataclass(frozen=True)
@@ -366,6 +366,8 @@ def _data(url: str, where: str) -> bytes:
         return unquote_to_bytes(data)
     try:
         raw = unquote_to_bytes(data) if "%" in data else data.encode("ascii")
-        return b64decode(_SPACES.sub(b"", raw), validate=True)
+        if any(space in raw for space in _SPACES):  # line breaks, as mail has them
+            raw = b"".join(raw.split())
+        return b64decode(raw, validate=True)
     except (ValueError, binascii.Error):
         raise invalid(where, f"{where} is a data: address whose base64 is not valid; encode the file again") from None

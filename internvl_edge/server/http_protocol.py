@@ -42,6 +42,7 @@ class EdgeProtocol(H11Protocol):
         for timer in (self._head_timer, self._unread_timer):
             if timer is not None:
                 timer.cancel()
+        self._unset_keepalive_if_required()  # uvicorn leaves it, and so the connection, after an error
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:

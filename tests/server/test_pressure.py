@@ -298,6 +298,22 @@ def test_an_engine_that_cannot_be_loaded_again_says_so_for_good(bundle: Path) ->
         assert server.get("/readyz").status == 503
 
 
+def test_nothing_is_kept_of_clients_that_left(slow: RunningServer) -> None:
+    import gc
+
+    from internvl_edge.server.http_protocol import EdgeProtocol
+
+    for streamed in (True, False) * 4:
+        found = slow.open("Hello", stream=True, max_tokens=300) if streamed else None
+        if found is None:
+            assert slow.ask("Hello", max_tokens=2).status == 200
+        else:
+            found.connection.close()  # type: ignore[attr-defined]
+            found.close()
+        slow.wait_for(lambda: busy(slow) == 0)
+    slow.wait_for(lambda: not any(isinstance(found, EdgeProtocol) for found in gc.get_objects() if gc.collect() >= 0))
+
+
 def test_a_stuck_engine_turns_livez(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "STUCK_S", 0.5)
     go = threading.Event()
