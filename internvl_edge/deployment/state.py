@@ -119,10 +119,10 @@ class StateFile:
             Whether an earlier start began it with the same inputs, so that its unfinished work can be continued.
 
         Raises:
-            EdgeError: an earlier start ended it with other inputs, and the deployment may not be replaced.
+            EdgeError: an earlier start did or began it with other inputs, and the deployment may not be replaced.
         """
         entry, wanted = self.state.stages.get(name), encode(inputs)
-        if entry and entry.made and entry.inputs != wanted and not self._force:
+        if entry and entry.inputs != wanted and not self._force:
             other = sorted(key for key in {**entry.inputs, **wanted} if entry.inputs.get(key) != wanted.get(key))
             raise EdgeError(
                 f"{self._path.parent} was made with another {', '.join(other)}; repeat its options, {_AGAIN}, or pass "

@@ -21,10 +21,12 @@ from helpers.tiny import write_checkpoint
 from internvl_edge.base import machine
 from internvl_edge.base.errors import EdgeError, EngineError
 from internvl_edge.bundle.bundle import Bundle
-from internvl_edge.bundle.quality_record import quality_of
+from internvl_edge.bundle.quality_record import quality_of, record_quality
 from internvl_edge.checkpoint.record import read_record
+from internvl_edge.demo import CHECKPOINT
 from internvl_edge.deployment import Deployed, Request, Stage, deploy
-from internvl_edge.evaluation import evaluator
+from internvl_edge.deployment import stages as stages_module
+from internvl_edge.evaluation import EvaluationSettings, evaluator
 from internvl_edge.recipe.recipe import Recipe
 
 RECIPE = Recipe(decoder="w4a16-rtn", group_size=32, lm_head="int8")
@@ -200,6 +202,34 @@ def test_damaged_state_is_one_line(checkpoint: Path, tmp_path: Path, text: str) 
         deploy(request(checkpoint, tmp_path))
 
 
+def test_figures_that_the_user_measured_stay(checkpoint: Path, tmp_path: Path) -> None:
+    asked = request(checkpoint, tmp_path / "made")
+    bundle = deploy(asked).bundle
+    data = write_data(tmp_path / "data")
+    result = evaluator.evaluate(EvaluationSettings(bundle, checkpoint, data=data, samples=3, max_new_tokens=2))
+    record_quality(bundle, result.quality)
+    before = (bundle / "manifest.json").read_bytes()
+    stages = said(replace(asked, evaluate=True))[1]
+    assert stages[3].text.endswith("3 questions")
+    assert (bundle / "manifest.json").read_bytes() == before
+
+
+def test_unfinished_work_is_not_thrown_away_by_other_options(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    asked = request(checkpoint, tmp_path / "made")
+    with monkeypatch.context() as patched:
+        patched.setattr(stages_module, "quantize_checkpoint", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            deploy(asked)
+    with pytest.raises(EdgeError, match="was made with another recipe"):
+        deploy(replace(asked, recipe=replace(RECIPE, group_size=64)))
+    assert kept(asked) == ["plan"]
+
+
 # ---- what is decided ----
 
 
@@ -314,3 +344,20 @@ def test_a_later_start_takes_the_commit_of_the_first(checkpoint: Path, tmp_path:
     )
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("(done before)") == 3
+
+
+# ---- engines ----
+
+
+@pytest.mark.slow
+def test_a_deployment_for_rtx_cards_ends_with_engines(tmp_path: Path) -> None:
+    """TensorRT for RTX builds without a GPU, here for the shipped demo model."""
+    pytest.importorskip("tensorrt_rtx")
+    asked = request(CHECKPOINT, tmp_path / "made", "rtx", context=1024, recipe=replace(RECIPE, symmetric=True))
+    done, stages = said(asked)
+    assert done.on_device == ()
+    folder = done.bundle / "engines" / "rtx"
+    assert {"engine.json", "vision.engine", "decoder.engine"} <= {path.name for path in folder.iterdir()}
+    assert json.loads((folder / "engine.json").read_text())["options"]["capacity"] == 1024
+    assert not stages[4].kept
+    assert kept(asked) == ["plan", "quantize", "export", "build"]
