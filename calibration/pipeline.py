@@ -21,8 +21,8 @@ from internvl_edge.checkpoint.reader import Checkpoint
 
 from .compute import Compute, choose_compute
 from .dataset import EMBEDDINGS, CalibrationSet, DataOptions, calibration_files, embed_tokens, finish, prepare
+from .models import Tower, ranges_of
 from .statistics import Observer, StatisticsRequest
-from .stream import Tower, ranges_of
 from .work import CONTINUES, WorkFolder, checkpoint_identity
 
 # Tiles go through the tower in waves whose hidden states fit in so much memory.

@@ -24,6 +24,7 @@ from internvl_edge.base.progress import Progress, as_progress
 from internvl_edge.base.replaceable import require_replaceable
 from internvl_edge.calibration.compute import Compute, choose_compute
 from internvl_edge.calibration.dataset import CalibrationSet, DataOptions, adopt, describe_files, prepare
+from internvl_edge.calibration.models import Decoder
 from internvl_edge.calibration.pipeline import (
     Replacements,
     embed,
@@ -32,7 +33,7 @@ from internvl_edge.calibration.pipeline import (
     require_same_checkpoint,
     run_description,
 )
-from internvl_edge.calibration.stream import BlockStream, Decoder, Statistics
+from internvl_edge.calibration.stream import BlockStream, Statistics
 from internvl_edge.calibration.work import CONTINUES, OUT, WorkFolder, checkpoint_identity, discard
 from internvl_edge.checkpoint.license import CARD, read_license
 from internvl_edge.checkpoint.reader import Checkpoint

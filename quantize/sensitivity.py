@@ -30,8 +30,9 @@ from internvl_edge.calibration.block_weights import load_tensor
 from internvl_edge.calibration.blocks import rms_norm
 from internvl_edge.calibration.compute import Compute, to_torch
 from internvl_edge.calibration.dataset import CalibrationSet
+from internvl_edge.calibration.models import Decoder
 from internvl_edge.calibration.statistics import InputStatistics, StatisticsRequest
-from internvl_edge.calibration.stream import BlockStream, Decoder, Probe, Statistics
+from internvl_edge.calibration.stream import BlockStream, Probe, Statistics
 from internvl_edge.calibration.work import WorkFolder
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.recipe.recipe import Precision

@@ -26,8 +26,9 @@ from internvl_edge.base.progress import Progress
 from internvl_edge.calibration.block_weights import require_finite
 from internvl_edge.calibration.compute import Compute, to_numpy, to_torch
 from internvl_edge.calibration.dataset import CalibrationSet
+from internvl_edge.calibration.models import PROJECTOR, Tower
 from internvl_edge.calibration.statistics import StatisticsRequest
-from internvl_edge.calibration.stream import PROJECTOR, BlockStream, Statistics, Tower
+from internvl_edge.calibration.stream import BlockStream, Statistics
 from internvl_edge.calibration.work import WorkFolder
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.checkpoint.record import ActivationRange

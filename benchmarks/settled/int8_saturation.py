@@ -20,7 +20,7 @@ from int8_vision import agreement, photographs, quantize
 from record import write_results
 
 from internvl_edge.calibration import blocks, choose_compute
-from internvl_edge.calibration.stream import Tower
+from internvl_edge.calibration.models import Tower
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.recipe.recipe import VisionInt8
 

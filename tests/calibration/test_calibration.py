@@ -23,8 +23,9 @@ from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.progress import SILENT
 from internvl_edge.calibration import CalibrationSet, DataOptions, calibrate
 from internvl_edge.calibration.items import read_items
+from internvl_edge.calibration.models import Decoder, Tower
 from internvl_edge.calibration.statistics import InputStatistics, Observer, StatisticsRequest, symmetrize
-from internvl_edge.calibration.stream import BlockStream, Decoder, Tower
+from internvl_edge.calibration.stream import BlockStream
 from internvl_edge.calibration.work import WorkFolder, discard
 from internvl_edge.checkpoint.reader import Checkpoint
 

@@ -22,9 +22,10 @@ from helpers.reference_names import text_name
 from helpers.tiny import write_checkpoint
 from internvl_edge.base.progress import SILENT
 from internvl_edge.calibration.dataset import DataOptions
+from internvl_edge.calibration.models import Decoder
 from internvl_edge.calibration.pipeline import embedded_set
 from internvl_edge.calibration.statistics import StatisticsRequest
-from internvl_edge.calibration.stream import BlockStream, Decoder
+from internvl_edge.calibration.stream import BlockStream
 from internvl_edge.calibration.work import WorkFolder
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.model.linear import PackedLinear, Scheme

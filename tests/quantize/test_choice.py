@@ -21,9 +21,10 @@ from internvl_edge.base.progress import SILENT
 from internvl_edge.calibration import DataOptions
 from internvl_edge.calibration.block_weights import load_block
 from internvl_edge.calibration.blocks import rms_norm
+from internvl_edge.calibration.models import Decoder
 from internvl_edge.calibration.pipeline import embedded_set
 from internvl_edge.calibration.statistics import StatisticsRequest, symmetrize
-from internvl_edge.calibration.stream import BlockStream, Decoder
+from internvl_edge.calibration.stream import BlockStream
 from internvl_edge.calibration.work import WorkFolder
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.model.linear import W8A8, Scheme
