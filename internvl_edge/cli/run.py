@@ -110,7 +110,7 @@ def command(
                 stream = model.stream(asked, sources, **chat_options(values))
                 first = [stream.reply.text] if as_json else list(islice(stream, 1))
         if as_json:
-            print_json(_as_json(stream.reply))
+            print_json(_as_json(stream.reply, values["think"]))
             return
         _print_answer(stream, first, values["think"], quiet)
         if sys.stderr.isatty() and not quiet:
@@ -180,7 +180,7 @@ def _vote(
                 "agreement": outcome.agreement,
                 "counts": outcome.counts,
                 "stopped_early": outcome.stopped_early,
-                "replies": [_as_json(reply) for reply in outcome.replies],
+                "replies": [_as_json(reply, options["think"]) for reply in outcome.replies],
             }
         )
         return
@@ -192,11 +192,10 @@ def _vote(
     click.secho(f"{first} of {len(outcome.replies)} replies agree{others}", dim=True, err=True)
 
 
-def _as_json(reply: Reply) -> dict[str, Any]:
+def _as_json(reply: Reply, think: bool) -> dict[str, Any]:
     return {
         "text": reply.text,
-        "thinking": reply.thinking,
-        "answer": reply.answer,
+        **({"thinking": reply.thinking, "answer": reply.answer} if think else {}),
         "output_ids": reply.output_ids,
         "prompt_tokens": len(reply.prompt_ids),
         "image_tokens": reply.image_tokens,

@@ -46,7 +46,8 @@ def test_the_command_asks_for_thinking(bundle: Path) -> None:
     asked = ("run", bundle, "Hello", "--json", "--max-new-tokens", "3")
     thinking, plain = (json.loads(internvl_edge(*asked, *more).stdout) for more in (("--think",), ()))
     assert thinking["prompt_tokens"] > plain["prompt_tokens"] + 100
-    assert (plain["thinking"], plain["answer"]) == (None, plain["text"])
+    assert (thinking["thinking"], thinking["answer"]) == (None, thinking["text"])
+    assert "thinking" not in plain
     voted = json.loads(internvl_edge(*asked, "--think", "--votes", "2").stdout)
     assert voted["replies"][0]["prompt_tokens"] == thinking["prompt_tokens"]
 
