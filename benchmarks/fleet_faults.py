@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import secrets
 import signal
 import subprocess
 import sys
@@ -32,6 +33,7 @@ NODES, CPUS, WORKERS = 3, 2, "1:4"
 # Shares of the images after which something is killed, in the first run and in the second.
 WORKER_KILLS, NODE_REMOVED, DRIVER_KILLED, SECOND_RUN_KILL = (0.1, 0.25), 0.4, 0.55, 0.75
 PATIENCE_S = 1800.0
+NODE: dict[str, Any] = {"num_cpus": CPUS, "object_store_memory": 100 << 20}
 
 
 def draw(folder: Path, count: int, damaged: int) -> set[str]:
@@ -112,7 +114,7 @@ def faults(bundle: Path, work: Path, images: int, damaged: int, add_cluster: Cal
     output = work / "out"
     cluster = add_cluster()
     try:
-        nodes = [cluster.add_node(num_cpus=CPUS, object_store_memory=100 << 20) for _ in range(NODES - 1)]
+        nodes = [cluster.add_node(**NODE) for _ in range(NODES - 1)]
         command = [sys.executable, "-m", "internvl_edge", "batch", str(bundle), str(work / "images")]
         command += ["-o", str(output), "--prompt", "What is this?", "--max-new-tokens", "4", "--max-tiles", "1"]
         command += ["--ray", cluster.address, "--quiet", "--json"]
@@ -150,6 +152,7 @@ def faults(bundle: Path, work: Path, images: int, damaged: int, add_cluster: Cal
     finally:
         cluster.shutdown()
     counts = output_counts(output)
+    summary = {name: value for name, value in json.loads(said.splitlines()[-1]).items() if name != "output"}
     return {
         "images": images,
         "damaged": sorted(broken),
@@ -162,7 +165,7 @@ def faults(bundle: Path, work: Path, images: int, damaged: int, add_cluster: Cal
         "output": counts,
         "errors_are_the_damaged": counts["errors"] == sorted(broken),
         "exit_of_second_run": second.process.returncode,
-        "second_run_said": json.loads(said.splitlines()[-1]) if said.strip() else None,
+        "second_run_said": summary,
         "exit_of_third_run": third.process.returncode,
     }
 
@@ -178,20 +181,21 @@ def main(bundle: Path, work: Path, images: int, damaged: int, results: Path | No
     work = work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     os.environ |= {"XDG_CACHE_HOME": str(work / "cache"), "RAY_TMPDIR": str(work / "ray"), "OMP_NUM_THREADS": "1"}
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # The cluster listens on an address of this machine that others may reach, so it asks for a token.
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
     (work / "ray").mkdir(exist_ok=True)
     from ray.cluster_utils import Cluster
 
     def add_cluster() -> Any:
-        head = {"num_cpus": CPUS, "object_store_memory": 100 << 20, "include_dashboard": False}
-        return Cluster(initialize_head=True, head_node_args={**head, "node_ip_address": "127.0.0.1"})
+        return Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
 
     found = faults(bundle.resolve(), work, images, damaged, add_cluster)
     if results:
         results.write_text(json.dumps(found, indent=2), encoding="utf-8")
     else:
         write_results("fleet-faults", found)
-    if not found["errors_are_the_damaged"] or found["output"]["distinct_ids"] != images != found["output"]["rows"]:
+    counts = found["output"]
+    if not found["errors_are_the_damaged"] or not counts["rows"] == counts["distinct_ids"] == images:
         raise click.ClickException("the output is not what it must be; see the results")
 
 

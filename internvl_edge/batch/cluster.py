@@ -9,6 +9,7 @@ import contextlib
 import ipaddress
 import logging
 import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from internvl_edge.base.text import one_line, shown
 
 # CPUs that no worker takes: one for reading, cutting and writing blocks, one for the filter of finished ids.
 SPARE_CPUS = 2
+# Seconds to wait for the head of a cluster to accept a connection.
+_CONNECT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,8 @@ def connected(address: str) -> Iterator[Any]:
     """
     with requires("fleet", "a batch on a Ray cluster"):
         import ray
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    _require_listener(address)
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's own words go to its log files
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
     except Exception as error:  # Ray raises ConnectionError, RuntimeError, ValueError and its own, by the cause
@@ -79,6 +83,24 @@ def connected(address: str) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _require_listener(address: str) -> None:
+    """Raise EdgeError where nobody listens at HOST:PORT. Ray itself would go on trying for minutes."""
+    host, colon, port = address.rpartition(":")
+    if address == "auto":
+        return
+    if not colon or not host or not port.isdecimal():
+        raise EdgeError(f"--ray is {shown(address)}, expected auto or HOST:PORT, such as 192.0.2.7:6379")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S):
+            pass
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise EdgeError(
+            f"nobody listens at {address} ({reason}); begin a cluster with ray start --head, and give the address that "
+            "it says"
+        ) from None
 
 
 def require_protection(address: str, mode: str) -> None:

@@ -15,6 +15,7 @@ Ray is imported where it is used: it is an extra of its own.
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 import time
@@ -164,6 +165,9 @@ class _Run:
         import ray.data as data
         from ray.data.checkpoint import CheckpointConfig
 
+        # Ray Data sets up its loggers when it is imported.
+        for name in ("ray.data", "ray"):
+            logging.getLogger(name).setLevel(logging.ERROR)
         context = data.DataContext.get_current()
         config = CheckpointConfig("id", str(self._folder / "checkpoint"), delete_checkpoint_on_success=False)
         config.checkpoint_actor_memory_bytes = _FILTER_BYTES
