@@ -237,7 +237,7 @@ def kill(*ignored, **also):
 
 write_json, layer = WorkFolder.write_json, BlockQuantizer.layer
 if moment == "layer":  # in the second layer, before its result is stored
-    BlockQuantizer.layer = lambda self, n, s: kill() if n == 1 else layer(self, n, s)
+    BlockQuantizer.layer = lambda self, n, *rest, **also: kill() if n == 1 else layer(self, n, *rest, **also)
 elif moment == "commit":  # the second layer's result and hidden states are stored, the state is not
     WorkFolder.write_json = lambda self, name, values: (
         kill() if (name, values) == ("decoder.json", {"blocks": 2}) else write_json(self, name, values)
