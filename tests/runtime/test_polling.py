@@ -172,6 +172,6 @@ def test_tokens_are_counted_as_text(model: InternVL) -> None:
     ids = model.requests.text_tokens("Hello <|im_end|>")
     assert model._tokenizer.token_id("<|im_end|>") not in ids
     reply = model.chat("What?", [QUESTIONS[0].image], max_new_tokens=1)
-    assert model.prompt_tokens("What?", [QUESTIONS[0].image]) == reply.prompt_ids
+    assert model.requests.prompt_tokens("What?", [QUESTIONS[0].image], {}) == reply.prompt_ids
     with pytest.raises(PromptError):
-        model.prompt_tokens("")
+        model.requests.prompt_tokens("", (), {})
