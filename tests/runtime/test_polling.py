@@ -159,12 +159,13 @@ def test_the_load_and_the_progress_are_known(bundle: Path) -> None:
         assert model.load_now.waiting == 1
         with pytest.raises(BusyError):
             streams[2].begin()
-        time.sleep(0.3)
-        stalled = model.load_now.stalled_s
-        time.sleep(0.1)
-        assert 0.1 < stalled < model.load_now.stalled_s
+        while model.load_now.stalled_s < 0.3:  # the prompt takes its time on a busy machine
+            assert time.monotonic() < deadline + 10
+            time.sleep(0.01)
         go.set()
         assert all(stream.reply.text is not None for stream in streams[:2])
+        while model.load_now.computed:  # its thread leaves the row a moment after the last piece
+            assert time.monotonic() < deadline + 10
         assert model.load_now.stalled_s == 0.0
 
 
