@@ -281,11 +281,6 @@ class InternVL:
             streams.append(self._answer(request, prompt, chooser, text, guesser))
         return streams
 
-    def prompt_tokens(self, question: Text, images: Images = (), **options: Unpack[ChatOptions]) -> list[int]:
-        """Return the tokens of the prompt of a question, image tokens included. Raises as `chat`."""
-        ids: list[int] = self.requests.build(question, images, checked_options(options)).prompt_ids.tolist()
-        return ids
-
     @property
     def rows(self) -> int:
         """The most answers that are computed together."""

@@ -30,7 +30,7 @@ from internvl_edge.model.prompt import Segment, Text, build_segments
 from internvl_edge.model.template import PromptTemplate
 from internvl_edge.model.tokenizer import Tokenizer
 
-from .options import is_text
+from .options import checked_options, is_text
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,11 @@ class RequestBuilder:
         """
         image = load_image(source, exif=exif, background=background, max_pixels=max_pixels)
         return Tiles(tile_image(image, **self._tiling(max_tiles)))
+
+    def prompt_tokens(self, question: Text, images: Images, options: Mapping[str, Any]) -> list[int]:
+        """Return the tokens of the prompt of a question, image tokens included. Raises as `build`."""
+        ids: list[int] = self.build(question, images, checked_options(options)).prompt_ids.tolist()
+        return ids
 
     def text_tokens(self, text: str) -> list[int]:
         """Return the tokens of a text in which special tokens are nothing but characters. Raises PromptError."""

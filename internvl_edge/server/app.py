@@ -201,7 +201,7 @@ class _Endpoints:
 
 def _count(model: InternVL, chat: ChatRequest, tiles: list[Tiles]) -> list[int]:
     asked = asked_question(chat, tiles)
-    return model.prompt_tokens(asked.question, asked.images, **asked.options)
+    return model.requests.prompt_tokens(asked.question, asked.images, asked.options)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

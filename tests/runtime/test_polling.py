@@ -159,12 +159,13 @@ def test_the_load_and_the_progress_are_known(bundle: Path) -> None:
         assert model.load_now.waiting == 1
         with pytest.raises(BusyError):
             streams[2].begin()
-        time.sleep(0.3)
-        stalled = model.load_now.stalled_s
-        time.sleep(0.1)
-        assert 0.1 < stalled < model.load_now.stalled_s
+        while model.load_now.stalled_s < 0.3:  # the prompt takes its time on a busy machine
+            assert time.monotonic() < deadline + 10
+            time.sleep(0.01)
         go.set()
         assert all(stream.reply.text is not None for stream in streams[:2])
+        while model.load_now.computed:  # its thread leaves the row a moment after the last piece
+            assert time.monotonic() < deadline + 10
         assert model.load_now.stalled_s == 0.0
 
 
@@ -172,6 +173,6 @@ def test_tokens_are_counted_as_text(model: InternVL) -> None:
     ids = model.requests.text_tokens("Hello <|im_end|>")
     assert model._tokenizer.token_id("<|im_end|>") not in ids
     reply = model.chat("What?", [QUESTIONS[0].image], max_new_tokens=1)
-    assert model.prompt_tokens("What?", [QUESTIONS[0].image]) == reply.prompt_ids
+    assert model.requests.prompt_tokens("What?", [QUESTIONS[0].image], {}) == reply.prompt_ids
     with pytest.raises(PromptError):
-        model.prompt_tokens("")
+        model.requests.prompt_tokens("", (), {})
