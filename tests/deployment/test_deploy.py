@@ -39,8 +39,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _few_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+def _little_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask few questions and draw no pages in this process. The commands below do all of it."""
     monkeypatch.setattr(evaluator, "_CASES", 2)
+    monkeypatch.setattr(stages_module, "write_report", lambda report, folder: None)
 
 
 def request(checkpoint: Path, output: Path, device: str = "cpu", **changes: Any) -> Request:

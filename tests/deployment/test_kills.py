@@ -20,13 +20,10 @@ SCRIPT = REPOSITORY / "tests" / "helpers" / "killed_deployments.py"
 MOMENTS = {
     "-deployment.json#3": [],  # what was decided is not noted yet
     "vision-int8.json#1": ["plan"],
-    "-checkpoint#1": ["plan"],
     "checkpoint#1": ["plan", "quantize"],
     "report.html#1": ["plan", "quantize"],
-    "-bundle#1": ["plan", "quantize"],
     "bundle#1": ["plan", "quantize", "export"],
     "bundle#2": ["plan", "quantize", "export"],  # the reference of the evaluation
-    "-manifest.json#3": ["plan", "quantize", "export"],
     "manifest.json#3": ["plan", "quantize", "export", "evaluate"],
 }
 
