@@ -2,16 +2,16 @@
 
     python benchmarks/fleet_simulation.py [--seconds S] [--images 10000000] [--costs FILE.toml]
 
-A discrete-event simulation; nothing runs but this script. The seconds of an item are the CPU seconds that `batch.py`
-measured with one thread (results/batch.json, way "batch", one question for each image), unless `--seconds` says
-otherwise: a box is then one core of that machine. One driver hands out blocks of items, one after
-the other. A box computes one block at a time, and its rows count when the block is complete, as in Ray Data. A box that
-fails loses its block, which another one computes again after it was missed. Everything that was not measured is in
-`Assumptions`, and in the results.
+A discrete-event simulation; nothing runs but this script. An item is an image with four questions. Its seconds are the
+CPU seconds that `batch.py` measured with one thread (results/batch.json, way "batch"), unless `--seconds` says
+otherwise: a box is then one core of that machine. One driver hands out blocks of items, one after the other. A box
+computes one block at a time, and its rows count when the block is complete, as in Ray Data. A box that fails loses its
+block, which another one computes again after it was missed. Everything that was not measured is in `Assumptions`, and
+in the results.
 
 Writes results/fleet-simulation.json: time, throughput, repeated work and the tail for each number of boxes, with and
 without disturbances, for several sizes of blocks; and energy per million images on boards, from the speeds that `plan`
-predicts (upper bounds, one answer at a time) and the table of costs.
+predicts (upper bounds, one tile and one answer of 100 tokens at a time) and the table of costs.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ from internvl_edge.planning.planner import predict
 
 HERE = Path(__file__).parent
 BOXES = (1, 10, 100, 1000)
-BLOCKS = (8, 64, 512, 4096)
+BLOCKS = (64, 512, 4096)
+# For each image; `batch.py` measured this.
+QUESTIONS = 4
 RECIPE, TILES, ANSWER_TOKENS = "w4a16, int8 head and vision", 1, 100
 
 
@@ -186,11 +188,11 @@ def energy(costs: dict[str, Any], devices: Devices) -> dict[str, dict[str, Any]]
 
 
 def measured_seconds() -> float:
-    """Return the CPU seconds of an item that `batch.py` measured with one thread."""
+    """Return the CPU seconds of an image and all its questions that `batch.py` measured with one thread."""
     found = json.loads((RESULTS / "batch.json").read_text(encoding="utf-8"))
     if found["threads"] != 1:
         raise SystemExit("results/batch.json was measured with several threads, which spin; give --seconds")
-    seconds: float = found["questions_per_image"]["1"]["seconds_per_item"]["batch"]["cpu_s"]
+    seconds: float = QUESTIONS * found["questions_per_image"][str(QUESTIONS)]["seconds_per_item"]["batch"]["cpu_s"]
     return seconds
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -281,6 +282,17 @@ def test_a_damaged_parquet_file_is_one_line(tmp_path: Path) -> None:
 def test_a_column_that_cannot_be_kept_is_refused(tmp_path: Path, name: str, message: str) -> None:
     with pytest.raises(PromptError, match=message):
         read(jsonl(tmp_path, {"id": "a", "error": "z"}), keep=[name])
+
+
+def test_a_row_takes_about_a_kilobyte_of_memory(tmp_path: Path) -> None:
+    """docs/batch.md and docs/scale.md say so."""
+    rows = ({"id": f"scan-{number:08d}", "images": f"2026/11/29/{number:08d}.jpg"} for number in range(5000))
+    path = jsonl(tmp_path, *rows)
+    tracemalloc.start()
+    items = read(path)
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert 500 < taken / len(items) < 1500
 
 
 # ---- what items are ----
