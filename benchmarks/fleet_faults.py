@@ -183,6 +183,7 @@ def main(bundle: Path, work: Path, images: int, damaged: int, results: Path | No
     os.environ |= {"XDG_CACHE_HOME": str(work / "cache"), "RAY_TMPDIR": str(work / "ray"), "OMP_NUM_THREADS": "1"}
     # The cluster listens on an address of this machine that others may reach, so it asks for a token.
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
+    os.environ |= {"RAY_worker_register_timeout_seconds": "600"}  # workers start slowly if all nodes are one machine
     (work / "ray").mkdir(exist_ok=True)
     from ray.cluster_utils import Cluster
 

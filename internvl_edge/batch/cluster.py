@@ -70,7 +70,6 @@ def connected(address: str) -> Iterator[Any]:
     with requires("fleet", "a batch on a Ray cluster"):
         import ray
     _require_listener(address)
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's own words go to its log files
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
     except Exception as error:  # Ray raises ConnectionError, RuntimeError, ValueError and its own, by the cause
