@@ -18,7 +18,7 @@ from internvl_edge.runtime.voting import MOST_VOTES, checked_choices
 ROW_OPTIONS = (
     *("system", "max_tiles", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
     *("frequency_penalty", "presence_penalty", "seed", "stop", "speculate", "exif", "background", "plain_text"),
-    *("keep_special", "answer_start"),
+    *("keep_special", "answer_start", "think"),
 )
 
 

@@ -28,7 +28,7 @@ _VALUES = frozenset(
     (
         *("votes", "sure", "reason", "max_tiles", "max_new_tokens", "temperature", "top_k", "top_p", "min_p"),
         *("repetition_penalty", "frequency_penalty", "presence_penalty", "seed", "speculate", "exif", "plain_text"),
-        "keep_special",
+        *("keep_special", "think"),
     )
 )
 # Rows of a Parquet file in memory while it is read; they may hold images.

@@ -299,7 +299,7 @@ def test_engines_are_built_where_the_compiler_is_here(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What `build` itself does is tested where it is; here it is called with the target and the planned context."""
-    from internvl_edge.runtime.engines.tensorrt.build import bundle_engines
+    from internvl_edge.compiler import bundle_engines
     from internvl_edge.runtime.engines.tensorrt.record import EngineRecord, graph_inputs
 
     asked: list[tuple[Any, Any]] = []

@@ -315,7 +315,10 @@ def test_a_file_of_own_questions_is_scored_recorded_and_judged(pair: Pair, tmp_p
 
     reader = ("evaluate", bundle, "--suite", "reader", "--samples", 3, "--max-new-tokens", 3, "--threads", 1)
     assert_one_line(
-        internvl_edge(*reader, "--no-report"), "2 questions of own.jsonl", "reader would replace", "--replace"
+        internvl_edge(*reader, "--no-report"),
+        "2 questions of own.jsonl",
+        "data is own.jsonl in one run and reader in the other",
+        "--replace",
     )
     assert internvl_edge(*reader, "--no-report", "--replace").returncode == 0
     assert quality_of(Manifest.read(bundle)).gate == (), "conditions on one suite do not hold for another"

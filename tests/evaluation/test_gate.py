@@ -228,8 +228,9 @@ def test_conditions_on_a_suite_go_with_its_figures() -> None:
     again = first.with_figures({"exact_match": 0.7, "anls": 0.9}, _measured("suite", 500), [])
     assert [str(verdict.condition) for verdict in again.failed] == ["exact_match<0.8"]
     other = {"suite": replace(_measured("suite", 9)["suite"], data="own.jsonl")}
-    assert first.is_of_another_suite(other)
-    newer = first.with_figures({"exact_match": 0.1}, other, [parse_condition("exact_match<0.05")])
+    assert list(map(str, first.unmeasured({"exact_match": 0.1}, other))) == ["exact_match<0.8", "anls<0.9"]
+    stated = [parse_condition("exact_match<0.05")]
+    newer = first.with_figures({"exact_match": 0.1}, other, stated, drop_unmeasured=True)
     assert newer.figures == {"kl": 0.02, "exact_match": 0.1}
     assert [verdict.condition for verdict in newer.gate] == ["kl>0.05", "exact_match<0.05"]
     assert newer.state == "passed"

@@ -205,5 +205,7 @@ def test_damaged_template_is_refused_by_field(change: dict[str, Any]) -> None:
 
 
 def test_unknown_template_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="'vicuna', supported: internvl2_5, internvl_native"):
+    with pytest.raises(
+        CheckpointError, match="'vicuna', supported: internvl2_5, Hermes-2, internlm2-chat, internvl_native"
+    ):
         template_for("vicuna")

@@ -147,7 +147,7 @@ def test_cpus_that_saturate_add_in_32_bits(tmp_path: Path, monkeypatch: pytest.M
     original = write_checkpoint(tmp_path / "checkpoint")
     quantize(original, tmp_path / "int8")
     opened = Bundle.open(export_bundle(tmp_path / "int8", tmp_path / "bundle"))
-    require_wide_sums_where_needed(opened, monkeypatch, lambda e: e._vision, lambda e: e.encode(tiles(56)), 1e-5)
+    require_wide_sums_where_needed(opened, monkeypatch, lambda e: e._tower, lambda e: e.encode(tiles(56)), 1e-5)
 
 
 @pytest.mark.parametrize("vision_kind", ["300m", "6b"])

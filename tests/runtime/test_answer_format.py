@@ -426,7 +426,7 @@ def test_regular_expressions_that_are_not_supported_are_one_line(model: InternVL
         (lambda: AnswerFormat.choice(["a", ""]), "a choice is ''"),
         (lambda: AnswerFormat.choice([" a"]), "has no space at its ends"),
         (lambda: AnswerFormat.choice([1]), "a choice is 1"),  # type: ignore[list-item]
-        (lambda: AnswerFormat.choice([["a"], "b"]), "a choice is ['a']"),  # type: ignore[list-item]
+        (lambda: AnswerFormat.choice([["a"], "b"]), r"a choice is \['a'\]"),  # type: ignore[list-item]
     ],
 )
 def test_mistakes_in_a_form_are_one_line(make: Any, message: str) -> None:
