@@ -131,8 +131,8 @@ class Footprint:
         """Return the bytes of decoder and head that programs for steps of one token store in another order.
 
         An engine for four rows was larger by about the bytes of an int8 head, so the head counts for several rows.
-        Otherwise, TensorRT for RTX 1.7 shares the head, and integers with floating-point inputs, among its programs. It stores
-        floats, and integers with int8 inputs, twice. It is not known what TensorRT shares, so all weights count.
+        Otherwise, TensorRT for RTX 1.7 shares the head, and integers with floating-point inputs, among its programs. It
+        stores floats, and integers with int8 inputs, twice. It is not known what TensorRT shares, so all weights count.
         """
         if flavour == "tensorrt":
             return self.weights.decoder + self.weights.head
