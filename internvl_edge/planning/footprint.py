@@ -127,15 +127,16 @@ class Footprint:
             sizes[_part(name)] += self._tensor_bytes(name, shape)
         return Weights(**sizes)
 
-    def twice_bytes(self, flavour: str) -> int:
-        """Return the bytes of decoder and head that programs for one row store in another order.
+    def twice_bytes(self, flavour: str, rows: int = 1) -> int:
+        """Return the bytes of decoder and head that programs for steps of one token store in another order.
 
-        TensorRT for RTX 1.7 shares the head, and integers with floating-point inputs, among its programs. It stores
-        floats, and integers with int8 inputs, twice. It is not known what TensorRT shares, so all weights count.
+        An engine for four rows was larger by about the bytes of an int8 head, so the head counts for several rows.
+        Otherwise, TensorRT for RTX 1.7 shares the head, and integers with floating-point inputs, among its programs. It
+        stores floats, and integers with int8 inputs, twice. It is not known what TensorRT shares, so all weights count.
         """
         if flavour == "tensorrt":
             return self.weights.decoder + self.weights.head
-        return sum(
+        return (self.weights.head if rows > 1 else 0) + sum(
             self._tensor_bytes(name, shape)
             for name, shape in self._shapes.items()
             if len(shape) == 2 and _part(name) == "decoder" and not self._is_weight_only(name)

@@ -222,7 +222,9 @@ def memory_of(
         vision=weights.vision,
         decoder=weights.decoder,
         head=weights.head,
-        programs=further_bytes(programs, footprint.config.decoder.num_hidden_layers, footprint.twice_bytes(flavour)),
+        programs=further_bytes(
+            programs, footprint.config.decoder.num_hidden_layers, footprint.twice_bytes(flavour, rows)
+        ),
         kv_cache=rows * footprint.cache_bytes(each),
         activations=footprint.activation_bytes(TILES_AT_ONCE, PREFILL_CHUNK, slots, rows),
         workspace=fused // 2 + (64 << 20),  # scratch of single kernels, their code, CUDA graphs

@@ -237,15 +237,17 @@ def test_auto_says_once_which_device_it_took_and_why(bundle: Path) -> None:
     assert "device:" not in internvl_edge("run", bundle, "x", "--max-new-tokens", 1, "--device", "cpu").stderr
 
 
-def test_rows_are_for_the_cpu_alone(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+def test_there_are_as_many_rows_as_the_device_has(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
     loaded: list[tuple[str, int]] = []
     monkeypatch.setattr(options.InternVL, "load", lambda folder, device, rows, **further: loaded.append((device, rows)))
+    built = {"tensorrt": 3, "cuda": 1, "cpu": 64}
+    monkeypatch.setattr(options, "most_rows", lambda opened, device: built[device])
     given = dict.fromkeys(options.LOADING_NAMES) | {"engine": "auto", "exact": False}
     for device in ("tensorrt", "cuda", "cpu"):
         monkeypatch.setattr(options, "choose_device", lambda *_, device=device, **__: DeviceChoice(device, "a reason"))
         options.load_model(bundle, given | {"device": "auto"}, SILENT, rows=4)
     options.load_model(bundle, given | {"device": "cpu"}, SILENT, rows=4)
-    assert loaded == [("tensorrt", 1), ("cuda", 1), ("cpu", 4), ("cpu", 4)]
+    assert loaded == [("tensorrt", 3), ("cuda", 1), ("cpu", 4), ("cpu", 4)]
 
 
 def test_damaged_bundles(bundle: Path, tmp_path: Path) -> None:

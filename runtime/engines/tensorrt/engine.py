@@ -171,7 +171,7 @@ class TensorRTEngine(Engine):
             self._run(part, size, total, np.array([len(part) - 1]), row)
             left -= len(part)
             if not left:  # before other rows decode, whose logits take the same place
-                logits: NDArray[np.float32] = self._logits(1)[0].copy()
+                logits = self._logits_of([0])[0].copy()
             yield
         return logits
 
@@ -197,8 +197,8 @@ class TensorRTEngine(Engine):
         for part, size in self._parts(embeds, self._score_sizes, row):
             # Padding asks for the logits of the last token again, so that the shapes of all steps are the same.
             self._run(part, size, total, np.minimum(np.arange(size), len(part) - 1), row)
-            found.append(self._logits(len(part)).copy())
-        return np.concatenate(found)
+            found += [logits.copy() for logits in self._logits_of(range(len(part)))]
+        return np.stack(found)
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Make the first `length` tokens of one row those of another row, too."""
@@ -314,14 +314,8 @@ class TensorRTEngine(Engine):
         self.cache.reset()
         self._run(np.zeros((size, self._decoder.hidden_size), np.float32), size, size, np.array([size - 1]))
 
-    def _logits(self, count: int) -> NDArray[np.float32]:
-        logits = self._results.arrays["logits"]
-        self._results.download("logits", self._stream, logits[:count].nbytes)
-        self._cuda.synchronise(self._stream)
-        first: NDArray[np.float32] = logits[:count]
-        return first
-
     def _logits_of(self, rows: Sequence[int]) -> list[NDArray[np.float32]]:
+        """Copy some rows of the logits of the last step from the device, and wait."""
         logits = self._results.arrays["logits"]
         for row in rows:
             self._results.download("logits", self._stream, logits[row].nbytes, row * logits[row].nbytes)
