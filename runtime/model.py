@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_edge.base import machine
-from internvl_edge.base.errors import EngineError, PromptError, QualityWarning
+from internvl_edge.base.errors import PromptError, QualityWarning
 from internvl_edge.base.progress import Progress, as_progress
 from internvl_edge.bundle import names
 from internvl_edge.bundle.bundle import Bundle
@@ -28,14 +27,14 @@ from internvl_edge.planning import programs
 
 from .decoding import Decoding
 from .engines import Engine
-from .engines.device import DEVICES, DeviceChoice, choose_device, load_engine
+from .engines.device import DeviceChoice, check_loading, choose_device, load_engine
 from .find import find_bundle
 from .grammar import Constrained, ForcedTokens, Grammars
-from .image_cache import ImageCache, pixel_key
+from .image_cache import ImageCache
 from .logprobs import LogprobRecorder, TokenLogprob, recorded
 from .lookup import Guesser, PromptLookup
 from .options import ChatOptions, checked_options, whole_number
-from .prefixes import Keys, Prompt, image_keys
+from .prefixes import Prompt
 from .reply import Reply, ReplyStream, timings
 from .request import Images, Request, RequestBuilder
 from .sampling import Chooser, Sampler, Sampling
@@ -144,15 +143,7 @@ class InternVL:
             QualityWarning: the bundle failed its quality gate.
             ContextWarning: the context is more than the model was trained on.
         """
-        if device not in DEVICES:
-            raise EngineError(f"device {device!r} is not one of {', '.join(DEVICES)}")
-        if context is not None and context < 2:
-            raise EngineError(f"a context of {context} tokens has no room for a question and an answer; give more")
-        if not 1 <= rows <= MOST_ROWS:
-            raise EngineError(f"rows is {rows}, expected 1 to {MOST_ROWS}")
-        most = max(64, 4 * machine.cores())
-        if threads is not None and not 1 <= threads <= most:
-            raise EngineError(f"threads is {threads}, expected 1 to {most}; this machine has {machine.cores()} cores")
+        check_loading(device, context, rows, threads)
         opened = Bundle.open(find_bundle(folder, revision, device))
         choice = None
         if device == "auto":
@@ -405,7 +396,7 @@ class InternVL:
                 embeds[request.is_image] = np.concatenate(parts)
             return embeds
 
-        return Prompt(self._keys(request), embed)
+        return Prompt(request.keys(self.config.tokens_per_tile), embed)
 
     def _stop_texts(self, options: Mapping[str, Any]) -> list[str]:
         """The stop strings, without the names of tokens that end an answer anyway."""
@@ -425,12 +416,3 @@ class InternVL:
             image_ids = set(request.prompt_ids[request.is_image].tolist())
             lookup = PromptLookup(request.prompt_ids.tolist(), excluded=image_ids)
         return lookup if constrained is None else ForcedTokens(constrained, lookup)
-
-    def _keys(self, request: Request) -> Keys:
-        keys = request.prompt_ids.copy()
-        if request.tiles:
-            per_tile = self.config.tokens_per_tile
-            keys[request.is_image] = np.concatenate(
-                [image_keys(pixel_key(tiles), len(tiles) * per_tile) for tiles in request.tiles]
-            )
-        return keys

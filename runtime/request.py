@@ -30,7 +30,9 @@ from internvl_edge.model.prompt import Segment, Text, build_segments
 from internvl_edge.model.template import PromptTemplate
 from internvl_edge.model.tokenizer import Tokenizer
 
+from .image_cache import pixel_key
 from .options import checked_options, is_text
+from .prefixes import Keys, image_keys
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,14 @@ class Request:
     tiles: list[NDArray[np.uint8]]
     max_new_tokens: int
     seconds: float
+
+    def keys(self, tokens_per_tile: int) -> Keys:
+        """Return what tells the tokens of the prompt apart, [seq] (see `prefixes`)."""
+        keys = self.prompt_ids.copy()
+        if self.tiles:
+            images = [image_keys(pixel_key(tiles), len(tiles) * tokens_per_tile) for tiles in self.tiles]
+            keys[self.is_image] = np.concatenate(images)
+        return keys
 
 
 class RequestBuilder:

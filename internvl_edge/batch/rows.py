@@ -82,7 +82,7 @@ def _asked(model: InternVL, item: Item) -> Row:
     assert ask.prompt is not None
     question = reasoning_question(ask.prompt) if ask.reason else ask.prompt
     reply = model.chat(question, list(item.images), answer_format=ask.form, **ask.options)
-    return _row(item, reply.text, [reply])
+    return _row(item, reply.answer if ask.options.get("think") else reply.text, [reply])
 
 
 def _voted(model: InternVL, item: Item) -> Row:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from internvl_edge.base import machine
 from internvl_edge.base.errors import EngineError
 from internvl_edge.base.extras import install, missing_package
 from internvl_edge.base.progress import Progress
@@ -92,6 +93,19 @@ def choose_device(
 def has_tensorrt() -> bool:
     """Return whether a TensorRT is installed, without loading it."""
     return any(find_spec(name) is not None for name in FLAVOURS)
+
+
+def check_loading(device: str, context: int | None, rows: int, threads: int | None) -> None:
+    """Raise EngineError for an argument of `InternVL.load` that no device can take."""
+    if device not in DEVICES:
+        raise EngineError(f"device {device!r} is not one of {', '.join(DEVICES)}")
+    if context is not None and context < 2:
+        raise EngineError(f"a context of {context} tokens has no room for a question and an answer; give more")
+    if not 1 <= rows <= MOST_ROWS:
+        raise EngineError(f"rows is {rows}, expected 1 to {MOST_ROWS}")
+    most = max(64, 4 * machine.cores())
+    if threads is not None and not 1 <= threads <= most:
+        raise EngineError(f"threads is {threads}, expected 1 to {most}; this machine has {machine.cores()} cores")
 
 
 def most_rows(opened: Bundle, device: str) -> int:

@@ -19,7 +19,7 @@ SCRIPT = REPOSITORY / "tests" / "helpers" / "killed_deployments.py"
 # Moment of the kill -> the stages that the second start must find done.
 MOMENTS = {
     "-deployment.json#3": [],  # what was decided is not noted yet
-    "vision-int8.json#1": ["plan"],
+    "vision-choice.json#1": ["plan"],
     "checkpoint#1": ["plan", "quantize"],
     "report.html#1": ["plan", "quantize"],
     "bundle#1": ["plan", "quantize", "export"],

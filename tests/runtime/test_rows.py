@@ -170,5 +170,3 @@ def test_an_interrupted_call_ends_and_the_next_one_is_right(tmp_path: Path, monk
 def test_what_cannot_have_rows_says_so(bundle: Path) -> None:
     with pytest.raises(EngineError, match="rows is 0, expected 1 to 64"):
         InternVL.load(bundle, rows=0)
-    with pytest.raises(EngineError, match="device tensorrt has one row, 2 were asked for"):
-        InternVL.load(bundle, "tensorrt", rows=2)

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -123,14 +124,19 @@ def test_samples_of_one_prompt_compute_it_once() -> None:
 
 
 def test_a_prefix_that_another_row_holds_is_copied() -> None:
-    engine = RememberingEngine(rows=2)
+    engine: Any = RememberingEngine(rows=2)
+    both = threading.Event()
+    decode = engine.decode_rows
+    engine.decode_rows = lambda *arguments: (both.wait(20), decode(*arguments))[1]
     scheduler = scheduler_for(engine)
     system = [1, 2, 3, 4, 5, 6, 7, 8, 9]
-    first = task_for([*system, 3], 400)
+    first, second = task_for([*system, 3], 400), task_for([*system, 5], 5)
     scheduler.submit(first)
     pieces = first.pieces()
     next(pieces)
-    assert ask(scheduler, [*system, 5], 5) == greedy([*system, 5], 5)
+    scheduler.submit(second)
+    both.set()
+    assert [int(piece) for piece in second.pieces()] == greedy([*system, 5], 5)
     assert engine.copied == 8
     assert [int(piece) for piece in pieces] == greedy([*system, 3], 400)[1:]
 
