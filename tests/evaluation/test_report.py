@@ -420,7 +420,7 @@ def test_an_overview_finds_the_best_of_each_row() -> None:
     assert rows["kl"] == (("0.02", "0.01", "0.03"), 1)
     assert rows["top1"] == (("98.00%", "99.00%", "97.00%"), 1)
     assert rows["all files"] == (("812 MB", "900 MB", "812 MB"), None), "two share the smallest size"
-    assert rows["sign, exact_match"][0] == ("95.0% of 300",) * 3
+    assert rows["sign, exact_match"][0] == ("95.0% of 500",) * 3
     assert "suite" not in rows
 
 
