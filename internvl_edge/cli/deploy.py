@@ -131,6 +131,7 @@ def _say(number: int, stage: Stage) -> None:
 def _say_next(done: Deployed) -> None:
     if not done.on_device:
         hint(*done.run)
+        hint(*done.serve, after="Or over HTTP")
         return
     click.echo(f"Next, on the device, beside a copy of {done.bundle}:")
     for words in done.on_device:

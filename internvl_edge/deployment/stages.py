@@ -76,7 +76,7 @@ class Deployed:
         choice: recipe, context and memory.
         stages: what each stage did.
         on_device: commands to run on the device, in order, each as words; empty where nothing is left to do there.
-        run: the command that asks the bundle, as words.
+        run, serve: the commands that ask the bundle and serve it, as words.
         seconds: of this start.
     """
 
@@ -86,6 +86,7 @@ class Deployed:
     stages: tuple[Stage, ...]
     on_device: tuple[tuple[str, ...], ...]
     run: tuple[str, ...]
+    serve: tuple[str, ...]
     seconds: float
 
 
@@ -123,6 +124,7 @@ def deploy(
         return Deployed(
             *(request.output, bundle, run.choice, tuple(run.stages), on_device),
             run=ask,
+            serve=("serve", str(bundle), *context),
             seconds=time.perf_counter() - started,
         )
 
@@ -302,6 +304,7 @@ class _Run:
                 return (
                     ("build", "bundle", "--device", self.target.name, *given, *more),
                     ("run", "bundle", *_QUESTION),
+                    ("serve", "bundle"),
                 )
             opened = Bundle.open(self._bundle)
             options = options_for(target, opened=opened, capacity=context)

@@ -86,6 +86,8 @@ def test_each_stage_is_one_line_and_the_last_command_runs(deployed: tuple[Path, 
     assert re.fullmatch(rf"{re.escape(str(output))}: done in .*", lines[5])
     words = shlex.split(lines[6].removeprefix("Next: "))
     assert words[:6] == ["internvl-edge", "run", str(output / "bundle"), "--context", "600", "--image"]
+    serving = ["internvl-edge", "serve", str(output / "bundle"), "--context", "600"]
+    assert shlex.split(lines[7].removeprefix("Or over HTTP: ")) == serving
     Image.new("RGB", (56, 56)).save(output.parent / "photo.png")
     asked = [str(output.parent / "photo.png") if word == "PHOTO.jpg" else word for word in words[1:]]
     answered = internvl_edge(*asked, "--max-new-tokens", "2", "--engine", "onnxruntime", "--device", "cpu")
@@ -126,7 +128,7 @@ def test_json_is_one_object(checkpoint: Path, tmp_path: Path) -> None:
     facts = json.loads(done.stdout)
     assert [stage["name"] for stage in facts["stages"]] == ["plan", "quantize", "export", "evaluate", "build"]
     assert facts["choice"]["context"] == 4096
-    assert [words[0] for words in facts["on_device"]] == ["build", "run"]
+    assert [words[0] for words in facts["on_device"]] == ["build", "run", "serve"]
 
 
 def test_the_commands_for_a_board_are_printed(checkpoint: Path, tmp_path: Path) -> None:
@@ -136,7 +138,7 @@ def test_the_commands_for_a_board_are_printed(checkpoint: Path, tmp_path: Path) 
     lines = done.stdout.splitlines()
     assert "[5 of 5] build: left for the device: tensorrt cannot be imported" in lines[4]
     assert lines[-2].split() == ["internvl-edge", "build", "bundle", "--device", "orin-nano-8gb", "--context", "700"]
-    assert shlex.split(lines[-1])[:3] == ["internvl-edge", "run", "bundle"]
+    assert shlex.split(lines[-2])[:3] == ["internvl-edge", "run", "bundle"]
     assert set(Bundle.open(out / "bundle").manifest.files) >= {"decoder.onnx", "vision.onnx"}
     assert not (out / "bundle" / "decoder.onnxruntime.onnx").exists()
 
