@@ -76,12 +76,14 @@ class Run:
 
     def kill_worker(self) -> str:
         """Send SIGKILL to the worker that reported last and still lives."""
-        for each in reversed(self.reports()):
-            pid = int(each["worker"].rsplit("-", 1)[1])
-            if is_ray_worker(pid):
-                os.kill(pid, signal.SIGKILL)
-                return str(each["worker"])
-        raise LookupError("no worker lives")
+        while self.process.poll() is None:
+            for each in reversed(self.reports()):
+                pid = int(each["worker"].rsplit("-", 1)[1])
+                if is_ray_worker(pid):
+                    os.kill(pid, signal.SIGKILL)
+                    return str(each["worker"])
+            time.sleep(0.5)
+        raise LookupError("the command ended before a worker could be killed; see the logs in WORK")
 
 
 def is_ray_worker(pid: int) -> bool:
@@ -183,7 +185,8 @@ def main(bundle: Path, work: Path, images: int, damaged: int, results: Path | No
     os.environ |= {"XDG_CACHE_HOME": str(work / "cache"), "RAY_TMPDIR": str(work / "ray"), "OMP_NUM_THREADS": "1"}
     # The cluster listens on an address of this machine that others may reach, so it asks for a token.
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
-    os.environ |= {"RAY_worker_register_timeout_seconds": "600"}  # workers start slowly if all nodes are one machine
+    # All nodes are one machine, which may be slow to start a worker or to answer whether a node lives.
+    os.environ |= {"RAY_worker_register_timeout_seconds": "600", "RAY_health_check_timeout_ms": "120000"}
     (work / "ray").mkdir(exist_ok=True)
     from ray.cluster_utils import Cluster
 
