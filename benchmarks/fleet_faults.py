@@ -33,6 +33,8 @@ NODES, CPUS, WORKERS = 3, 2, "1:4"
 # Shares of the images after which something is killed, in the first run and in the second.
 WORKER_KILLS, NODE_REMOVED, DRIVER_KILLED, SECOND_RUN_KILL = (0.1, 0.25), 0.4, 0.55, 0.75
 PATIENCE_S = 1800.0
+# Ray notices a lost node by its missing heartbeats; a command that starts before that may end with an error.
+NOTICED_S = 60.0
 NODE: dict[str, Any] = {"num_cpus": CPUS, "object_store_memory": 100 << 20}
 
 
@@ -76,12 +78,14 @@ class Run:
 
     def kill_worker(self) -> str:
         """Send SIGKILL to the worker that reported last and still lives."""
-        for each in reversed(self.reports()):
-            pid = int(each["worker"].rsplit("-", 1)[1])
-            if is_ray_worker(pid):
-                os.kill(pid, signal.SIGKILL)
-                return str(each["worker"])
-        raise LookupError("no worker lives")
+        while self.process.poll() is None:
+            for each in reversed(self.reports()):
+                pid = int(each["worker"].rsplit("-", 1)[1])
+                if is_ray_worker(pid):
+                    os.kill(pid, signal.SIGKILL)
+                    return str(each["worker"])
+            time.sleep(0.5)
+        raise LookupError("the command ended before a worker could be killed; see the logs in WORK")
 
 
 def is_ray_worker(pid: int) -> bool:
@@ -139,6 +143,7 @@ def faults(bundle: Path, work: Path, images: int, damaged: int, add_cluster: Cal
         computed = {"first run": sum(each["items"] for each in first.reports())}
         after_kill = output_counts(output)
 
+        time.sleep(NOTICED_S)
         second = Run(command, output, work / "second.log")
         second.wait_for(int(SECOND_RUN_KILL * images) - computed["first run"])
         killed.append(second.kill_worker())
