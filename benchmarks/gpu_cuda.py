@@ -66,11 +66,11 @@ def check_blocks(cuda: Cuda) -> str:
         assert block.address(name) % 256 == 0, "an address is not aligned"
         block.arrays[name][...] = values
     block.upload(stream)
-    cuda.synchronise(stream)
+    cuda.synchronize(stream)
     for name in sent:
         block.arrays[name][...] = 0
         block.download(name, stream)
-    cuda.synchronise(stream)
+    cuda.synchronize(stream)
     for name, values in sent.items():
         _require_same(block.arrays[name], values, f"part {name} of a block")
     cuda.close()
@@ -91,7 +91,7 @@ def check_stores(cuda: Cuda, itemsize: int) -> str:
         within = cuda._runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         cuda.call("cudaMemcpyAsync", places["new_entries"], new.address("new"), entries.nbytes, within, stream)
         cache.store(start, count, rows, stream)
-        cuda.synchronise(stream)
+        cuda.synchronize(stream)
         expected[:, :, start : start + count] = entries.reshape(2 * LAYERS, HEADS, rows, WIDTH)[:, :, :count]
     _require_cache(cuda, places, expected, stream)
     cuda.close()
@@ -108,7 +108,7 @@ def check_rows(cuda: Cuda, itemsize: int) -> str:
     for row, start in enumerate(starts):  # a prompt for each row
         _send(cuda, entries[row], cache.addresses(row)["new_entries"], stream)
         cache.store(start, CHUNK, CHUNK, stream, row)
-        cuda.synchronise(stream)
+        cuda.synchronize(stream)
         expected[:, row, :, start : start + CHUNK] = entries[row]
     step = np.ascontiguousarray(entries[:, :, :, 7:8])
     _send(cuda, step, cache.addresses()["new_entries"], stream)
@@ -116,7 +116,7 @@ def check_rows(cuda: Cuda, itemsize: int) -> str:
         cache.store(start, 1, 1, stream, row, row)
         expected[:, row, :, start : start + 1] = step[row]
     cache.copy(0, 1, 300, stream)
-    cuda.synchronise(stream)
+    cuda.synchronize(stream)
     expected[:, 1, :, :300] = expected[:, 0, :, :300]
     for row in range(ROWS):
         _require_cache(cuda, cache.addresses(row), expected[:, row], stream)
@@ -129,7 +129,7 @@ def _send(cuda: Cuda, values: NDArray[Any], address: int, stream: Any) -> None:
     host = cuda.pinned(values.nbytes)
     host[:] = values.reshape(-1).view(np.uint8)
     cuda.to_device(address, host.ctypes.data, values.nbytes, stream)
-    cuda.synchronise(stream)
+    cuda.synchronize(stream)
 
 
 def _require_cache(cuda: Cuda, places: dict[str, int], expected: NDArray[Any], stream: Any) -> None:
@@ -139,7 +139,7 @@ def _require_cache(cuda: Cuda, places: dict[str, int], expected: NDArray[Any], s
     for name, values in zip(names, expected, strict=True):
         assert places[name] % 256 == 0, "an address of the cache is not aligned"
         cuda.to_host(host.ctypes.data, places[name], host.nbytes, stream)
-        cuda.synchronise(stream)
+        cuda.synchronize(stream)
         _require_same(host.view(values.dtype).reshape(values.shape), values, name)
 
 

@@ -113,7 +113,7 @@ def copy_bandwidth(cuda: Cuda) -> float:
         started = time.perf_counter()
         for _ in range(4):
             cuda.call("cudaMemcpyAsync", target, source, COPIED, kind, stream)
-        cuda.synchronise(stream)
+        cuda.synchronize(stream)
         best = max(best, 4 * 2 * COPIED / (time.perf_counter() - started))
     cuda.close()
     return best

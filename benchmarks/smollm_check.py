@@ -23,7 +23,7 @@ from smollm_forward import logits, read_weights
 
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.checkpoint.reader import Checkpoint
-from internvl_edge.evaluation.divergence import divergence, summarise
+from internvl_edge.evaluation.divergence import divergence, summarize
 from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
 
 SEQUENCES = 3
@@ -42,7 +42,7 @@ def _engine_logits(folder: Path, tokens: NDArray[np.int32]) -> NDArray[np.float3
 
 def _figures(expected: NDArray[np.float32], found: NDArray[np.float32], tokens: NDArray[np.int32]) -> dict[str, Any]:
     parts = [divergence(a[:-1], b[:-1], ids[1:]) for a, b, ids in zip(expected, found, tokens, strict=True)]
-    summary = summarise(parts)
+    summary = summarize(parts)
     return {
         "largest_difference": float(np.abs(expected - found).max()),
         "kl_max": summary.kl_max,

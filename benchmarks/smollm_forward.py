@@ -22,7 +22,7 @@ from internvl_edge.calibration.compute import to_torch
 from internvl_edge.checkpoint.codecs import autoawq
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.checkpoint.tensor_files import open_tensor_files
-from internvl_edge.evaluation.divergence import Divergence, divergence, summarise
+from internvl_edge.evaluation.divergence import Divergence, divergence, summarize
 from internvl_edge.model.config import DecoderConfig
 from internvl_edge.model.rope import RotaryAngles
 from internvl_edge.quantize.block import computed
@@ -118,7 +118,7 @@ def compare(reference: Path, weights: Weights, test: list[Sequence], decoder: De
 
 def figures_of(parts: list[Divergence]) -> dict[str, float]:
     """Divergences over all sequences, for a file of results."""
-    return {name: float(f"{value:.6g}") for name, value in asdict(summarise(parts)).items()}
+    return {name: float(f"{value:.6g}") for name, value in asdict(summarize(parts)).items()}
 
 
 def _few(test: list[Sequence]) -> list[list[Sequence]]:

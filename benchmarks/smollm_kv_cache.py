@@ -24,7 +24,7 @@ from internvl_edge import export_bundle
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.bundle.names import DECODERS
 from internvl_edge.calibration import choose_compute
-from internvl_edge.evaluation.divergence import Divergence, divergence, summarise
+from internvl_edge.evaluation.divergence import Divergence, divergence, summarize
 from internvl_edge.quantize import quantize_checkpoint
 from internvl_edge.recipe.recipe import Recipe
 from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
@@ -63,7 +63,7 @@ def calibrated(bench: Bench) -> Path:
 
 def figures(parts: list[Divergence]) -> dict[str, Any]:
     """Over all positions and by position."""
-    found: dict[str, Any] = asdict(summarise(parts))
+    found: dict[str, Any] = asdict(summarize(parts))
     for start, end in BUCKETS:
         found[f"kl_mean_{start}_{end}"] = float(np.concatenate([part.kl[start:end] for part in parts]).mean())
     return found

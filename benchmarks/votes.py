@@ -19,7 +19,7 @@ from record import write_results
 
 from internvl_edge import InternVL
 from internvl_edge.evaluation.cases import SUITES, Case
-from internvl_edge.runtime.voting import SAMPLING, Ballot, find_answer, normalised
+from internvl_edge.runtime.voting import SAMPLING, Ballot, find_answer, normalized
 
 VOTES = 8
 
@@ -83,7 +83,7 @@ def _vote(model: InternVL, case: Case, way: Way, seed: int, sure: float | None) 
     right = vote.answer == case.answer.strip()
     way.right += right
     way.agreements.append((vote.agreement, right))
-    return None if vote.answer is None else normalised(vote.answer)
+    return None if vote.answer is None else normalized(vote.answer)
 
 
 def _to_the_end(model: InternVL, case: Case, seed: int) -> str | None:
@@ -93,7 +93,7 @@ def _to_the_end(model: InternVL, case: Case, seed: int) -> str | None:
     for stream in model.sample_streams(case.question, list(case.images), VOTES, first_greedy=True, **options):
         ballot.add(stream.reply, find_answer(stream.reply, reason=False))
     answer = ballot.outcome().answer
-    return None if answer is None else normalised(answer)
+    return None if answer is None else normalized(answer)
 
 
 def _agreement(way: Way) -> dict[str, float]:

@@ -33,7 +33,7 @@ TEXTS = (
         "From 9:40 to 13:00 are 3 hours and 20 minutes. Five more minutes make 3 hours and 25 minutes.",
     ),
     (
-        "Summarise: The meeting was moved from Tuesday to Thursday because two of the five members were ill. The room "
+        "Summarize: The meeting was moved from Tuesday to Thursday because two of the five members were ill. The room "
         "stays the same, the agenda gains one item: the budget for the coming year.",
         "The meeting is now on Thursday in the same room, and next year's budget was added to the agenda.",
     ),

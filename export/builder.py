@@ -278,15 +278,15 @@ class GraphBuilder:
         return self._group_sums[x, groups]
 
     def rms_norm(self, x: ir.Value, name: str, epsilon: float) -> ir.Value:
-        """Apply root mean square normalisation over the last axis."""
+        """Apply root mean square normalization over the last axis."""
         return self.op("RMSNormalization", x, self.vector(f"{name}.weight"), axis=-1, epsilon=epsilon)
 
     def head_norm(self, x: ir.Value, name: str, epsilon: float, head_dim: int) -> ir.Value:
-        """Apply root mean square normalisation to each head of x [batch, seq, heads * head_dim]."""
+        """Apply root mean square normalization to each head of x [batch, seq, heads * head_dim]."""
         return self.reshape(self.rms_norm(self.reshape(x, [0, 0, -1, head_dim]), name, epsilon), [0, 0, -1])
 
     def layer_norm(self, x: ir.Value, name: str, epsilon: float) -> ir.Value:
-        """Apply layer normalisation over the last axis."""
+        """Apply layer normalization over the last axis."""
         weight, bias = self.vector(f"{name}.weight"), self.vector(f"{name}.bias")
         return self.op("LayerNormalization", x, weight, bias, axis=-1, epsilon=epsilon)
 

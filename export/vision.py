@@ -2,7 +2,7 @@
 
     pixels [tiles, S, S, 3] uint8 -> image_embeds [tiles, tokens_per_tile, hidden]
 
-Some exact algebra is done at export. Pixel normalisation is folded into the patch embedding, its bias into the position
+Some exact algebra is done at export. Pixel normalization is folded into the patch embedding, its bias into the position
 embedding, and layer scale into `proj` and `fc2`. Linears that are int8 in the checkpoint stay int8. The rest of the
 graph computes in floats.
 """

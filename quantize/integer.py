@@ -84,7 +84,7 @@ def quantize_linear(
         calibrator: one of `CALIBRATORS`, or "best" for the one with the smallest output error.
         norm: vectors in their stored type that smoothing folds into; None where smoothing is not possible.
         per_token: judge choices by the error of each token relative to its own output. In decoders a few tokens have
-            outputs hundreds of times larger than the others, but every token is normalised by itself afterwards.
+            outputs hundreds of times larger than the others, but every token is normalized by itself afterwards.
     """
     scales: dict[float, Tensor] = {}
     if norm is not None:

@@ -122,7 +122,7 @@ class Sampler:
     def __init__(self, sampling: Sampling, counted: Iterable[int] = ()) -> None:
         self._sampling = sampling
         self._random = np.random.default_rng(sampling.seed)
-        self._penalties = _Penalties(sampling, counted) if _penalises(sampling) else None
+        self._penalties = _Penalties(sampling, counted) if _penalizes(sampling) else None
         bias = sampling.logit_bias or {}
         self._biased = np.fromiter(bias.keys(), np.intp, len(bias))
         self._biases = np.fromiter(bias.values(), np.float32, len(bias))
@@ -204,7 +204,7 @@ class Sampler:
         return int(tokens[found(sums[:count], self._random.random() * sums[count - 1], "right")])
 
 
-def _penalises(sampling: Sampling) -> bool:
+def _penalizes(sampling: Sampling) -> bool:
     return sampling.repetition_penalty != 1 or sampling.frequency_penalty != 0 or sampling.presence_penalty != 0
 
 

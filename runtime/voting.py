@@ -157,7 +157,7 @@ def checked_choices(choices: Sequence[str] | None) -> tuple[str, ...] | None:
         return None
     if isinstance(choices, str) or not all(isinstance(choice, str) and choice.strip() for choice in choices):
         raise PromptError("choices holds something that is no text; give a list of two or more texts")
-    if len({normalised(choice) for choice in choices}) < max(2, len(choices)):
+    if len({normalized(choice) for choice in choices}) < max(2, len(choices)):
         raise PromptError(f"choices has {len(choices)} texts, expected two or more that differ")
     return tuple(choices)
 
@@ -174,7 +174,7 @@ def find_answer(reply: Reply, reason: bool, choices: Sequence[str] | None = None
         marked = (found[-1] for mark in _MARKS if (found := mark.findall(reply.answer)))
         is_short = reply.finish_reason == "stop" and "\n" not in reply.answer
         text = next(marked, reply.answer if is_short else None)
-    if text is None or not normalised(text):
+    if text is None or not normalized(text):
         return None
     return text.strip() if choices is None else _chosen(text, choices)
 
@@ -182,13 +182,13 @@ def find_answer(reply: Reply, reason: bool, choices: Sequence[str] | None = None
 def _chosen(text: str, choices: Sequence[str]) -> str | None:
     """Return the choice that a text is, or the only one that it names."""
     for choice in choices:
-        if normalised(text) == normalised(choice):
+        if normalized(text) == normalized(choice):
             return choice
     named = [choice for choice in choices if re.search(rf"(?<!\w){re.escape(choice)}(?!\w)", text)]
     return named[0] if len(named) == 1 else None
 
 
-def normalised(answer: str) -> str:
+def normalized(answer: str) -> str:
     """Return the form in which answers are compared: without case, quotes, end stop and thousands separators.
 
     Numbers are equal if their values are ("19.50" and "19.5"). Units stay.
@@ -226,7 +226,7 @@ class Ballot:
         """Count a reply's answer; None abstains."""
         self.replies.append(reply)
         if answer is not None:
-            key = normalised(answer)
+            key = normalized(answer)
             self._spellings.setdefault(key, answer)
             self._scores.setdefault(key, []).append(_mean_logprob(reply))
 

@@ -1,6 +1,6 @@
 """llama.cpp's own converter and quantizer: cpu_gguf.py SOURCES CHECKPOINT OUT.
 
-SOURCES is the folder of llama.cpp inside llama-cpp-python's source distribution. The converter recognises tokenizers by
+SOURCES is the folder of llama.cpp inside llama-cpp-python's source distribution. The converter recognizes tokenizers by
 a hash over their output; that of random checkpoints is made up, so it is told which one to take. It has no merges
 either, without which llama.cpp loads no vocabulary, so it gets one.
 """

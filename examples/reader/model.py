@@ -242,9 +242,9 @@ class Reader(nn.Module):
         self.language_model = LanguageModel(c)
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1) * 255, persistent=False)
-        self.initialise()
+        self.initialize()
 
-    def initialise(self) -> None:
+    def initialize(self) -> None:
         """Truncated normal weights; residual outputs shrunk by depth; token table near the scale of image tokens."""
         for name, p in self.named_parameters():
             if p.dim() >= 2 and "embedding" not in name:

@@ -1,7 +1,7 @@
 """An opened bundle: one folder with graphs, weights, tokenizer and a manifest that describes them.
 
 `Bundle.open` verifies the bundle before any weights are loaded: the format version, and the presence, size and SHA-256
-of every file. A file with a verified hash is recognised by its path, inode, size and time stamps, and is not read
+of every file. A file with a verified hash is recognized by its path, inode, size and time stamps, and is not read
 again.
 """
 

@@ -45,7 +45,7 @@ class Metric:
 # What a suite measures; `evaluation.metrics.SCORES` says how.
 SUITE_METRICS = {
     "exact_match": "share of a suite's questions that are answered exactly",
-    "normalised_match": "share of a suite's questions that are answered right, but for case, quotes and such",
+    "normalized_match": "share of a suite's questions that are answered right, but for case, quotes and such",
     "contains": "share of a suite's answers that hold a right answer somewhere",
     "anls": "average normalized Levenshtein similarity of a suite's answers to the right ones",
     "relaxed_accuracy": "share of a suite's answers that are right, numbers within 5 %",

@@ -100,7 +100,7 @@ class OldBuilder(TensorRTBuilder):
     opset, ir_version = 21, 10
 
     def rms_norm(self, x: ir.Value, name: str, epsilon: float) -> ir.Value:
-        """Apply root mean square normalisation over the last axis."""
+        """Apply root mean square normalization over the last axis."""
         wide = self.cast(x, ir.DataType.FLOAT)
         mean = self.op("ReduceMean", self.op("Mul", wide, wide), self.constant([-1]), keepdims=1)
         normed = self.op("Div", wide, self.op("Sqrt", self.op("Add", mean, self.constant(epsilon, np.float32))))
@@ -158,7 +158,7 @@ class OldBuilder(TensorRTBuilder):
 def vision_header(
     path: Path, config: ModelConfig, stored: str, dtype: str, decomposed: bool = False, decomposable: bool = False
 ) -> bytes:
-    """Return the vision graph for TensorRT, serialised.
+    """Return the vision graph for TensorRT, serialized.
 
     pixels [tiles, S, S, 3] uint8 -> image_embeds [tiles, tokens_per_tile, hidden] in `dtype`
 
@@ -175,7 +175,7 @@ def vision_header(
     """
     source = StoredGraph(path, config)
     builder = _builder(decomposed, decomposable)
-    return _serialised(build_vision(source, Types(DTYPES[stored], DTYPES[dtype]), source, builder), source)
+    return _serialized(build_vision(source, Types(DTYPES[stored], DTYPES[dtype]), source, builder), source)
 
 
 def decoder_header(
@@ -189,7 +189,7 @@ def decoder_header(
     decomposable: bool = False,
     wide_cache: bool = False,
 ) -> bytes:
-    """Return the decoder graph for TensorRT, serialised.
+    """Return the decoder graph for TensorRT, serialized.
 
     inputs_embeds [batch, seq, hidden], cos and sin [batch, seq, head_dim / 2], past_length [batch] int64,
     slots [window] int64, kept [kept] int64, past_key_values.N.{key,value} [batch, kv_heads, slots, head_dim]
@@ -224,7 +224,7 @@ def decoder_header(
         entries = g.op("Concat", *(part for pair in presents for part in pair), axis=1)
         count = 2 * len(presents) * decoder.num_key_value_heads
         g.output(entries, NEW_ENTRIES, kind, ["batch", count, "seq", decoder.head_dim])
-    return _serialised(g.model(), source)
+    return _serialized(g.model(), source)
 
 
 def _builder(decomposed: bool, decomposable: bool) -> partial[TensorRTBuilder]:
@@ -279,7 +279,7 @@ def _attention(
     return attend
 
 
-def _serialised(model: ir.Model, source: StoredGraph) -> bytes:
+def _serialized(model: ir.Model, source: StoredGraph) -> bytes:
     """Return the model's bytes. Names of external data are relative to the bundle's folder."""
     source.require_all_used()
     proto: Any = ir.to_proto(model)

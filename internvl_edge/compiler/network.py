@@ -1,4 +1,4 @@
-"""Parse a serialised ONNX header into a TensorRT network.
+"""Parse a serialized ONNX header into a TensorRT network.
 
 This module knows TensorRT's parser. If the parser rejects a graph, the error is one line that names the node.
 """

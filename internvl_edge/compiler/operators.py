@@ -18,7 +18,7 @@ def require_operators(header: bytes, name: str, flavour: str, version: Version) 
     """Raise EngineError unless a version of TensorRT takes every operator of a graph, for the data it gets.
 
     Args:
-        header: the graph for TensorRT, serialised.
+        header: the graph for TensorRT, serialized.
         name: the name of the graph in the message.
         flavour: "tensorrt" or "tensorrt_rtx".
         version: major and minor version.

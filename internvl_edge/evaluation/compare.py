@@ -27,7 +27,7 @@ from internvl_edge.runtime.options import ChatOptions
 from internvl_edge.runtime.trace import Trace
 
 from .cases import Case, QuestionSettings
-from .divergence import Divergence, DivergenceSummary, Histogram, divergence, histogram, summarise
+from .divergence import Divergence, DivergenceSummary, Histogram, divergence, histogram, summarize
 
 Load = Callable[[], InternVL]
 # Phases of the progress that `compare` shows.
@@ -301,11 +301,11 @@ def _joined(
         settings=settings,
         cases=len(cases),
         image_tokens=sum(part.image_tokens for part in followed),
-        greedy=summarise(greedy),
-        kinds={kind: summarise(parts) for kind, parts in kinds.items()},
+        greedy=summarize(greedy),
+        kinds={kind: summarize(parts) for kind, parts in kinds.items()},
         same_answers=sum(part.same_answer for part in greedy) / len(greedy),
         same_prefix=sum(part.same_prefix for part in greedy) / sum(len(part.kl) for part in greedy),
-        answers=summarise(answers) if answers else None,
+        answers=summarize(answers) if answers else None,
         worst_case=cases[worst].name,
         histogram=histogram(np.concatenate([part.kl for part in greedy])),
         samples=tuple(samples),

@@ -99,7 +99,7 @@ class DivergenceSummary:
         return self.reference_perplexity <= MEANINGFUL_PERPLEXITY
 
 
-def summarise(parts: Iterable[Divergence]) -> DivergenceSummary:
+def summarize(parts: Iterable[Divergence]) -> DivergenceSummary:
     """Join sequences into one set of figures; there must be at least one position."""
     parts = list(parts)
     kl = np.concatenate([part.kl for part in parts])

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from internvl_edge.runtime.voting import normalised
+from internvl_edge.runtime.voting import normalized
 
 from .cases import Case
 
@@ -34,12 +34,12 @@ def exact_match(answer: str, right: Sequence[str]) -> float:
     return float(answer.strip() in {text.strip() for text in right})
 
 
-def normalised_match(answer: str, right: Sequence[str]) -> float:
-    """1 if the answer is a right one in the form of `voting.normalised`.
+def normalized_match(answer: str, right: Sequence[str]) -> float:
+    """1 if the answer is a right one in the form of `voting.normalized`.
 
     That form has no case, quotes, end stop or thousands separators, and numbers are equal if their values are.
     """
-    return float(normalised(answer) in set(map(normalised, right)))
+    return float(normalized(answer) in set(map(normalized, right)))
 
 
 def contains(answer: str, right: Sequence[str], formula: bool = False) -> float:
@@ -90,9 +90,9 @@ def named_choice(answer: str, choices: Sequence[str]) -> int | None:
     are completed where MMMU would guess at random: an answer that is the text of a choice names it, and so does one
     that begins with a letter and a stop, colon or parenthesis. An answer that names nothing is wrong, and no guess.
     """
-    texts = [normalised(text) for text in choices]
-    if normalised(answer) in texts:
-        return texts.index(normalised(answer))
+    texts = [normalized(text) for text in choices]
+    if normalized(answer) in texts:
+        return texts.index(normalized(answer))
     for mark in ",.!?;:'":
         answer = answer.strip(mark)
     padded, lowered = f" {answer} ", answer.lower()
@@ -132,7 +132,7 @@ class Score:
 
 SCORES = {
     "exact_match": Score(lambda answer, case: exact_match(answer, case.answers)),
-    "normalised_match": Score(lambda answer, case: normalised_match(answer, case.answers)),
+    "normalized_match": Score(lambda answer, case: normalized_match(answer, case.answers)),
     "contains": Score(lambda answer, case: contains(answer, case.answers, case.is_formula)),
     "anls": Score(lambda answer, case: anls(answer, case.answers), is_binary=False),
     "relaxed_accuracy": Score(lambda answer, case: relaxed_accuracy(answer, case.answers)),

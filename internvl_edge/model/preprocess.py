@@ -1,7 +1,7 @@
 """Turn an image into tiles as the original does: decode it within limits, choose a grid, resize and cut.
 
 This module knows Pillow and arithmetic. It does not know the model: the pixels stay uint8, and the vision graph
-normalises them. Method: `load_image` and `dynamic_preprocess` as published on the InternVL model cards.
+normalizes them. Method: `load_image` and `dynamic_preprocess` as published on the InternVL model cards.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ class Tokenizer:
         self._lock = threading.Lock()
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text. Special tokens are recognised, and InternLM2's `<s>` is put in front.
+        """Return the token ids of a text. Special tokens are recognized, and InternLM2's `<s>` is put in front.
 
         Raises:
             PromptError: half of a surrogate pair, which is not text.

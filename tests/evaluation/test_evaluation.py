@@ -44,7 +44,7 @@ from internvl_edge.evaluation import (
     reference_bundle,
     run_suite,
 )
-from internvl_edge.evaluation.divergence import Divergence, divergence, summarise
+from internvl_edge.evaluation.divergence import Divergence, divergence, summarize
 from internvl_edge.evaluation.metrics import bootstrap, wilson
 from internvl_edge.evaluation.report import read_report
 
@@ -100,7 +100,7 @@ def test_divergence_and_perplexity_are_torchs() -> None:
     p, q = (F.log_softmax(torch.from_numpy(x).double(), dim=-1) for x in (reference, candidate))
     np.testing.assert_allclose(found.kl, F.kl_div(q, p, reduction="none", log_target=True).sum(-1), rtol=1e-12)
     expected = F.cross_entropy(torch.from_numpy(candidate).double(), torch.from_numpy(targets)).exp()
-    assert summarise([found]).candidate_perplexity == pytest.approx(float(expected), rel=1e-12)
+    assert summarize([found]).candidate_perplexity == pytest.approx(float(expected), rel=1e-12)
 
 
 def test_the_same_predictions_diverge_by_nothing_and_padding_is_no_nan() -> None:
@@ -109,12 +109,12 @@ def test_the_same_predictions_diverge_by_nothing_and_padding_is_no_nan() -> None
     found = divergence(logits, logits, np.zeros(12, int))
     assert found.kl.max() == 0
     assert found.same_prefix == 12
-    assert summarise([found]).top1_agreement == 1
+    assert summarize([found]).top1_agreement == 1
 
 
 def test_positions_count_the_same_whatever_their_sequence() -> None:
     parts = [divergence(_logits(0, n), _logits(1, n), np.zeros(n, int)) for n in (2, 10)]
-    together = summarise(parts)
+    together = summarize(parts)
     assert together.positions == 12
     assert together.kl_mean == pytest.approx(np.concatenate([part.kl for part in parts]).mean())
     assert together.kl_mean != pytest.approx(np.mean([part.kl.mean() for part in parts]))
@@ -141,7 +141,7 @@ def test_a_comparison_is_that_of_the_torch_reference(pair: Pair, cases: list[Cas
         along = rounded.generate(prompt, tiles, forced=greedy.ids).step_logits
         parts.append(divergence(greedy.step_logits.numpy(), along.numpy(), greedy.ids))
         same.append(rounded.generate(prompt, tiles, max_new_tokens=8).ids == greedy.ids)
-    expected = summarise(parts)
+    expected = summarize(parts)
     assert comparison.greedy.kl_mean > 1e-3, "rounding that changes nothing shows nothing"
     assert comparison.greedy.kl_mean == pytest.approx(expected.kl_mean, rel=1e-3)
     assert comparison.greedy.kl_max == pytest.approx(expected.kl_max, rel=1e-3)
@@ -474,7 +474,7 @@ def test_perplexity_of_what_the_reference_would_not_say_is_left_out(
     comparison: Comparison, nll: float, meaningful: bool
 ) -> None:
     part = Divergence(np.zeros(4), np.ones(4, bool), np.full(4, nll), np.full(4, nll + 0.1))
-    found = replace(comparison, answers=summarise([part]))
+    found = replace(comparison, answers=summarize([part]))
     assert ("perplexity_ratio" in found.figures) == meaningful
     rows = {str(name): str(value) for name, value in output._comparison_rows(found)}
     said = rows["perplexity of the answers"]

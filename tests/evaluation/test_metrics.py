@@ -49,13 +49,13 @@ _RIGHT = st.lists(_TEXT.filter(str.strip), min_size=1, max_size=3)
 
 PAIRS: list[tuple[Callable[[str, Sequence[str]], float], Callable[[str, Sequence[str]], float]]] = [
     (product.exact_match, suite_scores.exact),
-    (product.normalised_match, suite_scores.normalised),
+    (product.normalized_match, suite_scores.normalized),
     (product.anls, suite_scores.anls),
     (product.relaxed_accuracy, suite_scores.relaxed),
     (product.contains, lambda answer, right: suite_scores.contained(answer, right, formula=False)),
     (lambda a, r: product.contains(a, r, formula=True), lambda a, r: suite_scores.contained(a, r, formula=True)),
 ]
-NAMES = ["exact", "normalised", "anls", "relaxed", "contains", "contains formula"]
+NAMES = ["exact", "normalized", "anls", "relaxed", "contains", "contains formula"]
 
 
 @pytest.mark.parametrize(("ours", "theirs"), PAIRS, ids=NAMES)

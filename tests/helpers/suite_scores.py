@@ -78,7 +78,7 @@ def clean(text: str) -> str:
     return " ".join(text.strip().split("\n"))
 
 
-def normalised(answer: str, right: Sequence[str]) -> float:
+def normalized(answer: str, right: Sequence[str]) -> float:
     """Without case, spaces, quotes and end stop; a single number by its value, "yes" and "no" by their first word."""
     return float(any(_same(answer, text) for text in right))
 

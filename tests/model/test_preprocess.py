@@ -110,7 +110,7 @@ def reference_grid(width: int, height: int, min_tiles: int, max_tiles: int, size
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000), st.sampled_from((1, 2, 4, 6, 9, 12)))
-def test_grid_minimises_the_difference_of_aspect_ratios(width: int, height: int, max_tiles: int) -> None:
+def test_grid_minimizes_the_difference_of_aspect_ratios(width: int, height: int, max_tiles: int) -> None:
     columns, rows = tile_grid(width, height, max_tiles=max_tiles)
     assert columns * rows <= max_tiles
     exact = reference_grid(width, height, 1, max_tiles, 448)

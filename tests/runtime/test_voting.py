@@ -14,7 +14,7 @@ from internvl_edge.base.errors import PromptError
 from internvl_edge.demo import CHECKPOINT, demo_questions
 from internvl_edge.runtime.logprobs import TokenLogprob
 from internvl_edge.runtime.reply import Reply
-from internvl_edge.runtime.voting import Ballot, checked_choices, find_answer, normalised
+from internvl_edge.runtime.voting import Ballot, checked_choices, find_answer, normalized
 
 
 def reply(text: str, logprob: float = -1.0, finish_reason: str = "stop") -> Reply:
@@ -40,7 +40,7 @@ def reply(text: str, logprob: float = -1.0, finish_reason: str = "stop") -> Repl
     ],
 )
 def test_spellings_of_one_answer_are_one_answer(one: str, other: str) -> None:
-    assert normalised(one) == normalised(other)
+    assert normalized(one) == normalized(other)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_spellings_of_one_answer_are_one_answer(one: str, other: str) -> None:
     ],
 )
 def test_different_answers_stay_different(one: str, other: str) -> None:
-    assert normalised(one) != normalised(other)
+    assert normalized(one) != normalized(other)
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ _LABELS = {
     "kl": "KL divergence, mean",
     "top1": "same most probable token",
     "exact_match": "exact answers",
-    "normalised_match": "right answers, but for case and form",
+    "normalized_match": "right answers, but for case and form",
     "contains": "answers that hold the right one",
     "anls": "ANLS",
     "relaxed_accuracy": "right answers, numbers within 5 %",

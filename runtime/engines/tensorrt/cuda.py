@@ -94,7 +94,7 @@ class Cuda:
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         self.call("cudaMemcpy2DAsync", target, pitch, source, source_pitch, size, rows, kind, stream)
 
-    def synchronise(self, stream: Any) -> None:
+    def synchronize(self, stream: Any) -> None:
         """Wait until all work on a stream is done. Errors of earlier work are raised here."""
         self.call("cudaStreamSynchronize", stream)
 

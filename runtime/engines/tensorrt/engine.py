@@ -203,7 +203,7 @@ class TensorRTEngine(Engine):
     def copy(self, source: int, target: int, length: int) -> None:
         """Make the first `length` tokens of one row those of another row, too."""
         self._device_cache.copy(source, target, length, self._stream)
-        self._cuda.synchronise(self._stream)
+        self._cuda.synchronize(self._stream)
         self.cache.copied(source, target, length)
 
     def interrupt(self) -> None:
@@ -249,7 +249,7 @@ class TensorRTEngine(Engine):
         graph.run(slots)
         for row, total in zip(rows, totals, strict=True):
             self._device_cache.store(total - 1, 1, 1, self._stream, row, row)
-        self._cuda.synchronise(self._stream)
+        self._cuda.synchronize(self._stream)
         for row in rows:
             self.cache.append(1, row)
 
@@ -279,7 +279,7 @@ class TensorRTEngine(Engine):
         step.reshape(size, len(kept), window(start + size, self._slots))
         step.enqueue(self._stream)
         self._device_cache.store(start, len(embeds), size, self._stream, row)
-        self._cuda.synchronise(self._stream)  # the next step fills the host block again
+        self._cuda.synchronize(self._stream)  # the next step fills the host block again
         self.cache.append(len(embeds), row)
 
     def _warm_up(self, progress: Progress) -> None:
@@ -319,7 +319,7 @@ class TensorRTEngine(Engine):
         logits = self._results.arrays["logits"]
         for row in rows:
             self._results.download("logits", self._stream, logits[row].nbytes, row * logits[row].nbytes)
-        self._cuda.synchronise(self._stream)
+        self._cuda.synchronize(self._stream)
         return [logits[row] for row in rows]
 
     def _program(self, record: EngineRecord, graph: str) -> Program:
@@ -364,7 +364,7 @@ class TensorRTEngine(Engine):
         slots = Block(self._cuda, {"slots": ((count,), np.int64)}, "slot numbers")
         slots.arrays["slots"][:] = np.arange(count)
         slots.upload(self._stream)
-        self._cuda.synchronise(self._stream)
+        self._cuda.synchronize(self._stream)
         results = {name: self._results.address(name) for name in ("token", "logits")}
         return {"slots": slots.address("slots")} | results | self._device_cache.addresses()
 
@@ -411,7 +411,7 @@ class _Vision:
             self._pixels.upload(self._stream)
             self._context.enqueue(self._stream)
             self._embeds.download("image_embeds", self._stream)
-            self._cuda.synchronise(self._stream)
+            self._cuda.synchronize(self._stream)
             parts.append(self._half.unpack(self._embeds.arrays["image_embeds"][: len(part)]))
         return np.concatenate(parts)
 

@@ -1,4 +1,4 @@
-"""One deserialised engine and its execution contexts, which run on a stream with given shapes and addresses.
+"""One deserialized engine and its execution contexts, which run on a stream with given shapes and addresses.
 
 Every refusal of TensorRT becomes an EngineError. This module knows TensorRT and memory. It does not know vision or
 text.
@@ -76,7 +76,7 @@ class Program:
             context.set_device_memory(self._memory, size)
         if profile and not context.set_optimization_profile_async(profile, stream):
             raise EngineError(f"{self._path.name}: no profile {profile}: {last_error(self._flavour.log)}")
-        self._cuda.synchronise(stream)
+        self._cuda.synchronize(stream)
         return Context(context, self._path.name, self._flavour.log)
 
     def cache_bytes(self) -> bytes:
