@@ -66,7 +66,6 @@ PHASES = {
     "calibrate": [
         "preparing the calibration data, 2 samples",
         "encoding the images",
-        "measuring the decoder, 2 layers",
     ],
     "quantize": ["preparing the calibration data", "encoding the images", "quantizing the decoder", "writing"],
     "evaluate": ["loading the bundle", "answering with the reference, 2 questions", "answering with the bundle"],
