@@ -69,8 +69,8 @@ _OPTIONS = (
     click.option(
         "--rounding",
         type=click.Choice(ROUNDINGS),
-        help="How 4-bit weights become integers: computed, or learned, which leaves less error and takes a multiple of "
-        "the time.  [default: computed]",
+        help="How 4-bit weights become integers: computed, or learned, which brings each layer nearer to the float "
+        "model and takes longer.  [default: computed]",
     ),
     click.option(
         "--layer",
