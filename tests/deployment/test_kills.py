@@ -53,6 +53,7 @@ def kill(folder: Path, *moments: str, seconds: int) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_killed_in_every_stage(tmp_path: Path) -> None:
     found = kill(tmp_path, *MOMENTS, seconds=600)
     assert {moment: result["kept"] for moment, result in found["results"].items()} == MOMENTS

@@ -355,6 +355,7 @@ quantize_checkpoint(checkpoint, out, recipe, data=options, compute=choose_comput
 """
 
 
+@pytest.mark.slow
 def test_a_killed_choice_continues_to_the_same_bytes(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint", text="internlm2")
     whole = quantize(checkpoint, tmp_path / "whole", mixed(target_bits=5.0))

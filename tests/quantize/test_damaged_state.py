@@ -35,7 +35,7 @@ RECIPES = {
 STOPS, DAMAGES = (0.6, 0.7, 0.8, 0.95), 4
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [pytest.param("all", marks=pytest.mark.slow), "without data", "calibration set"])
 def test_damaged_state_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(pipeline, "_WAVE_BYTES", 20_000)
     checkpoint, options = write_checkpoint(tmp_path / "checkpoint"), DataOptions(write_data(tmp_path / "data"))

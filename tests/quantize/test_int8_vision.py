@@ -319,6 +319,7 @@ quantize_checkpoint(checkpoint, out, recipe, data=options, compute=compute)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_to_the_same_bytes(tmp_path: Path) -> None:
     original, data = write_checkpoint(tmp_path / "checkpoint"), write_data(tmp_path / "data")
     recipe = Recipe("fp", vision="int8", vision_int8=VisionInt8(cosine=0.9999))

@@ -156,6 +156,7 @@ quantize_checkpoint(checkpoint, out, recipe, data=DataOptions(Path(data)), compu
 """
 
 
+@pytest.mark.slow
 def test_killed_learning_continues_to_the_same_bytes(tmp_path: Path) -> None:
     checkpoint, data = write_checkpoint(tmp_path / "checkpoint", text="internlm2"), write_texts(tmp_path / "data")
     run_to_the_end(KILLED, "never", checkpoint, data, tmp_path / "whole")
