@@ -26,6 +26,7 @@ from internvl_edge.checkpoint.record import read_record
 from internvl_edge.demo import CHECKPOINT
 from internvl_edge.deployment import Deployed, Request, Stage, deploy
 from internvl_edge.deployment import stages as stages_module
+from internvl_edge.deployment.state import STATE, StateFile
 from internvl_edge.evaluation import EvaluationSettings, evaluator
 from internvl_edge.recipe.recipe import Recipe
 
@@ -195,6 +196,16 @@ def test_a_folder_of_somebody_else_is_left_alone(checkpoint: Path, tmp_path: Pat
         with pytest.raises(EdgeError, match=r"exists and is no deployment: no deployment\.json in it"):
             deploy(request(checkpoint, tmp_path, force=force))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_folder_that_was_killed_before_its_first_state_is_begun_again(tmp_path: Path) -> None:
+    (tmp_path / f".{STATE}.01234567").write_text('{"for')
+    StateFile(tmp_path, "checkpoint", None, "cpu", force=False)
+    assert [path.name for path in tmp_path.iterdir()] == [STATE], "what the killed process left is gone"
+    (tmp_path / STATE).unlink()
+    (tmp_path / f".{STATE}.mine").write_text("mine")
+    with pytest.raises(EdgeError, match="is no deployment"):
+        StateFile(tmp_path, "checkpoint", None, "cpu", force=False)
 
 
 @pytest.mark.parametrize(
