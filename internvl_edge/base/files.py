@@ -34,7 +34,7 @@ def replacing(path: Path, *, shared: bool = True) -> Iterator[Path]:
         shared: whether other processes may write the same file at the same time. In a folder that only one process
             uses, False gives the sibling a fixed name, so that the next run overwrites what a killed run left.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}" if shared else f"{path.name}.new")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}" if shared else unshared_name(path))
     if shared:
         _remove_abandoned(path)
     try:
@@ -48,6 +48,11 @@ def replacing(path: Path, *, shared: bool = True) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def unshared_name(path: Path) -> str:
+    """The name under which `path` is written where only one process uses its folder."""
+    return f"{path.name}.new"
 
 
 def replace_text(path: Path, text: str, *, shared: bool = True) -> None:

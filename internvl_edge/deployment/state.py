@@ -7,13 +7,14 @@ stage: the entry that the stage left when it began says what was there before.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from internvl_edge.base.errors import EdgeError
-from internvl_edge.base.files import is_temporary, replace_text
+from internvl_edge.base.files import replace_text, unshared_name
 from internvl_edge.base.json_files import read_object
 from internvl_edge.base.jsonable import decode, dumps, encode
 from internvl_edge.base.text import shown
@@ -74,7 +75,7 @@ class StateFile:
         wanted = State(source.resolve().name if source.exists() else checkpoint, revision or "", device)
         found = _read(self._path)
         if found is None:
-            if folder.exists() and not (folder.is_dir() and all(map(self._is_unwritten, folder.iterdir()))):
+            if folder.exists() and not (folder.is_dir() and set(os.listdir(folder)) <= {unshared_name(self._path)}):
                 raise EdgeError(f"{folder} exists and is no deployment: no {STATE} in it; {_AGAIN}")
             folder.mkdir(parents=True, exist_ok=True)
         elif (found.checkpoint, found.revision, found.device) == (wanted.checkpoint, wanted.revision, device):
@@ -88,10 +89,6 @@ class StateFile:
             )
         self.state = wanted
         self._write()
-
-    def _is_unwritten(self, path: Path) -> bool:
-        """Whether a file is the first state, which a killed process was writing."""
-        return is_temporary(path, self._path)
 
     def note_commit(self, commit: str) -> None:
         """Keep the commit of a hub id, so that a later start takes the same one."""

@@ -199,11 +199,11 @@ def test_a_folder_of_somebody_else_is_left_alone(checkpoint: Path, tmp_path: Pat
 
 
 def test_a_folder_that_was_killed_before_its_first_state_is_begun_again(tmp_path: Path) -> None:
-    (tmp_path / f".{STATE}.01234567").write_text('{"for')
+    (tmp_path / f"{STATE}.new").write_text('{"for')
     StateFile(tmp_path, "checkpoint", None, "cpu", force=False)
     assert [path.name for path in tmp_path.iterdir()] == [STATE], "what the killed process left is gone"
     (tmp_path / STATE).unlink()
-    (tmp_path / f".{STATE}.mine").write_text("mine")
+    (tmp_path / f"{STATE}.mine").write_text("mine")
     with pytest.raises(EdgeError, match="is no deployment"):
         StateFile(tmp_path, "checkpoint", None, "cpu", force=False)
 
