@@ -129,8 +129,13 @@ def checkpoint_report(folder: Path, record: QuantizationRecord, command: str = "
         source=record.checkpoint,
         architecture=describe(made.config, "int8" if made.kv_scales else made.float_type()[0]),
         quantized=True,
-        bytes=sum(path.stat().st_size for path in folder.iterdir() if path.is_file() and path.name not in REPORTS),
+        bytes=sum(path.stat().st_size for path in folder.iterdir() if path.is_file() and _is_of_checkpoint(path.name)),
         components=record.components,
         quantization=record,
         commands={"quantization": command} if command else {},
     )
+
+
+def _is_of_checkpoint(name: str) -> bool:
+    """Whether a file belongs to the checkpoint itself: no report, and nothing that a killed process was writing."""
+    return name not in REPORTS and not name.startswith(".")
