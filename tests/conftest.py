@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,10 @@ from hypothesis import settings
 from internvl_edge.base import machine
 
 pytest.register_assert_rewrite("helpers")  # a failed assertion there shows its values, as in a test
+
+# A shell that runs the tests in the background ignores Ctrl-C for them and for all programs that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("shared machines stall", deadline=None)
 settings.load_profile("shared machines stall")
