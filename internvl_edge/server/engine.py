@@ -42,6 +42,7 @@ class ServedModel:
         self._load = load
         self._model: InternVL | None = None
         self._examining = False
+        self._restarts_since = 0.0
 
     async def start(self) -> None:
         """Load the model. `error` says whether that failed."""
@@ -78,8 +79,12 @@ class ServedModel:
 
     @property
     def lives(self) -> bool:
-        """False where nothing will move any more: the model is lost, or it made no step for two minutes."""
-        stalled = self._model.load_now.stalled_s if self._model is not None and self.state == "ready" else 0.0
+        """False where nothing moves any more: the model is lost, or for two minutes made no step or was loaded again."""
+        stalled = 0.0
+        if self.state == "restarting":
+            stalled = time.monotonic() - self._restarts_since
+        elif self._model is not None and self.state == "ready":
+            stalled = self._model.load_now.stalled_s
         return self.state != "failed" and stalled < STUCK_S
 
     @property
@@ -102,7 +107,7 @@ class ServedModel:
             self._examining = False
 
     async def _restart(self, model: InternVL) -> None:
-        self.state, self._model = "restarting", None
+        self.state, self._model, self._restarts_since = "restarting", None, time.monotonic()
         try:
             await anyio.to_thread.run_sync(model.close)
             self._model = await anyio.to_thread.run_sync(self._load)

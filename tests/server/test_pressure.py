@@ -302,6 +302,31 @@ def test_an_engine_that_cannot_be_loaded_again_says_so_for_good(bundle: Path) ->
         assert server.get("/readyz").status == 503
 
 
+def test_a_reload_that_hangs_turns_livez(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "STUCK_S", 0.5)
+    loads: list[int] = []
+    go = threading.Event()
+
+    def load() -> InternVL:
+        loads.append(1)
+        if len(loads) > 1:
+            go.wait(20)
+        return load_demo(bundle)
+
+    def fail(*arguments: Any) -> Any:
+        raise RuntimeError("planted")
+        yield
+
+    with running(bundle, load=load) as server:
+        broken: Any = server.model
+        broken._engine.prefill_steps = fail
+        assert server.ask("Hello").status == 500
+        server.wait_for(lambda: server.get("/livez").status == 503)
+        go.set()
+        server.wait_for(lambda: server.get("/readyz").status == 200)
+        assert server.get("/livez").status == 200
+
+
 def test_nothing_is_kept_of_clients_that_left(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A connection that is reset while it is idle, as many clients do, and one that is left in a stream."""
     kept: weakref.WeakSet[EdgeProtocol] = weakref.WeakSet()
