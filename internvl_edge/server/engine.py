@@ -79,7 +79,7 @@ class ServedModel:
 
     @property
     def lives(self) -> bool:
-        """False where nothing moves any more: the model is lost, or for two minutes made no step or was loaded again."""
+        """False where nothing moves any more: the model is lost, or made no step or reloads since two minutes."""
         stalled = 0.0
         if self.state == "restarting":
             stalled = time.monotonic() - self._restarts_since
