@@ -55,7 +55,7 @@ class Run:
     """One process of the command `batch`, and what its workers reported so far."""
 
     def __init__(self, command: list[str], output: Path, log: Path) -> None:
-        self._work = output / "_batch" / "work"
+        self._work = output / "_batch" / "computed"
         self._before = set(self._reports())
         with log.open("w") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=file)

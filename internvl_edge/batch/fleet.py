@@ -8,7 +8,7 @@ folder of the output, which all nodes must see:
     OUT/_batch/record.json      what decides all answers; a batch continues only under the same record
     OUT/_batch/items.parquet    what is asked
     OUT/_batch/checkpoint/      ids that are finished, by Ray Data
-    OUT/_batch/work/            what each worker computed: one small file for each block, also of repeated work
+    OUT/_batch/computed/        what each worker computed: one small file for each block, also of repeated work
 
 Ray is imported where it is used: it is an extra of its own.
 """
@@ -94,7 +94,7 @@ def run_fleet(
             raise EdgeError(f"{output} is no folder, and a cluster writes a folder of Parquet files; {_OTHER}")
         if output.is_dir() and any(output.iterdir()) and not folder.is_dir():
             raise EdgeError(f"{output} holds something else than a batch of a cluster; {_OTHER}")
-        (folder / "work").mkdir(parents=True, exist_ok=True)
+        (folder / "computed").mkdir(parents=True, exist_ok=True)
         with only_writer(output, _OTHER):
             check_record(folder / "record.json", output, record, _OTHER)
             return _Run(job, items, output, fleet, progress).run()
@@ -109,11 +109,11 @@ class _Run:
         run, threads = secrets.token_hex(6), job.loading.get("threads") or max(1, int(fleet.cpus))
         self._worker: dict[str, Any] = {
             "job": replace(job, loading={**job.loading, "threads": threads}),
-            "work": str(self._folder / "work"),
+            "work": str(self._folder / "computed"),
             "run": run,
             "kept": list(dict.fromkeys(name for item in items for name in item.kept)),
         }
-        self._work = WorkLog(self._folder / "work", run)
+        self._work = WorkLog(self._folder / "computed", run)
         self._began = time.monotonic()
 
     def run(self) -> FleetSummary:

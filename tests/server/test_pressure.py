@@ -263,15 +263,17 @@ def test_an_answer_that_fails_once_fails_alone(bundle: Path, capfd: pytest.Captu
     assert "secret" not in written.err + written.out
 
 
+def _fail(*arguments: Any) -> Any:
+    """A step of a prompt, of an engine that fails."""
+    raise RuntimeError("planted")
+    yield
+
+
 def test_an_engine_that_stays_broken_is_loaded_again(bundle: Path) -> None:
     with running(bundle, rows=1) as server:
         broken: Any = server.model
 
-        def fail(*arguments: Any) -> Any:
-            raise RuntimeError("planted")
-            yield
-
-        broken._engine.prefill_steps = fail
+        broken._engine.prefill_steps = _fail
         assert server.ask("Hello").status == 500
         server.wait_for(lambda: server.model is not broken and server.get("/readyz").status == 200)
         assert server.ask("Hello", max_tokens=1).status == 200
@@ -289,11 +291,7 @@ def test_an_engine_that_cannot_be_loaded_again_says_so_for_good(bundle: Path) ->
     with running(bundle, load=load) as server:
         broken: Any = server.model
 
-        def fail(*arguments: Any) -> Any:
-            raise RuntimeError("planted")
-            yield
-
-        broken._engine.prefill_steps = fail
+        broken._engine.prefill_steps = _fail
         assert server.ask("Hello").status == 500
         server.wait_for(lambda: server.get("/livez").status == 503)
         found = server.ask("Hello")
@@ -313,13 +311,9 @@ def test_a_reload_that_hangs_turns_livez(bundle: Path, monkeypatch: pytest.Monke
             go.wait(20)
         return load_demo(bundle)
 
-    def fail(*arguments: Any) -> Any:
-        raise RuntimeError("planted")
-        yield
-
     with running(bundle, load=load) as server:
         broken: Any = server.model
-        broken._engine.prefill_steps = fail
+        broken._engine.prefill_steps = _fail
         assert server.ask("Hello").status == 500
         server.wait_for(lambda: server.get("/livez").status == 503)
         go.set()
