@@ -18,7 +18,7 @@ import pytest
 from huggingface_hub import constants
 
 from helpers.commands import PROGRAM, assert_one_line, internvl_edge
-from helpers.fake_hub import COMMIT, PAGE, FakeHub, serving
+from helpers.fake_hub import COMMIT, PAGE, FakeHub, ask, serving
 from helpers.reports import quantization_record
 from helpers.tiny import write_checkpoint
 from internvl_edge.base.errors import BundleError, CheckpointError, EdgeError
@@ -47,12 +47,7 @@ FILES = {
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
     """A hub that the client of this process asks, with an empty cache and nobody logged in."""
     with serving(FakeHub(REPOSITORY, dict(FILES), ("main", "v1.0", "refs/pr/3"))) as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-        template = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+        ask(hub, monkeypatch, tmp_path / "cache")
         yield hub
 
 

@@ -11,14 +11,13 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import pytest
 from huggingface_hub import constants
 from PIL import Image
 
 from helpers.commands import PROGRAM, assert_one_line
-from helpers.fake_hub import COMMIT, FakeHub, serving
+from helpers.fake_hub import COMMIT, FakeHub, ask, serving
 from helpers.tiny import write_checkpoint
 from internvl_edge import InternVL
 from internvl_edge.base.errors import BundleError
@@ -54,12 +53,7 @@ def files(bundle: Path) -> dict[str, bytes]:
 def hub(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
     """A hub that the client of this process asks, with an empty cache and nobody logged in."""
     with serving(FakeHub(REPOSITORY, files, ("main", "v1.0"))) as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-        template = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+        ask(hub, monkeypatch, tmp_path / "cache")
         yield hub
 
 

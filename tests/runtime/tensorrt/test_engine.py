@@ -15,17 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from helpers import tiny
 from helpers.fake_gpu import FakeContext, FakeCuda, FakeEngine, FakeTensorRT
-from helpers.kv_scales import write_scales
 from helpers.recorded_progress import RecordedProgress
 from helpers.tensorrt_engines import CAPACITY, FLAVOURS, OLD, open_engine, write_engines
-from internvl_edge import export_bundle
 from internvl_edge.base.errors import EngineError
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from internvl_edge.runtime.engines.tensorrt import engine as tensorrt
-from internvl_edge.runtime.engines.tensorrt import steps
 from internvl_edge.runtime.engines.tensorrt.buffers import HALVES
 from internvl_edge.runtime.engines.tensorrt.cuda import Cuda
 from internvl_edge.runtime.engines.tensorrt.engine import TensorRTEngine
@@ -35,31 +31,9 @@ from internvl_edge.runtime.engines.tensorrt.record import (
     find_engines,
 )
 
-WINDOW = 32
-SMALLEST_STEP = 4
+pytestmark = pytest.mark.usefixtures("small_windows")
 # These may fail without an error: decoding then goes on without a CUDA graph.
 CAPTURING = {"cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphInstantiate"}
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    folder = tmp_path_factory.mktemp("gpu")
-    return Bundle.open(export_bundle(tiny.write_checkpoint(folder / "checkpoint"), folder / "bundle", "float16"))
-
-
-@pytest.fixture(scope="module")
-def rounded(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The same with an int8 KV cache."""
-    folder = tmp_path_factory.mktemp("rounded")
-    checkpoint = tiny.write_checkpoint(folder / "checkpoint")
-    write_scales(checkpoint)
-    return Bundle.open(export_bundle(checkpoint, folder / "bundle", "float16"))
-
-
-@pytest.fixture(autouse=True)
-def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps, "WINDOW", WINDOW)
-    monkeypatch.setattr(steps, "SMALLEST_STEP", SMALLEST_STEP)
 
 
 def rows(bundle: Bundle, count: int, seed: int = 3) -> np.ndarray[Any, Any]:

@@ -11,44 +11,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from helpers import tiny
 from helpers.fake_gpu import FakeCuda
-from helpers.kv_scales import write_scales
 from helpers.tensorrt_engines import CAPACITY, FLAVOURS, OLD, open_engine, write_engines
-from internvl_edge import InternVL, export_bundle
+from internvl_edge import InternVL
 from internvl_edge.base.errors import EngineError
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.runtime.engines import finish
 from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from internvl_edge.runtime.engines.tensorrt import steps
 from internvl_edge.runtime.engines.tensorrt.engine import TensorRTEngine
 from internvl_edge.runtime.engines.tensorrt.record import EngineRecord, engine_folder
 
 ROWS = 4
 LATER = 12  # tokens after each prompt
 SLOTS = 128  # of a row, for a capacity of 96
+pytestmark = pytest.mark.usefixtures("small_windows")
 KINDS = [*FLAVOURS.items(), ("tensorrt", OLD)]
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    folder = tmp_path_factory.mktemp("rows")
-    return Bundle.open(export_bundle(tiny.write_checkpoint(folder / "checkpoint"), folder / "bundle", "float16"))
-
-
-@pytest.fixture(scope="module")
-def rounded(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The same with an int8 KV cache."""
-    folder = tmp_path_factory.mktemp("rounded")
-    checkpoint = tiny.write_checkpoint(folder / "checkpoint")
-    write_scales(checkpoint)
-    return Bundle.open(export_bundle(checkpoint, folder / "bundle", "float16"))
-
-
-@pytest.fixture(autouse=True)
-def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps, "WINDOW", 32)
-    monkeypatch.setattr(steps, "SMALLEST_STEP", 4)
 
 
 @pytest.fixture
