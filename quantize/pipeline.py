@@ -50,7 +50,7 @@ from .output import OutputLayout
 from .plan import Plan, kept_vision, plan_decoder
 from .record import quantization_record
 from .sensitivity import Divergences
-from .vision import VISION_PHASES, VisionQuantizer, VisionReport
+from .vision import VisionQuantizer, VisionReport, vision_phases
 
 _REPORTS = "linears.json"
 _WEIGHTS = "model.safetensors"
@@ -264,7 +264,7 @@ class _Run:
         recipe = self._recipe
         return (
             self._needed  # the data
-            + (VISION_PHASES if recipe.vision == "int8" else 0)
+            + (vision_phases(recipe.vision_int8) if recipe.vision == "int8" else 0)
             + recipe.needs_data  # embeddings
             + (DIVERGENCE_PHASES if recipe.choice else 0)
             + 2  # quantizing and writing

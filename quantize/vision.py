@@ -3,7 +3,7 @@
 The work has four resumable stages over some of the calibration set's tiles, with one block in memory at a time:
 
 1. Run the float tower, and round every linear on the way.
-2. Measure the error that each linear causes (`sensitivity`).
+2. Measure the error that each linear causes (`sensitivity`), where the choice depends on it.
 3. Choose the linears that stay float.
 4. Run the quantized tower, and compare its embeddings with the float ones.
 """
@@ -50,8 +50,9 @@ _PROBES = 4
 _CHOICE = "vision-choice.json"
 
 
-# Phases of the progress that `VisionQuantizer.run` shows.
-VISION_PHASES = 3
+def vision_phases(how: VisionInt8) -> int:
+    """Return the number of phases of the progress that `VisionQuantizer.run` shows."""
+    return 3 if how.measures else 2
 
 
 @dataclass(frozen=True)
@@ -62,16 +63,17 @@ class VisionReport:
         tiles: the number of tiles of the calibration set that were used.
         cosine: cosine of the embeddings with those of the float tower, as calibration computes them; mean over tiles.
         lowest_cosine: the cosine of the worst tile.
-        predicted_cosine: the cosine that follows from the sum of the measured errors of all int8 linears.
+        predicted_cosine: the cosine that follows from the sum of the measured errors of all int8 linears; None where
+            they were not measured.
         layers: by canonical linear name: "stored" (int8 or float), "part" of the embeddings' relative squared error as
-            int8, "calibrator", "strength" of smoothing, "range" (its input's largest unclipped |x|), relative output
-            "error", "inputs" (an `ActivationRange`), "reason" why it stays float.
+            int8 (None where it was not measured), "calibrator", "strength" of smoothing, "range" (its input's largest
+            unclipped |x|), relative output "error", "inputs" (an `ActivationRange`), "reason" why it stays float.
     """
 
     tiles: int
     cosine: float
     lowest_cosine: float
-    predicted_cosine: float
+    predicted_cosine: float | None
     layers: dict[str, dict[str, Any]]
 
     @property
@@ -103,14 +105,16 @@ class VisionQuantizer:
         Raises:
             EdgeError: NaN or infinity; the message names block, tensor and sample.
         """
-        forward = BlockStream(self._work, "tower-float", self._tower, evenly(self._tiles, _PROBES))
+        probes = evenly(self._tiles, _PROBES) if self._how.measures else ()
+        forward, names = BlockStream(self._work, "tower-float", self._tower, probes), self._tower.names
         wanted = StatisticsRequest(tokens=_SUBSET_TOKENS)
         forward.run(progress, "measuring the vision tower", self._round, wanted, replaces=False)
-        title = "measuring the sensitivity of the vision tower"
-        parts = tower_parts(forward, self._one_by_one, progress, title)
+        parts: dict[str, float] = {}
+        if self._how.measures:
+            title = "measuring the sensitivity of the vision tower"
+            parts = tower_parts(forward, self._one_by_one, progress, title)
         self._work.write_json(_CHOICE, self._choose(parts))
         rounded = BlockStream(self._work, "tower-int8", self._tower)
-        names = self._tower.names
         rounded.run(progress, "checking the int8 vision tower", lambda index, _: self.replacements(names[index]))
         tiles = [range(tile, tile + 1) for tile in range(self._tiles)]
         found = [cosine(forward.inputs(len(names), tile), rounded.inputs(len(names), tile)) for tile in tiles]
@@ -159,11 +163,12 @@ class VisionQuantizer:
 
     def _choose(self, parts: Mapping[str, float]) -> dict[str, str]:
         """Return the linears that stay float, each with its reason."""
+        every = [f"{block}.{name}" for block in self._tower.names for name in _linears(block)]
         reasons = {
-            name: f"matches {pattern}" for name in parts for pattern in self._how.keep if fnmatchcase(name, pattern)
+            name: f"matches {pattern}" for name in every for pattern in self._how.keep if fnmatchcase(name, pattern)
         }
         free = {name: part for name, part in parts.items() if name not in reasons}
-        if self._how.cosine:
+        if self._how.measures:
             limit = 2 * (1 - self._how.cosine)
             weights = {name: float(np.prod(self._checkpoint.shapes[f"{name}.weight"])) for name in free}
             options = {
@@ -183,13 +188,13 @@ class VisionQuantizer:
                 full = f"{block}.{name}"
                 stored = {"stored": "float", "reason": floats[full]} if full in floats else {"stored": "int8"}
                 inputs = decode(ActivationRange, facts["inputs"])
-                layers[full] = stored | {"part": parts[full], **facts, "inputs": inputs}
+                layers[full] = stored | {"part": parts.get(full), **facts, "inputs": inputs}
         error = sum(part for name, part in parts.items() if name not in floats)
         return VisionReport(
             tiles=self._tiles,
             cosine=float(np.mean(found)),
             lowest_cosine=min(found),
-            predicted_cosine=1 - error / 2,
+            predicted_cosine=1 - error / 2 if parts else None,
             layers=layers,
         )
 

@@ -20,14 +20,19 @@ from helpers.calibration_data import FLOAT32, write_data
 from helpers.damage import poison
 from helpers.engines import require_wide_sums_where_needed
 from helpers.killed_runs import contents, run_and_be_killed
+from helpers.recorded_progress import RecordedProgress
 from helpers.reference import Reference, read_weights
 from helpers.tiny import write_checkpoint
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.bundle.names import VISION
 from internvl_edge.calibration import DataOptions, calibrate
+from internvl_edge.calibration.stream import BlockStream
 from internvl_edge.checkpoint.reader import Checkpoint
+from internvl_edge.checkpoint.record import read_record
 from internvl_edge.cli import cli
+from internvl_edge.evaluation.report import checkpoint_report
+from internvl_edge.evaluation.report.page import render
 from internvl_edge.export import export_bundle
 from internvl_edge.model.linear import W8A8
 from internvl_edge.quantize import QuantizationReport, quantize_checkpoint, vision
@@ -48,6 +53,8 @@ KINDS: dict[str, dict[str, Any]] = {
     },
 }
 ALL_INT8 = VisionInt8(cosine=0)
+# The errors of the linears are measured, but none is so large that a linear stays float.
+MEASURED = Recipe("fp", vision="int8", vision_int8=VisionInt8(cosine=0.5))
 
 
 def quantize(checkpoint: Path, out: Path, recipe: Recipe | None = None, **more: Any) -> QuantizationReport:
@@ -186,8 +193,9 @@ def exaggerate(checkpoint: Path) -> None:
 
 def test_predicted_error_is_what_rounding_does(tmp_path: Path) -> None:
     original = write_checkpoint(tmp_path / "checkpoint", vision_num_hidden_layers=4)
-    report = quantize(original, tmp_path / "int8").vision
+    report = quantize(original, tmp_path / "int8", MEASURED).vision
     assert report is not None
+    assert report.predicted_cosine is not None
     predicted, measured = 1 - report.predicted_cosine, 1 - report.cosine
     assert 0.4 * measured < predicted < 2.5 * measured
 
@@ -195,12 +203,15 @@ def test_predicted_error_is_what_rounding_does(tmp_path: Path) -> None:
 def test_layers_keep_floats_until_the_cosine_is_reached(tmp_path: Path) -> None:
     original, data = write_checkpoint(tmp_path / "checkpoint"), write_data(tmp_path / "data")
     exaggerate(original)
-    loose = quantize(original, tmp_path / "loose", data=data).vision
+    loose = quantize(original, tmp_path / "loose", MEASURED, data=data).vision
     assert loose is not None
+    assert loose.predicted_cosine is not None
+    assert loose.floats == []
     aim = 1 - (1 - loose.predicted_cosine) / 4
     recipe = Recipe("fp", vision="int8", vision_int8=VisionInt8(cosine=aim, keep=("projector.fc2",)))
     tight = quantize(original, tmp_path / "tight", recipe, data=data).vision
     assert tight is not None
+    assert tight.predicted_cosine is not None
     assert tight.predicted_cosine >= aim > loose.predicted_cosine
     assert tight.cosine > loose.cosine
     assert "projector.fc2" in tight.floats
@@ -218,6 +229,37 @@ def test_layers_keep_floats_until_the_cosine_is_reached(tmp_path: Path) -> None:
     assert any("mlp1" in pattern for pattern in described["ignore"])
     manifest = Bundle.open(export_bundle(tmp_path / "tight", tmp_path / "bundle")).manifest
     assert manifest.linears == read.schemes
+
+
+def test_without_a_limit_of_the_cosine_no_gradient_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bytes, the patterns included, without the way back through the tower."""
+    original, data = write_checkpoint(tmp_path / "checkpoint"), write_data(tmp_path / "data")
+    loose, none = (
+        Recipe("fp", vision="int8", vision_int8=VisionInt8(cosine=cosine, keep=("projector.fc2",)))
+        for cosine in (0.5, 0)
+    )
+    measured = quantize(original, tmp_path / "loose", loose, data=data).vision
+    monkeypatch.delattr(BlockStream, "back")
+    progress = RecordedProgress()
+    report = quantize(original, tmp_path / "none", none, data=data, progress=progress).vision
+    assert report is not None
+    assert measured is not None
+    names = ("model.safetensors", "config.json")
+    assert [(tmp_path / "none" / name).read_bytes() for name in names] == [
+        (tmp_path / "loose" / name).read_bytes() for name in names
+    ]
+    assert report.floats == measured.floats == ["projector.fc2"]
+    assert report.predicted_cosine is None
+    assert {facts["part"] for facts in report.layers.values()} == {None}
+    assert (report.cosine, report.lowest_cosine) == (measured.cosine, measured.lowest_cosine)
+    assert progress._number == progress._expected == len(progress.steps)
+    assert not any("sensitivity" in step.label for step in progress.steps)
+    pages = {}
+    for name in ("loose", "none"):
+        record = read_record(tmp_path / name)
+        assert record is not None
+        pages[name] = render(checkpoint_report(tmp_path / name, record))
+    assert {name: "was predicted" in text for name, text in pages.items()} == {"loose": True, "none": False}
 
 
 def test_decoder_and_tower_in_one_checkpoint(tmp_path: Path) -> None:
