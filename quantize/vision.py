@@ -5,7 +5,8 @@ The work has four resumable stages over some of the calibration set's tiles, wit
 1. Run the float tower, and round every linear on the way.
 2. Measure the error that each linear causes (`sensitivity`), where the choice depends on it.
 3. Choose the linears that stay float.
-4. Run the quantized tower, and compare its embeddings with the float ones.
+4. Compare the embeddings of the quantized tower with the float ones. Where the decoder needs those of all tiles
+   anyway, they are taken from there, and the quantized tower is not run for this.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from internvl_edge.calibration.stream import BlockStream, Statistics
 from internvl_edge.calibration.work import WorkFolder
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.checkpoint.record import ActivationRange
-from internvl_edge.recipe.recipe import VisionInt8
+from internvl_edge.recipe.recipe import Recipe, VisionInt8
 
 from .block import QuantizedBlock
 from .choose import Option, choose_for_divergence
@@ -50,9 +51,9 @@ _PROBES = 4
 _CHOICE = "vision-choice.json"
 
 
-def vision_phases(how: VisionInt8) -> int:
-    """Return the number of phases of the progress that `VisionQuantizer.run` shows."""
-    return 3 if how.measures else 2
+def vision_phases(recipe: Recipe) -> int:
+    """Return the number of phases of the progress that a `VisionQuantizer` shows for a recipe."""
+    return 1 + recipe.vision_int8.measures + (not recipe.needs_data)
 
 
 @dataclass(frozen=True)
@@ -90,35 +91,48 @@ class VisionQuantizer:
     ) -> None:
         self._work = work
         self._checkpoint = checkpoint
+        self._calibration = calibration
         self._compute = compute
         self._how = how
         tiles, owners = calibration.pixels(checkpoint.config.vision.image_size), calibration.tile_owners
-        chosen = evenly(len(owners), _MOST_TILES)
-        if not chosen:
+        self._chosen = evenly(len(owners), _MOST_TILES)
+        if not self._chosen:
             raise EdgeError("int8 vision needs images, the calibration data holds none; give --data with images")
-        self._tower = Tower(checkpoint, compute, tiles[chosen], [owners[index] for index in chosen])
-        self._tiles = len(chosen)
+        self._tower = Tower(checkpoint, compute, tiles[self._chosen], [owners[index] for index in self._chosen])
+        self._tiles = len(self._chosen)
+        probes = evenly(self._tiles, _PROBES) if how.measures else ()
+        self._forward = BlockStream(work, "tower-float", self._tower, probes)
+        self._parts: dict[str, float] = {}
 
-    def run(self, progress: Progress) -> VisionReport:
-        """Run all stages. A killed run continues.
+    def run(self, progress: Progress) -> None:
+        """Round all linears and choose those that stay float. A killed run continues.
 
         Raises:
             EdgeError: NaN or infinity; the message names block, tensor and sample.
         """
-        probes = evenly(self._tiles, _PROBES) if self._how.measures else ()
-        forward, names = BlockStream(self._work, "tower-float", self._tower, probes), self._tower.names
         wanted = StatisticsRequest(tokens=_SUBSET_TOKENS)
-        forward.run(progress, "measuring the vision tower", self._round, wanted, replaces=False)
-        parts: dict[str, float] = {}
+        self._forward.run(progress, "measuring the vision tower", self._round, wanted, replaces=False)
         if self._how.measures:
             title = "measuring the sensitivity of the vision tower"
-            parts = tower_parts(forward, self._one_by_one, progress, title)
-        self._work.write_json(_CHOICE, self._choose(parts))
-        rounded = BlockStream(self._work, "tower-int8", self._tower)
-        rounded.run(progress, "checking the int8 vision tower", lambda index, _: self.replacements(names[index]))
-        tiles = [range(tile, tile + 1) for tile in range(self._tiles)]
-        found = [cosine(forward.inputs(len(names), tile), rounded.inputs(len(names), tile)) for tile in tiles]
-        return self._report(parts, found)
+            self._parts = tower_parts(self._forward, self._one_by_one, progress, title)
+        self._work.write_json(_CHOICE, self._choose(self._parts))
+
+    def report(self, progress: Progress, embedded: bool) -> VisionReport:
+        """Compare the embeddings of the quantized tower with those of the float one. Requires `run`.
+
+        Args:
+            progress: for the phase.
+            embedded: the embeddings of the calibration set are those of the quantized tower; otherwise, this runs it.
+        """
+        names = self._tower.names
+        if not embedded:
+            stream = BlockStream(self._work, "tower-int8", self._tower)
+            stream.run(progress, "checking the int8 vision tower", lambda index, _: self.replacements(names[index]))
+            rounded = [stream.inputs(len(names), range(tile, tile + 1)) for tile in range(self._tiles)]
+        else:
+            rounded = [torch.from_numpy(self._calibration.tile_embeddings(tile)) for tile in self._chosen]
+        expected = (self._forward.inputs(len(names), range(tile, tile + 1)) for tile in range(self._tiles))
+        return self._report([cosine(*pair) for pair in zip(expected, rounded, strict=True)])
 
     def replacements(self, block: str) -> dict[str, Tensor]:
         """Return the tensors that replace a block's own so that calibration computes as devices do. Requires `run`."""
@@ -180,7 +194,7 @@ class VisionQuantizer:
                     reasons[name] = f"as int8 it alone adds {parts[name]:.1e} of the {limit:.1e} that are allowed"
         return reasons
 
-    def _report(self, parts: Mapping[str, float], found: Sequence[float]) -> VisionReport:
+    def _report(self, found: Sequence[float]) -> VisionReport:
         floats: dict[str, str] = self._work.need_json(_CHOICE)
         layers = {}
         for block in self._tower.names:
@@ -188,13 +202,13 @@ class VisionQuantizer:
                 full = f"{block}.{name}"
                 stored = {"stored": "float", "reason": floats[full]} if full in floats else {"stored": "int8"}
                 inputs = decode(ActivationRange, facts["inputs"])
-                layers[full] = stored | {"part": parts.get(full), **facts, "inputs": inputs}
-        error = sum(part for name, part in parts.items() if name not in floats)
+                layers[full] = stored | {"part": self._parts.get(full), **facts, "inputs": inputs}
+        error = sum(part for name, part in self._parts.items() if name not in floats)
         return VisionReport(
             tiles=self._tiles,
             cosine=float(np.mean(found)),
             lowest_cosine=min(found),
-            predicted_cosine=1 - error / 2 if parts else None,
+            predicted_cosine=1 - error / 2 if self._parts else None,
             layers=layers,
         )
 

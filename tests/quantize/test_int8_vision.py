@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,22 @@ def test_predicted_error_is_what_rounding_does(tmp_path: Path) -> None:
     assert 0.4 * measured < predicted < 2.5 * measured
 
 
+def test_gradients_in_bfloat16_predict_the_same_error(tmp_path: Path) -> None:
+    """Each is an estimate, and bfloat16 also rounds other weights: single linears scatter, all of them together not."""
+    original, data = (
+        write_checkpoint(tmp_path / "checkpoint", vision_num_hidden_layers=4),
+        write_data(tmp_path / "data"),
+    )
+    found = []
+    for compute in (FLOAT32, replace(FLOAT32, dtype=torch.bfloat16)):
+        options, out = DataOptions(data, max_tiles=2), tmp_path / str(compute.dtype)
+        report = quantize_checkpoint(original, out, MEASURED, data=options, compute=compute).vision
+        assert report is not None
+        found.append(np.array([report.layers[name]["part"] for name in sorted(report.layers)]))
+    assert 0.8 < found[1].sum() / found[0].sum() < 1.25
+    assert (np.abs(np.log2(found[1] / found[0])) < 1.5).all()
+
+
 def test_layers_keep_floats_until_the_cosine_is_reached(tmp_path: Path) -> None:
     original, data = write_checkpoint(tmp_path / "checkpoint"), write_data(tmp_path / "data")
     exaggerate(original)
@@ -268,8 +285,14 @@ def test_decoder_and_tower_in_one_checkpoint(tmp_path: Path) -> None:
     four_bits: dict[str, Any] = {"decoder": "w4a16-awq", "group_size": 32}
     both = quantize(original, tmp_path / "both", Recipe(**four_bits, vision="int8", vision_int8=ALL_INT8), data=data)
     quantize(original, tmp_path / "alone", Recipe(**four_bits), data=data)
+    tower = quantize(original, tmp_path / "tower", data=data).vision
     read, alone = Checkpoint(tmp_path / "both"), Checkpoint(tmp_path / "alone")
     assert both.vision is not None
+    assert tower is not None
+    # Of the calibration set's embeddings here, of a run of the tower alone there.
+    np.testing.assert_allclose(
+        [both.vision.cosine, both.vision.lowest_cosine], [tower.cosine, tower.lowest_cosine], 1e-6
+    )
     assert Counter(scheme.bits for scheme in read.schemes.values()) == {8: 10, 4: 14}
     config = json.loads((tmp_path / "both" / "config.json").read_text())
     assert config["quantization_config"]["format"] == "mixed-precision"
