@@ -49,8 +49,9 @@ HERE = Path(__file__).parent
 DEMO = {"qwen2": CHECKPOINT, "internlm2": HERE.parent / "examples" / "reader" / "internlm2"}
 SAMPLES = ("--samples", "16")
 AWQ = ("--scheme", "w4a16-awq", "--group-size", "64")
-NO_PROJECTOR = ("--group-size", "64", "--vision-float", "projector.*")
+NO_PROJECTOR = ("--vision-float", "projector.*")
 ORIN = ("--recipe", "orin", *NO_PROJECTOR)
+VLLM = ("--recipe", "vllm")
 # name: options of `quantize` (None: not quantized) and vLLM's type. Its 4-bit products on a CPU take 16-bit types
 # alone, and float16 rounds least; the float row of that type is those variants' yardstick.
 VARIANTS: dict[str, tuple[tuple[str, ...] | None, str]] = {
@@ -68,14 +69,17 @@ VARIANTS: dict[str, tuple[tuple[str, ...] | None, str]] = {
     "orin": (ORIN, "float16"),
     "orin-lm-head": ((*ORIN, "--lm-head", "fp"), "float16"),
     "cpu-lm-head": (("--recipe", "cpu", *NO_PROJECTOR, "--lm-head", "fp"), "float16"),
+    "vllm": (VLLM, "float16"),
+    "vllm-vision": ((*VLLM, "--vision", "int8"), "float16"),
+    **{name: (("--recipe", name), "float16") for name in ("cpu", "rtx", "thor")},
     "parted": ((*AWQ, "--symmetric", "--layer", "*.gate_proj=w4a16-awq-g32"), "float16"),
 }
 # Which of them are made of which model.
 DEMO_VARIANTS = {
     "qwen2": tuple(VARIANTS),
-    "internlm2": ("float", "float-float16", "awq", "symmetric", "w8a8", "layers", "vision"),
+    "internlm2": ("float", "float-float16", "awq", "symmetric", "w8a8", "layers", "vision", "vllm"),
 }
-SMOLLM_VARIANTS = ("float", "float-float16", "awq", "symmetric", "w8a8")
+SMOLLM_VARIANTS = ("float", "float-float16", "awq", "symmetric", "w8a8", "vllm")
 DRAWN = 9
 TEXTS, TEXT_TOKENS = 4, 256
 TOP = 20

@@ -11,7 +11,7 @@ from torch import Tensor
 from internvl_edge.base.errors import CheckpointError
 from internvl_edge.checkpoint.reader import Checkpoint
 
-from .compute import Compute, to_torch
+from .compute import Compute, is_finite, to_torch
 
 
 def load_block(checkpoint: Checkpoint, prefix: str, compute: Compute) -> dict[str, Tensor]:
@@ -48,8 +48,8 @@ def load_tensor(checkpoint: Checkpoint, name: str, compute: Compute) -> Tensor:
 
 def require_finite(tensor: Tensor, name: str) -> None:
     """Raise CheckpointError, naming the tensor, where it holds NaN or infinity."""
-    bad = int((~torch.isfinite(tensor)).sum())
-    if bad:
+    if not is_finite(tensor):
+        bad = int((~torch.isfinite(tensor)).sum())
         raise CheckpointError(
             f"tensor {name} holds NaN or infinity in {bad} places; the checkpoint is damaged, download it again"
         )

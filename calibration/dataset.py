@@ -165,6 +165,11 @@ class CalibrationSet:
             raise EdgeError(f"{path} is missing or incomplete; {_AGAIN}")
         return np.memmap(path, np.float32, "r", shape=shape)
 
+    def tile_embeddings(self, tile: int) -> NDArray[np.float32]:
+        """float32 [tokens, hidden] of one tile's image tokens."""
+        places = np.flatnonzero(self.is_image).reshape(sum(self.tiles), -1)[tile]
+        return np.array(self.embeddings()[places])
+
     @property
     def tile_owners(self) -> list[str]:
         """The name of each tile's sample."""

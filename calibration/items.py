@@ -7,7 +7,9 @@ seed alone decides which items are used and in which order.
 
 from __future__ import annotations
 
+import codecs
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,8 @@ _TEXT_EVERY = 4
 DATA_BYTES = 1 << 30
 _LINE_BYTES = json_files.FILE_BYTES
 _ADVICE = "expected UTF-8 JSON Lines"
+# The beginning of an address; a file's name in one of these forms would be a strange one.
+_ADDRESS = re.compile(r"(?i)(https?|data|s3|gs|oss):")
 # Who speaks, in the words of InternVL's "conversations" and of ms-swift's "messages".
 _ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 
@@ -87,7 +91,8 @@ def read_lines(path: Path) -> list[tuple[str, bytes]]:
     Raises:
         EdgeError: the file cannot be read, or is larger than 1 GiB.
     """
-    lines = json_files.read_bytes(path, EdgeError, _ADVICE, limit=DATA_BYTES).split(b"\n")
+    content = json_files.read_bytes(path, EdgeError, _ADVICE, limit=DATA_BYTES)
+    lines = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
     return [(f"{path.name}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
@@ -140,10 +145,11 @@ def _conversation(folder: Path, name: str, values: dict[str, Any], form: str) ->
     if other := next((key for key in ("video", "videos", "audio", "audios") if values.get(key)), None):
         raise ValueError(f"{other} is not read, only images are")
     images = read_images(folder, values.get("image") or values.get("images") or [])
+    inline: list[Any] = []
     system: str | None = None
     turns: list[list[str]] = []
     for number, message in enumerate(values[form] if isinstance(values[form], list) else [None], start=1):
-        role, text = _message(message, form, number)
+        role, text = _message(message, form, number, inline)
         if role == "system" and number == 1:
             system = text
         elif role == "user" and (not turns or len(turns[-1]) == 2):
@@ -154,6 +160,9 @@ def _conversation(folder: Path, name: str, values: dict[str, Any], form: str) ->
             raise ValueError(f"{form}[{number - 1}] is of {role} out of turn, expected user and assistant in turns")
     if not turns:
         raise ValueError(f"{form} holds no question")
+    if images and inline:
+        raise ValueError("images are named beside the messages and inside them, expected one of the two")
+    images = images or read_images(folder, inline)
     if images and not any(IMAGE_MARK in turn[0] for turn in turns):  # as in the training of the model
         turns[0][0] = f"{IMAGE_MARK}\n" * len(images) + turns[0][0]
     *earlier, last = turns
@@ -161,17 +170,33 @@ def _conversation(folder: Path, name: str, values: dict[str, Any], form: str) ->
     return CalibrationItem(name, last[0], images, last[1] if len(last) == 2 else "", history=history, system=system)
 
 
-def _message(message: Any, form: str, number: int) -> tuple[str, str]:
-    """Return role (user, assistant or system) and text of one message."""
+def _message(message: Any, form: str, number: int, images: list[Any]) -> tuple[str, str]:
+    """Return role (user, assistant or system) and text of one message.
+
+    Where a message of ms-swift is a list of parts, its images are appended to `images`, and marks stand in the text.
+    """
     role_name, text_name = ("from", "value") if form == "conversations" else ("role", "content")
     role = message.get(role_name) if isinstance(message, dict) else None
     text = message.get(text_name) if isinstance(message, dict) else None
+    if isinstance(text, list) and form == "messages":
+        text = "".join(_part(part, images) for part in text)
     if not isinstance(role, str) or role not in _ROLES or not isinstance(text, str):
         raise ValueError(
             f"{form}[{number - 1}] is {shown(message)}, expected {role_name} (one of {', '.join(_ROLES)}) and "
             f"{text_name}, a text"
         )
     return _ROLES[role], text
+
+
+def _part(part: Any, images: list[Any]) -> str:
+    """Return the text of one part of a message; an image is a mark in it."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return str(part["text"])
+    if kind == "image":
+        images.append(part.get("image"))
+        return IMAGE_MARK
+    raise ValueError(f"a part of a message is {shown(part)}, expected type text with text, or type image with image")
 
 
 def read_images(folder: Path, value: Any) -> tuple[Path, ...]:
@@ -187,6 +212,8 @@ def read_images(folder: Path, value: Any) -> tuple[Path, ...]:
     names: list[Any] = [each.get("path") if isinstance(each, dict) else each for each in value]
     if not all(isinstance(each, str) and each and "\0" not in each for each in names):
         raise ValueError("images is not a list of file names")
+    if fetched := next((each for each in names if _ADDRESS.match(each)), None):
+        raise ValueError(f"image {shown(fetched)} is an address, only files are read; download it first")
     return tuple(folder / each for each in names)
 
 

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from internvl_edge.base.errors import EdgeError
 
+from .compute import is_finite
+
 # Wider Gram matrices are computed in block columns above the diagonal, which is half the work of the full product.
-_GRAM_BLOCK = 1024
+_GRAM_BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -117,14 +119,14 @@ class Observer:
         if statistics is None:
             statistics = self.inputs[name] = self._empty(x)
         statistics.add(x)
-        if not bool(torch.isfinite(statistics.max_abs).all()):
+        if not is_finite(statistics.max_abs):
             self.refuse(f"the input of {name}", x)
         if statistics.subset is not None:
             self._keep_subset(statistics.subset, x)
 
     def check(self, name: str, x: Tensor) -> None:
         """Raise EdgeError where x [tokens, width] of the announced chunk is not finite."""
-        if not bool(torch.isfinite(x).all()):
+        if not is_finite(x):
             self.refuse(name, x)
 
     def refuse(self, what: str, x: Tensor) -> None:

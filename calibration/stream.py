@@ -21,7 +21,7 @@ from torch import Tensor
 from internvl_edge.base.progress import Advance, Progress
 from internvl_edge.checkpoint.kv_scales import KvScales
 
-from .blocks import Weights, no_observer
+from .blocks import no_observer
 from .models import Blocks
 from .statistics import InputStatistics, Observer, StatisticsRequest
 from .work import WorkFolder
@@ -39,15 +39,12 @@ class Probe:
 
     Attributes:
         item: its index.
-        weights: the block's own tensors, float32.
-        x, y: what goes into the block and what comes out, [rows, width] float32.
+        x: what goes into the block, [rows, width] float32.
         gradients: [draws, rows, width] float32 at the output.
     """
 
     item: int
-    weights: Weights
     x: Tensor
-    y: Tensor
     gradients: Tensor
 
 
@@ -151,6 +148,8 @@ class BlockStream:
     ) -> dict[str, Any]:
         """Carry gradients of the probes from the last block to the first, and return all that `measure` finds.
 
+        Gradients are computed in the compute type: few of them are an estimate whose own error is far larger.
+
         Args:
             progress, title: for the phase.
             start: the gradients [draws, rows, width] float32 of a probe, by item, at the output of the last block.
@@ -231,8 +230,7 @@ class BlockStream:
         self, index: int, start: Callable[[int], Tensor], before: dict[str, NDArray[Any]]
     ) -> Iterator[Probe]:
         """Yield the probes at a block, and fill `before` with their gradients at its input."""
-        # The differences of nearly equal outputs would be lost in the rounding of bfloat16.
-        weights = self.blocks.load(index, torch.float32)
+        weights = self.blocks.load(index) if index else {}
         last = index + 1 == len(self.blocks.names)
         behind = {} if last else self._work.need_arrays(self._gradient(index + 1))
         inputs = self._work.need_arrays(self._probe(index)) if index else {}
@@ -240,13 +238,12 @@ class BlockStream:
             items = range(item, item + 1)
             gradients = start(item) if last else self._tensor(behind[str(item)])
             x = self._tensor(inputs[str(item)]) if index else self.blocks.first(items)
-            with torch.set_grad_enabled(index > 0):
-                x = x.requires_grad_(index > 0)
-                y = self.blocks.run(index, weights, x, items)
-                if index:
-                    pulled = [torch.autograd.grad(y, x, one, retain_graph=True)[0] for one in gradients]
-                    before[str(item)] = torch.stack(pulled).cpu().numpy()
-            yield Probe(item, weights, x.detach(), y.detach(), gradients)
+            if index:
+                with torch.enable_grad():
+                    y = self.blocks.run(index, weights, x.requires_grad_(), items)
+                pulled = [torch.autograd.grad(y, x, one, retain_graph=True)[0] for one in gradients]
+                before[str(item)] = torch.stack(pulled).cpu().numpy()
+            yield Probe(item, x.detach(), gradients)
 
     def _tensor(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(self.blocks.compute.device)

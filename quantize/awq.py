@@ -17,8 +17,8 @@ from internvl_edge.model.linear import Scheme
 
 from .rounding import minmax_grid
 
-# The alphas that the paper's authors try, then the neighbours of the best one.
-_ALPHA_STEPS = (tuple(step / 20 for step in range(21)), (-0.025, 0.025))
+# The paper's authors try 20 alphas. Here, eleven are tried, and then the neighbours of the best one, nearer and nearer.
+_ALPHA_STEPS = (tuple(step / 10 for step in range(11)), (-0.05, 0.05), (-0.025, 0.025))
 # The number of outputs per layer, evenly spaced, on which a scale is chosen. Alpha is one number for all outputs, so a
 # sample is enough.
 _SEARCH_ROWS = 256
@@ -94,5 +94,6 @@ def _output_error(inputs: InputStatistics, width: int) -> Callable[[Tensor], flo
         gram = inputs.gram
         return lambda e: float(((e @ gram) * e).sum(dtype=torch.float64))
     assert inputs.subset is not None
-    tokens = inputs.subset.float().T.contiguous()
-    return lambda e: float((e @ tokens).square().sum(dtype=torch.float64))
+    tokens = inputs.subset.T.contiguous()
+    # In the type of the inputs: what bfloat16 rounds off each product is far below the difference of two scales.
+    return lambda e: float((e.to(tokens.dtype) @ tokens).float().square().sum(dtype=torch.float64))

@@ -29,7 +29,7 @@ from .folding import HEAD_GROUP, SCALE_GROUPS, ScaleGroup, reduce_channels, spre
 from .integer import best_strength, quantize_linear, round_inputs
 from .linear_report import OutputComparison, activation_range
 from .plan import Choice, Plan
-from .rounding import Grid, block_gram, compensated_rounding, inverse_factor, minmax_grid, near, search_clipping
+from .rounding import Grid, block_gram, compensated_rounding, feedback_factor, minmax_grid, near, search_clipping
 from .smoothing import STRENGTHS, power_of_two, smoothing_scale
 
 _SUBSET_TOKENS = 1024
@@ -270,7 +270,7 @@ class BlockQuantizer:
         factor = None
         if inputs.gram is not None and any(p.method.compensates for p in precisions.values()):
             inputs.gram.div_(ones[:, None]).div_(ones)
-            factor = inverse_factor(inputs.gram)
+            factor = feedback_factor(inputs.gram)
         inputs.gram = None
         integers = {}
         if rounded := [name for name, precision in precisions.items() if precision.method.rounds_inputs]:

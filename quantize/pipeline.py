@@ -26,7 +26,6 @@ from internvl_edge.calibration.compute import Compute, choose_compute
 from internvl_edge.calibration.dataset import CalibrationSet, DataOptions, adopt, describe_files, prepare
 from internvl_edge.calibration.models import Decoder
 from internvl_edge.calibration.pipeline import (
-    Replacements,
     embed,
     no_replacements,
     partial_path,
@@ -50,7 +49,7 @@ from .output import OutputLayout
 from .plan import Plan, kept_vision, plan_decoder
 from .record import quantization_record
 from .sensitivity import Divergences
-from .vision import VISION_PHASES, VisionQuantizer, VisionReport
+from .vision import VisionQuantizer, VisionReport, vision_phases
 
 _REPORTS = "linears.json"
 _WEIGHTS = "model.safetensors"
@@ -181,11 +180,16 @@ class _Run:
             return None
         calibration = self._calibration_set()
         parts = self._work, self._checkpoint, calibration, self._compute
-        replaced = self._quantize_vision(calibration) if self._recipe.vision == "int8" else no_replacements
+        tower = self._quantize_vision(calibration) if self._recipe.vision == "int8" else None
         if not self._recipe.needs_data:
+            assert tower is not None
+            self._vision = tower.report(self._progress, embedded=False)
             self._without_data()
             return calibration
-        embed(*parts, self._progress, replaced)  # so that image embeddings are those that the device will compute
+        # With the quantized tower, so that image embeddings are those that the device will compute.
+        embed(*parts, self._progress, tower.replacements if tower else no_replacements)
+        if tower:
+            self._vision = tower.report(self._progress, embedded=True)
         if self._recipe.choice:
             self._divergences = measure_divergences(*parts, self._recipe, self._plan, self._progress)
             self._plan = plan_by_divergence(self._checkpoint, self._recipe, self._plan, self._divergences)
@@ -250,21 +254,21 @@ class _Run:
         report = QuantizationReport(folder, self._recipe, total, record, self._divergences, self._vision, learned)
         return folder, report
 
-    def _quantize_vision(self, calibration: CalibrationSet) -> Replacements:
+    def _quantize_vision(self, calibration: CalibrationSet) -> VisionQuantizer:
         how = self._recipe.vision_int8
         how = replace(how, keep=(*how.keep, *kept_vision(self._checkpoint, self._recipe)))
         quantizer = VisionQuantizer(self._work, self._checkpoint, calibration, self._compute, how)
-        self._vision = quantizer.run(self._progress)
+        quantizer.run(self._progress)
         for block in quantizer.blocks:
             self._once(f"block-{block}", partial(quantizer.block, block))
-        return quantizer.replacements
+        return quantizer
 
     def _phases(self) -> int:
         """The number of phases that the progress shows; what is there already is counted too."""
         recipe = self._recipe
         return (
             self._needed  # the data
-            + (VISION_PHASES if recipe.vision == "int8" else 0)
+            + (vision_phases(recipe) if recipe.vision == "int8" else 0)
             + recipe.needs_data  # embeddings
             + (DIVERGENCE_PHASES if recipe.choice else 0)
             + 2  # quantizing and writing

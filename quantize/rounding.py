@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from internvl_edge.base.errors import EdgeError
-from internvl_edge.calibration.compute import one_thread
+from internvl_edge.calibration.compute import is_finite, one_thread
 from internvl_edge.calibration.statistics import InputStatistics
 from internvl_edge.model.linear import PackedLinear, Scheme
 
@@ -197,12 +197,13 @@ def _group_error(weight: Tensor, grid: Grid, blocks: Tensor) -> Tensor:
 # ---- error compensation ----
 
 
-def inverse_factor(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the column order [in] and the upper Cholesky factor [in, in] of the inverse Gram matrix in that order.
+def feedback_factor(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the column order [in] and the upper factor [in, in] that hands rounding errors to later columns.
 
-    The matrix is damped by 1 % of its mean diagonal, and by more only where float32 cannot factorise it. With the
-    columns in reverse order the matrix is M M^T, and the factor of the inverse is M^-1 with rows and columns reversed.
-    The inverse itself is never computed.
+    In that order, the damped matrix is U D U^T with a unit upper triangular U and a diagonal D. An error of column j,
+    times U[j, k], belongs into column k. This is the form of LDLQ (Chee et al., 2023, arXiv:2307.13304), which gives
+    the same integers as GPTQ's inverse matrix: it needs no inverse. The matrix is damped by 1 % of its mean diagonal,
+    and by more only where float32 cannot factorise it.
 
     Raises:
         EdgeError: the matrix cannot be factorised (activations that are not finite).
@@ -215,25 +216,9 @@ def inverse_factor(gram: Tensor) -> tuple[Tensor, Tensor]:
         h.diagonal().add_(damping * float(diagonal.mean()) + 1e-10)
         lower, failed = torch.linalg.cholesky_ex(h)
         del h
-        if int(failed) == 0:
-            _invert_lower(lower)
-            if bool(torch.isfinite(lower).all()):
-                return order, lower.flip(0, 1)
+        if int(failed) == 0 and is_finite(lower):
+            return order, lower.div_(lower.diagonal().clone()).flip(0, 1)
     raise EdgeError("the activations' Gram matrix cannot be factorised; switch off error compensation")
-
-
-def _invert_lower(matrix: Tensor) -> None:
-    """Invert a lower triangular matrix in place, by halves, so that nearly all of the work is matrix products."""
-    size = len(matrix)
-    if size <= _BLOCK:
-        identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
-        matrix.copy_(torch.linalg.solve_triangular(matrix, identity, upper=False))
-        return
-    half = size // 2
-    first, second, below = matrix[:half, :half], matrix[half:, half:], matrix[half:, :half]
-    _invert_lower(first)
-    _invert_lower(second)
-    below.copy_(-(second @ (below @ first)))
 
 
 def compensated_rounding(
@@ -244,7 +229,7 @@ def compensated_rounding(
     Args:
         weight: [out, in] float32.
         grid: the values that the integers stand for.
-        order, upper: from `inverse_factor` for the same inputs.
+        order, upper: from `feedback_factor` for the same inputs.
         unrounded: [out, in] to be filled with what each integer was rounded from, in units of the grid.
     """
     low, high = grid.limits
@@ -257,17 +242,17 @@ def compensated_rounding(
     errors = torch.empty(min(_BLOCK, len(w)), w.shape[1], device=w.device)
     for start in range(0, len(w), _BLOCK):
         stop = min(start + _BLOCK, len(w))
+        own = weight.T[order[start:stop]]  # `w` has taken up the errors of earlier columns by now
         with one_thread():
-            for column in range(start, stop):
-                step = scale[column]
-                rounded = torch.round(w[column] / step).add_(zero[column]).clamp_(low, high)
-                q[column] = rounded
+            for index, column in enumerate(range(start, stop)):
+                step, offset, error = scale[column], zero[column], errors[index]
+                rounded = torch.div(w[column], step, out=q[column])
                 if before is not None:
-                    before[column] = w[column] / step + zero[column]
-                error = (w[column] - (rounded - zero[column]) * step).div_(upper[column, column])
-                errors[column - start] = error
-                w[column + 1 : stop].addr_(upper[column, column + 1 : stop], error, alpha=-1)
-        w[stop:].addmm_(upper[start:stop, stop:].T, errors[: stop - start], alpha=-1)
+                    torch.add(rounded, offset, out=before[column])
+                rounded.round_().add_(offset).clamp_(low, high)
+                torch.addcmul(own[index], torch.sub(rounded, offset, out=error), step, value=-1, out=error)
+                w[column + 1 : stop].addr_(upper[column, column + 1 : stop], error)
+        w[stop:].addmm_(upper[start:stop, stop:].T, errors[: stop - start])
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
     if unrounded is not None and before is not None:

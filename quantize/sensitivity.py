@@ -88,11 +88,14 @@ def tower_parts(stream: BlockStream, one_by_one: OneByOne, progress: Progress, t
     @torch.no_grad()
     def measure(index: int, probes: Iterator[Probe]) -> dict[str, float]:
         rounded = one_by_one(index)
+        # The differences of nearly equal outputs would be lost in the rounding of bfloat16.
+        weights = blocks.load(index, torch.float32)
         totals = dict.fromkeys(rounded, 0.0)
         for probe in probes:
             items = range(probe.item, probe.item + 1)
+            y = blocks.run(index, weights, probe.x, items)
             for name, tensors in rounded.items():
-                change = blocks.run(index, {**probe.weights, **tensors}, probe.x, items) - probe.y
+                change = blocks.run(index, {**weights, **tensors}, probe.x, items) - y
                 # No block follows the last one, so its errors are exact.
                 if index == last:
                     totals[name] += float(change.double().square().sum())

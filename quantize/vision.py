@@ -3,9 +3,10 @@
 The work has four resumable stages over some of the calibration set's tiles, with one block in memory at a time:
 
 1. Run the float tower, and round every linear on the way.
-2. Measure the error that each linear causes (`sensitivity`).
+2. Measure the error that each linear causes (`sensitivity`), where the choice depends on it.
 3. Choose the linears that stay float.
-4. Run the quantized tower, and compare its embeddings with the float ones.
+4. Compare the embeddings of the quantized tower with the float ones. Where the decoder needs those of all tiles
+   anyway, they are taken from there, and the quantized tower is not run for this.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from internvl_edge.calibration.stream import BlockStream, Statistics
 from internvl_edge.calibration.work import WorkFolder
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.checkpoint.record import ActivationRange
-from internvl_edge.recipe.recipe import VisionInt8
+from internvl_edge.recipe.recipe import Recipe, VisionInt8
 
 from .block import QuantizedBlock
 from .choose import Option, choose_for_divergence
@@ -50,8 +51,9 @@ _PROBES = 4
 _CHOICE = "vision-choice.json"
 
 
-# Phases of the progress that `VisionQuantizer.run` shows.
-VISION_PHASES = 3
+def vision_phases(recipe: Recipe) -> int:
+    """Return the number of phases of the progress that a `VisionQuantizer` shows for a recipe."""
+    return 1 + recipe.vision_int8.measures + (not recipe.needs_data)
 
 
 @dataclass(frozen=True)
@@ -62,16 +64,17 @@ class VisionReport:
         tiles: the number of tiles of the calibration set that were used.
         cosine: cosine of the embeddings with those of the float tower, as calibration computes them; mean over tiles.
         lowest_cosine: the cosine of the worst tile.
-        predicted_cosine: the cosine that follows from the sum of the measured errors of all int8 linears.
+        predicted_cosine: the cosine that follows from the sum of the measured errors of all int8 linears; None where
+            they were not measured.
         layers: by canonical linear name: "stored" (int8 or float), "part" of the embeddings' relative squared error as
-            int8, "calibrator", "strength" of smoothing, "range" (its input's largest unclipped |x|), relative output
-            "error", "inputs" (an `ActivationRange`), "reason" why it stays float.
+            int8 (None where it was not measured), "calibrator", "strength" of smoothing, "range" (its input's largest
+            unclipped |x|), relative output "error", "inputs" (an `ActivationRange`), "reason" why it stays float.
     """
 
     tiles: int
     cosine: float
     lowest_cosine: float
-    predicted_cosine: float
+    predicted_cosine: float | None
     layers: dict[str, dict[str, Any]]
 
     @property
@@ -88,33 +91,48 @@ class VisionQuantizer:
     ) -> None:
         self._work = work
         self._checkpoint = checkpoint
+        self._calibration = calibration
         self._compute = compute
         self._how = how
         tiles, owners = calibration.pixels(checkpoint.config.vision.image_size), calibration.tile_owners
-        chosen = evenly(len(owners), _MOST_TILES)
-        if not chosen:
+        self._chosen = evenly(len(owners), _MOST_TILES)
+        if not self._chosen:
             raise EdgeError("int8 vision needs images, the calibration data holds none; give --data with images")
-        self._tower = Tower(checkpoint, compute, tiles[chosen], [owners[index] for index in chosen])
-        self._tiles = len(chosen)
+        self._tower = Tower(checkpoint, compute, tiles[self._chosen], [owners[index] for index in self._chosen])
+        self._tiles = len(self._chosen)
+        probes = evenly(self._tiles, _PROBES) if how.measures else ()
+        self._forward = BlockStream(work, "tower-float", self._tower, probes)
+        self._parts: dict[str, float] = {}
 
-    def run(self, progress: Progress) -> VisionReport:
-        """Run all stages. A killed run continues.
+    def run(self, progress: Progress) -> None:
+        """Round all linears and choose those that stay float. A killed run continues.
 
         Raises:
             EdgeError: NaN or infinity; the message names block, tensor and sample.
         """
-        forward = BlockStream(self._work, "tower-float", self._tower, evenly(self._tiles, _PROBES))
         wanted = StatisticsRequest(tokens=_SUBSET_TOKENS)
-        forward.run(progress, "measuring the vision tower", self._round, wanted, replaces=False)
-        title = "measuring the sensitivity of the vision tower"
-        parts = tower_parts(forward, self._one_by_one, progress, title)
-        self._work.write_json(_CHOICE, self._choose(parts))
-        rounded = BlockStream(self._work, "tower-int8", self._tower)
+        self._forward.run(progress, "measuring the vision tower", self._round, wanted, replaces=False)
+        if self._how.measures:
+            title = "measuring the sensitivity of the vision tower"
+            self._parts = tower_parts(self._forward, self._one_by_one, progress, title)
+        self._work.write_json(_CHOICE, self._choose(self._parts))
+
+    def report(self, progress: Progress, embedded: bool) -> VisionReport:
+        """Compare the embeddings of the quantized tower with those of the float one. Requires `run`.
+
+        Args:
+            progress: for the phase.
+            embedded: the embeddings of the calibration set are those of the quantized tower; otherwise, this runs it.
+        """
         names = self._tower.names
-        rounded.run(progress, "checking the int8 vision tower", lambda index, _: self.replacements(names[index]))
-        tiles = [range(tile, tile + 1) for tile in range(self._tiles)]
-        found = [cosine(forward.inputs(len(names), tile), rounded.inputs(len(names), tile)) for tile in tiles]
-        return self._report(parts, found)
+        if not embedded:
+            stream = BlockStream(self._work, "tower-int8", self._tower)
+            stream.run(progress, "checking the int8 vision tower", lambda index, _: self.replacements(names[index]))
+            rounded = [stream.inputs(len(names), range(tile, tile + 1)) for tile in range(self._tiles)]
+        else:
+            rounded = [torch.from_numpy(self._calibration.tile_embeddings(tile)) for tile in self._chosen]
+        expected = (self._forward.inputs(len(names), range(tile, tile + 1)) for tile in range(self._tiles))
+        return self._report([cosine(*pair) for pair in zip(expected, rounded, strict=True)])
 
     def replacements(self, block: str) -> dict[str, Tensor]:
         """Return the tensors that replace a block's own so that calibration computes as devices do. Requires `run`."""
@@ -159,11 +177,12 @@ class VisionQuantizer:
 
     def _choose(self, parts: Mapping[str, float]) -> dict[str, str]:
         """Return the linears that stay float, each with its reason."""
+        every = [f"{block}.{name}" for block in self._tower.names for name in _linears(block)]
         reasons = {
-            name: f"matches {pattern}" for name in parts for pattern in self._how.keep if fnmatchcase(name, pattern)
+            name: f"matches {pattern}" for name in every for pattern in self._how.keep if fnmatchcase(name, pattern)
         }
         free = {name: part for name, part in parts.items() if name not in reasons}
-        if self._how.cosine:
+        if self._how.measures:
             limit = 2 * (1 - self._how.cosine)
             weights = {name: float(np.prod(self._checkpoint.shapes[f"{name}.weight"])) for name in free}
             options = {
@@ -175,7 +194,7 @@ class VisionQuantizer:
                     reasons[name] = f"as int8 it alone adds {parts[name]:.1e} of the {limit:.1e} that are allowed"
         return reasons
 
-    def _report(self, parts: Mapping[str, float], found: Sequence[float]) -> VisionReport:
+    def _report(self, found: Sequence[float]) -> VisionReport:
         floats: dict[str, str] = self._work.need_json(_CHOICE)
         layers = {}
         for block in self._tower.names:
@@ -183,13 +202,13 @@ class VisionQuantizer:
                 full = f"{block}.{name}"
                 stored = {"stored": "float", "reason": floats[full]} if full in floats else {"stored": "int8"}
                 inputs = decode(ActivationRange, facts["inputs"])
-                layers[full] = stored | {"part": parts[full], **facts, "inputs": inputs}
-        error = sum(part for name, part in parts.items() if name not in floats)
+                layers[full] = stored | {"part": self._parts.get(full), **facts, "inputs": inputs}
+        error = sum(part for name, part in self._parts.items() if name not in floats)
         return VisionReport(
             tiles=self._tiles,
             cosine=float(np.mean(found)),
             lowest_cosine=min(found),
-            predicted_cosine=1 - error / 2,
+            predicted_cosine=1 - error / 2 if self._parts else None,
             layers=layers,
         )
 

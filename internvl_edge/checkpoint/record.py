@@ -77,12 +77,15 @@ class LinearReport:
 
 @dataclass(frozen=True)
 class TowerReport:
-    """A comparison of an int8 vision tower with the float one, on calibration tiles: cosines of a tile's embeddings."""
+    """A comparison of an int8 vision tower with the float one, on calibration tiles: cosines of a tile's embeddings.
+
+    `predicted_cosine` is None where the errors of its linears were not measured.
+    """
 
     tiles: int
     cosine: float
     lowest_cosine: float
-    predicted_cosine: float
+    predicted_cosine: float | None
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ from .recipe_options import recipe_of, recipe_options
 
 if TYPE_CHECKING:
     from internvl_edge.checkpoint.record import QuantizationRecord
-    from internvl_edge.quantize import VisionReport
+    from internvl_edge.publishing.programs import Program
+    from internvl_edge.quantize import QuantizationReport, VisionReport
     from internvl_edge.quantize.learned import Learned
 
 
@@ -99,6 +100,7 @@ def command(checkpoint: str, output: Path, calibration: Path | None, as_json: bo
             "relative_output_errors": report.errors,
             "vision": report.vision,
             "learned": report.learned,
+            "programs": _programs(report),
             "seconds": round(seconds, 2),
         }
         print_json(facts)
@@ -115,7 +117,27 @@ def command(checkpoint: str, output: Path, calibration: Path | None, as_json: bo
     if report.vision:
         click.echo(_tower(report.vision))
     if not quiet:
+        for program in _programs(report):
+            click.echo(_loads(program))
         hint("export", report.folder, "-o", "BUNDLE")
+
+
+def _programs(report: QuantizationReport) -> tuple[Program, ...]:
+    from internvl_edge.checkpoint.config_reader import read_config
+    from internvl_edge.publishing.programs import programs
+
+    schemes = {linear.name: linear.scheme for linear in report.record.linears}
+    own_code = read_config(report.folder).layout != "native"
+    return programs(schemes, str(report.folder), own_code=own_code)
+
+
+def _loads(program: Program) -> str:
+    if program.obstacles:
+        return f"{program.name} does not load it: {'; '.join(program.obstacles)}"
+    limits = [] if program.tried else ["not tried"]
+    limits += [f"not on a CPU: {program.only_gpu}"] if program.only_gpu else []
+    said = f" ({'; '.join(limits)})" if limits else ""
+    return f"{program.name} loads it{said}: {program.command}"
 
 
 def _precisions(record: QuantizationRecord) -> str:

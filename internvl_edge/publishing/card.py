@@ -24,11 +24,15 @@ from internvl_edge.checkpoint.record import QuantizationRecord
 from internvl_edge.model.components import Component
 from internvl_edge.model.linear import Scheme
 
+from .programs import programs
+
 _PROJECT = "https://github.com/internvl-edge/internvl-edge"
 _VLLM = f"{_PROJECT}/blob/main/docs/quality.md#loaded-by-vllm"
 _RECIPES = f"{_PROJECT}/blob/main/docs/recipes.md"
-# Linears that vLLM joins to one, which needs one scheme for all of them.
-_JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_TRUST = (
+    "`--trust-remote-code` runs the code of the original's configuration, which vLLM asks for. The layout of "
+    "transformers does not need it."
+)
 # What Markdown and HTML would read as more than text.
 _MARKUP = str.maketrans({character: f"&#{ord(character)};" for character in "&<>`|*[]\\"})
 
@@ -50,35 +54,6 @@ class Place:
         if not self.repository:
             return folder
         return f"{self.repository} --revision {self.revision}" if self.revision else self.repository
-
-
-@dataclass(frozen=True)
-class VllmSupport:
-    """Whether vLLM loads a quantized checkpoint.
-
-    Attributes:
-        obstacles: why it does not load anywhere, one reason each; empty where nothing is known that prevents it.
-        only_gpu: why a CPU does not load it although an NVIDIA GPU may; "" for nothing.
-    """
-
-    obstacles: tuple[str, ...] = ()
-    only_gpu: str = ""
-
-
-def vllm_support(schemes: Mapping[str, Scheme | None]) -> VllmSupport:
-    """Return what is known of vLLM and a checkpoint (docs/quality.md, "Loaded by vLLM").
-
-    Args:
-        schemes: the scheme of each quantized linear by canonical name, None or absent for floats.
-    """
-    obstacles = []
-    if any(name.startswith("projector.") and scheme for name, scheme in schemes.items()):
-        obstacles.append("its projector is quantized, and vLLM builds the projector from plain linears")
-    if any(_differ(name, schemes) for name in schemes):
-        obstacles.append("linears that vLLM joins (q, k and v; gate and up) have different schemes")
-    wide = sorted(name for name, scheme in schemes.items() if scheme and scheme.bits == 8 and not scheme.static_inputs)
-    only_gpu = f"{len(wide)} linear{'s have' if len(wide) > 1 else ' has'} 8-bit weights with float inputs"
-    return VllmSupport(tuple(obstacles), only_gpu if wide else "")
 
 
 def checkpoint_card(record: QuantizationRecord, license_: License | None = None, place: Place | None = None) -> str:
@@ -111,18 +86,21 @@ def checkpoint_card(record: QuantizationRecord, license_: License | None = None,
         f"internvl-edge export {name} -o bundle\n"
         'internvl-edge run bundle --image photo.jpg "What is this?"'
     )
-    card.section("Load it with vLLM")
-    support = vllm_support(schemes)
-    if support.obstacles:
-        card.text(f"vLLM does not load this checkpoint: {'; '.join(support.obstacles)} ([details]({_VLLM})).")
-    else:
-        card.code(f"vllm serve {name} --trust-remote-code")
+    others = programs(schemes, *place.words("FOLDER").split())
+    for program in others:
+        card.section(f"Load it with {program.name}")
+        if program.obstacles:
+            why = "; ".join(program.obstacles)
+            card.text(f"{program.name} does not load this checkpoint: {why} ([details]({_VLLM})).")
+            continue
+        card.code(program.command)
         card.text(
-            "`--trust-remote-code` runs the code of the original's configuration, which vLLM asks for. The layout of "
-            "transformers does not need it.",
-            f"On a CPU vLLM refuses it: {support.only_gpu} ([details]({_VLLM}))." if support.only_gpu else "",
+            "" if program.tried else f"The source of {program.name} says so; nobody has tried it.",
+            _TRUST if "--trust-remote-code" in program.command else "",
+            f"Not on a CPU: {program.only_gpu} ([details]({_VLLM}))." if program.only_gpu else "",
         )
-    tags = ["internvl", *_bits(schemes.values()), *([] if support.obstacles else ["vllm"])]
+    loading = [program.name.lower() for program in others if program.tried and not program.obstacles]
+    tags = ["internvl", *_bits(schemes.values()), *loading]
     return card.document(_front_matter(record.hub, license_, tags, quantized=True))
 
 
@@ -304,15 +282,6 @@ def _measured(quality: Any, metric: str) -> str:
         return "-"
     beside = f", against {how.reference}" if how.reference else ""
     return _plain(f"{how.questions} questions of {how.data}{beside}, {how.engine} on {how.device}")
-
-
-def _differ(name: str, schemes: Mapping[str, Scheme | None]) -> bool:
-    """Return whether a linear's scheme is another than that of the linears that vLLM joins it with."""
-    layer, _, own = name.rpartition(".")
-    for group in _JOINED:
-        if own in group:
-            return len({schemes.get(f"{layer}.{other}") for other in group}) > 1
-    return False
 
 
 def _bits(schemes: Iterable[Scheme | None]) -> list[str]:

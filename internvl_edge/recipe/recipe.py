@@ -109,7 +109,7 @@ class VisionInt8:
             smallest output error.
         smoothing: SmoothQuant, folded into the norms before qkv, fc1 and the projector.
         cosine: linears stay float, the most harmful first, until the predicted cosine between the image embeddings and
-            those of the float tower reaches this value; 0 for none.
+            those of the float tower reaches this value; 0 for none: then the errors are not measured.
         keep: patterns (`*`, `?`) of canonical names of linears that stay float: "projector.*".
 
     Raises:
@@ -125,6 +125,11 @@ class VisionInt8:
         _require_calibrator(self.calibrator)
         if not 0 <= self.cosine < 1:
             raise EdgeError(f"a cosine of {self.cosine:g} is not possible for int8; give one from 0 to below 1")
+
+    @property
+    def measures(self) -> bool:
+        """Whether the error that each linear causes is measured: only the limit of the cosine asks for it."""
+        return self.cosine > 0
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from helpers.tiny import write_checkpoint
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.progress import SILENT
 from internvl_edge.calibration import CalibrationSet, DataOptions, calibrate
+from internvl_edge.calibration.compute import is_finite
 from internvl_edge.calibration.items import read_items
 from internvl_edge.calibration.models import Decoder, Tower
 from internvl_edge.calibration.statistics import InputStatistics, Observer, StatisticsRequest, symmetrize
@@ -111,7 +112,7 @@ def statistics_of(checkpoint: Path, made: CalibrationSet, work: Path) -> dict[st
 # ---- statistics ----
 
 
-@pytest.mark.parametrize("width", [24, 2100])
+@pytest.mark.parametrize("width", [24, 600, 2100])
 def test_gram_matrix_and_subset_are_those_of_the_inputs(width: int) -> None:
     x = torch.randn(70, width, generator=torch.Generator().manual_seed(0))
     observer = Observer("layer", 70, StatisticsRequest(gram=True, tokens=7))
@@ -217,6 +218,19 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, value: float) -> N
     poison(write_checkpoint(tmp_path / "checkpoint"), "vision_model.encoder.layers.1.mlp.fc1.weight", value)
     with pytest.raises(EdgeError, match=r"tensor vision\.layers\.1\.mlp\.fc1\.weight holds NaN or infinity in 1 "):
         calibrate_tiny(tmp_path, write_data(tmp_path / "data"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_one_value_that_is_not_finite_is_found_wherever_it_is(dtype: torch.dtype) -> None:
+    tensor = torch.linspace(-3, 3, 3 * 67).to(dtype).reshape(3, 67)
+    assert is_finite(tensor)
+    assert is_finite(tensor[:0])
+    for place in (0, 1, 31, 66, 100, -1):
+        for value in (torch.nan, torch.inf, -torch.inf):
+            bad = tensor.clone()
+            bad.view(-1)[place] = value
+            assert not is_finite(bad)
+    assert not is_finite(torch.full((4,), torch.nan, dtype=dtype))
 
 
 def test_activations_that_are_not_finite_name_layer_tensor_and_sample(tmp_path: Path) -> None:

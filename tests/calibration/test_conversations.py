@@ -27,8 +27,11 @@ def gpt(text: str) -> dict[str, str]:
     return {"from": "gpt", "value": text}
 
 
-def said(role: str, text: str) -> dict[str, str]:
+def said(role: str, text: Any) -> dict[str, Any]:
     return {"role": role, "content": text}
+
+
+PICTURE = {"type": "image", "image": "a.png"}
 
 
 def item(tmp_path: Path, values: Any) -> CalibrationItem:
@@ -67,7 +70,35 @@ READ: list[tuple[dict[str, Any], tuple[str, list[str], str, list[tuple[str, str]
         | {"images": [{"path": "a.png", "bytes": None}, "b.png"]},
         ("<image>2", ["a.png", "b.png"], "", [("<image>1", "a")], None),
     ),
+    (
+        {
+            "messages": [
+                said("user", [PICTURE, {"type": "text", "text": "What does it say?"}]),
+                {**said("assistant", [{"type": "text", "text": "46.09"}]), "loss": 1.0},
+                said("user", "And now?"),
+                said("assistant", "Nothing."),
+            ],
+            "channel": "vqa",
+        },
+        ("And now?", ["a.png"], "Nothing.", [("<image>What does it say?", "46.09")], None),
+    ),
+    (
+        {
+            "messages": [said("user", "<image>Find <ref-object>."), said("assistant", "At <bbox>.")],
+            "images": ["a b.png"],
+            "objects": {"ref": ["cat"], "bbox": [[1, 2, 3, 4]]},
+        },
+        ("<image>Find <ref-object>.", ["a b.png"], "At <bbox>.", [], None),
+    ),
 ]
+
+
+def test_files_written_on_windows_are_read(tmp_path: Path) -> None:
+    """A mark of the byte order before the first line, and lines that end with two characters."""
+    path = tmp_path / "data.jsonl"
+    lines = [json.dumps({"id": n, "conversations": [human("Hello"), gpt("Hi")]}) for n in range(2)]
+    path.write_bytes("\ufeff".encode() + "\r\n".join(lines).encode())
+    assert [(found.problem, found.answer) for found in read_items(path)] == [("", "Hi")] * 2
 
 
 @pytest.mark.parametrize(("values", "expected"), READ)
@@ -87,7 +118,13 @@ def test_both_forms_are_read(tmp_path: Path, values: dict[str, Any], expected: A
         ({"conversations": [gpt("x")]}, "conversations[0] is of assistant out of turn"),
         ({"messages": [said("user", "a"), said("user", "b")]}, "messages[1] is of user out of turn"),
         ({"messages": [said("tool", "a")]}, "messages[0] is {'role': 'tool'"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "content, a text"),
+        ({"messages": [said("user", [{"type": "text"}])]}, "a part of a message is {'type': 'text'}"),
+        ({"messages": [said("user", [{"type": "video", "video": "a.mp4"}])]}, "a part of a message is {'type': 'vid"),
+        ({"messages": [said("user", [{"type": "image"}])]}, "images is not a list of file names"),
+        ({"messages": [said("user", [PICTURE])], "images": ["b.png"]}, "beside the messages and inside them"),
+        ({"conversations": [{"from": "human", "value": [PICTURE]}]}, "value, a text"),
+        ({"image": "https://example.com/a.png", "conversations": [human("x")]}, "is an address, only files are read"),
+        ({"messages": [said("user", [{"type": "image", "image": "data:image/png;base64,"}])]}, "is an address"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, "one of user, human, assistant, gpt, system"),
         ({"messages": [said("user", "a"), said("system", "b")]}, "messages[1] is of system out of turn"),
         ({"video": "a.mp4", "conversations": [human("x")]}, "video is not read"),

@@ -37,12 +37,37 @@ def test_options_replace_single_fields_of_a_recipe(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("layout", "options", "said"),
+    [
+        ("remote", [], ["vLLM loads it: vllm serve {out} --trust-remote-code", "LMDeploy loads it (not tried; "]),
+        ("native", [], ["vLLM loads it: vllm serve {out}\n", "LMDeploy does not load it: LMDeploy's TurboMind reads"]),
+        ("remote", ["--layer", "*.gate_proj=w8a16"], ["vLLM does not load it: linears that vLLM joins"]),
+        ("remote", ["--lm-head", "int8"], ["vLLM loads it (not on a CPU: 1 linear has 8-bit weights"]),
+    ],
+)
+def test_the_end_says_which_programs_load_the_result(
+    tmp_path: Path, layout: str, options: list[str], said: list[str]
+) -> None:
+    checkpoint, data = write_checkpoint(tmp_path / "checkpoint", layout=layout), write_data(tmp_path / "data")
+    out = tmp_path / "out"
+    arguments = [str(checkpoint), "--data", str(data), "--max-tiles", "2", "-o", str(out), "--dtype", "float32"]
+    recipe = ["--recipe", "vllm", "--group-size", "32", *options]
+    printed = CliRunner().invoke(cli, ["quantize", *arguments, *recipe], catch_exceptions=False).stdout
+    for text in said:
+        assert text.format(out=out) in printed
+    facts = json.loads(quantize(*arguments, *recipe, "--force", "--restart").stdout)
+    assert [(program["name"], not program["obstacles"]) for program in facts["programs"]] == [
+        (name, f"{name} loads it" in printed) for name in ("vLLM", "LMDeploy")
+    ]
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--layer", "layers.0"], "is not PATTERN=SCHEME"),
         (["--target-bits", "4.5", "--max-kl", "0.1"], "one of the two"),
         (["--scheme", "w8a16", "--no-compensate", "--data", "pictures"], "nothing in this recipe looks at data"),
-        (["--recipe", "jetson"], "presets: cpu, rtx, orin, thor"),
+        (["--recipe", "jetson"], "presets: cpu, rtx, orin, thor, vllm"),
         (["--recipe", "cpu", "--group-size", "32", "--layer", "*.gate=w8a16"], "near: "),
     ],
 )

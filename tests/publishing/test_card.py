@@ -18,8 +18,8 @@ from internvl_edge.base.jsonable import encode
 from internvl_edge.bundle.manifest import Manifest
 from internvl_edge.checkpoint.license import License
 from internvl_edge.export import export_bundle
-from internvl_edge.model.linear import INT8, W8A8, Scheme
-from internvl_edge.publishing.card import Place, bundle_card, checkpoint_card, recipe_toml, vllm_support
+from internvl_edge.model.linear import Scheme
+from internvl_edge.publishing.card import Place, bundle_card, checkpoint_card, recipe_toml
 from internvl_edge.recipe.files import make_recipe, presets, read_recipe
 from internvl_edge.recipe.recipe import Automatic, Recipe
 
@@ -101,24 +101,6 @@ def test_the_front_matter_names_the_original() -> None:
 )
 def test_commands_name_the_place(place: Place, command: str) -> None:
     assert command in checkpoint_card(quantization_record(), place=place)
-
-
-def test_what_vllm_does_not_load_is_said() -> None:
-    layer = "decoder.layers.0."
-    attention = {f"{layer}self_attn.{name}_proj": INT4 for name in "qkv"}
-    whole = attention | {f"{layer}mlp.{name}": INT4 for name in ("gate_proj", "up_proj", "down_proj")}
-    assert vllm_support(whole) == vllm_support({"vision.layers.0.mlp.fc1": W8A8} | whole)
-    assert not vllm_support(whole).obstacles
-    assert not vllm_support(whole).only_gpu
-    assert "projector" in vllm_support(whole | {"projector.fc1": W8A8}).obstacles[0]
-    finer = Scheme(4, 32, symmetric=True)
-    for name in ("self_attn.q_proj", "mlp.up_proj"):
-        assert "joins" in vllm_support(whole | {f"{layer}{name}": finer}).obstacles[0]
-        assert "joins" in vllm_support(whole | {f"{layer}{name}": None}).obstacles[0]
-    assert not vllm_support(whole | {f"{layer}mlp.down_proj": finer}).obstacles
-    head = vllm_support(whole | {"decoder.lm_head": INT8})
-    assert not head.obstacles
-    assert head.only_gpu == "1 linear has 8-bit weights with float inputs"
 
 
 def test_an_error_that_is_no_number_does_not_break_a_card() -> None:

@@ -38,7 +38,7 @@ from internvl_edge.quantize.rounding import (
     Grid,
     block_gram,
     compensated_rounding,
-    inverse_factor,
+    feedback_factor,
     minmax_grid,
     search_clipping,
 )
@@ -222,7 +222,7 @@ def test_clipping_lowers_the_output_error(scheme: Scheme) -> None:
 def test_compensation_lowers_the_output_error(scheme: Scheme) -> None:
     x, weight = outlier_inputs(), weights()
     grid = minmax_grid(weight, scheme, torch.float16)
-    q = compensated_rounding(weight, grid, *inverse_factor(x.T @ x))
+    q = compensated_rounding(weight, grid, *feedback_factor(x.T @ x))
     assert torch.equal(q, q.round())
     assert grid.limits[0] <= int(q.min()) <= int(q.max()) <= grid.limits[1]
     assert output_error(x, weight, grid.dequantize(q)) < 0.7 * output_error(x, weight, nearest(weight, scheme))
@@ -232,7 +232,7 @@ def test_compensation_survives_dead_and_repeated_channels() -> None:
     x, weight = outlier_inputs(), weights()
     x[:, 7], x[:, 8] = 0, x[:, 9]
     grid = minmax_grid(weight, ASYMMETRIC, torch.float16)
-    q = compensated_rounding(weight, grid, *inverse_factor(x.T @ x))
+    q = compensated_rounding(weight, grid, *feedback_factor(x.T @ x))
     assert torch.isfinite(q).all()
     assert output_error(x, weight, grid.dequantize(q)) < output_error(x, weight, nearest(weight, ASYMMETRIC))
 

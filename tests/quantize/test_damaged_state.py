@@ -25,7 +25,7 @@ RECIPES = {
         kv_cache="int8",
         lm_head="int8",
         vision="int8",
-        vision_int8=VisionInt8(cosine=0),
+        vision_int8=VisionInt8(cosine=0.5),
         automatic=Automatic(target_bits=5.0),
     ),
     "without data": Recipe("w4a16-rtn", group_size=32),

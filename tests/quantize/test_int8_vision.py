@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,19 @@ from helpers.calibration_data import FLOAT32, write_data
 from helpers.damage import poison
 from helpers.engines import require_wide_sums_where_needed
 from helpers.killed_runs import contents, run_and_be_killed
+from helpers.recorded_progress import RecordedProgress
 from helpers.reference import Reference, read_weights
 from helpers.tiny import write_checkpoint
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.bundle.names import VISION
 from internvl_edge.calibration import DataOptions, calibrate
+from internvl_edge.calibration.stream import BlockStream
 from internvl_edge.checkpoint.reader import Checkpoint
+from internvl_edge.checkpoint.record import read_record
 from internvl_edge.cli import cli
+from internvl_edge.evaluation.report import checkpoint_report
+from internvl_edge.evaluation.report.page import render
 from internvl_edge.export import export_bundle
 from internvl_edge.model.linear import W8A8
 from internvl_edge.quantize import QuantizationReport, quantize_checkpoint, vision
@@ -48,6 +54,8 @@ KINDS: dict[str, dict[str, Any]] = {
     },
 }
 ALL_INT8 = VisionInt8(cosine=0)
+# The errors of the linears are measured, but none is so large that a linear stays float.
+MEASURED = Recipe("fp", vision="int8", vision_int8=VisionInt8(cosine=0.5))
 
 
 def quantize(checkpoint: Path, out: Path, recipe: Recipe | None = None, **more: Any) -> QuantizationReport:
@@ -186,21 +194,41 @@ def exaggerate(checkpoint: Path) -> None:
 
 def test_predicted_error_is_what_rounding_does(tmp_path: Path) -> None:
     original = write_checkpoint(tmp_path / "checkpoint", vision_num_hidden_layers=4)
-    report = quantize(original, tmp_path / "int8").vision
+    report = quantize(original, tmp_path / "int8", MEASURED).vision
     assert report is not None
+    assert report.predicted_cosine is not None
     predicted, measured = 1 - report.predicted_cosine, 1 - report.cosine
     assert 0.4 * measured < predicted < 2.5 * measured
+
+
+def test_gradients_in_bfloat16_predict_the_same_error(tmp_path: Path) -> None:
+    """Each is an estimate, and bfloat16 also rounds other weights: single linears scatter, all of them together not."""
+    original, data = (
+        write_checkpoint(tmp_path / "checkpoint", vision_num_hidden_layers=4),
+        write_data(tmp_path / "data"),
+    )
+    found = []
+    for compute in (FLOAT32, replace(FLOAT32, dtype=torch.bfloat16)):
+        options, out = DataOptions(data, max_tiles=2), tmp_path / str(compute.dtype)
+        report = quantize_checkpoint(original, out, MEASURED, data=options, compute=compute).vision
+        assert report is not None
+        found.append(np.array([report.layers[name]["part"] for name in sorted(report.layers)]))
+    assert 0.8 < found[1].sum() / found[0].sum() < 1.25
+    assert (np.abs(np.log2(found[1] / found[0])) < 1.5).all()
 
 
 def test_layers_keep_floats_until_the_cosine_is_reached(tmp_path: Path) -> None:
     original, data = write_checkpoint(tmp_path / "checkpoint"), write_data(tmp_path / "data")
     exaggerate(original)
-    loose = quantize(original, tmp_path / "loose", data=data).vision
+    loose = quantize(original, tmp_path / "loose", MEASURED, data=data).vision
     assert loose is not None
+    assert loose.predicted_cosine is not None
+    assert loose.floats == []
     aim = 1 - (1 - loose.predicted_cosine) / 4
     recipe = Recipe("fp", vision="int8", vision_int8=VisionInt8(cosine=aim, keep=("projector.fc2",)))
     tight = quantize(original, tmp_path / "tight", recipe, data=data).vision
     assert tight is not None
+    assert tight.predicted_cosine is not None
     assert tight.predicted_cosine >= aim > loose.predicted_cosine
     assert tight.cosine > loose.cosine
     assert "projector.fc2" in tight.floats
@@ -220,14 +248,51 @@ def test_layers_keep_floats_until_the_cosine_is_reached(tmp_path: Path) -> None:
     assert manifest.linears == read.schemes
 
 
+def test_without_a_limit_of_the_cosine_no_gradient_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bytes, the patterns included, without the way back through the tower."""
+    original, data = write_checkpoint(tmp_path / "checkpoint"), write_data(tmp_path / "data")
+    loose, none = (
+        Recipe("fp", vision="int8", vision_int8=VisionInt8(cosine=cosine, keep=("projector.fc2",)))
+        for cosine in (0.5, 0)
+    )
+    measured = quantize(original, tmp_path / "loose", loose, data=data).vision
+    monkeypatch.delattr(BlockStream, "back")
+    progress = RecordedProgress()
+    report = quantize(original, tmp_path / "none", none, data=data, progress=progress).vision
+    assert report is not None
+    assert measured is not None
+    names = ("model.safetensors", "config.json")
+    assert [(tmp_path / "none" / name).read_bytes() for name in names] == [
+        (tmp_path / "loose" / name).read_bytes() for name in names
+    ]
+    assert report.floats == measured.floats == ["projector.fc2"]
+    assert report.predicted_cosine is None
+    assert {facts["part"] for facts in report.layers.values()} == {None}
+    assert (report.cosine, report.lowest_cosine) == (measured.cosine, measured.lowest_cosine)
+    assert progress._number == progress._expected == len(progress.steps)
+    assert not any("sensitivity" in step.label for step in progress.steps)
+    pages = {}
+    for name in ("loose", "none"):
+        record = read_record(tmp_path / name)
+        assert record is not None
+        pages[name] = render(checkpoint_report(tmp_path / name, record))
+    assert {name: "was predicted" in text for name, text in pages.items()} == {"loose": True, "none": False}
+
+
 def test_decoder_and_tower_in_one_checkpoint(tmp_path: Path) -> None:
     """The decoder is calibrated with the image tokens that the int8 tower gives."""
     original, data = write_checkpoint(tmp_path / "checkpoint", text="internlm2"), write_data(tmp_path / "data")
     four_bits: dict[str, Any] = {"decoder": "w4a16-awq", "group_size": 32}
     both = quantize(original, tmp_path / "both", Recipe(**four_bits, vision="int8", vision_int8=ALL_INT8), data=data)
     quantize(original, tmp_path / "alone", Recipe(**four_bits), data=data)
+    tower = quantize(original, tmp_path / "tower", data=data).vision
     read, alone = Checkpoint(tmp_path / "both"), Checkpoint(tmp_path / "alone")
     assert both.vision is not None
+    assert tower is not None
+    # Of the calibration set's embeddings here, of a run of the tower alone there.
+    np.testing.assert_allclose(
+        [both.vision.cosine, both.vision.lowest_cosine], [tower.cosine, tower.lowest_cosine], 1e-6
+    )
     assert Counter(scheme.bits for scheme in read.schemes.values()) == {8: 10, 4: 14}
     config = json.loads((tmp_path / "both" / "config.json").read_text())
     assert config["quantization_config"]["format"] == "mixed-precision"
