@@ -97,26 +97,39 @@ def test_a_peer_without_environment_or_model_is_left_out(tmp_path: Path) -> None
     assert cpu_peers.lacking(label, tmp_path, tmp_path) == ""
 
 
+# How many bytes an instruction writes to the stack, by its mnemonic or the register that it reads.
+STORES = {"movb": 1, "movw": 2, "movl": 4, "movq": 8, "%xmm": 16, "%ymm": 32, "%zmm": 64}
+CONFIGURATION = """
+#include <immintrin.h>
+#include <string.h>
+struct config { unsigned char palette, start, reserved[14]; unsigned short bytes[16]; unsigned char rows[16]; };
+void load(void) {
+  struct config config;
+  memset(&config, 0, sizeof config);
+  config.palette = 1;
+  for (int i = 0; i < 8; i++) { config.rows[i] = 16; config.bytes[i] = 64; }
+  _tile_loadconfig(&config);
+}
+"""
+
+
 def test_the_tile_configuration_is_written_whole_before_it_is_read(tmp_path: Path) -> None:
-    """What `amx_tile_config.h` is for: without it, GCC 12.2 drops stores to the last 56 of 64 bytes."""
+    """What `amx_tile_config.h` is for: without it, GCC 12.2 stores 33 of these 64 bytes."""
     source = tmp_path / "config.c"
-    source.write_text(
-        "#include <immintrin.h>\n#include <string.h>\n"
-        "void load(void) { unsigned char config[64]; memset(config, 7, sizeof config); _tile_loadconfig(config); }\n"
-    )
-    command = ["gcc", "-O3", "-march=sapphirerapids", "-include", str(PEERS / "amx_tile_config.h"), "-c", str(source)]
+    source.write_text(CONFIGURATION)
+    header = str(PEERS / "amx_tile_config.h")
+    command = ["gcc", "-O3", "-march=sapphirerapids", "-include", header, "-S", str(source), "-o", "-"]
     try:
-        ran = subprocess.run([*command, "-o", str(tmp_path / "config.o")], capture_output=True, text=True, check=False)
+        ran = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         pytest.skip("no gcc")
     if ran.returncode and "march" in ran.stderr:
         pytest.skip("gcc does not compile for AMX")
     assert ran.returncode == 0, ran.stderr
-    assembly = subprocess.run([*command[:-2], "-S", str(source), "-o", "-"], capture_output=True, text=True, check=True)
-    stored = sum({"zmm": 64, "ymm": 32, "xmm": 16}[line.split("%")[1][:3]] for line in assembly.stdout.splitlines()
-                 if "vmov" in line and ", " in line and line.rstrip().endswith(")"))  # fmt: skip
-    assert stored == 64
-    assert "ldtilecfg" in assembly.stdout
+    before, _, _ = ran.stdout.partition("ldtilecfg")
+    assert "ldtilecfg" in ran.stdout
+    stores = [line for line in before.splitlines() if "mov" in line and line.rstrip().endswith("(%rsp)")]
+    assert sum(size for line in stores for word, size in STORES.items() if word in line) >= 64
 
 
 def test_bundles_of_other_names_are_not_made(tmp_path: Path) -> None:
