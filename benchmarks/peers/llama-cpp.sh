@@ -15,7 +15,7 @@ fi
 flags=""
 if grep -q amx_tile /proc/cpuinfo; then
     flags="-include $here/amx_tile_config.h"
-    echo "note: llama.cpp is built with AMX and amx_tile_config.h; without it, GCC before 12.4 builds a program that crashes"
+    echo "note: llama.cpp is built with AMX and amx_tile_config.h; without it, GCC 12.2 builds a program that crashes"
 fi
 # What the package's own CMakeLists.txt sets, and the server's page left out: it would be fetched from elsewhere.
 "$env/bin/cmake" -S "$env/sources/vendor/llama.cpp" -B "$env/build" -G Ninja -DCMAKE_MAKE_PROGRAM="$env/bin/ninja" \
