@@ -1,4 +1,7 @@
-"""The tables of docs/performance.md from what cpu_peers.py wrote: cpu_peers_table.py [NAME]..., default all.
+"""The tables of docs/performance.md from what cpu_peers.py wrote: cpu_peers_table.py NAME... | --docs
+
+NAME is a results file without its suffix, such as cpu-peers-int4. `--docs` writes the tables into the page, between
+`<!-- cpu-peers: NAME -->` and `<!-- end -->`.
 
 A figure stands with half the range of its runs, in per cent, and with its ratio to the best peer of the same run in
 brackets: above 1 is ahead, in times and sizes, too. Quality is looked up by the form of a bundle in what
@@ -8,6 +11,7 @@ brackets: above 1 is ahead, in times and sizes, too. Quality is looked up by the
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +22,8 @@ from cpu_peers_quality import LAYOUTS, exact_match, quality_source, smollm_kl
 from record import RESULTS
 
 Facts = dict[str, Any]
+PAGE = RESULTS.parents[1] / "docs" / "performance.md"
+_REGION = re.compile(r"(<!-- cpu-peers: (cpu-peers-[\w-]+) -->).*?(<!-- end -->)", re.DOTALL)
 # What a question needs: later rows need a longer cache or several of them.
 _QUESTION = ("after prefill", "after decode", "after vision", "after first_token")
 
@@ -222,11 +228,21 @@ def document(name: str, report: Facts) -> str:
     """Everything about one run, in Markdown."""
     head, *body = summary(report)
     short = markdown([head, ["---"] * len(head), *body])
-    return f"{name} ({report['date']}): {limits_line(report)}\n\n{short}\n\n{table(report)}\n"
+    link = f"[{name}.json](../benchmarks/results/{name}.json)"
+    machine = f"{report['machine']['cpu']}, {report['threads']} threads; it {limits_line(report)}"
+    return f"Results: {link} of {report['date']}, commit {report['commit']}. {machine}.\n\n{short}\n\n{table(report)}\n"
+
+
+def with_tables(page: str) -> str:
+    """A page with the tables of the results that its comments name."""
+    return _REGION.sub(lambda found: f"{found[1]}\n\n{document(found[2], read(found[2]))}\n{found[3]}", page)
 
 
 def main() -> None:
-    for name in sys.argv[1:] or sorted(path.stem for path in RESULTS.glob("cpu-peers-*.json")):
+    if sys.argv[1:] == ["--docs"]:
+        PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+        return
+    for name in sys.argv[1:]:
         print(document(name, read(name)))
 
 

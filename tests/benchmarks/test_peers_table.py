@@ -141,3 +141,9 @@ def test_the_chart_holds_every_program_and_bars_that_compare(report: dict[str, A
     widths = [[float(bar.get("width", "")) for bar in panel] for panel in panels]
     decode = next(panel for panel in widths if panel[0] == pytest.approx(1.25 * panel[2], rel=0.01))
     assert decode[1] == pytest.approx(decode[2] * 50 / 80, rel=0.01)
+
+
+def test_the_page_holds_the_tables_of_its_results() -> None:
+    page = cpu_peers_table.PAGE.read_text(encoding="utf-8")
+    assert page.count("<!-- cpu-peers: ") >= 1
+    assert cpu_peers_table.with_tables(page) == page, "run benchmarks/cpu_peers_table.py --docs"
