@@ -42,7 +42,13 @@ ENVIRONMENTS = {
     "openvino-genai": (2.2, 3),
     "onnxruntime-genai": (1.4, 2),
 }
-MODELS = {"transformers": (1.3, 1), "llama-cpp": (3.6, 3), "openvino-genai": (2.5, 5), "onnxruntime-genai": (0.9, 3)}
+MODELS = {
+    "transformers": (1.3, 1),
+    "llama-cpp": (3.6, 3),
+    "openvino-genai": (1.5, 5),
+    "openvino-genai-int8": (1.3, 3),
+    "onnxruntime-genai": (0.9, 3),
+}
 BUNDLES = {"int4": (1.0, 8), "int4-prompts": (1.3, 8)}
 MEASURING_MINUTES = 22
 SPARE_GB = 2.0
@@ -65,8 +71,14 @@ class Step:
         return all(path.exists() for path in self.made)
 
 
-def steps(bench: Path, environments: list[str]) -> list[Step]:
-    """All steps in order. llama.cpp's converter runs in transformers' environment."""
+def model_name(label: str) -> str:
+    """What peers/cpu_models.sh calls the models of one of PEERS."""
+    environment, _, files = PEERS[label]
+    return "openvino-genai-int8" if "openvino-int8" in files else environment
+
+
+def steps(bench: Path, labels: list[str]) -> list[Step]:
+    """All steps for some peers, in order. llama.cpp's converter runs in transformers' environment."""
     peers, models, checkpoint, vision = (
         bench / "peers",
         bench / "models",
@@ -87,18 +99,17 @@ def steps(bench: Path, environments: list[str]) -> list[Step]:
         found.append(Step(f"bundle {name}", (bench / name,), command, gigabytes, minutes))
     export = ["internvl-edge", "export", str(checkpoint), "-o", str(vision.parent), "--dialect", "onnxruntime"]
     found.append(Step("bundle float", (vision,), export, 1.9, 1))
-    wanted = [*environments, *(["transformers"] if "llama-cpp" in environments else [])]
-    for name in sorted(set(wanted), key=list(ENVIRONMENTS).index):
+    environments = {PEERS[label][0] for label in labels}
+    environments |= {"transformers"} if "llama-cpp" in environments else set()
+    for name in (each for each in ENVIRONMENTS if each in environments):
         command = [str(HERE / "peers/make_env.sh"), name, str(peers / name)]
         found.append(Step(f"environment {name}", (peers / name / "versions.txt",), command, *ENVIRONMENTS[name], name))
-    for name in environments:
-        made = tuple(
-            models / file for _, (environment, _, files) in PEERS.items() if environment == name for file in files
-        )
+    for name in (each for each in MODELS if each in map(model_name, labels)):
+        of_name = [PEERS[label] for label in labels if model_name(label) == name]
+        made = tuple(models / file for _, _, files in of_name for file in files)
         command = [str(HERE / "peers/cpu_models.sh"), *map(str, (checkpoint, vision, peers, models)), name]
-        needs = tuple(
-            peers / each / "versions.txt" for each in {name, *(["transformers"] if name == "llama-cpp" else [])}
-        )
+        used = {of_name[0][0]} | ({"transformers"} if name == "llama-cpp" else set())
+        needs = tuple(peers / each / "versions.txt" for each in sorted(used))
         found.append(Step(f"models {name}", made, command, *MODELS[name], name, needs))
     return found
 
@@ -155,7 +166,7 @@ def say(line: str) -> None:
     print(f"bench-peers: {line}", file=sys.stderr, flush=True)
 
 
-def prepare(bench: Path, environments: list[str]) -> None:
+def prepare(bench: Path, labels: list[str]) -> None:
     """Make what is missing.
 
     Raises:
@@ -164,7 +175,7 @@ def prepare(bench: Path, environments: list[str]) -> None:
     bench.mkdir(parents=True, exist_ok=True)
     logs = bench / "logs"
     logs.mkdir(exist_ok=True)
-    announce(bench, todo := [step for step in steps(bench, environments) if not step.is_done])
+    announce(bench, todo := [step for step in steps(bench, labels) if not step.is_done])
     for step in todo:
         if not make(step, logs) and not step.peer:
             raise EdgeError(f"{step.name} could not be made, see {logs}; nothing can be compared without it")
@@ -184,9 +195,8 @@ def main(bench: Path, only: tuple[str, ...], name: str, rows: str, repeat: int, 
         "OMP_NUM_THREADS", None
     )  # `make` sets it for tests; here every program says how many threads it takes
     chosen = [label for label in PEERS if any(fnmatch(label, pattern) for pattern in only)]
-    used = {PEERS[label][0] for label in chosen}
     try:
-        prepare(bench, [environment for environment in ENVIRONMENTS if environment in used])
+        prepare(bench, chosen)
     except EdgeError as error:
         raise click.UsageError(str(error)) from None
     if only_prepare:

@@ -1,17 +1,15 @@
 #!/usr/bin/env bash
-# Make the peers' files of one random checkpoint: cpu_models.sh CHECKPOINT FLOAT_VISION.onnx PEERS OUT [NAME]...
+# Make the peers' files of one random checkpoint: cpu_models.sh CHECKPOINT FLOAT_VISION.onnx PEERS OUT NAME...
 #
 # CHECKPOINT is random_checkpoint.py's 1B, FLOAT_VISION.onnx the tower of its export, PEERS holds the environments that
-# make_env.sh made. NAME is one of them (transformers, llama-cpp, openvino-genai, onnxruntime-genai); without any, all.
+# make_env.sh made. NAME is one of transformers, llama-cpp, openvino-genai, openvino-genai-int8 and onnxruntime-genai.
 # What exists already is left as it is. About 6 GB.
 set -euo pipefail
-if [ $# -lt 4 ]; then
+if [ $# -lt 5 ]; then
     sed -n '2,6s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
 checkpoint=$1 vision=$2 peers=$3 out=$4
-names=("${@:5}")
-if [ ${#names[@]} -eq 0 ]; then names=(transformers llama-cpp openvino-genai onnxruntime-genai); fi
 here=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "$out"
 once() { # once RESULT COMMAND...: the result exists when the command has succeeded, and is RESULT.new until then
@@ -20,9 +18,9 @@ once() { # once RESULT COMMAND...: the result exists when the command has succee
     "${@:2}"
     if [ -e "$1.new" ]; then mv "$1.new" "$1"; fi
 }
-for name in "${names[@]}"; do
+for name in "${@:5}"; do
     if [ "$name" != llama-cpp ]; then
-        once "$out/text" "$peers/$name/bin/python" "$here/cpu_text_model.py" "$checkpoint" "$out/text.new"
+        once "$out/text" "$peers/${name%-int8}/bin/python" "$here/cpu_text_model.py" "$checkpoint" "$out/text.new"
     fi
     case $name in
     transformers) ;;
@@ -32,10 +30,13 @@ for name in "${names[@]}"; do
         once "$out/gguf/text-Q8_0.gguf" "$peers/llama-cpp/bin/python" "$here/cpu_gguf_quantize.py" \
             "$out/gguf/text-f16.gguf" "$out/gguf"
         ;;
-    openvino-genai)
+    openvino-genai | openvino-genai-int8)
         optimum=("$peers/openvino-genai/bin/optimum-cli" export openvino -m "$out/text" --task text-generation-with-past)
-        once "$out/openvino-int4" "${optimum[@]}" --weight-format int4 --sym --group-size 64 --ratio 1.0 "$out/openvino-int4.new"
-        once "$out/openvino-int8" "${optimum[@]}" --weight-format int8 "$out/openvino-int8.new"
+        if [ "$name" = openvino-genai ]; then
+            once "$out/openvino-int4" "${optimum[@]}" --weight-format int4 --sym --group-size 64 --ratio 1.0 "$out/openvino-int4.new"
+        else
+            once "$out/openvino-int8" "${optimum[@]}" --weight-format int8 "$out/openvino-int8.new"
+        fi
         once "$out/openvino-vision" "$peers/openvino-genai/bin/python" "$here/cpu_openvino_tower.py" \
             "$vision" "$out/openvino-vision.new"
         ;;

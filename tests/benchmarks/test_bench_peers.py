@@ -36,7 +36,7 @@ def test_a_peer_that_cannot_be_made_costs_one_line(
         Step("environment good", (good,), shell(f"echo note: built without it; touch {good}"), 0.1, 1, "good"),
         Step("models good", (last,), shell(f"touch {last}"), 0.1, 1, "good", (good,)),
     ]
-    monkeypatch.setattr(bench_peers, "steps", lambda bench, environments: plan)
+    monkeypatch.setattr(bench_peers, "steps", lambda bench, labels: plan)
     bench_peers.prepare(tmp_path, [])
     lines = capsys.readouterr().err.splitlines()
     assert last.exists()
@@ -56,7 +56,7 @@ def test_a_peer_that_cannot_be_made_costs_one_line(
 
 def test_nothing_is_compared_without_our_own_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = [Step("bundle int4", (tmp_path / "int4",), shell("true"), 0.1, 1)]
-    monkeypatch.setattr(bench_peers, "steps", lambda bench, environments: plan)
+    monkeypatch.setattr(bench_peers, "steps", lambda bench, labels: plan)
     with pytest.raises(EdgeError, match="bundle int4 could not be made"):
         bench_peers.prepare(tmp_path, [])
 
@@ -65,18 +65,18 @@ def test_too_little_room_is_said_before_anything_begins(tmp_path: Path, monkeypa
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 0, 10**9))
     plan = [Step("checkpoint", (tmp_path / "made",), shell(f"touch {tmp_path}/made"), 5.0, 1)]
-    monkeypatch.setattr(bench_peers, "steps", lambda bench, environments: plan)
+    monkeypatch.setattr(bench_peers, "steps", lambda bench, labels: plan)
     with pytest.raises(EdgeError, match=r"has 1\.0 GB free, expected 7\.0 GB"):
         bench_peers.prepare(tmp_path, [])
     assert not (tmp_path / "made").exists()
 
 
 def test_the_steps_cover_what_the_peers_need(tmp_path: Path) -> None:
-    found = bench_peers.steps(tmp_path, ["llama-cpp"])
+    found = bench_peers.steps(tmp_path, ["llama.cpp Q4_0, mmproj q8_0"])
     assert [step.name for step in found if step.peer] == [
         "environment transformers", "environment llama-cpp", "models llama-cpp",
     ]  # fmt: skip
-    everything = bench_peers.steps(tmp_path, list(bench_peers.ENVIRONMENTS))
+    everything = bench_peers.steps(tmp_path, list(cpu_peers.PEERS))
     made = {path for step in everything for path in step.made}
     for environment, _, files in cpu_peers.PEERS.values():
         assert {tmp_path / "models" / name for name in files} <= made
