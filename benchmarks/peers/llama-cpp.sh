@@ -22,8 +22,9 @@ fi
     -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DCMAKE_INSTALL_RPATH='$ORIGIN' -DCMAKE_BUILD_WITH_INSTALL_RPATH=ON \
     -DCMAKE_C_FLAGS="$flags" -DCMAKE_CXX_FLAGS="$flags" -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_USE_PREBUILT_UI=OFF \
     -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF > "$env/cmake.log"
-"$env/bin/cmake" --build "$env/build" --target llama mtmd llama-server --parallel "$(nproc)" > "$env/build.log"
+"$env/bin/cmake" --build "$env/build" --target llama mtmd --parallel "$(nproc)" > "$env/build.log"
 CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" "$env/bin/pip" install --quiet --no-compile "$env/sources"
 package=$("$env/bin/python" -c 'import importlib.util as u; print(u.find_spec("llama_cpp").submodule_search_locations[0])')
 mkdir -p "$package/lib"
 cp -P "$env"/build/bin/*.so* "$package/lib/"
+"$env/bin/cmake" --build "$env/build" --target llama-server --parallel "$(nproc)" >> "$env/build.log"
