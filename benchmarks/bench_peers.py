@@ -22,7 +22,7 @@ from pathlib import Path
 import click
 from cpu_peers import PEERS, ROWS
 from cpu_peers_chart import chart
-from cpu_peers_table import document, limits_line, plain, read, summary
+from cpu_peers_table import document, read, terminal
 
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.machine import multiplies_int8_tiles
@@ -212,7 +212,7 @@ def main(bench: Path, only: tuple[str, ...], name: str, rows: str, repeat: int, 
     report = read(results)
     (bench / f"{results}.md").write_text(document(results, report), encoding="utf-8")
     (bench / f"{results}.svg").write_text(chart(report), encoding="utf-8")
-    print(f"{limits_line(report)}\n\n{plain(summary(report))}\n\n{bench / results}.md, {bench / results}.svg")
+    print(f"{terminal(report)}\n{bench / results}.md, {bench / results}.svg")
 
 
 if __name__ == "__main__":

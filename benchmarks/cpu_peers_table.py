@@ -211,8 +211,16 @@ def markdown(lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def plain(lines: list[list[str]]) -> str:
-    """The same for a terminal: columns of equal width."""
+def terminal(report: Facts) -> str:
+    """The summary for a terminal: columns of equal width, our programs by number."""
+    (*first, last), *body = summary(report)
+    ours = first[3:]
+    numbers = [f"[{number}]" for number in range(1, len(ours) + 1)]
+    legend = [f"{number} {label}" for number, label in zip(numbers, ours, strict=True)]
+    return "\n".join([f"It {limits_line(report)}.", *legend, _aligned([[*first[:3], *numbers, last], *body])])
+
+
+def _aligned(lines: list[list[str]]) -> str:
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines

@@ -93,6 +93,15 @@ def test_the_summary_compares_with_peers_alone(report: dict[str, Any]) -> None:
     assert "decode at 8000, tokens/s" not in found
 
 
+def test_a_terminal_gets_columns_of_equal_width(report: dict[str, Any]) -> None:
+    first, legend, *lines = cpu_peers_table.terminal(report).splitlines()
+    assert first == "It reads 20.0 GB/s, multiplies 0.20 TFLOP/s in float32, multiplies 1.00 TOP/s in int8."
+    assert legend == "[1] ours"
+    column = lines[0].index("[1]")
+    assert all(line[column - 1] == " " and line[column] != " " for line in lines)
+    assert max(map(len, lines)) <= 120
+
+
 def test_a_run_without_peers_has_figures_and_no_ratios(report: dict[str, Any]) -> None:
     report["programs"] = {"ours": report["programs"]["ours"]}
     assert cells(cpu_peers_table.table(report), "ours")["tile, s"] == "2.00 ± 0%"
