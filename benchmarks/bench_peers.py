@@ -37,10 +37,10 @@ OURS = (
 INT4 = ("*Q4_0*", "*int4*", "transformers*")
 # GB on disk and minutes on two cores, as measured.
 ENVIRONMENTS = {
-    "transformers": (1.3, 2),
-    "llama-cpp": (0.9, 12),
-    "openvino-genai": (2.2, 3),
-    "onnxruntime-genai": (1.4, 2),
+    "transformers": (1.0, 2),
+    "llama-cpp": (0.5, 12),
+    "openvino-genai": (1.4, 3),
+    "onnxruntime-genai": (1.1, 2),
 }
 MODELS = {
     "transformers": (1.3, 1),
