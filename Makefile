@@ -7,10 +7,11 @@ BIN := $(VENV)/bin
 EXTRAS := cpu,export,openvino,parquet,quantize,report,rtx,serve,structured,video
 comma := ,
 JOBS ?= 2
+BENCH ?= work/bench-peers
 # ONNX Runtime and torch would each use all cores. One thread each lets JOBS tests run in parallel.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test slow fuzz gpu-acceptance lint format wheel lock clean help
+.PHONY: demo test slow fuzz gpu-acceptance bench-peers lint format wheel lock clean help
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -29,6 +30,9 @@ fuzz: $(VENV)/ready ## Give every reader mutants, a million in all (about 10 min
 
 gpu-acceptance: $(VENV)/ready ## Build engines on this NVIDIA GPU, compare and time them (within 8 minutes; ARGS="--stage cuda")
 	$(BIN)/python benchmarks/gpu_acceptance.py $(ARGS)
+
+bench-peers: $(VENV)/ready ## Compare with llama.cpp, OpenVINO GenAI and others on this CPU, from nothing (BENCH=DIR, ARGS="--prepare")
+	$(BIN)/python benchmarks/bench_peers.py $(BENCH) $(ARGS)
 
 lint: $(VENV)/ready ## Check style and types
 	$(BIN)/ruff check .

@@ -1,12 +1,16 @@
 """This project and its peers on one CPU: the same work, the same shapes, two threads each, in turn.
 
     python benchmarks/cpu_peers.py PEERS MODELS NAME [--ours LABEL=BUNDLE[,KEYWORD=VALUE]]... [--only PATTERN]...
-        [--rows prefill,decode,vision,first_token] [--repeat 3]          -> results/cpu-peers-NAME.json
+        [--rows prefill,decode,vision,first_token,long,rows] [--repeat 3]  -> results/cpu-peers-NAME.json
 
-PEERS holds the environments of `peers/make_env.sh`, MODELS what `peers/cpu_models.sh` made. Each program is a process
-that loads and then waits, stopped by a signal, for its turn: A B C A B C for every figure, so that a machine whose
-speed drifts is as slow for one as for another. The first round of each figure is not counted. Weights are random in the
-shapes of a 1B: speed, memory and size do not depend on them, quality is not looked at here.
+`make bench-peers` does everything that this needs (`bench_peers.py`). PEERS holds the environments of
+`peers/make_env.sh`, MODELS what `peers/cpu_models.sh` made; a peer that lacks one of them is left out. Each program is
+a process that loads and then waits, stopped by a signal, for its turn: A B C A B C for every figure, so that a machine
+whose speed drifts is as slow for one as for another. The first round of each figure is not counted. Weights are random
+in the shapes of a 1B: speed, memory and size do not depend on them, quality is not looked at here.
+
+The results also hold the limits of the machine, measured first (reading, products in float32 and in int8), and what
+the work needs at least: operations of a prompt and of a tile, and the bytes that a token of each of our bundles reads.
 
 A program that ends is left out from then on: its results say after what, and keep what was measured before. The results
 are written after every row, so that nothing is lost when this program is stopped.
@@ -26,9 +30,14 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 from record import write_results
 
+from internvl_edge.bundle import names
+from internvl_edge.bundle.manifest import Manifest
+from internvl_edge.planning.footprint import Footprint, Storage
 from internvl_edge.runtime import limits
+from internvl_edge.runtime.bench import bundle_footprint
 
 HERE = Path(__file__).parent / "peers"
 # What is timed, as `peers/cpu_worker.py` defines it: request and count.
@@ -37,8 +46,14 @@ ROWS = {
     "decode": [("decode", 300), ("decode", 2000)],
     "vision": [("vision", 1)],
     "first_token": [("first_token", 7)],
+    # After these two, memory is not that of a question any more.
+    "long": [("decode", 8000)],
+    "rows": [("rows", 4)],
 }
+# Rows of which one round takes minutes are repeated this often at most.
+MOST_REPEATS = {"first_token": 2}
 THREADS = 2
+_MATRIX = 2048
 DECODED = 32
 # label: environment, worker, files under MODELS (the first two are arguments, all count as its size on disk)
 PEERS = {
@@ -75,9 +90,11 @@ class Worker:
     files: list[Path]
     loads: list[float] = field(default_factory=list)
     can: list[str] = field(default_factory=list)
+    cannot: str = ""
     seconds: dict[str, list[float]] = field(default_factory=dict)
     memory: dict[str, dict[str, int]] = field(default_factory=dict)
     failed: str = ""
+    known: dict[str, Any] = field(default_factory=dict)
     process: Any = None
 
     def start(self) -> None:
@@ -94,7 +111,7 @@ class Worker:
             self._fail("loading", error)
             return
         self.loads.append(hello["load_s"])
-        self.can = hello["can"]
+        self.can, self.cannot = hello["can"], hello.get("cannot", "")
         self.process.send_signal(signal.SIGSTOP)
 
     def ask(self, do: str, count: int = 0) -> dict[str, Any] | None:
@@ -137,6 +154,8 @@ class Worker:
             "disk_bytes": sum(_size(path) for path in self.files if path.exists()),
             "memory": self.memory,
             "rows": {name: _row(name, seconds) for name, seconds in self.seconds.items()},
+            **({"cannot": self.cannot} if self.cannot else {}),
+            **self.known,
         }
 
 
@@ -149,7 +168,7 @@ def _row(name: str, seconds: list[float]) -> dict[str, Any]:
     """Median and spread in the figure's own unit."""
     do, count = name.split()
     middle, spread = limits.median_and_spread(seconds)
-    counted = {"prefill": int(count), "decode": DECODED}.get(do)
+    counted = {"prefill": int(count), "decode": DECODED, "rows": DECODED * int(count)}.get(do)
     value = {"tokens_per_s": counted / middle} if counted else {"s": middle / int(count) if do == "vision" else middle}
     return {**value, "spread": spread, "seconds": seconds}
 
@@ -163,7 +182,7 @@ def measure(workers: list[Worker], rows: list[str], repeat: int, keep: Callable[
         for do, count in ROWS[row]:
             able = [worker for worker in workers if not worker.failed and do in worker.can]
             turn(able, do, count)  # warms up
-            for _ in range(repeat):
+            for _ in range(min(repeat, MOST_REPEATS.get(row, repeat))):
                 for worker, seconds in turn(able, do, count):
                     worker.seconds.setdefault(f"{do} {count}", []).append(seconds)
         for worker in workers:
@@ -183,21 +202,94 @@ def turn(workers: list[Worker], do: str, count: int) -> list[tuple[Worker, float
 
 
 def machine_limits() -> dict[str, float]:
-    """What the machine can do at best."""
-    return {"read_bandwidth": limits.read_bandwidth(THREADS), "float32_matrix_rate": limits.matrix_rate()}
+    """What the machine can do at best: bytes/s, FLOP/s and int8 operations/s."""
+    return {
+        "read_bandwidth": limits.read_bandwidth(THREADS),
+        "float32_matrix_rate": limits.matrix_rate(),
+        "int8_matrix_rate": int8_matrix_rate(),
+    }
+
+
+def int8_matrix_rate() -> float:
+    """Operations/s of an int8 product with int32 sums, in the faster one of ONNX Runtime and torch (oneDNN)."""
+    import onnx
+    import onnxruntime
+    import torch
+    from onnx import TensorProto, helper
+
+    random = np.random.default_rng(0)
+    left = random.integers(0, 128, (_MATRIX, _MATRIX), np.uint8)
+    right = random.integers(-64, 64, (_MATRIX, _MATRIX), np.int8)
+    shape = [_MATRIX, _MATRIX]
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", ["left", "right"], ["product"])],
+        "product",
+        [helper.make_tensor_value_info("left", TensorProto.UINT8, shape)],
+        [helper.make_tensor_value_info("product", TensorProto.INT32, shape)],
+        [onnx.numpy_helper.from_array(right, "right")],
+    )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = THREADS
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    torch.set_num_threads(THREADS)
+    signed, other = torch.from_numpy(left.astype(np.int8)), torch.from_numpy(right)
+    seconds = [
+        limits.best_of(lambda: session.run(None, {"left": left})),
+        limits.best_of(lambda: torch._int_mm(signed, other)),
+    ]
+    return 2 * _MATRIX**3 / min(seconds)
+
+
+def operations(footprint: Footprint) -> dict[str, float]:
+    """Multiplications and additions of what is timed, by row; the same for every program."""
+    prompts = {f"prefill {count}": footprint.prefill_operations(count) for _, count in ROWS["prefill"]}
+    return prompts | {"vision 1": footprint.vision_operations(1)}
 
 
 def ours(text: str) -> Worker:
     """LABEL=BUNDLE[,KEYWORD=VALUE]."""
     label, _, rest = text.partition("=")
     bundle, *keywords = rest.split(",")
-    return Worker(label, [sys.executable, str(HERE / "cpu_ours.py"), bundle, *keywords], [Path(bundle)])
+    worker = Worker(label, [sys.executable, str(HERE / "cpu_ours.py"), bundle, *keywords], [Path(bundle)])
+    manifest = Manifest.read(Path(bundle))
+    footprint = bundle_footprint(manifest, "onnxruntime")
+    contexts = [count for row in ("decode", "long") for _, count in ROWS[row]]
+    worker.known = {
+        "bundle": Path(bundle).name,
+        "form": form(footprint.storage, manifest),
+        "operations": operations(footprint),
+        "token_bytes": {f"decode {count}": footprint.decode_bytes(count + DECODED // 2) for count in contexts},
+    }
+    return worker
+
+
+def form(storage: Storage, manifest: Manifest) -> dict[str, Any]:
+    """What a bundle multiplies with, in the words of a recipe; its quality is looked up by this."""
+    body, head = storage.body, storage.head
+    return {
+        "bits": body.bits if body else 16,
+        "group_size": body.group_size if body else None,
+        "symmetric": body.symmetric if body else None,
+        "lm_head": f"int{head.bits}" if head else "fp",
+        "vision": f"int{storage.vision.bits}" if storage.vision else "fp",
+        "int8_prompts": names.PROMPTS in manifest.files,
+    }
+
+
+def lacking(label: str, peers: Path, models: Path) -> str:
+    """Why a peer cannot be measured; "" where everything is there."""
+    environment, _, files = PEERS[label]
+    if not (peers / environment / "versions.txt").exists():
+        return f"no environment {environment}"
+    absent = [name for name in files if not (models / name).exists()]
+    return f"no model {', '.join(absent)}" if absent else ""
 
 
 def peer(label: str, peers: Path, models: Path) -> Worker:
     """One of PEERS."""
-    environment, script, names = PEERS[label]
-    files = [models / name for name in names]
+    environment, script, paths = PEERS[label]
+    files = [models / path for path in paths]
     command = [str(peers / environment / "bin" / "python"), str(HERE / script), *map(str, files[:2])]
     return Worker(label, command, files)
 
@@ -215,7 +307,11 @@ def main(
 ) -> None:
     """Measure and write the results."""
     chosen = [label for label in PEERS if any(fnmatch(label, pattern) for pattern in only)]
-    workers = [ours(text) for text in bundles] + [peer(label, peers, models) for label in chosen]
+    missing = {label: why for label in chosen if (why := lacking(label, peers, models))}
+    for label, why in missing.items():
+        print(f"{label} is left out: {why}", file=sys.stderr, flush=True)
+    workers = [ours(text) for text in bundles]
+    workers += [peer(label, peers, models) for label in chosen if label not in missing]
     versions = {
         environment: (peers / environment / "versions.txt").read_text(encoding="utf-8").splitlines()
         for environment in sorted({PEERS[w.label][0] for w in workers if w.label in PEERS})
@@ -224,7 +320,7 @@ def main(
 
     def keep() -> Path:
         results = {worker.label: worker.facts() for worker in workers}
-        figures = {"threads": THREADS, **limit, "programs": results, "peer_versions": versions}
+        figures = {"threads": THREADS, **limit, "programs": results, "missing": missing, "peer_versions": versions}
         return write_results(f"cpu-peers-{name}", figures)
 
     try:

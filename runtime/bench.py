@@ -118,7 +118,7 @@ def bench(
     # Measured last, so that its arrays do not count in the peak RSS of the model.
     with progress.phase("measuring the limits of this machine"):
         bandwidth, matrix_rate = limits.read_bandwidth(used), limits.matrix_rate()
-    footprint = _footprint(manifest, dialect)
+    footprint = bundle_footprint(manifest, dialect)
     return BenchResult(
         bundle=folder.name,
         device=device,
@@ -136,7 +136,7 @@ def bench(
     )
 
 
-def _footprint(manifest: Manifest, dialect: str) -> Footprint:
+def bundle_footprint(manifest: Manifest, dialect: str) -> Footprint:
     """Return the footprint of what this engine reads. A float KV cache has the type that the graphs compute in."""
     storage = bundle_storage(manifest, dialect)
     cache_bytes = storage.cache_bytes if manifest.kv_cache else storage.vector_bytes

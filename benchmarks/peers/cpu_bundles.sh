@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Make this project's bundles of one random checkpoint for cpu_peers.py: cpu_bundles.sh CHECKPOINT OUT
+# Make this project's bundles of one random checkpoint for cpu_peers.py: cpu_bundles.sh CHECKPOINT OUT [NAME]...
 #
-# Rounded to the nearest, the tower's ranges from two samples: neither speed nor size depends on values. What exists
-# already is left as it is. About 6 GB.
+# Rounded to the nearest, the tower's ranges from two samples: neither speed nor size depends on values. NAME is one of
+# int4, int4-prompts, int4-float-tower and int8; without any, all. What exists already is left as it is. About 6 GB.
 set -euo pipefail
-if [ $# -ne 2 ]; then
+if [ $# -lt 2 ]; then
     sed -n '2,5s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
 checkpoint=$1 out=$2
+names=" ${*:3} "
 mkdir -p "$out"
 int4=(--scheme w4a16-rtn --symmetric --group-size 128)
 tower=(--vision int8 --samples 2 --calibrator minmax --no-smooth --vision-cosine 0)
@@ -20,6 +21,7 @@ bundle() { # bundle NAME EXPORT_OPTIONS -- QUANTIZE_OPTIONS
         shift
     done
     shift
+    if [ "$names" != "  " ] && [[ "$names" != *" $name "* ]]; then return; fi
     if [ -e "$out/$name" ]; then return; fi
     internvl-edge quantize "$checkpoint" -o "$out/$name-checkpoint" "$@"
     internvl-edge export "$out/$name-checkpoint" -o "$out/$name" --dialect onnxruntime "${export[@]}"

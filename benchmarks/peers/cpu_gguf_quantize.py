@@ -16,9 +16,11 @@ def main() -> None:
     for name, kind in KINDS.items():
         parameters = llama_cpp.llama_model_quantize_default_params()
         parameters.ftype = kind
-        target = str(out / f"text-{name}.gguf").encode()
-        if llama_cpp.llama_model_quantize(str(source).encode(), target, ctypes.byref(parameters)):
-            sys.exit(f"llama.cpp did not write {target.decode()}")
+        target = out / f"text-{name}.gguf"
+        part = target.with_suffix(".part")
+        if llama_cpp.llama_model_quantize(str(source).encode(), str(part).encode(), ctypes.byref(parameters)):
+            sys.exit(f"llama.cpp did not write {target}")
+        part.replace(target)
 
 
 if __name__ == "__main__":

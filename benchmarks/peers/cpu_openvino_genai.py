@@ -25,6 +25,14 @@ def tower() -> Any:
     return core.compile_model(core.read_model(sys.argv[2]), "CPU", PROPERTIES)
 
 
+@cache
+def requests() -> Any:
+    """OpenVINO GenAI's pipeline for several requests at once, with its paged attention."""
+    scheduler = openvino_genai.SchedulerConfig()
+    scheduler.cache_size, scheduler.max_num_batched_tokens = 1, 4096
+    return openvino_genai.ContinuousBatchingPipeline(sys.argv[1], scheduler, "CPU", PROPERTIES)
+
+
 def load() -> dict[str, Action]:
     pipeline = openvino_genai.LLMPipeline(sys.argv[1], "CPU", ATTENTION_BACKEND="SDPA", **PROPERTIES)
     pixels = np.random.default_rng(0).integers(0, 256, (1, TILE, TILE, 3), np.uint8)
@@ -39,6 +47,20 @@ def load() -> dict[str, Action]:
     def decode(context: int) -> float:
         return float(answered(context, STEPS + 1).get_tpot().mean) / 1e3 * STEPS
 
+    def several(count: int) -> float:
+        """Prompts in one step of the pipeline for several requests, then its further steps, one token of each."""
+        batched = requests()
+        config = openvino_genai.GenerationConfig(max_new_tokens=STEPS + 1, ignore_eos=True, do_sample=False)
+        prompt = ov.Tensor(np.full((1, TEXT), TOKEN, np.int64))
+        handles = [batched.add_request(number, prompt, config) for number in range(count)]
+        batched.step()
+        if [len(handle.read()) for handle in handles] != [1] * count:
+            raise RuntimeError("one step did not read all prompts")
+        seconds = timed(lambda: [batched.step() for _ in range(STEPS)])
+        if batched.has_non_finished_requests():
+            raise RuntimeError("a step did not append a token to each request")
+        return seconds
+
     def vision(count: int) -> float:
         tower()
         return timed(lambda: [tower()({"pixels": pixels}) for _ in range(count)])
@@ -46,7 +68,7 @@ def load() -> dict[str, Action]:
     def first_token(count: int) -> float:
         return vision(count) + prefill(count * TILE_TOKENS + TEXT)
 
-    actions = {"prefill": prefill, "decode": decode}
+    actions = {"prefill": prefill, "decode": decode, "rows": several}
     return actions | ({"vision": vision, "first_token": first_token} if len(sys.argv) > 2 else {})
 
 

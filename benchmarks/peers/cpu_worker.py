@@ -4,7 +4,9 @@ A worker says what it can do and how long loading took, then waits. `{"do": "pre
 `{"seconds": 0.4}`. It lives in its peer's own environment, so only the standard library and numpy are used here.
 
     prefill N        an empty cache, N prompt tokens, the logits after the last
-    decode C         STEPS further tokens one by one, C are in the cache already (not timed)
+    decode C         STEPS further tokens one by one, C are in the cache already (not timed); the same again with the
+                     same C goes back to them where the program can, so that a long prompt is computed once
+    rows N           STEPS further tokens of N sequences together, TEXT tokens of each are in the cache already
     vision N         N tiles of 448 x 448 pixels -> image tokens
     first_token N    N tiles, then their tokens and 300 of text as one prompt, up to the logits
     memory           peak so far: {"resident": bytes, "anonymous": bytes} instead of seconds
@@ -24,6 +26,9 @@ from typing import Any
 THREADS = 2
 STEPS = 32
 TEXT = 300
+# Tokens that the cache has room for; what is longer gets a cache of its own, so that all other figures are of this one.
+CONTEXT = 4096
+LONG_CONTEXT = 8192
 TILE_TOKENS = 256
 TILE = 448
 # A token of every vocabulary here.
@@ -32,15 +37,24 @@ TOKEN = 100
 Action = Callable[[int], float]
 
 
-def serve(load: Callable[[], dict[str, Action]]) -> None:
-    """Load, then answer requests until standard input ends; `load` imports nothing large itself."""
+def context_for(tokens: int) -> int:
+    """The smaller of the two caches that has room for so many tokens and STEPS further ones, twice."""
+    return CONTEXT if tokens + 2 * STEPS <= CONTEXT else LONG_CONTEXT
+
+
+def serve(load: Callable[[], dict[str, Action]], cannot: str = "") -> None:
+    """Load, then answer requests until standard input ends; `load` imports nothing large itself.
+
+    `cannot` says why what is missing among the actions is missing.
+    """
     # Whatever a library prints goes to standard error; the protocol keeps a descriptor of its own.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     anonymous = _AnonymousPeak()
     started = time.perf_counter()
     actions = load()
-    print(json.dumps({"load_s": time.perf_counter() - started, "can": sorted(actions)}), file=answers)
+    hello = {"load_s": time.perf_counter() - started, "can": sorted(actions), "cannot": cannot}
+    print(json.dumps(hello), file=answers)
     for line in sys.stdin:
         request: dict[str, Any] = json.loads(line)
         if request["do"] == "memory":

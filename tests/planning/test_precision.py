@@ -31,7 +31,7 @@ from internvl_edge.planning.planner import predict
 from internvl_edge.planning.storage import bundle_storage, checkpoint_storage
 from internvl_edge.recipe.recipe import INT8, DecoderInt8, Recipe, VisionInt8
 from internvl_edge.runtime import limits
-from internvl_edge.runtime.bench import _footprint
+from internvl_edge.runtime.bench import bundle_footprint
 from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
 
 TOWER: dict[str, Any] = {"vision": "int8", "vision_int8": VisionInt8(cosine=0, keep=("projector.*",))}
@@ -163,7 +163,7 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize("kind", ["float32", "float16", "int8"])
 def test_bench_counts_the_cache_that_the_engine_holds(caches: dict[str, Path], kind: str) -> None:
     engine = OnnxRuntimeEngine(Bundle.open(caches[kind]), capacity=64)
-    footprint = _footprint(Manifest.read(caches[kind]), engine.dialect)
+    footprint = bundle_footprint(Manifest.read(caches[kind]), engine.dialect)
     assert footprint.cache_bytes(64) == sum(array.nbytes for array in engine._buffers.arrays.values())
 
 
@@ -171,7 +171,7 @@ def test_bench_counts_the_cache_that_the_engine_holds(caches: dict[str, Path], k
 def test_bench_counts_the_dialect_that_runs(caches: dict[str, Path], dialect: str) -> None:
     bundle = Bundle.open(caches["float32"])
     engine = OnnxRuntimeEngine(bundle, capacity=64, dialect=dialect)
-    assert _footprint(bundle.manifest, engine.dialect).storage.dialect == dialect
+    assert bundle_footprint(bundle.manifest, engine.dialect).storage.dialect == dialect
 
 
 @pytest.mark.parametrize(("kind", "width"), [("float32", 4), ("float16", 2), ("int8", 1)])
