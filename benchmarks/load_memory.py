@@ -1,11 +1,12 @@
 """Seconds to load a bundle and the memory that it takes: loaded, after a prompt, after a tile; and what was tried.
 
-    python benchmarks/load_memory.py LABEL=BUNDLE ... [--rounds 3] [--only FORM ...]
+    python benchmarks/load_memory.py NAME BUNDLE [--rounds 3] [--only FORM ...]
 
 Every figure is of a fresh process with two threads, ONNX Runtime alone, a context of 4096 tokens: it loads, reads a
-prompt of 1800 tokens, decodes 32, then encodes one tile twice. Times are medians of the rounds, which take turns. A form
-changes how ONNX Runtime is used, by its own options alone; "product" is what `InternVL.load` does. The limits are what
-llama.cpp took for the same model (results/cpu-peers-int4.json). Results: results/load-memory.json.
+prompt of 1800 tokens, decodes 32, then encodes one tile twice. Figures are medians of the rounds, in which the forms
+take turns. A form changes how ONNX Runtime is used, by its own options alone; "product" is what `InternVL.load` does.
+The limits are 0.5 s, and what llama.cpp took for the same model (results/cpu-peers-int4.json). Results:
+results/load-memory-NAME.json.
 """
 
 from __future__ import annotations
@@ -36,41 +37,10 @@ def product(engine: Any, folder: Path) -> None:
     """Change nothing."""
 
 
-def shrinkage(engine: Any, folder: Path) -> None:
-    """Give the arena's free memory back at the end of each call of more than one token."""
-    from internvl_edge.runtime.engines import onnxruntime as module
-
-    run, encode = module._Step.run, engine._encode
-
-    def options(ort: Any) -> Any:
-        made = ort.RunOptions()
-        made.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        return made
-
-    def shrinking(self: Any, first: int) -> None:
-        if self._arrays["inputs_embeds"].shape[1] == 1:
-            run(self, first)
-            return
-        ort, plain = self._engine._ort, self._engine._ort.RunOptions
-        ort.RunOptions = lambda: _with(plain())
-        try:
-            run(self, first)
-        finally:
-            ort.RunOptions = plain
-
-    def _with(made: Any) -> Any:
-        made.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        return made
-
-    def encoding(self: Any, pixels: Any) -> Any:
-        plain = self._ort.RunOptions
-        self._ort.RunOptions = lambda: _with(plain())
-        try:
-            return encode(self, pixels)
-        finally:
-            self._ort.RunOptions = plain
-
-    module._Step.run, engine._encode = shrinking, encoding  # type: ignore[method-assign]
+def no_shrinkage(engine: Any, folder: Path) -> None:
+    """Keep the arena's free memory, as before."""
+    plain = engine._interruptible
+    engine._interruptible = lambda self, shrink: plain(self, shrink=False)
 
 
 def with_entries(**entries: str) -> Callable[[Any, Path], None]:
@@ -109,8 +79,7 @@ def unpacked_tower(engine: Any, folder: Path) -> None:
             options.add_session_config_entry(key, value)
         if not path.exists():
             options.optimized_model_filepath = str(path)
-            ort.InferenceSession(str(opened.path(name)), options, providers=["CPUExecutionProvider"])
-            return None
+            return ort.InferenceSession(str(opened.path(name)), options, providers=["CPUExecutionProvider"])
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_prepacking", "1")
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -120,7 +89,6 @@ def unpacked_tower(engine: Any, folder: Path) -> None:
 
 def saved_packed(engine: Any, folder: Path) -> None:
     """Load every graph from a saved optimized graph with its packed weights in one mapped file."""
-    session = engine._session
 
     def load(self: Any, opened: Any, name: str, threads: Any, *more: Any) -> Any:
         ort, path = self._ort, folder / name
@@ -143,18 +111,19 @@ def saved_packed(engine: Any, folder: Path) -> None:
     def session_of(ort: Any, path: Path, options: Any) -> Any:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
-    assert session
     engine._session = load
 
 
 FORMS: dict[str, Callable[[Any, Path], None]] = {
     "product": product,
-    "arena shrinkage": shrinkage,
+    "arena keeps its memory": no_shrinkage,
     "one arena": one_arena,
     "initializers outside the arena": with_entries(session__use_device_allocator_for_initializers="1"),
     "tower without packing": unpacked_tower,
     "saved packed weights": saved_packed,
 }
+# Those that save files at their first start.
+SAVING = ("tower without packing", "saved packed weights")
 
 
 # ---- one process ----
@@ -173,9 +142,7 @@ def child(form: str, bundle: str, folder: Path) -> dict[str, Any]:
     engine, config = model.engine, model.config
     random = np.random.default_rng(0)
     rows = random.standard_normal((PROMPT, config.decoder.hidden_size)).astype(np.float32) * 0.05
-    for turn in ("first", "second"):
-        engine.cache.reset()
-        found[f"{turn}_prompt_cpu_s"] = cpu_of(lambda: engine.prefill(rows))
+    found["prompt_cpu_s"] = cpu_of(lambda: engine.prefill(rows))
     found["decode_cpu_s"] = cpu_of(lambda: [engine.decode(row) for row in rows[:TOKENS]])
     found["text"] = memory()
     size = config.vision.image_size
@@ -212,44 +179,41 @@ def middle(values: list[Any]) -> Any:
 
 
 @click.command()
-@click.argument("bundles", nargs=-1, required=True)
-@click.option("--rounds", default=3, help="Processes for each bundle and form.")
+@click.argument("name")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--rounds", default=3, help="Processes for each form.")
 @click.option("--only", multiple=True, type=click.Choice(list(FORMS)), help="Forms to measure.  [default: all]")
-@click.option("--name", default="load-memory", help="Name of the results file.")
 @click.option("--child", "as_child", nargs=2, type=str, hidden=True)
-def main(bundles: tuple[str, ...], rounds: int, only: tuple[str, ...], name: str, as_child: tuple[str, str]) -> None:
-    """Measure all forms of all bundles and write the results."""
+def main(name: str, bundle: Path, rounds: int, only: tuple[str, ...], as_child: tuple[str, str]) -> None:
+    """Measure the forms of one bundle and write the results."""
     if as_child:
-        print(json.dumps(child(as_child[0], bundles[0], Path(as_child[1]))))
+        print(json.dumps(child(as_child[0], str(bundle), Path(as_child[1]))))
         return
-    named = {label: Path(folder).resolve() for label, _, folder in (each.partition("=") for each in bundles)}
-    runs: dict[tuple[str, str], list[Any]] = {(label, form): [] for label in named for form in only or FORMS}
-    with tempfile.TemporaryDirectory() as work:
-        for turn in range(rounds + 1):  # the first one fills the page cache and makes what a form saves
-            for label, form in runs:
-                folder = Path(work, label, form.replace(" ", "-"))
-                prepare(folder, named[label])
-                command = [sys.executable, __file__, str(named[label]), "--child", form, str(folder)]
-                run = subprocess.run(command, capture_output=True, text=True, check=False)
-                if run.returncode:
-                    raise SystemExit(f"{label}, {form}: {run.stderr.strip().splitlines()[-1]}")
-                if turn:
-                    runs[label, form].append(json.loads(run.stdout.splitlines()[-1]))
-                    click.echo(f"{label}, {form}: {runs[label, form][-1]}")
-        saved = {key: saved_bytes(Path(work, key[0], key[1].replace(" ", "-"))) for key in runs}
-    found = {
-        label: {
-            "disk": sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
-            "forms": {
-                form: middle(values) | {"saved_bytes": saved[name, form]}
-                for (name, form), values in runs.items()
-                if name == label
-            },
-        }
-        for label, folder in named.items()
-    }
-    setting = {"threads": THREADS, "context": CONTEXT, "prompt": PROMPT, "tokens": TOKENS, "limits": LIMITS}
-    print(write_results(name, setting | {"rounds": rounds, "bundles": found}))
+    runs: dict[str, list[Any]] = {form: [] for form in only or FORMS}
+    with tempfile.TemporaryDirectory(dir=bundle.parent) as work:
+        folders = {form: Path(work, form.replace(" ", "-")) for form in runs}
+        for form, folder in folders.items():
+            prepare(folder, bundle)
+            if form in SAVING:
+                in_child(form, bundle, folder)
+        for _ in range(rounds):
+            for form, folder in folders.items():
+                runs[form].append(in_child(form, bundle, folder))
+                click.echo(f"{form}: {runs[form][-1]}")
+        found = {form: middle(values) | {"saved_bytes": saved_bytes(folders[form])} for form, values in runs.items()}
+    setting = {"threads": THREADS, "context": CONTEXT, "prompt": PROMPT, "tokens": TOKENS, "rounds": rounds}
+    disk = sum(path.stat().st_size for path in bundle.iterdir() if path.is_file())
+    print(write_results(f"load-memory-{name}", setting | {"limits": LIMITS, "disk": disk, "forms": found}))
+
+
+def in_child(form: str, bundle: Path, folder: Path) -> dict[str, Any]:
+    """Return the figures of one form, measured in a process of its own."""
+    command = [sys.executable, __file__, "-", str(bundle), "--child", form, str(folder)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise SystemExit(f"{form}: {run.stderr.strip().splitlines()[-1]}")
+    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    return found
 
 
 def prepare(folder: Path, bundle: Path) -> None:

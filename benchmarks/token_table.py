@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -74,10 +75,7 @@ def main() -> None:
     checkpoint, work = map(Path, sys.argv[1:3])
     work.mkdir(exist_ok=True)
     smollm = kept(work / "smollm.json", lambda: smollm_figures(checkpoint, work))
-    readers = {
-        name: kept(work / f"{name}.json", lambda source=folder, name=name: reader_figures(source, work / name))
-        for name, folder in READERS.items()
-    }
+    readers = {name: reader_figures(folder, work / name) for name, folder in READERS.items()}
     sizes = {name: round(count(*SIZE_1B)) for name, (_, count) in FORMS.items()}
     values = {"bytes_1B": sizes, "smollm": smollm, "questions": QUESTIONS, "readers": readers}
     print(write_results("token-table", values).read_text(encoding="utf-8"))
@@ -142,16 +140,20 @@ def reader_figures(source: Path, work: Path) -> dict[str, float]:
     table, found = whole_table(bundle), {}
 
     for form, (rounded, _) in FORMS.items():
-        rows = rounded(table)
-
-        def load(rows: Table = rows) -> InternVL:
-            with patch.object(Bundle, "embeddings", lambda self: rows):
-                return InternVL.load(bundle, device="cpu", engine="onnxruntime")
-
-        suite, settings = read_suite("reader", QUESTIONS), QuestionSettings("reader", max_new_tokens=ANSWER_TOKENS)
-        found[form] = round(run_suite(load, suite, settings).total["exact_match"].bundle.value, 4)
+        found[form] = kept(work / f"{form.partition(',')[0]}.json", partial(exact_match, bundle, rounded(table)))
         print(work.name, form, found[form], flush=True)
     return found
+
+
+def exact_match(bundle: Path, table: Table) -> float:
+    """The share of the suite's questions that a bundle answers exactly with this token table."""
+
+    def load() -> InternVL:
+        with patch.object(Bundle, "embeddings", lambda self: table):
+            return InternVL.load(bundle, device="cpu", engine="onnxruntime")
+
+    suite, settings = read_suite("reader", QUESTIONS), QuestionSettings("reader", max_new_tokens=ANSWER_TOKENS)
+    return round(run_suite(load, suite, settings).total["exact_match"].bundle.value, 4)
 
 
 if __name__ == "__main__":
