@@ -26,7 +26,7 @@ from internvl_edge.bundle import names
 from internvl_edge.bundle.bundle import sha256
 from internvl_edge.bundle.contents import bundle_files
 from internvl_edge.bundle.manifest import FileEntry, Manifest, SpecialTokens
-from internvl_edge.bundle.token_table import TYPES, int8_table, table_bytes
+from internvl_edge.bundle.token_table import TYPES, int8_table, table_bytes, table_type
 from internvl_edge.checkpoint.chat_template import check_chat_template
 from internvl_edge.checkpoint.layouts import linear_names
 from internvl_edge.checkpoint.license import read_license
@@ -49,6 +49,7 @@ DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat1
 # device when they are built.
 ACTIVATIONS = ("float32", "float16")
 _EMBED_TOKENS = "decoder.embed_tokens.weight"
+_LAYERS = "decoder.layers."
 # Phases of the progress that an export shows.
 EXPORT_PHASES = 2
 
@@ -60,7 +61,7 @@ def export_bundle(
     activations: str = "float32",
     *,
     dialects: Sequence[str] = tuple(names.DECODERS),
-    token_table: str = "float",
+    token_table: str = "auto",
     int8_prompts: bool = False,
     force: bool = False,
     progress: bool | Progress = False,
@@ -73,7 +74,8 @@ def export_bundle(
         dtype: stored type of the weights: "float32", "float16" or "bfloat16".
         activations: type that the graphs compute in, "float32" or "float16"; float32 is right for CPUs.
         dialects: the decoders to write; quantized weights are stored once for each.
-        token_table: "float" (in `dtype`) or "int8" (one scale per token).
+        token_table: "float" (in `dtype`), "int8" (one scale per token), or "auto": int8 where the layers of the decoder
+            are quantized.
         int8_prompts: add a graph that computes long prompts in int8, for CPUs and decoders with 4-bit weights: faster,
             at the price of a second copy of the weights in 8 bits (see `prompts`).
         force: replace an existing bundle at `out`, if nothing else lies in it.
@@ -100,7 +102,8 @@ def export_bundle(
     with readable_disk_errors(target), new_folder(target, permit) as folder:
         types = Types(DTYPES[dtype], DTYPES[activations])
         packed = PackedWeights(source, types)
-        table = dtype if token_table == "float" else token_table
+        quantized = any(name.startswith(_LAYERS) for name in source.schemes)
+        table = dtype if table_type(token_table, quantized) == "float" else "int8"
         export = _Export(source, folder, types, packed, table, as_progress(progress))
         export.run(dtype, activations, dialects, int8_prompts)
     return target

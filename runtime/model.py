@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -67,6 +68,7 @@ class InternVL:
         opened: Bundle,
         engine: Engine,
         choice: DeviceChoice | None = None,
+        tokenizer: Tokenizer | None = None,
         *,
         most_waiting: int = MOST_WAITING,
         prompts_first: bool = False,
@@ -74,13 +76,12 @@ class InternVL:
         manifest = opened.manifest
         self.config = manifest.model
         self.choice = choice
-        self._tokenizer = Tokenizer(opened.path(names.TOKENIZER))
+        self._tokenizer = tokenizer or Tokenizer(opened.path(names.TOKENIZER))
         self.requests = RequestBuilder(
             self.config, manifest.template, self._tokenizer, manifest.tokens.image, capacity=engine.cache.capacity
         )
         self._stop_ids = manifest.tokens.stop
-        vocab_size = self.config.decoder.vocab_size
-        self._grammars = Grammars(opened.path(names.TOKENIZER), vocab_size, self._stop_ids)
+        self._grammars = Grammars(opened.path(names.TOKENIZER), self.config.decoder.vocab_size, self._stop_ids)
         self._table = opened.embeddings()
         self._images = ImageCache(engine)
         self._engine = engine
@@ -122,15 +123,13 @@ class InternVL:
             rows: the most answers that are computed together, each with a KV cache of `context` tokens. On a CPU, the
                 unused part of a cache takes no memory, and a model with several rows decodes at least two at a time,
                 so that an answer does not depend on what else is asked; this makes a lone answer slower
-                (docs/performance.md). For TensorRT the most is what the engines were built for (`build --rows`), and
-                CUDA has one row.
+                (docs/performance.md). TensorRT has at most those of `build --rows`, and CUDA has one row.
             threads: CPU threads; the default is all available cores.
             exact: compute in the types of the bundle, as ONNX Runtime does. Without it, OpenVINO rounds a bundle that
                 computes in float16 to bfloat16 where the CPU is faster with it.
             most_waiting: answers that may wait for a row; a further one is refused with a BusyError.
             prompts_first: with several rows, read images and prompts of waiting questions before answers under way go
-                on. This gives the most answers in an hour, but those under way stand still meanwhile. The answers are
-                the same.
+                on. This gives the most answers in an hour; those under way wait meanwhile. The answers are the same.
             revision: branch, tag or commit of a hub id; the default is its main branch.
             progress: show on standard error how TensorRT warms up, which compiles kernels in the first start.
 
@@ -153,10 +152,13 @@ class InternVL:
             device = choice.device
         if warning := quality_warning(opened.folder, opened.manifest):
             warnings.warn(warning, QualityWarning, stacklevel=2)
-        loaded = load_engine(
-            opened, device, engine, dialect, context, rows, threads=threads, exact=exact, progress=as_progress(progress)
-        )
-        return cls(opened, loaded, choice, most_waiting=most_waiting, prompts_first=prompts_first)
+        with ThreadPoolExecutor(1) as pool:  # the engines' libraries let other threads of Python run while they load
+            reading = pool.submit(Tokenizer, opened.path(names.TOKENIZER))
+            show = as_progress(progress)
+            loaded = load_engine(
+                opened, device, engine, dialect, context, rows, threads=threads, exact=exact, progress=show
+            )
+        return cls(opened, loaded, choice, reading.result(), most_waiting=most_waiting, prompts_first=prompts_first)
 
     def chat(self, question: Text, images: Images = (), **options: Unpack[ChatOptions]) -> Reply:
         """Answer a question.

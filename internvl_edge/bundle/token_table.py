@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-TYPES = ("float", "int8")
+TYPES = ("auto", "float", "int8")
 _STORED = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "int8": np.int8}
 
 
@@ -40,6 +40,15 @@ class TokenTable:
         if rows.dtype == np.uint16:  # bfloat16 is the upper half of float32
             return (rows.astype(np.uint32) << 16).view(np.float32)
         return rows.astype(np.float32)
+
+
+def table_type(wanted: str, quantized: bool) -> str:
+    """Return "float" or "int8" for one of `TYPES`: "auto" is int8 where the layers of the decoder are quantized.
+
+    What int8 rows lose is far below what the layers lose (docs/quality.md), and a float table would be the largest file
+    of an int4 decoder.
+    """
+    return wanted if wanted != "auto" else "int8" if quantized else "float"
 
 
 def int8_table(blocks: Iterable[NDArray[Any]], shape: tuple[int, int]) -> Iterator[NDArray[Any]]:

@@ -47,9 +47,10 @@ from .output import hint, print_json, quiet_option, shown_progress, tower_text
 @click.option(
     "--token-table",
     type=click.Choice(TYPES),
-    default="float",
+    default="auto",
     show_default=True,
-    help="Type of the token table. float is --dtype; int8 takes half the space of float16, with one scale per token.",
+    help="Type of the token table. float is --dtype; int8 takes half the space of float16, with one scale per token; "
+    "auto is int8 where the layers of the decoder are quantized.",
 )
 @click.option(
     "--int8-prompts",

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from internvl_edge.bundle.token_table import table_bytes
+from internvl_edge.bundle.token_table import table_bytes, table_type
 from internvl_edge.checkpoint.layouts import tensor_shapes
 from internvl_edge.model.config import ModelConfig
 from internvl_edge.model.linear import INT8, Scheme
@@ -33,7 +33,7 @@ class Storage:
         vision: scheme of the linears of the vision tower and projector, None for floats.
         cache_bytes: bytes of a value in the KV cache.
         floats: canonical names of linears that stay floats although their part has a scheme.
-        table: type of the token table: "float" (`dtype_bytes`) or "int8".
+        table: type of the token table: "float" (`dtype_bytes`), "int8" or "auto", which is what `export` makes.
         dialect: dialect of the decoder: "onnxruntime" stores zero points, "standard" stores their exact correction.
         some_int8: whether some linears in the decoder's layers have int8 weights and floating-point inputs, although
             `body` is another scheme.
@@ -46,9 +46,14 @@ class Storage:
     vision: Scheme | None = None
     cache_bytes: int = 2
     floats: tuple[str, ...] = ()
-    table: str = "float"
+    table: str = "auto"
     dialect: str = "standard"
     some_int8: bool = False
+
+    @property
+    def quantizes_layers(self) -> bool:
+        """Whether linears in the decoder's layers are quantized."""
+        return self.body is not None or self.some_int8
 
     @property
     def has_int8_body(self) -> bool:
@@ -206,7 +211,7 @@ class Footprint:
 
     def _tensor_bytes(self, name: str, shape: tuple[int, ...]) -> int:
         part, storage = _part(name), self.storage
-        if part == "embeddings" and storage.table == "int8":
+        if part == "embeddings" and table_type(storage.table, storage.quantizes_layers) == "int8":
             return table_bytes((shape[0], shape[1]), "int8")
         if len(shape) == 2:
             return storage.matrix_bytes(shape[1], shape[0], self._scheme(name))

@@ -214,7 +214,7 @@ class Automatic:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is quantized. The token table stays float.
+    """How a model is quantized. The token table of the checkpoint stays float (`export` rounds that of the bundle).
 
     Attributes:
         decoder: "w4a16-awq" (4 bits, scales and clipping from activations), "w4a16-rtn" (4 bits, rounding to nearest),

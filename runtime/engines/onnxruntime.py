@@ -14,6 +14,7 @@ where another row is longer, so there each row decodes in a step of its own.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -52,6 +53,9 @@ _WIDE_SUMS = ("session.x64quantprecision", "1")
 # This entry makes threads sleep between the long steps of vision and prefill. Decode keeps spinning threads, because
 # it would be 10 % slower without them.
 _SLEEPING = ("session.force_spinning_stop", "1")
+# This entry of a call gives the arena's free memory back at its end. After a tile or the step of a prompt, that is more
+# than a hundred MB, which the next one gets again in no measurable time. Single tokens keep the little that they use.
+_SHRINKING = ("memory.enable_memory_arena_shrinkage", "cpu:0")
 # Tokens per step of `score`: float32 logits of 8 x 151674 take 5 MB.
 _SCORE_CHUNK = 8
 # ONNX Runtime's GroupQueryAttention requires a head width that is a multiple of this.
@@ -104,8 +108,10 @@ class OnnxRuntimeEngine(Engine):
         self._run_options = self._ort.RunOptions()
         self._load_tower = partial(self._load_vision, opened, threads)
         self._loaded_tower: Any = None
-        self._text = self._session(opened, names.DECODERS[dialect], threads)
-        self._prompts = self._load_prompts(opened, threads) if dialect == "onnxruntime" else None
+        with ThreadPoolExecutor(1) as pool:  # a session packs its weights with one thread
+            prompts = pool.submit(self._load_prompts, opened, threads) if dialect == "onnxruntime" else None
+            self._text = self._session(opened, names.DECODERS[dialect], threads)
+        self._prompts = prompts.result() if prompts else None
         vision = model.vision
         scores = 4 * vision.num_attention_heads * (vision.grid_size**2 + 1) ** 2
         self.tiles_at_once = max(1, _SCORES_BYTES // scores)
@@ -201,14 +207,19 @@ class OnnxRuntimeEngine(Engine):
         return logits
 
     def _encode(self, pixels: NDArray[np.uint8]) -> NDArray[Any]:
-        with self._interruptible() as options:
+        with self._interruptible(shrink=True) as options:
             embeds: NDArray[Any] = self._tower.run(None, {"pixels": pixels}, options)[0]
         return embeds
 
     @contextmanager
-    def _interruptible(self) -> Iterator[Any]:
-        """Options of one call, which `interrupt` can end. An interrupted call is an EngineError."""
+    def _interruptible(self, shrink: bool) -> Iterator[Any]:
+        """Options of one call, which `interrupt` can end. An interrupted call is an EngineError.
+
+        With `shrink`, the call gives the free memory of the CPU's arena back at its end.
+        """
         options = self._run_options = self._ort.RunOptions()
+        if shrink and self._device == "cpu":
+            options.add_run_config_entry(*_SHRINKING)
         try:
             yield options
         except Exception:
@@ -319,6 +330,7 @@ class _Step:
         self._engine = engine
         self._session = session
         self._rows = rows
+        self._tokens = tokens
         self._arrays = {
             "inputs_embeds": np.zeros((rows, tokens, decoder.hidden_size), engine._dtype),
             "cos": np.zeros((rows, tokens, decoder.head_dim // 2), engine._dtype),
@@ -352,7 +364,7 @@ class _Step:
             self._first = first
         for name, array in self._arrays.items():
             self._binding.bind_cpu_input(name, array)
-        with self._engine._interruptible() as options:
+        with self._engine._interruptible(shrink=self._tokens > 1) as options:
             self._session.run_with_iobinding(self._binding, options)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Generator, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -68,20 +69,18 @@ class OpenVinoEngine(OnnxRuntimeEngine):
         self._core = _import_openvino().Core()
         self._exact = exact
         self._requests: list[Any] = []
-        self._pads = False
         super().__init__(opened, capacity=capacity, rows=rows, threads=threads)
         self.tiles_at_once = 1
-        if self._prompts is None and (name := self._prompt_graph(opened)) is not None:
-            compiled = self._compiled(opened, name, threads)
-            self._pads = name == names.PROMPTS
-            # Two requests take turns, because each one reads the cache that the other one returned.
-            self._requests = [compiled.create_infer_request() for _ in range(2)]
+        graph = None if self._prompts is not None else self._prompt_graph(opened)
+        self._pads = graph == names.PROMPTS
+        self._compile_prompts = partial(self._compiled, opened, graph, threads) if graph is not None else None
 
     def steps(self, length: int) -> list[int]:
         """Return the sizes of the steps of a prompt of `length` tokens. The int8 graph leaves the last token over."""
         if self._pads and length >= SHORTEST_PROMPT:
             return [*steps(length - 1, PREFILL_SIZES), 1]
-        return steps(length, PREFILL_SIZES) if self._requests and not self._pads else super().steps(length)
+        in_openvino = self._compile_prompts is not None and not self._pads
+        return steps(length, PREFILL_SIZES) if in_openvino else super().steps(length)
 
     def prefill_steps(self, embeds: NDArray[np.float32], row: int = 0) -> Generator[None, None, NDArray[np.float32]]:
         """Append a prompt [seq, hidden] to a row, in chunks (see `Engine`)."""
@@ -93,7 +92,7 @@ class OpenVinoEngine(OnnxRuntimeEngine):
         first = 0
         for turn, chunk in enumerate(chunks):
             inputs = self._inputs(chunk, start + first, total) | _past(cache)
-            results = self._requests[turn % 2].infer(inputs, share_inputs=True, share_outputs=True)
+            results = self._request(turn).infer(inputs, share_inputs=True, share_outputs=True)
             cache = {name: results[f"present.{name}"] for name in cache}
             first += len(chunk)  # only the last chunk can be padded, so the cache before it has no entries of padding
             yield
@@ -109,7 +108,18 @@ class OpenVinoEngine(OnnxRuntimeEngine):
         """Release the models, the sessions and the KV cache."""
         super().close()
         self._requests.clear()
-        del self._core
+        del self._core, self._compile_prompts
+
+    def _request(self, turn: int) -> Any:
+        """One of two requests for steps of prompts. They take turns, as each reads the cache that the other returned.
+
+        The first step compiles the graph, so that loading does not wait for it.
+        """
+        if not self._requests:
+            assert self._compile_prompts is not None
+            compiled = self._compile_prompts()
+            self._requests = [compiled.create_infer_request() for _ in range(2)]
+        return self._requests[turn % 2]
 
     def _encode(self, pixels: NDArray[np.uint8]) -> NDArray[Any]:
         embeds: NDArray[Any] = self._tower.infer({"pixels": pixels})["image_embeds"]
@@ -122,7 +132,7 @@ class OpenVinoEngine(OnnxRuntimeEngine):
 
     def _openvino_chunks(self, embeds: NDArray[np.float32], row: int, total: int) -> list[NDArray[np.float32]]:
         """The chunks [seq, hidden] of a prompt that OpenVINO computes; the prompt has `total` tokens in the end."""
-        if not self._requests:
+        if self._compile_prompts is None:
             return []
         chunks = self._chunks(embeds, row)
         if self._pads:

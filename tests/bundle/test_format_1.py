@@ -38,7 +38,7 @@ def test_a_bundle_of_floats(tmp_path: Path) -> None:
     assert (manifest.linears, manifest.quantization, manifest.is_quantized) == ({}, None, False)
     assert manifest.template == TEMPLATES["internvl2_5"]
     assert (manifest.dtype, manifest.token_table) == ("float16", "float16")
-    assert bundle_storage(manifest) == Storage(2, 4)
+    assert bundle_storage(manifest) == Storage(2, 4, table="float")
     assert {part.name: str(part.stored[0]) for part in manifest.components}["decoder"] == "float16"
 
 

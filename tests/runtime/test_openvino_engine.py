@@ -18,6 +18,7 @@ from helpers.tiny_quantized import write_quantized
 from internvl_edge import InternVL, export_bundle
 from internvl_edge.base import machine
 from internvl_edge.base.errors import EngineError
+from internvl_edge.bundle import names
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.model.linear import Scheme
 from internvl_edge.runtime.engines import choice, openvino
@@ -187,6 +188,27 @@ def test_a_float32_bundle_is_computed_in_float32(
     )
     engine._compiled(replace(opened, manifest=replace(opened.manifest, activations=activations)), "vision.onnx", 1)
     assert [properties["INFERENCE_PRECISION_HINT"] for properties in asked] == [hint]
+
+
+@needs_openvino
+def test_a_graph_is_compiled_once_when_it_is_first_needed(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, compiled = Bundle.open(bundle), []
+    made = openvino.OpenVinoEngine._compiled
+    monkeypatch.setattr(
+        openvino.OpenVinoEngine, "_compiled", lambda self, *what: compiled.append(what[1]) or made(self, *what)
+    )
+    engine, size = _engine(opened), opened.manifest.model.vision.image_size
+    assert engine.steps(130) == [128, 2]
+    engine.prefill(_embeds(bundle, 63))
+    engine.decode(_embeds(bundle, 1)[0])
+    assert compiled == []
+    for _ in range(2):
+        engine.cache.reset()
+        engine.prefill(_embeds(bundle, 200))
+    assert compiled == [names.DECODERS["onnxruntime"]]
+    for _ in range(2):
+        engine.encode(np.zeros((1, size, size, 3), np.uint8))
+    assert compiled == [names.DECODERS["onnxruntime"], names.VISION]
 
 
 @needs_openvino
