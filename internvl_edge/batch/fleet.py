@@ -105,7 +105,7 @@ def run_fleet(
             return _Run(job, items, output, fleet, progress).run()
 
 
-class _RayEnded(Exception):
+class _RayError(Exception):
     """Ray ended a pipeline, most likely because it had lost a node, a worker or an object."""
 
     def __init__(self, error: BaseException) -> None:
@@ -152,7 +152,7 @@ class _Run:
         while finished < len(self._items):
             try:
                 return self._attempt(ray, step, earlier, len(self._items) - finished)
-            except _RayEnded as ended:
+            except _RayError as ended:
                 before, finished = finished, len(self._finished_ids())
                 fruitless = 0 if finished > before else fruitless + 1
                 if fruitless >= len(_PAUSES):
@@ -170,7 +170,7 @@ class _Run:
 
         Raises:
             EdgeError: the cluster has no room left, or a worker failed.
-            _RayEnded: Ray ended the pipeline.
+            _RayError: Ray ended the pipeline.
         """
         failures: list[BaseException] = []
 
@@ -196,7 +196,7 @@ class _Run:
             if time.monotonic() - moved > _PATIENCE:
                 self._require_room(ray)
         if failures:
-            raise _RayEnded(failures[0]) if is_rays_own(failures[0]) else worker_failure(failures[0])
+            raise _RayError(failures[0]) if is_rays_own(failures[0]) else worker_failure(failures[0])
         return ""
 
     def _pipeline(self, ray: Any, left: int) -> None:
