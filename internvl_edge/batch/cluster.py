@@ -18,7 +18,8 @@ from internvl_edge.base.errors import EdgeError, EngineError
 from internvl_edge.base.extras import requires
 from internvl_edge.base.text import one_line, shown
 
-# CPUs that no worker takes: one for reading, cutting and writing blocks, one for the filter of finished ids.
+# CPUs that no worker takes at the start: one for reading, cutting and writing blocks, one for the filter of finished
+# ids. Ray Data itself leaves room for these when it adds workers later.
 SPARE_CPUS = 2
 # Seconds to wait for the head of a cluster to accept a connection.
 _CONNECT_S = 10.0
@@ -30,7 +31,7 @@ class Fleet:
 
     Attributes:
         address: of a Ray cluster ("192.0.2.7:6379"), or "auto" for the one that `ray start` began on this machine.
-        least, most: workers that are waited for at the start, and at most; None is as many as fit.
+        least, most: workers to begin with, which must fit, and at most; None is as many as fit, also later.
         cpus: of one worker, which is also its number of threads.
         gpus: of one worker.
     """

@@ -138,8 +138,10 @@ class _Run:
             return self._summary(earlier, "")
         write_items(self._items, self._folder / "items.parquet")
         with connected(self._fleet.address) as ray:
-            least, most = fitting_workers(_alive(ray), self._fleet)
-            self._progress.remark(f"{least} to {most} workers on {ray.get_runtime_context().gcs_address}")
+            least, room = fitting_workers(_alive(ray), self._fleet)
+            self._progress.remark(
+                f"{least} workers to begin with, and room for {room}, on {ray.get_runtime_context().gcs_address}"
+            )
             self._began = time.monotonic()
             with self._progress.phase("answering", len(self._items), "items") as step:
                 step(earlier)
