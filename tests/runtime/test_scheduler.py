@@ -222,7 +222,7 @@ def test_a_short_prompt_goes_ahead_between_the_tiles_of_a_long_one(monkeypatch: 
 
 
 def test_short_prompts_do_not_starve_a_long_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A short prompt takes two steps here. The long one, of 84 tokens for 21 steps, lets so many pass."""
+    """A short prompt takes two or three steps. The long one, whose 84 tokens count as 21 steps, lets so many pass."""
     monkeypatch.setattr(scheduling, "_TOKENS_PER_PROMPT_STEP", 4)
     log = list[str]()
     scheduler = scheduler_for(RememberingEngine(rows=3))
@@ -235,7 +235,7 @@ def test_short_prompts_do_not_starve_a_long_one(monkeypatch: pytest.MonkeyPatch)
     )
     for task in [long, *shorts]:
         list(task.pieces())
-    assert 5 < log[: len(log) - log[::-1].index("long")].count("short") <= 12
+    assert 3 < log[: len(log) - log[::-1].index("long")].count("short") <= 12
 
 
 def test_questions_about_one_image_compute_it_once() -> None:
