@@ -75,8 +75,8 @@ class Task:
         self.computed = 0
         self.row: int | None = None
         self.steps: Generator[None, None, None] | None = None
-        self.due = 0.0
-        self.begun = False
+        self.due = 0.0  # the step of prompts at which its own would end, if it had been computed since it came
+        self.begun = False  # whether a step of its prompt was computed
         self.cancelled = False
         self.wake: Callable[[], None] | None = None
         self._began = 0.0
