@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 DEMO_VENV := .venv-demo
+FLEET_VENV := .venv-fleet
 LOCK_VENV := .venv-lock
 BIN := $(VENV)/bin
 EXTRAS := cpu,export,openvino,parquet,quantize,report,rtx,serve,structured,video
@@ -11,7 +12,7 @@ BENCH ?= work/bench-peers
 # ONNX Runtime and torch would each use all cores. One thread each lets JOBS tests run in parallel.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test slow fuzz gpu-acceptance bench-peers lint format wheel lock clean help
+.PHONY: demo test slow fleet fuzz gpu-acceptance bench-peers lint format wheel lock clean help
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -24,6 +25,9 @@ test: $(VENV)/ready ## Run the fast tests
 
 slow: $(VENV)/ready ## Run the slow tests, which need minutes
 	$(BIN)/pytest -n $(JOBS) -m slow
+
+fleet: $(FLEET_VENV)/ready ## Run the tests of batches on a Ray cluster, which no other target installs (about 5 minutes)
+	$(FLEET_VENV)/bin/pytest tests/batch/test_fleet.py tests/batch/test_fleet_run.py
 
 fuzz: $(VENV)/ready ## Give every reader mutants, a million in all (about 10 minutes); repeat it to continue
 	$(BIN)/python tests/fuzz.py work/fuzz
@@ -57,10 +61,16 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --group dev --editable ".[$(EXTRAS)]"
 	touch $@
 
+$(FLEET_VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(FLEET_VENV)
+	$(FLEET_VENV)/bin/pip install --quiet --upgrade "pip>=25.1"
+	$(FLEET_VENV)/bin/pip install --quiet --constraint constraints.txt --group dev --editable ".[cpu,export,fleet,quantize]"
+	touch $@
+
 $(DEMO_VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(DEMO_VENV)
 	$(DEMO_VENV)/bin/pip install --quiet --constraint constraints.txt --editable ".[cpu,export]"
 	touch $@
 
 clean: ## Remove environments and build outputs
-	rm -rf $(VENV) $(DEMO_VENV) $(LOCK_VENV) build dist work *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(DEMO_VENV) $(FLEET_VENV) $(LOCK_VENV) build dist work *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

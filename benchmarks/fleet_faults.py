@@ -3,10 +3,11 @@
     python benchmarks/fleet_faults.py BUNDLE WORK [--images 2000] [--damaged 6]
 
 Ray's own cluster of several nodes runs on this machine: a head and two nodes, each with two logical CPUs. In one run
-over generated images, two workers get SIGKILL, a node is removed, and the driver gets SIGKILL; the same command then
-runs again, and a worker is killed once more. Before that, more workers are asked for than fit. WORK must be empty; its
-path is short, because Ray makes sockets below it. Results: benchmarks/results/fleet-faults.json: rows, distinct ids,
-errors, rows that were computed in all and those computed again.
+over generated images, the last node joins, two workers get SIGKILL, a node is removed, and the driver gets SIGKILL; the
+same command then runs again at once, and a worker is killed once more. Before that, the head alone is asked, which has
+no spare CPU, and more workers than fit. WORK must be empty; its path is short, because Ray makes sockets below it.
+Results: benchmarks/results/fleet-faults.json: rows, distinct ids, errors, rows that were computed in all and those
+computed again, and how often the command went on by itself after Ray had lost something.
 """
 
 from __future__ import annotations
@@ -29,12 +30,11 @@ import numpy as np
 from PIL import Image
 from record import write_results
 
-NODES, CPUS, WORKERS = 3, 2, "1:4"
-# Shares of the images after which something is killed, in the first run and in the second.
+NODES, CPUS, WORKERS = 3, 2, "2:4"
+# Shares of the images after which a node joins and something is killed, in the first run and in the second.
+NODE_JOINS = 0.05
 WORKER_KILLS, NODE_REMOVED, DRIVER_KILLED, SECOND_RUN_KILL = (0.1, 0.25), 0.4, 0.55, 0.75
 PATIENCE_S = 1800.0
-# Ray notices a lost node by its missing heartbeats; a command that starts before that may end with an error.
-NOTICED_S = 60.0
 NODE: dict[str, Any] = {"num_cpus": CPUS, "object_store_memory": 100 << 20}
 
 
@@ -76,16 +76,24 @@ class Run:
                 raise TimeoutError(f"{rows} rows were not reached")
             time.sleep(0.5)
 
+    def workers(self) -> int:
+        """Return how many workers that reported still live."""
+        return sum(map(is_ray_worker, {pid_of(each) for each in self.reports()}))
+
     def kill_worker(self) -> str:
         """Send SIGKILL to the worker that reported last and still lives."""
         while self.process.poll() is None:
             for each in reversed(self.reports()):
-                pid = int(each["worker"].rsplit("-", 1)[1])
-                if is_ray_worker(pid):
-                    os.kill(pid, signal.SIGKILL)
+                if is_ray_worker(pid_of(each)):
+                    os.kill(pid_of(each), signal.SIGKILL)
                     return str(each["worker"])
             time.sleep(0.5)
         raise LookupError("the command ended before a worker could be killed; see the logs in WORK")
+
+
+def pid_of(report: dict[str, Any]) -> int:
+    """Return the process of the worker that wrote a report."""
+    return int(report["worker"].rsplit("-", 1)[1])
 
 
 def is_ray_worker(pid: int) -> bool:
@@ -112,38 +120,45 @@ def output_counts(output: Path) -> dict[str, Any]:
     }
 
 
+def refusal(command: list[str]) -> dict[str, Any]:
+    """Run a command that must be refused. Returns its exit status, what it said and how long it took."""
+    began = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
+    return {"exit": done.returncode, "said": done.stderr.strip(), "seconds": time.monotonic() - began}
+
+
 def faults(bundle: Path, work: Path, images: int, damaged: int, add_cluster: Callable[[], Any]) -> dict[str, Any]:
     """Run the batch with all faults, and return the counts."""
     broken = draw(work / "images", images, damaged)
     output = work / "out"
     cluster = add_cluster()
     try:
-        nodes = [cluster.add_node(**NODE) for _ in range(NODES - 1)]
         command = [sys.executable, "-m", "internvl_edge", "batch", str(bundle), str(work / "images")]
         command += ["-o", str(output), "--prompt", "What is this?", "--max-new-tokens", "4", "--max-tiles", "1"]
         command += ["--ray", cluster.address, "--quiet", "--json"]
-
-        began = time.monotonic()
-        refused = subprocess.run(
-            [*command, "--workers", str(NODES * CPUS)], capture_output=True, text=True, check=False, timeout=PATIENCE_S
-        )
-        refusal = {"exit": refused.returncode, "said": refused.stderr.strip(), "seconds": time.monotonic() - began}
+        refused = {"no spare CPU": refusal(command)}
+        for _ in range(NODES - 2):
+            cluster.add_node(**NODE)
+        refused["more workers than fit"] = refusal([*command, "--workers", str(NODES * CPUS)])
 
         command += ["--workers", WORKERS]
         killed: list[str] = []
         first = Run(command, output, work / "first.log")
+        first.wait_for(int(NODE_JOINS * images))
+        workers = {"before a node joined": first.workers()}
+        joined = cluster.add_node(**NODE)
         for share in WORKER_KILLS:
             first.wait_for(int(share * images))
             killed.append(first.kill_worker())
         first.wait_for(int(NODE_REMOVED * images))
-        cluster.remove_node(nodes[-1], allow_graceful=False)
+        workers["before a node was removed"] = first.workers()
+        cluster.remove_node(joined, allow_graceful=False)
         first.wait_for(int(DRIVER_KILLED * images))
         first.process.kill()
         first.process.wait()
         computed = {"first run": sum(each["items"] for each in first.reports())}
         after_kill = output_counts(output)
 
-        time.sleep(NOTICED_S)
         second = Run(command, output, work / "second.log")
         second.wait_for(int(SECOND_RUN_KILL * images) - computed["first run"])
         killed.append(second.kill_worker())
@@ -163,7 +178,8 @@ def faults(bundle: Path, work: Path, images: int, damaged: int, add_cluster: Cal
         "damaged": sorted(broken),
         "cluster": {"nodes": NODES, "cpus_per_node": CPUS, "workers": WORKERS},
         "killed": {"workers": len(killed), "nodes": 1, "drivers": 1},
-        "refused": refusal,
+        "refused": refused,
+        "workers_alive": workers,
         "after_the_driver_was_killed": {name: after_kill[name] for name in ("files", "rows", "distinct_ids")},
         "computed": computed,
         "computed_again": sum(computed.values()) - images,

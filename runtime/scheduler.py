@@ -1,9 +1,8 @@
 """The scheduler owns an engine: answers come from any thread, wait, get a row of the KV cache, and leave it.
 
 One thread at a time computes: it starts with the first answer and ends with the last one. Each turn of it is one decode
-step of all answers that are under way, or one step of a prompt: some tiles, or one chunk of tokens. Prompts are
-computed one after the other in the order of their arrival, and decode steps go on between their steps, so nobody
-starves.
+step of all answers that are under way, or one step of a prompt: some tiles, or one chunk of tokens. Decode steps go on
+between steps of prompts, and a short prompt goes ahead between the tiles of a long one, so nobody starves.
 """
 
 from __future__ import annotations
@@ -31,6 +30,8 @@ MOST_WAITING = 256
 # Decode steps between two steps of prompts. A step of a prompt takes as long as about 30 decode steps on a CPU: one
 # step between two of them would make answers under way look frozen, and four delay the prompt by about a seventh.
 _DECODES_PER_PROMPT_STEP = 4
+# Tokens of a prompt for one step: a tile has 256 tokens, and takes a step in the tower and about one in the decoder.
+_TOKENS_PER_PROMPT_STEP = 128
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ class Task:
         self.computed = 0
         self.row: int | None = None
         self.steps: Generator[None, None, None] | None = None
+        self.due = 0.0  # the step of prompts at which its own would end, if it had been computed since it came
+        self.begun = False  # whether a step of its prompt was computed
         self.cancelled = False
         self.wake: Callable[[], None] | None = None
         self._began = 0.0
@@ -120,8 +123,8 @@ class Scheduler:
         decoder: the model's decoder.
         embed: returns the row [hidden] of a token in the token table.
         most_waiting: tasks that may wait for a row.
-        prompts_first: do not decode while a task with a row waits for its prompt. Answers under way stand still
-            meanwhile, and later each decode step serves more of them.
+        prompts_first: do not decode while a task with a row waits for its prompt, and compute prompts in the order of
+            their arrival. Answers under way stand still meanwhile, and later each decode step serves more of them.
     """
 
     def __init__(
@@ -137,6 +140,7 @@ class Scheduler:
         self._prefixes = Prefixes(engine, decoder)
         self._embed = embed
         self._most_waiting = most_waiting
+        self._prompts_first = prompts_first
         self._decodes_per_prompt_step = 0 if prompts_first else _DECODES_PER_PROMPT_STEP
         # The garbage collector may cancel a forgotten answer in any thread and at any moment. So the lock is reentrant,
         # no thread waits for another one while it holds it, and forgetting an answer does not wait for it.
@@ -146,10 +150,11 @@ class Scheduler:
         self._idle.set()
         self._closed = False
         self._waiting: deque[tuple[Task, float]] = deque()
-        self._prompts: deque[Task] = deque()  # they have a row; the first one's prompt is being computed
+        self._prompts: list[Task] = []  # they have a row, and their prompts are computed or wait for it
         self._answers: list[Task] = []  # they are decoded
         self._interruptible: Task | None = None  # only this one is computed by the engine's present call
         self._decodes = 0  # since the last step of a prompt
+        self._prompt_steps = 0  # of all prompts so far
         self._progress = time.monotonic()
 
     @property
@@ -214,7 +219,8 @@ class Scheduler:
                 wants_step = self._prompts and (not self._answers or self._decodes >= self._decodes_per_prompt_step)
                 if wants_step:
                     self._decodes = 0
-                    self._prompt_step(self._prompts[0])
+                    self._prompt_steps += 1
+                    self._prompt_step(self._next_prompt())
                 else:
                     self._decodes += 1
                     self._decode_step()
@@ -247,6 +253,7 @@ class Scheduler:
                 elif not kept and (row := self._prefixes.take(task.prompt)) is not None:
                     task.seconds["waiting_s"] = time.perf_counter() - since
                     task.row, task.steps = row, self._compute(task, row)
+                    task.due = self._prompt_steps + len(task.prompt.keys) / _TOKENS_PER_PROMPT_STEP
                     self._prompts.append(task)
                 else:
                     kept.append((task, since))
@@ -273,15 +280,32 @@ class Scheduler:
         assert prompt.logits is not None
         task.begin(prompt.logits)
 
+    def _next_prompt(self) -> Task:
+        """Return the task whose prompt goes on: the one that would end first if it had been computed since it came.
+
+        A short prompt thus goes ahead of a long one, and a long one is delayed by at most about its own length. It is
+        not interrupted in the decoder, where an engine takes one prompt at a time; nor for a prompt that waits for the
+        same image, which would compute it twice.
+        """
+        if self._prompts_first:
+            return self._prompts[0]
+        begun = [task for task in self._prompts if task.begun]
+        for task in begun:
+            if task.computed:
+                return task
+        free = [task for task in self._prompts if not any(_share_image(task, other) for other in begun)]
+        return min([*begun, *free], key=lambda task: task.due)
+
     def _prompt_step(self, task: Task) -> None:
         with self._lock:
             self._interruptible = task
         assert task.steps is not None
+        task.begun = True
         began = time.perf_counter()
         try:
             next(task.steps)
         except StopIteration:
-            self._prompts.popleft()
+            self._prompts.remove(task)
             self._answers.append(task)
             self._settle(task)
         except BaseException as error:
@@ -342,6 +366,12 @@ class Scheduler:
             task.steps.close()
         task.end(error)
         self._prefixes.release(_row(task))
+
+
+def _share_image(one: Task, other: Task) -> bool:
+    """Whether two prompts have an image in common: the keys of its tokens, which are negative."""
+    keys = one.prompt.keys
+    return bool(np.isin(keys[keys < 0], other.prompt.keys).any())
 
 
 def _row(task: Task) -> int:

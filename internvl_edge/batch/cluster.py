@@ -18,7 +18,8 @@ from internvl_edge.base.errors import EdgeError, EngineError
 from internvl_edge.base.extras import requires
 from internvl_edge.base.text import one_line, shown
 
-# CPUs that no worker takes: one for reading, cutting and writing blocks, one for the filter of finished ids.
+# CPUs that no worker takes at the start: one for reading, cutting and writing blocks, one for the filter of finished
+# ids. Ray Data itself leaves room for these when it adds workers later.
 SPARE_CPUS = 2
 # Seconds to wait for the head of a cluster to accept a connection.
 _CONNECT_S = 10.0
@@ -30,7 +31,7 @@ class Fleet:
 
     Attributes:
         address: of a Ray cluster ("192.0.2.7:6379"), or "auto" for the one that `ray start` began on this machine.
-        least, most: workers that are waited for at the start, and at most; None is as many as fit.
+        least, most: workers to begin with, which must fit, and at most; None is as many as fit, also later.
         cpus: of one worker, which is also its number of threads.
         gpus: of one worker.
     """
@@ -161,14 +162,35 @@ def fitting_workers(nodes: Sequence[Mapping[str, float]], fleet: Fleet) -> tuple
     return fleet.least, max(fleet.least, min(fleet.most or sum(fit), sum(fit)))
 
 
+def is_rays_own(error: BaseException) -> bool:
+    """Whether an error is one of Ray itself, as after the loss of a node, a worker or an object.
+
+    Another attempt may then succeed. What a worker or a task of Ray Data raised would be raised again.
+    """
+    from ray.exceptions import RayError, RayTaskError
+
+    causes = list(_causes(error))
+    if any(isinstance(cause, EdgeError) or getattr(cause, "actor_init_failed", False) for cause in causes):
+        return False
+    raised = (cause.cause for cause in causes if isinstance(cause, RayTaskError))
+    return isinstance(error, RayError) and all(isinstance(cause, RayError) for cause in raised)
+
+
 def worker_failure(error: BaseException) -> EdgeError:
     """Return what went wrong in a worker as one line; finished rows are kept."""
-    cause: BaseException | None = error
-    while cause is not None:
+    for cause in _causes(error):
         if isinstance(cause, EdgeError):
             return EngineError(f"a worker cannot go on: {cause}; finished rows are kept")
-        cause = getattr(cause, "cause", None) or cause.__cause__
+    return EdgeError(f"the cluster failed: {last_line(error)}; finished rows are kept")
+
+
+def last_line(error: BaseException) -> str:
+    """Return the last line of an error of Ray, which says the most; those before it are a traceback."""
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return EdgeError(
-        f"the cluster failed: {one_line(lines[-1] if lines else repr(error), 250)}; finished rows are kept"
-    )
+    return one_line(lines[-1] if lines else repr(error), 250)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = getattr(error, "cause", None) or error.__cause__

@@ -28,11 +28,11 @@ from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.extras import require_extras
 from internvl_edge.base.files import readable_disk_errors
 from internvl_edge.base.locks import only_writer
-from internvl_edge.base.progress import SILENT, Progress
+from internvl_edge.base.progress import SILENT, Progress, Step
 from internvl_edge.base.text import shown
 from internvl_edge.base.units import rounded
 
-from .cluster import Fleet, connected, fitting_workers, worker_failure
+from .cluster import Fleet, connected, fitting_workers, is_rays_own, last_line, worker_failure
 from .items import Item
 from .journal import check_record
 from .run import Summary, too_many
@@ -47,6 +47,9 @@ _FILTER_BYTES = 64 << 20
 # Seconds between two looks at the work, and without any progress until a cluster that lost nodes is given up.
 _LOOK = 1.0
 _PATIENCE = 120.0
+# Seconds until the batch goes on after Ray ended the work, by how often it did so since a row was finished; one time
+# more ends the batch. Ray needs up to a minute to notice a lost node, and until then it may put work there.
+_PAUSES = (5.0, 20.0, 60.0)
 _OTHER = "give another --output"
 
 
@@ -56,10 +59,12 @@ class FleetSummary(Summary):
 
     Attributes:
         repeated: rows that were computed in this run and thrown away, because their worker or node died.
+        restarts: times that Ray ended the work, as it may after the loss of a node, and the run went on.
         workers: each by itself.
     """
 
     repeated: int = 0
+    restarts: int = 0
     workers: tuple[WorkerSummary, ...] = ()
 
 
@@ -100,6 +105,14 @@ def run_fleet(
             return _Run(job, items, output, fleet, progress).run()
 
 
+class _RayError(Exception):
+    """Ray ended a pipeline, most likely because it had lost a node, a worker or an object."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(error)
+        self.error = error
+
+
 class _Run:
     """One run on a cluster."""
 
@@ -114,6 +127,7 @@ class _Run:
             "kept": list(dict.fromkeys(name for item in items for name in item.kept)),
         }
         self._work = WorkLog(self._folder / "computed", run)
+        self._restarts = 0
         self._began = time.monotonic()
 
     def run(self) -> FleetSummary:
@@ -124,57 +138,84 @@ class _Run:
             return self._summary(earlier, "")
         write_items(self._items, self._folder / "items.parquet")
         with connected(self._fleet.address) as ray:
+            least, room = fitting_workers(_alive(ray), self._fleet)
+            self._progress.remark(
+                f"{least} workers to begin with, and room for {room}, on {ray.get_runtime_context().gcs_address}"
+            )
             self._began = time.monotonic()
-            stopped = self._compute(ray, earlier)
+            with self._progress.phase("answering", len(self._items), "items") as step:
+                step(earlier)
+                stopped = self._compute(ray, step, earlier)
         return self._summary(earlier, stopped)
 
-    def _compute(self, ray: Any, earlier: int) -> str:
-        """Run the pipeline in a thread, and watch it. Returns why it was stopped, "" if it was not."""
-        least, most = fitting_workers([node["Resources"] for node in ray.nodes() if node["Alive"]], self._fleet)
-        self._progress.remark(f"{least} to {most} workers on {ray.get_runtime_context().gcs_address}")
+    def _compute(self, ray: Any, step: Step, earlier: int) -> str:
+        """Compute until all ids are finished, whatever Ray loses. Returns why it was stopped, "" if it was not."""
+        finished, fruitless = earlier, 0
+        while finished < len(self._items):
+            try:
+                return self._attempt(ray, step, earlier, len(self._items) - finished)
+            except _RayError as ended:
+                before, finished = finished, len(self._finished_ids())
+                fruitless = 0 if finished > before else fruitless + 1
+                if fruitless >= len(_PAUSES):
+                    raise worker_failure(ended.error) from None
+                self._restarts += 1
+                self._progress.remark(
+                    f"Ray ended the work ({last_line(ended.error)}); {finished} of {len(self._items)} rows are "
+                    "finished, and the batch goes on with the others"
+                )
+                time.sleep(_PAUSES[fruitless])
+        return ""
+
+    def _attempt(self, ray: Any, step: Step, earlier: int, left: int) -> str:
+        """Run the pipeline in a thread, and watch it. Returns why it was stopped, "" if it was not.
+
+        Raises:
+            EdgeError: the cluster has no room left, or a worker failed.
+            _RayError: Ray ended the pipeline.
+        """
         failures: list[BaseException] = []
 
         def work() -> None:
             try:
-                self._pipeline(ray, least, most, len(self._items) - earlier)
+                self._pipeline(ray, left)
             except BaseException as error:
                 failures.append(error)
 
         thread = threading.Thread(target=work, name="fleet", daemon=True)
-        with self._progress.phase("answering", len(self._items), "items") as step:
-            step(earlier)
-            thread.start()
-            moved, shown_rows = time.monotonic(), 0
-            while thread.is_alive():
-                thread.join(_LOOK)
-                done = min(self._work.read().items, len(self._items) - earlier)
-                if done > shown_rows:
-                    seconds = time.monotonic() - self._began
-                    step.facts = f"{rounded(done / max(seconds, 1e-9))} items/s, {self._work.failed} with errors"
-                    step(done - shown_rows)
-                    moved, shown_rows = time.monotonic(), done
-                if stopped := too_many(self._work.failed, self._max_errors):
-                    return stopped
-                if time.monotonic() - moved > _PATIENCE:
-                    self._require_room(ray)
+        thread.start()
+        moved = time.monotonic()
+        while thread.is_alive():
+            thread.join(_LOOK)
+            done = min(self._work.read().items, len(self._items) - earlier)
+            if new := done - (step.done - earlier):
+                seconds = time.monotonic() - self._began
+                step.facts = f"{rounded(done / max(seconds, 1e-9))} items/s, {self._work.failed} with errors"
+                step(new)
+                moved = time.monotonic()
+            if stopped := too_many(self._work.failed, self._max_errors):
+                return stopped
+            if time.monotonic() - moved > _PATIENCE:
+                self._require_room(ray)
         if failures:
-            raise worker_failure(failures[0])
+            raise _RayError(failures[0]) if is_rays_own(failures[0]) else worker_failure(failures[0])
         return ""
 
-    def _pipeline(self, ray: Any, least: int, most: int, left: int) -> None:
+    def _pipeline(self, ray: Any, left: int) -> None:
         import ray.data as data
         from ray.data.checkpoint import CheckpointConfig
 
-        # Ray Data sets up its loggers when it is imported.
+        # Ray Data sets up its loggers when it is imported. What it writes of an error are pages of tracebacks.
         for name in ("ray.data", "ray"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         context = data.DataContext.get_current()
         config = CheckpointConfig("id", str(self._folder / "checkpoint"), delete_checkpoint_on_success=False)
         config.checkpoint_actor_memory_bytes = _FILTER_BYTES
         context.checkpoint_config = config
         context.enable_progress_bars = False
         context.max_errored_blocks = 0
-        block = min(max(left // (most * _BLOCKS_PER_WORKER), _SMALLEST_BLOCK), _LARGEST_BLOCK)
+        _, room = fitting_workers(_alive(ray), replace(self._fleet, least=0))
+        block = min(max(left // (max(room, 1) * _BLOCKS_PER_WORKER), _SMALLEST_BLOCK), _LARGEST_BLOCK)
         found = data.read_parquet(str(self._folder / "items.parquet"), num_cpus=0.1)
         found = found.repartition(target_num_rows_per_block=block)
         found = found.map_batches(
@@ -182,17 +223,20 @@ class _Run:
             fn_constructor_kwargs=self._worker,
             batch_size=None,
             batch_format="pyarrow",
-            compute=data.ActorPoolStrategy(min_size=least, max_size=most),
+            # Ray Data adds workers while its budget has CPUs for them, also on nodes that join later. It takes workers
+            # away where nodes were lost, so a single one is all that it may wait for.
+            compute=data.ActorPoolStrategy(
+                min_size=1, max_size=self._fleet.most, initial_size=max(1, min(self._fleet.least, room))
+            ),
             num_cpus=self._fleet.cpus,
             **({"num_gpus": self._fleet.gpus} if self._fleet.gpus else {}),
         )
         found.write_parquet(str(self._output), ray_remote_args={"num_cpus": 0.1})
 
     def _require_room(self, ray: Any) -> None:
-        """Raise EdgeError where a cluster without progress has no room for reading beside the least workers."""
-        alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        """Raise EdgeError where a cluster without progress has no room for reading beside a single worker."""
         try:
-            fitting_workers(alive, self._fleet)
+            fitting_workers(_alive(ray), replace(self._fleet, least=1))
         except EdgeError as error:
             raise EdgeError(f"nothing was finished in {_PATIENCE:.0f} s, and {error}; finished rows are kept") from None
 
@@ -248,5 +292,11 @@ class _Run:
             seconds=time.monotonic() - self._began,
             stopped=stopped,
             repeated=max(0, work.items - (finished - earlier)),
+            restarts=self._restarts,
             workers=tuple(work.workers()),
         )
+
+
+def _alive(ray: Any) -> list[dict[str, float]]:
+    """Return the resources of the nodes that live."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]

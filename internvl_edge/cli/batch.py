@@ -242,7 +242,8 @@ def _say(done: Summary, output: Path, as_json: bool) -> None:
             "items_per_s": round(done.items_per_s, 4),
             "stopped": done.stopped or None,
         }
-        print_json(values | ({"repeated": fleet.repeated, "workers": fleet.workers} if fleet else {}))
+        more = {"repeated": fleet.repeated, "restarts": fleet.restarts, "workers": fleet.workers} if fleet else {}
+        print_json(values | more)
     else:
         earlier = f", {done.earlier} of them earlier" if done.earlier else ""
         errors = f", {done.failed} have errors" if done.failed else ""

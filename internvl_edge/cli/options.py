@@ -145,7 +145,10 @@ _ANSWERING = (
         help="Guess tokens from the prompt and verify several in one step. The answer is the same.",
     ),
     click.option(
-        "--exif", is_flag=True, help="Rotate images as their EXIF orientation says. The original model code does not."
+        "--exif/--no-exif",
+        default=True,
+        show_default=True,
+        help="Turn photographs upright as their EXIF orientation says. The original model code does not.",
     ),
     click.option(
         "--background",

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from helpers.photographs import sideways
 from internvl_edge import InternVL
 from internvl_edge.base.errors import EdgeError, EngineError
 from internvl_edge.batch.inputs import read_items
@@ -72,6 +73,18 @@ def test_equal_items_share_the_vision_work_and_have_a_row_each(
         run_on(model, [picture_item(str(number)) for number in range(6)], tmp_path / "out.jsonl")
     assert sum(encoded) == 3
     assert {row["answer"] for row in rows_in(tmp_path / "out.jsonl").values()} == {QUESTIONS[0].expected}
+
+
+def test_photographs_are_read_upright(model: InternVL, tmp_path: Path) -> None:
+    asked = QUESTIONS[0]
+    photo = sideways(asked.image, tmp_path / "photo.png")
+    rows: list[dict[str, Any]] = [{"id": "upright"}, {"id": "stored", "exif": False}]
+    path = tmp_path / "table.jsonl"
+    path.write_text("".join(json.dumps({**row, "images": photo.name, "prompt": asked.question}) + "\n" for row in rows))
+    run_on(model, read_items(path, ASK).items, tmp_path / "out.jsonl")
+    answers = {name: row["answer"] for name, row in rows_in(tmp_path / "out.jsonl").items()}
+    assert answers["upright"] == asked.expected == model.chat(asked.question, [photo], max_new_tokens=24).text
+    assert answers["stored"] != asked.expected
 
 
 def test_what_goes_wrong_with_an_item_is_its_row(model: InternVL, tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from helpers.remembering_engine import VOCABULARY, RememberingEngine, greedy, lo
 from internvl_edge.base.errors import BusyError, EngineError
 from internvl_edge.checkpoint.config_reader import read_config
 from internvl_edge.demo import CHECKPOINT
+from internvl_edge.runtime import scheduler as scheduling
 from internvl_edge.runtime.decoding import Decoding
 from internvl_edge.runtime.engines import finish
 from internvl_edge.runtime.lookup import PromptLookup
@@ -176,6 +179,76 @@ def test_an_answer_under_way_goes_on_while_a_long_prompt_is_computed() -> None:
     during = [each for each in times if 2 < each < 402]  # computed prompt tokens at each token of the answer
     assert len(during) > 400
     assert np.diff(during).max() <= 1
+
+
+def tiled(
+    log: list[str], name: str, tiles: int, image: int, text: int = 4, meanwhile: Callable[[], object] = lambda: None
+) -> Task:
+    """A task about an image. Each of its tiles is logged under its name, after `meanwhile` was called."""
+    keys = [-image * 1000 - place for place in range(tiles * 8)] + [5] * text
+
+    def embed() -> Generator[None, None, np.ndarray]:
+        for _ in range(tiles):
+            meanwhile()
+            log.append(name)
+            yield
+        return np.array([abs(key) % VOCABULARY for key in keys], np.float32)[:, None]
+
+    return task_for(keys, 1, Prompt(np.array(keys, np.int64), embed))
+
+
+def test_a_short_prompt_goes_ahead_between_the_tiles_of_a_long_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduling, "_TOKENS_PER_PROMPT_STEP", 4)
+    engine, log = RememberingEngine(rows=3, chunk=8), list[str]()
+    scheduler, prefill, filled = scheduler_for(engine), engine.prefill_steps, list[int]()
+    short, late = tiled(log, "short", 1, image=2), tiled(log, "late", 1, image=3)
+    long = tiled(log, "long", 6, 1, 300, lambda: log.count("long") == 2 and scheduler.submit(short))
+
+    def prefill_steps(embeds: np.ndarray, row: int = 0) -> Generator[None, None, np.ndarray]:
+        for step in prefill(embeds, row):
+            if filled.count(row) == 5:  # the long prompt is in the decoder
+                scheduler.submit(late)
+            filled.append(row)
+            yield step
+        return logits_after(engine.tokens[row])
+
+    engine.prefill_steps = prefill_steps  # type: ignore[method-assign]
+    scheduler.submit(long)
+    for task in (long, short, late):
+        list(task.pieces())
+    assert log == ["long"] * 3 + ["short"] + ["long"] * 3 + ["late"]
+    assert len(list(itertools.groupby(filled))) == 3, "a prompt in the decoder is not interrupted"
+    assert long.computed == 348
+
+
+def test_short_prompts_do_not_starve_a_long_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short prompt takes two or three steps. The long one, whose 84 tokens count as 21 steps, lets so many pass."""
+    monkeypatch.setattr(scheduling, "_TOKENS_PER_PROMPT_STEP", 4)
+    log = list[str]()
+    scheduler = scheduler_for(RememberingEngine(rows=3))
+    shorts = [tiled(log, "short", 1, 3)]
+    for number in range(4, 200):
+        shorts.append(tiled(log, "short", 1, number, meanwhile=partial(scheduler.submit, shorts[-1])))
+    long = tiled(log, "long", 10, 1)
+    scheduler.submit(
+        tiled(log, "short", 1, 2, meanwhile=lambda: (scheduler.submit(long), scheduler.submit(shorts[-1])))
+    )
+    for task in [long, *shorts]:
+        list(task.pieces())
+    assert 3 < log[: len(log) - log[::-1].index("long")].count("short") <= 12
+
+
+def test_questions_about_one_image_compute_it_once() -> None:
+    """The second one is shorter, and comes while the first one is in the tower."""
+    log = list[str]()
+    scheduler = scheduler_for(RememberingEngine(rows=2))
+    second = tiled(log, "second", 6, 1)
+    first = tiled(log, "first", 6, 1, 200, lambda: log == ["first"] and scheduler.submit(second))
+    scheduler.submit(first)
+    for task in (first, second):
+        list(task.pieces())
+    assert log[:6] == ["first"] * 6
+    assert second.computed < 16, "the tokens of the image are those of the first one's row"
 
 
 @pytest.mark.parametrize("prompts_first", [False, True])
