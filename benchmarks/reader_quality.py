@@ -55,7 +55,7 @@ def made(checkpoint: Path, work: Path, name: str) -> tuple[Path, dict[str, Any]]
             recipe = make_recipe(read_recipe(fields) if isinstance(fields, str) else fields)
             compute = choose_compute("cpu", "float32")
             report = quantize_checkpoint(checkpoint, source, recipe, data=DataOptions(), compute=compute)
-            said.write_text(json.dumps({"bits_per_weight": report.bits_per_weight}), encoding="utf-8")
+            said.write_text(json.dumps({"bits_per_weight": report.record.bits_per_weight}), encoding="utf-8")
     if not (folder / "bundle").exists():
         int8_prompts = name.endswith("int8 prompts")
         export_bundle(source, folder / "bundle", "float32", dialects=["onnxruntime"], int8_prompts=int8_prompts)
