@@ -95,7 +95,7 @@ def main(checkpoint: Path, work: Path) -> None:
             recipe = make_recipe(fields)
             data = options["calibration"] if recipe.needs_data else None
             report = quantize_checkpoint(checkpoint, out, recipe, data=data, compute=compute)
-            facts = {"bits_per_weight": report.bits_per_weight, "predicted_kl": report.predicted_kl}
+            facts = {"bits_per_weight": report.record.bits_per_weight, "predicted_kl": report.record.predicted_kl}
             said.write_text(json.dumps(facts), encoding="utf-8")
         figures = figures_of(compare(source, read_weights(out, source.config.decoder.vocab_size), test))
         rows.append({"name": name, "recipe": fields, **json.loads(said.read_text(encoding="utf-8")), **figures})

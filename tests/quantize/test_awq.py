@@ -222,7 +222,7 @@ def test_clipping_lowers_the_output_error(scheme: Scheme) -> None:
 def test_compensation_lowers_the_output_error(scheme: Scheme) -> None:
     x, weight = outlier_inputs(), weights()
     grid = minmax_grid(weight, scheme, torch.float16)
-    q = compensated_rounding(weight, grid, *feedback_factor(x.T @ x))
+    q = compensated_rounding(weight, grid, *feedback_factor(x.T @ x, len(x)))
     assert torch.equal(q, q.round())
     assert grid.limits[0] <= int(q.min()) <= int(q.max()) <= grid.limits[1]
     assert output_error(x, weight, grid.dequantize(q)) < 0.7 * output_error(x, weight, nearest(weight, scheme))
@@ -232,9 +232,26 @@ def test_compensation_survives_dead_and_repeated_channels() -> None:
     x, weight = outlier_inputs(), weights()
     x[:, 7], x[:, 8] = 0, x[:, 9]
     grid = minmax_grid(weight, ASYMMETRIC, torch.float16)
-    q = compensated_rounding(weight, grid, *feedback_factor(x.T @ x))
+    q = compensated_rounding(weight, grid, *feedback_factor(x.T @ x, len(x)))
     assert torch.isfinite(q).all()
     assert output_error(x, weight, grid.dequantize(q)) < output_error(x, weight, nearest(weight, ASYMMETRIC))
+
+
+def test_compensation_from_few_tokens_helps_tokens_that_it_has_not_seen() -> None:
+    generator = torch.Generator().manual_seed(5)
+    mixing = torch.randn(96, 96, generator=generator)
+    weight = weights(48, 96)
+    grid = minmax_grid(weight, Scheme(4, 32, False), torch.float16)
+    unseen = torch.randn(4096, 96, generator=generator) @ mixing.T
+    rounded = output_error(unseen, weight, grid.dequantize(grid.round(weight)))
+    errors = []
+    for tokens in (48, 4096):
+        x = torch.randn(tokens, 96, generator=generator) @ mixing.T
+        q = compensated_rounding(weight, grid, *feedback_factor(x.T @ x, tokens))
+        errors.append(output_error(unseen, weight, grid.dequantize(q)))
+    few, many = errors
+    assert many < 0.8 * rounded
+    assert few < 0.97 * rounded
 
 
 # ---- grids ----

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from helpers.calibration_data import FLOAT32
+from helpers.calibration_data import FLOAT32, write_data
 from helpers.killed_runs import contents, run_and_be_killed, run_to_the_end
 from helpers.reference import Reference
 from helpers.reference_names import text_name
 from helpers.tiny import write_checkpoint
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.calibration import DataOptions, calibrate
+from internvl_edge.calibration.models import Decoder
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.quantize import QuantizationReport, quantize_checkpoint
-from internvl_edge.quantize.learned import batches
+from internvl_edge.quantize.block import QuantizedBlock
+from internvl_edge.quantize.learned import Learned, RoundingLearner, batches
 from internvl_edge.recipe.files import make_recipe
 from internvl_edge.recipe.recipe import LearnedRounding, Recipe
 
@@ -60,17 +63,25 @@ def quantize(checkpoint: Path, out: Path, recipe: Recipe) -> QuantizationReport:
     return quantize_checkpoint(checkpoint, out, recipe, data=DataOptions(path), compute=FLOAT32)
 
 
-def divergence(original: Path, quantized: Path, sequences: list[list[int]]) -> float:
-    """Mean KL divergence of the reference with the quantized weights from the one with the original weights."""
-    base, changed, read = Reference(original), Reference(original), Checkpoint(quantized)
+def changed(original: Path, quantized: Path) -> Reference:
+    """Return the reference with the weights of the quantized decoder, and its own tower."""
+    made, read = Reference(original), Checkpoint(quantized)
     for name in read.shapes:
         if name.startswith("decoder."):
-            changed.weights[text_name(name)] = torch.from_numpy(read.tensor(name).astype(np.float32))
-    parts = []
-    for ids in sequences:
-        expected, found = base.logits(ids).log_softmax(-1), changed.logits(ids).log_softmax(-1)
-        parts.append((expected.exp() * (expected - found)).sum(-1))
-    return float(torch.cat(parts).mean())
+            made.weights[text_name(name)] = torch.from_numpy(read.tensor(name).astype(np.float32))
+    return made
+
+
+def divergence(original: Path, quantized: Path, sequences: list[list[int]]) -> float:
+    """Mean KL divergence of the reference with the quantized weights from the one with the original weights."""
+    base, other = Reference(original), changed(original, quantized)
+    return float(torch.cat([kl(base.logits(ids), other.logits(ids)) for ids in sequences]).mean())
+
+
+def kl(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """Return the divergence at each position, [tokens]."""
+    expected, found = expected.log_softmax(-1), found.log_softmax(-1)
+    return (expected.exp() * (expected - found)).sum(-1)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -108,6 +119,50 @@ def test_learned_integers_come_nearer_to_the_float_model_on_the_same_grids(
     assert all(error is not None and error > 0 for error in errors.values())
 
 
+@pytest.mark.parametrize("text", ["qwen2", "internlm2"])
+def test_image_tokens_and_text_tokens_both_come_nearer(tmp_path: Path, text: str) -> None:
+    checkpoint, data = write_checkpoint(tmp_path / "checkpoint", text=text), write_data(tmp_path / "data", count=8)
+    for name, recipe in (("computed", COMPUTED), ("learned", LEARNED)):
+        quantize_checkpoint(checkpoint, tmp_path / name, recipe, data=DataOptions(data), compute=FLOAT32)
+    made = calibrate(checkpoint, tmp_path / "set", DataOptions(data), FLOAT32)
+    samples = np.split(np.load(made.folder / "tokens.npy"), np.cumsum(made.lengths)[:-1])
+    tiles = np.split(made.pixels(Checkpoint(checkpoint).config.vision.image_size), np.cumsum(made.tiles)[:-1])
+    is_image = torch.from_numpy(made.is_image)
+    assert 0.2 < is_image.float().mean() < 0.9
+    base, means = Reference(checkpoint), []
+    for name in ("computed", "learned"):
+        other = changed(checkpoint, tmp_path / name)
+        each = [(ids.tolist(), part) for ids, part in zip(samples, tiles, strict=True)]
+        found = torch.cat([kl(base.logits(*one), other.logits(*one)) for one in each])
+        means.append((float(found[is_image].mean()), float(found[~is_image].mean())))
+    (image_before, text_before), (image_after, text_after) = means
+    assert image_after < 0.85 * image_before
+    assert text_after < 0.85 * text_before
+
+
+def test_one_layer_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", num_hidden_layers=4)
+    load, learn, loaded, seen = Decoder.load, RoundingLearner.learn, dict[int, list[weakref.ref[object]]](), []
+
+    def loading(self: Decoder, index: int, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+        tensors = load(self, index, dtype)
+        kept = loaded.setdefault(index, [])
+        kept += [weakref.ref(tensor) for name, tensor in tensors.items() if name.endswith("proj.weight")]
+        return tensors
+
+    def learning(self: RoundingLearner, index: int, block: QuantizedBlock) -> Learned | None:
+        found = learn(self, index, block)
+        alive = {number for number, kept in loaded.items() if any(each() is not None for each in kept)}
+        seen.append(alive - {index})
+        return found
+
+    monkeypatch.setattr(Decoder, "load", loading)
+    monkeypatch.setattr(RoundingLearner, "learn", learning)
+    quantize(checkpoint, tmp_path / "out", LEARNED)
+    assert sorted(loaded) == [0, 1, 2, 3]
+    assert seen == [set()] * 4
+
+
 def test_a_seed_decides_the_integers(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint")
     other = Recipe(group_size=32, rounding="learned", learning=LearnedRounding(tokens=60, seed=1))
@@ -135,7 +190,7 @@ from internvl_edge.calibration import DataOptions, choose_compute
 from internvl_edge.calibration.work import WorkFolder
 from internvl_edge.quantize import learned, quantize_checkpoint
 from internvl_edge.recipe.recipe import LearnedRounding, Recipe
-moment, checkpoint, data, out = sys.argv[1:]
+moment, vision, checkpoint, data, out = sys.argv[1:]
 write_json, step = WorkFolder.write_json, learned._Moving.step
 
 def kill(*ignored):
@@ -151,19 +206,22 @@ at = {  # state that is about to be written
 WorkFolder.write_json = lambda self, name, values: (
     kill() if name == at[0] and at[1] in (None, values) else write_json(self, name, values)
 )
-recipe = Recipe(group_size=32, rounding="learned", learning=LearnedRounding(tokens=60))
+recipe = Recipe(group_size=32, rounding="learned", learning=LearnedRounding(tokens=60), vision=vision)
 quantize_checkpoint(checkpoint, out, recipe, data=DataOptions(Path(data)), compute=choose_compute("cpu", "float32"))
 """
 
 
 @pytest.mark.slow
-def test_killed_learning_continues_to_the_same_bytes(tmp_path: Path) -> None:
-    checkpoint, data = write_checkpoint(tmp_path / "checkpoint", text="internlm2"), write_texts(tmp_path / "data")
-    run_to_the_end(KILLED, "never", checkpoint, data, tmp_path / "whole")
+@pytest.mark.parametrize("vision", ["fp", "int8"])
+def test_killed_learning_continues_to_the_same_bytes(tmp_path: Path, vision: str) -> None:
+    """With floats, the samples are texts; with an int8 tower, they have image tokens that it computed."""
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", text="internlm2")
+    data = write_texts(tmp_path / "data") if vision == "fp" else write_data(tmp_path / "data")
+    run_to_the_end(KILLED, "never", vision, checkpoint, data, tmp_path / "whole")
     for moment in ("steps", "reference", "learned", "commit"):  # each run continues the one killed before
-        run_and_be_killed(KILLED, moment, checkpoint, data, tmp_path / "killed")
+        run_and_be_killed(KILLED, moment, vision, checkpoint, data, tmp_path / "killed")
         assert not (tmp_path / "killed").exists()
-    run_to_the_end(KILLED, "never", checkpoint, data, tmp_path / "killed")
+    run_to_the_end(KILLED, "never", vision, checkpoint, data, tmp_path / "killed")
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     assert not (tmp_path / "killed.partial").exists()
 
