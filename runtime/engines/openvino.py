@@ -69,7 +69,7 @@ class OpenVinoEngine(OnnxRuntimeEngine):
         self._exact = exact
         self._requests: list[Any] = []
         self._pads = False
-        super().__init__(opened, capacity=capacity, rows=rows, threads=threads)
+        super().__init__(opened, capacity=capacity, rows=rows, threads=threads, exact=exact)
         self.tiles_at_once = 1
         if self._prompts is None and (name := self._prompt_graph(opened)) is not None:
             compiled = self._compiled(opened, name, threads)
