@@ -155,10 +155,9 @@ def build(library: Path) -> tuple[str, ...]:
 
         def compile_level(name: str) -> str | None:
             """Compile the kernels of a level; return what the compiler says where it fails."""
-            source, output = _SOURCES / "kernels.cpp", Path(scratch, f"{name}.o")
-            return _run(
-                [*compiler, *_FLAGS, *levels[name], f"-DINTERNVL_EDGE_LEVEL={name}", "-c", str(source), "-o", str(output)]
-            )
+            level = [*levels[name], f"-DINTERNVL_EDGE_LEVEL={name}"]
+            output = Path(scratch, f"{name}.o")
+            return _run([*compiler, *_FLAGS, *level, "-c", str(_SOURCES / "kernels.cpp"), "-o", str(output)])
 
         with ThreadPoolExecutor(cores()) as pool:
             errors = dict(zip(levels, pool.map(compile_level, levels), strict=True))

@@ -12,7 +12,7 @@ from pathlib import Path
 from internvl_edge.bundle import names
 from internvl_edge.bundle.manifest import Manifest
 
-from .build import NativeError, ensure_library, machine_kind, require_own
+from .build import NativeError, cached_library, ensure_library, machine_kind, require_own
 from .graph import with_native_attention
 from .self_test import require_equal
 
@@ -29,7 +29,7 @@ class Attention:
     Attributes:
         library: the native library, or None for ONNX Runtime's own operators.
         reason: the level of CPU features that the library uses, or why it is not used.
-        graphs: the graphs whose attention it computes, by name, with the width of what attention returns there.
+        graphs: the graphs whose attention it may compute, by name, with the width of what attention returns there.
     """
 
     library: Path | None
@@ -49,8 +49,10 @@ class Attention:
             return None
 
 
-def choose_attention(manifest: Manifest, exact: bool = False) -> Attention:
-    """Choose what computes the attention of a bundle on the CPU; build the library first where it is missing.
+def choose_attention(manifest: Manifest, exact: bool = False, *, builds: bool = True) -> Attention:
+    """Choose what computes the attention of a bundle on the CPU.
+
+    The library is compiled first where it is missing, which takes a few seconds, unless `builds` is False.
 
     The operators sum in another order than ONNX Runtime, and multiply prompts and tiles in bfloat16 where the CPU can.
     They compute only graphs with quantized linears, which round the inputs of their products to int8 in any case, and
@@ -66,20 +68,24 @@ def choose_attention(manifest: Manifest, exact: bool = False) -> Attention:
     if not graphs:
         return Attention(None, "no linear of the bundle is quantized, so nothing may be rounded")
     try:
-        library = find_library()
-        return Attention(library, _level(library), graphs)
+        library = find_library(builds=builds)
+        return Attention(library, level(library), graphs)
     except NativeError as error:
-        return Attention(None, str(error))
+        return Attention(None, str(error), graphs)
 
 
-def find_library() -> Path:
+def find_library(*, builds: bool = True) -> Path:
     """Return a library that passes its self-test on this machine: the one that SWITCH names, or that of the cache.
 
     Raises:
         NativeError: there is none, and why.
     """
     given = os.environ.get(SWITCH, "1")
+    if given == "0":
+        raise NativeError(f"{SWITCH} is 0")
     if given == "1":
+        if not builds and not cached_library().exists():
+            raise NativeError("not compiled yet; the first start that uses it does, or internvl-edge native")
         library = ensure_library()
     else:
         library = Path(given)
@@ -87,7 +93,7 @@ def find_library() -> Path:
         if not library.is_file():
             raise NativeError(f"{SWITCH} names {given}, which is no file")
         require_own(library)
-    _check(library)
+    check(library)
     return library
 
 
@@ -104,7 +110,7 @@ def _graphs(manifest: Manifest) -> dict[str, int]:
 
 
 @cache
-def _check(library: Path) -> None:
+def check(library: Path) -> None:
     """Raise NativeError where a library does not work; a good one is tested once in each process."""
     try:
         runtime = import_module("onnxruntime")
@@ -113,13 +119,18 @@ def _check(library: Path) -> None:
     require_equal(runtime, library)
 
 
-def _level(library: Path) -> str:
+def level(library: Path) -> str:
+    """Return the level of CPU features whose kernels a library runs here.
+
+    Raises:
+        NativeError: it cannot be loaded, or has no kernels for this CPU.
+    """
     try:
-        level = ctypes.CDLL(str(library)).internvl_edge_level
+        function = ctypes.CDLL(str(library)).internvl_edge_level
     except (OSError, AttributeError) as error:
         raise NativeError(f"{library} cannot be loaded ({error})") from None
-    level.restype = ctypes.c_char_p
-    found: bytes | None = level()
+    function.restype = ctypes.c_char_p
+    found: bytes | None = function()
     if found is None:
         raise NativeError("the library has no kernels for this CPU")
     return found.decode()

@@ -20,6 +20,9 @@ constexpr int64_t SPLIT = 128;  // keys of a piece: 32 KB of keys 64 wide
 constexpr int SUM_HEADS = W == 16 ? 7 : REGISTERS == 32 ? 6 : 3;
 constexpr int SUM_VECTORS = 4;
 
+// Scores are multiplied by this, so that weights are powers of 2.
+float score_factor(const Attention& a) { return a.scale * 1.44269504f; }
+
 // A partial result: the weighted sum [width], the largest score, and the sum of weights.
 size_t partial_floats(const Attention& a) { return a.width + W; }
 
@@ -95,7 +98,7 @@ void split(const Attention& a, size_t task, float* scratch) {
         for (int64_t key = 0; key < count; key += W)  // each key is read for all heads while it is in the cache
             for (int h = 0; h < heads; ++h)
                 store(weights + h * SPLIT + key,
-                      dots(a, query + (first + h) * a.width, keys + key * a.key_token, count - key) * a.scale);
+                      dots(a, query + (first + h) * a.width, keys + key * a.key_token, count - key) * score_factor(a));
         for (int h = 0; h < heads; ++h) {
             float* own = weights + h * SPLIT;
             for (int64_t key = count; key % W != 0; ++key) own[key] = -INFINITY;
@@ -103,7 +106,7 @@ void split(const Attention& a, size_t task, float* scratch) {
             for (int64_t key = W; key < count; key += W) most_of = larger(most_of, load<Floats>(own + key));
             const float top = largest(most_of);
             for (int64_t key = 0; key < count; key += W) {
-                const Floats weight = exponential(load<Floats>(own + key) - top);
+                const Floats weight = power_of_2(load<Floats>(own + key) - top);
                 store(own + key, weight);
                 if (key + W <= count) total += weight;
             }
@@ -128,12 +131,12 @@ void merge(const Attention& a, size_t task, const float* scratch) {
     for (int64_t piece = 0; piece < count; ++piece) top = std::fmax(top, first[piece * step + a.width]);
     float* output = a.output + a.query_of(row, 0, head);
     for (int64_t piece = 0; piece < count; ++piece)
-        total += std::exp(first[piece * step + a.width] - top) * first[piece * step + a.width + 1];
+        total += std::exp2(first[piece * step + a.width] - top) * first[piece * step + a.width + 1];
     for (int64_t d = 0; d < a.width; d += W) {
         Floats joined = {};
         for (int64_t piece = 0; piece < count; ++piece) {
             const float* partial = first + piece * step;
-            joined += load<Floats>(partial + d) * std::exp(partial[a.width] - top);
+            joined += load<Floats>(partial + d) * std::exp2(partial[a.width] - top);
         }
         store(output + d, joined / total);
     }
@@ -245,7 +248,7 @@ struct Block {
         const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
         for (int64_t r = 0; r < tiles * TILE_ROWS; ++r) {
             for (int64_t d = 0; d < a.width; d += W * DEPTH) {
-                const Vector x = r < rows ? Number::along(a.query + query_of(r) + d) : Vector{};
+                const Vector x = r < rows ? along(a.query + query_of(r) + d) : Vector{};
                 store(queries + (r * a.width + d) / DEPTH, x);
             }
             tops[r] = -INFINITY;
@@ -275,6 +278,12 @@ struct Block {
                 store(a.output + query_of(r) + d, load<Floats>(sums + r * width + d) / totals[r]);
     }
 
+    static Vector along(const float* from) {
+        Floats x[DEPTH];
+        for (int j = 0; j < DEPTH; ++j) x[j] = load<Floats>(from + j * W);
+        return Number::along(x);
+    }
+
     // Panels [width / DEPTH][TILE] of transposed keys. Keys after the last one are copies of it; nobody sees them.
     void pack_keys(int64_t start, int64_t count) {
         const float* from = a.key_of(row, kv_head) + start * a.key_token;
@@ -283,7 +292,7 @@ struct Block {
             for (int64_t d = 0; d < a.width; d += W * DEPTH) {
                 Vector square[W];
                 for (int j = 0; j < W; ++j)
-                    square[j] = Number::along(from + (key + j < count ? key + j : count - 1) * a.key_token + d);
+                    square[j] = along(from + (key + j < count ? key + j : count - 1) * a.key_token + d);
                 transpose(square);
                 for (int j = 0; j < W; ++j) store(panel + (d / DEPTH + j) * TILE, square[j]);
             }
@@ -296,9 +305,10 @@ struct Block {
         for (int64_t d = 0; d < width; d += W) {
             Unit* panel = values + d / TILE * TILE * KEYS / DEPTH + d % TILE;
             for (int64_t key = 0; key < count; key += DEPTH) {
-                const float* one = from + key * a.key_token + d;
-                const float* next = key + 1 < count ? one + a.key_token : one;
-                store(panel + key / DEPTH * TILE, d < a.width ? Number::across(one, next) : Vector{});
+                Floats rows[DEPTH] = {};
+                for (int j = 0; j < DEPTH && d < a.width; ++j)
+                    rows[j] = load<Floats>(from + (key + j < count ? key + j : count - 1) * a.key_token + d);
+                store(panel + key / DEPTH * TILE, Number::across(rows));
             }
         }
     }
@@ -310,22 +320,22 @@ struct Block {
         for (int64_t key = count; key % W != 0; ++key) row_scores[key] = -INFINITY;
         Floats most = splat(tops[r]);
         for (int64_t key = 0; key < count; key += W) most = larger(most, load<Floats>(row_scores + key));
-        const float top = largest(most);
-        factors[r] = top > tops[r] ? std::exp((tops[r] - top) * a.scale) : 1;
+        const float top = largest(most), factor = score_factor(a);
+        factors[r] = top > tops[r] ? std::exp2((tops[r] - top) * factor) : 1;
         tops[r] = top;
         Floats total = {};
-        for (int64_t key = 0; key < columns; key += W) {
-            Floats weight = {};
-            if (key < count) {
-                weight = exponential((load<Floats>(row_scores + key) - top) * a.scale);
-                for (int j = int(count - key); j < W; ++j) weight[j] = 0;
+        for (int64_t key = 0; key < columns; key += W * DEPTH) {
+            Floats weight[DEPTH] = {};
+            for (int j = 0; j < DEPTH; ++j) {
+                const int64_t at = key + j * W;
+                if (at >= count) continue;
+                weight[j] = power_of_2(load<Floats>(row_scores + at) * factor - top * factor);
+                for (int lane = int(count - at); lane < W; ++lane) weight[j][lane] = 0;
+                total += weight[j];
             }
-            store(row_scores + key, weight);
-            total += weight;
+            store(row_weights + key / DEPTH, Number::along(weight));
         }
         totals[r] = totals[r] * factors[r] + sum(total);
-        for (int64_t key = 0; key < columns; key += W * DEPTH)
-            store(row_weights + key / DEPTH, Number::along(row_scores + key));
     }
 };
 

@@ -52,8 +52,6 @@ const Kernels* choose() {
     return found;
 }
 
-const Kernels* kernels = nullptr;
-
 struct Error {
     Status* status;
 };
@@ -98,11 +96,12 @@ public:
         const auto run = [](void* data, size_t index) { (*static_cast<Task*>(data))(index); };
         check(api_.parallel_for(context_, run, count, &task));
     }
-    void attend(const Attention& a) const {
-        if (a.tokens > 1 || !a.causal) return parallel(kernels->block_tasks(a), [&](size_t task) { kernels->block(a, task); });
-        const std::unique_ptr<float[]> scratch(new float[kernels->scratch_floats(a)]);
-        parallel(kernels->split_tasks(a), [&](size_t task) { kernels->split(a, task, scratch.get()); });
-        parallel(kernels->merge_tasks(a), [&](size_t task) { kernels->merge(a, task, scratch.get()); });
+    void attend(const Kernels& kernels, const Attention& a) const {
+        if (a.tokens > 1 || !a.causal)
+            return parallel(kernels.block_tasks(a), [&](size_t task) { kernels.block(a, task); });
+        const std::unique_ptr<float[]> scratch(new float[kernels.scratch_floats(a)]);
+        parallel(kernels.split_tasks(a), [&](size_t task) { kernels.split(a, task, scratch.get()); });
+        parallel(kernels.merge_tasks(a), [&](size_t task) { kernels.merge(a, task, scratch.get()); });
     }
 
 private:
@@ -112,6 +111,7 @@ private:
 
 struct Kernel {
     Api api;
+    const Kernels* kernels;
     int64_t heads, kv_heads;
 };
 
@@ -173,7 +173,7 @@ struct GroupQuery {
             append(a, each ? value : key, presents[each]);
         }
         a.key = presents[0], a.value = presents[1];
-        if (a.batch && a.tokens) call.attend(a);
+        if (a.batch && a.tokens) call.attend(*kernel.kernels, a);
     }
 };
 
@@ -194,7 +194,7 @@ struct Plain {
                      "native attention: the shapes of the inputs do not fit each other");
         a.key = key, a.value = value, a.keys = keys[1];
         a.key_head = a.width, a.key_token = keys[2], a.key_batch = keys[1] * keys[2];
-        if (a.batch && a.tokens && a.keys) call.attend(a);
+        if (a.batch && a.tokens && a.keys) call.attend(*kernel.kernels, a);
     }
 };
 
@@ -211,9 +211,10 @@ Operator describe() {
     op.output_characteristic = [](const Operator*, size_t) { return REQUIRED; };
     op.input_memory = [](const Operator*, size_t) { return 0; };
     op.create_checked = [](const Operator*, const void* const* table, const KernelInfo* info, void** made) -> Status* {
-        auto kernel = std::make_unique<Kernel>(Kernel{Api(table), 0, 0});
+        auto kernel = std::make_unique<Kernel>(Kernel{Api(table), choose(), 0, 0});
         if (Status* failed = kernel->api.attribute(info, Op::HEADS, &kernel->heads)) return failed;
         if (Status* failed = kernel->api.attribute(info, Op::KV_HEADS, &kernel->kv_heads)) return failed;
+        if (!kernel->kernels) return kernel->api.error(FAIL, "native attention has no kernels for this CPU");
         if (kernel->kv_heads < 1 || kernel->heads < 1 || kernel->heads % kernel->kv_heads)
             return kernel->api.error(INVALID_ARGUMENT, "native attention: heads is no multiple of kv_heads");
         *made = kernel.release();
@@ -252,10 +253,9 @@ INTERNVL_EDGE_PUBLIC internvl_edge::ort::Status* RegisterCustomOps(internvl_edge
     using namespace internvl_edge;
     const ort::Api api(base->get_api(ort::VERSION));
     if (!api) return ort::Api(base->get_api(1)).error(ort::FAIL, "native attention needs ONNX Runtime 1.17 or newer");
-    kernels = choose();
-    if (!kernels) return api.error(ort::FAIL, "native attention has no kernels for this CPU");
+    if (!choose()) return api.error(ort::FAIL, "native attention has no kernels for this CPU");
     static const ort::Operator operators[] = {describe<GroupQuery>(), describe<Plain>()};
-    ort::Domain* domain = nullptr;  // sessions refer to it as long as they live, so it is never released
+    ort::Domain* domain = nullptr;  // sessions refer to it, and nobody says when the last one has ended
     if (ort::Status* failed = api.create_domain("internvl_edge", &domain)) return failed;
     for (const auto& op : operators)
         if (ort::Status* failed = api.add_operator(domain, &op)) return failed;

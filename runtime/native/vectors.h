@@ -109,20 +109,18 @@ inline float sum(Floats x) {
         return sum<BY / 2>(x + rotate<BY>(x, Lanes{}));
 }
 
-// e^x for x <= 0, to 2 ulp; below -87 the result is about 1e-38 instead of 0. Cody-Waite reduction by ln 2, and the
-// Taylor polynomial of degree 7 on [-ln 2 / 2, ln 2 / 2], whose remainder is 5e-9.
-inline Floats exponential(Floats x) {
+// 2^x for x <= 0, to 2 ulp; below -126 it is 2^-126 instead of less. The polynomial interpolates 2^x at the Chebyshev
+// points of [-1/2, 1/2] (relative error 3e-9) and is 1 at 0.
+inline Floats power_of_2(Floats x) {
     const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-    x = larger(x, splat(-87.0f));
-    const Floats shifted = x * 1.44269504f + magic;
-    const Floats n = shifted - magic;
-    const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    Floats y = splat(1.0f / 5040) * r + 1.0f / 720;
-    y = y * r + 1.0f / 120;
-    y = y * r + 1.0f / 24;
-    y = y * r + 1.0f / 6;
-    y = y * r + 0.5f;
-    y = y * r + 1.0f;
+    x = larger(x, splat(-126.0f));
+    const Floats shifted = x + magic;
+    const Floats r = x - (shifted - magic);
+    Floats y = splat(1.54614449e-4f) * r + 1.3400428e-3f;
+    y = y * r + 9.61805694e-3f;
+    y = y * r + 5.55032715e-2f;
+    y = y * r + 0.240226507f;
+    y = y * r + 0.693147182f;
     y = y * r + 1.0f;
     Ints bits, exponent;
     std::memcpy(&bits, &y, sizeof y);
@@ -140,9 +138,9 @@ struct Float32 {
     static Vector broadcast(Unit unit) { return splat(unit); }
     static Floats add_product(Floats sum, Vector a, Vector b) { return sum + a * b; }
     // Units of W * DEPTH neighbours.
-    static Vector along(const float* from) { return load<Vector>(from); }
+    static Vector along(const Floats (&x)[DEPTH]) { return x[0]; }
     // Units that hold a lane of each of DEPTH rows.
-    static Vector across(const float* row, const float*) { return load<Vector>(row); }
+    static Vector across(const Floats (&rows)[DEPTH]) { return rows[0]; }
 };
 
 #if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
@@ -161,15 +159,16 @@ struct Bfloat16 {
         return (Floats)vbfdotq_f32((float32x4_t)sum, (bfloat16x8_t)a, (bfloat16x8_t)b);
 #endif
     }
-    static Vector along(const float* from) {
-        const Floats a = load<Floats>(from), b = load<Floats>(from + W);
+    static Vector along(const Floats (&x)[DEPTH]) {
 #if defined(__AVX512BF16__)
-        return (Vector)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+        return (Vector)_mm512_cvtne2ps_pbh((__m512)x[1], (__m512)x[0]);
 #else
-        return join(every_second<0>(a, b, Lanes{}), every_second<1>(a, b, Lanes{}));
+        return across({every_second<0>(x[0], x[1], Lanes{}), every_second<1>(x[0], x[1], Lanes{})});
 #endif
     }
-    static Vector across(const float* row, const float* next) { return join(load<Floats>(row), load<Floats>(next)); }
+    static Vector across(const Floats (&rows)[DEPTH]) {
+        return (rounded(rows[0]) >> 16) | (rounded(rows[1]) & 0xffff0000u);
+    }
 
 private:
     // Round to the nearest, ties to even. Keys, values, queries and probabilities are finite.
@@ -178,7 +177,6 @@ private:
         std::memcpy(&bits, &x, sizeof x);
         return bits + 0x7fffu + ((bits >> 16) & 1u);
     }
-    static Vector join(Floats low, Floats high) { return (rounded(low) >> 16) | (rounded(high) & 0xffff0000u); }
 };
 #endif
 
