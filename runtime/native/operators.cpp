@@ -13,7 +13,11 @@
 #include <cstring>
 #include <exception>
 #include <memory>
-#include <string>
+
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 
 namespace internvl_edge {
 
@@ -35,6 +39,8 @@ bool has(const char* level) {
                         __builtin_cpu_supports("fma");
     if (is("avx512")) return avx512;
     if (is("avx512_bf16")) return avx512 && __builtin_cpu_supports("avx512bf16");
+#elif defined(__aarch64__) && defined(__linux__)
+    if (is("neon_bf16")) return (getauxval(AT_HWCAP2) & HWCAP2_BF16) != 0;
 #endif
     return is("baseline");
 }
