@@ -69,8 +69,8 @@ _LOADING = (
     click.option(
         "--exact",
         is_flag=True,
-        help="Compute in the types of the bundle: OpenVINO does not round to bfloat16, and --engine auto takes ONNX "
-        "Runtime.",
+        help="Compute in the types of the bundle: OpenVINO does not round to bfloat16, --engine auto takes ONNX "
+        "Runtime, and attention stays with its own operators.",
     ),
 )
 _ANSWERING = (
