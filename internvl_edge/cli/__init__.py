@@ -41,6 +41,7 @@ COMMANDS = {
     "bench": "Measure the speed and memory of a bundle on this machine.",
     "push": "Put a bundle or a quantized checkpoint on the hub.",
     "demo": "Export the shipped demo model and ask it about shipped images.",
+    "native": "Compile the attention operators for this machine's CPU.",
     "doctor": "Check the installation on this machine.",
 }
 

@@ -80,6 +80,7 @@ def command(ctx: click.Context, bundle: Path | None, as_json: bool) -> None:
         "no gpu": no_gpu if not gpus else None,
         "packages": packages,
         "onnxruntime providers": answers.get("onnxruntime", {}).get("providers", {}),
+        "native attention": _native(),
         "libraries": answers,
         **chosen,
     }
@@ -129,6 +130,18 @@ def _disk() -> dict[str, Any]:
         found["writable"] = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
         found["free for the cache"] = _free(there)
     return found | {"free here": _free(Path())}
+
+
+def _native() -> str:
+    """Return the level of the compiled attention operators and their file, or why there are none."""
+    from internvl_edge.runtime.native.build import NativeError
+    from internvl_edge.runtime.native.choice import find_library, level
+
+    try:
+        library = find_library(builds=False)
+        return f"{level(library)} ({library})"
+    except NativeError as error:
+        return f"none ({error})"
 
 
 def _free(folder: Path) -> int | None:
@@ -193,6 +206,7 @@ def _bundle_facts(folder: Path) -> dict[str, Any]:
     from internvl_edge.runtime.engines.choice import choose
     from internvl_edge.runtime.engines.device import choose_device
     from internvl_edge.runtime.engines.tensorrt.record import EngineRecord, engine_folders, graph_inputs
+    from internvl_edge.runtime.native.choice import choose_attention
 
     opened = Bundle.open(folder)
     engines = {}
@@ -209,7 +223,8 @@ def _bundle_facts(folder: Path) -> dict[str, Any]:
         device = str(choose_device(opened))
     except EngineError as error:
         device = f"none ({error})"
-    taken = {"--device auto": device, "--engine auto": str(choose(opened.manifest))}
+    attention = str(choose_attention(opened.manifest, builds=False))
+    taken = {"--device auto": device, "--engine auto": str(choose(opened.manifest)), "attention": attention}
     return {"bundle": str(folder), "engines": engines, "auto": taken}
 
 
@@ -228,6 +243,7 @@ def _rows(facts: dict[str, Any]) -> list[Row]:
     rows += list(facts["packages"].items())
     providers = facts["onnxruntime providers"]
     rows.append(("onnxruntime providers", ", ".join(f"{name}: {state}" for name, state in providers.items()) or "none"))
+    rows.append(("native attention", facts["native attention"]))
     rows += [
         (f"{name} library", _library(found)) for name, found in facts["libraries"].items() if name != "onnxruntime"
     ]

@@ -17,6 +17,7 @@ from internvl_edge.base.errors import PromptError
 from internvl_edge.base.json_files import read_bytes
 from internvl_edge.base.progress import Progress
 from internvl_edge.bundle.bundle import Bundle
+from internvl_edge.bundle.manifest import Manifest
 from internvl_edge.bundle.names import DECODERS, ENGINE_RECORD
 from internvl_edge.bundle.names import ENGINES as ENGINE_FOLDERS
 from internvl_edge.model.context import DEFAULT_CONTEXT
@@ -25,6 +26,7 @@ from internvl_edge.runtime.engines.choice import ENGINES, choose
 from internvl_edge.runtime.engines.device import DEVICES, choose_device, has_tensorrt, most_rows
 from internvl_edge.runtime.find import find_bundle
 from internvl_edge.runtime.model import InternVL
+from internvl_edge.runtime.native.choice import choose_attention
 from internvl_edge.runtime.options import ChatOptions
 from internvl_edge.runtime.voting import MOST_VOTES
 
@@ -67,8 +69,8 @@ _LOADING = (
     click.option(
         "--exact",
         is_flag=True,
-        help="Compute in the types of the bundle: OpenVINO does not round to bfloat16, and --engine auto takes ONNX "
-        "Runtime.",
+        help="Compute in the types of the bundle: OpenVINO does not round to bfloat16, --engine auto takes ONNX "
+        "Runtime, and attention stays with its own operators.",
     ),
 )
 _ANSWERING = (
@@ -274,7 +276,17 @@ def chosen(folder: Path, options: dict[str, Any], progress: Progress) -> dict[st
         choice = choose(opened.manifest, dialect, exact)
         progress.remark(f"engine: {choice}")
         engine = choice.engine
+    if device == "cpu":
+        _say_attention(opened.manifest, exact, progress)
     return {"device": device, "engine": engine}
+
+
+def _say_attention(manifest: Manifest, exact: bool, progress: Progress) -> None:
+    """Say what computes attention, where the native operators may; compile them first where that is to be done."""
+    with progress.waiting("compiling the attention operators"):
+        attention = choose_attention(manifest, exact)
+    if attention.graphs:
+        progress.remark(f"attention: {attention}")
 
 
 def chat_options(values: dict[str, Any]) -> ChatOptions:

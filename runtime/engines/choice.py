@@ -82,4 +82,4 @@ def cpu_engine(
         from .openvino import OpenVinoEngine
 
         return OpenVinoEngine(opened, capacity=capacity, rows=rows, threads=threads, exact=exact)
-    return OnnxRuntimeEngine(opened, dialect=dialect, capacity=capacity, rows=rows, threads=threads)
+    return OnnxRuntimeEngine(opened, dialect=dialect, capacity=capacity, rows=rows, threads=threads, exact=exact)

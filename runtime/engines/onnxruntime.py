@@ -29,6 +29,7 @@ from internvl_edge.bundle import names
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.model.rope import RotaryAngles
 
+from ..native.choice import Attention, choose_attention
 from . import Engine
 from .rows import CacheRows
 from .steps import steps, steps_from
@@ -56,6 +57,8 @@ _SLEEPING = ("session.force_spinning_stop", "1")
 # This entry of a call gives the arena's free memory back at its end. After a tile or the step of a prompt, that is more
 # than a hundred MB, which the next one gets again in no measurable time. Single tokens keep the little that they use.
 _SHRINKING = ("memory.enable_memory_arena_shrinkage", "cpu:0")
+# This entry names the folder of the weights of a graph that is handed over in memory.
+_WEIGHTS = "session.model_external_initializers_file_folder_path"
 # Tokens per step of `score`: float32 logits of 8 x 151674 take 5 MB.
 _SCORE_CHUNK = 8
 # ONNX Runtime's GroupQueryAttention requires a head width that is a multiple of this.
@@ -74,6 +77,10 @@ class OnnxRuntimeEngine(Engine):
         capacity: tokens in each row of the KV cache.
         rows: sequences that the KV cache holds side by side. CUDA takes one.
         threads: CPU threads; the default is all available cores.
+        exact: keep ONNX Runtime's own attention, which rounds nothing (see `choose_attention`).
+
+    Attributes:
+        attention: what computes attention, and why.
 
     Raises:
         EngineError: ONNX Runtime is missing or broken, or has no provider for the device.
@@ -88,6 +95,7 @@ class OnnxRuntimeEngine(Engine):
         capacity: int,
         rows: int = 1,
         threads: int | None = None,
+        exact: bool = False,
     ) -> None:
         self._ort = _import_onnxruntime(device)
         if rows > 1 and device != "cpu":
@@ -106,6 +114,9 @@ class OnnxRuntimeEngine(Engine):
         self._dtype = np.dtype(opened.manifest.activations)
         self._cache_dtype = np.dtype(opened.manifest.kv_cache or self._dtype)
         self._run_options = self._ort.RunOptions()
+        self.attention = (
+            choose_attention(opened.manifest, exact) if device == "cpu" else Attention(None, f"the device is {device}")
+        )
         self._load_tower = partial(self._load_vision, opened, threads)
         self._loaded_tower: Any = None
         with ThreadPoolExecutor(1) as pool:  # a session packs its weights with one thread
@@ -254,8 +265,14 @@ class OnnxRuntimeEngine(Engine):
             options.add_session_config_entry(key, value)
         if opened.manifest.rounds_inputs and not multiplies_int8_exactly():
             options.add_session_config_entry(*_WIDE_SUMS)
+        graph = self.attention.graph(opened.path(name))
+        if graph is not None:
+            options.register_custom_ops_library(str(self.attention.library))
+            options.add_session_config_entry(_WEIGHTS, str(opened.folder))
         try:
-            return self._ort.InferenceSession(str(opened.path(name)), options, providers=[PROVIDERS[self._device]])
+            return self._ort.InferenceSession(
+                graph or str(opened.path(name)), options, providers=[PROVIDERS[self._device]]
+            )
         except Exception as error:  # onnxruntime raises its own kinds, all derived from Exception
             raise EngineError(f"ONNX Runtime cannot load {opened.path(name)}: {str(error).splitlines()[0]}") from None
 

@@ -69,7 +69,7 @@ class OpenVinoEngine(OnnxRuntimeEngine):
         self._core = _import_openvino().Core()
         self._exact = exact
         self._requests: list[Any] = []
-        super().__init__(opened, capacity=capacity, rows=rows, threads=threads)
+        super().__init__(opened, capacity=capacity, rows=rows, threads=threads, exact=exact)
         self.tiles_at_once = 1
         graph = None if self._prompts is not None else self._prompt_graph(opened)
         self._pads = graph == names.PROMPTS
