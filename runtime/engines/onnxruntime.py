@@ -31,6 +31,7 @@ from internvl_edge.model.rope import RotaryAngles
 
 from ..native.choice import Attention, choose_attention
 from . import Engine
+from .kv_buffers import KvBuffers
 from .rows import CacheRows
 from .steps import steps, steps_from
 
@@ -127,7 +128,7 @@ class OnnxRuntimeEngine(Engine):
         scores = 4 * vision.num_attention_heads * (vision.grid_size**2 + 1) ** 2
         self.tiles_at_once = max(1, _SCORES_BYTES // scores)
         self.cache = CacheRows(capacity, rows)
-        self._buffers = _Buffers(self)
+        self._buffers = KvBuffers(self.cache, model.decoder, self._cache_dtype, self._value)
         self._steps: dict[int, _Step] = {}
 
     @property
@@ -280,60 +281,6 @@ class OnnxRuntimeEngine(Engine):
         return self._ort.OrtValue.ortvalue_from_numpy(array, self._device, 0)
 
 
-class _Buffers:
-    """The memory of the KV cache: one array [places, kv_heads, capacity, head_dim] for each input of the graphs.
-
-    `places` is the place of each row.
-    """
-
-    def __init__(self, engine: OnnxRuntimeEngine) -> None:
-        decoder, rows = engine._decoder, engine.cache.rows
-        self._cache = engine.cache
-        self.places = list(range(rows))
-        partner = rows > 1
-        shape = (rows + partner, decoder.num_key_value_heads, engine.cache.capacity, decoder.head_dim)
-        layers = range(decoder.num_hidden_layers)
-        self.arrays = {
-            f"{layer}.{kind}": np.zeros(shape, engine._cache_dtype) for layer in layers for kind in ("key", "value")
-        }
-        self._values = {name: engine._value(array) for name, array in self.arrays.items()}
-
-    def gather(self, rows: Sequence[int]) -> tuple[int, int]:
-        """Move rows to the last places, and return the first place and the number of places of a step over them."""
-        last = self._cache.rows
-        first = last - len(rows)
-        homeless = [row for row in rows if self.places[row] < first]
-        taken = set(rows)
-        guests = [row for row, place in enumerate(self.places) if place >= first and row not in taken]
-        for row, guest in zip(homeless, guests, strict=True):
-            self._swap(row, guest)
-        return first, _even(len(rows)) if last > 1 else 1
-
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Copy the first entries of one row into another."""
-        place, other = self.places[source], self.places[target]
-        for array in self.arrays.values():
-            array[other, :, :length] = array[place, :, :length]
-
-    def bind(self, binding: Any, first: int, count: int) -> None:
-        """Bind `count` places from `first` on as past and as present."""
-        for name, array in self.arrays.items():
-            value = self._values[name]
-            address = value.data_ptr() + first * array.strides[0]
-            where = (value.device_name(), 0, array.dtype, (count, *array.shape[1:]), address)
-            binding.bind_input(f"past_key_values.{name}", *where)
-            binding.bind_output(f"present.{name}", *where)
-
-    def _swap(self, row: int, other: int) -> None:
-        length, others = self._cache.length(row), self._cache.length(other)
-        here, there = self.places[row], self.places[other]
-        for array in self.arrays.values():
-            kept = array[there, :, :others].copy()
-            array[there, :, :length] = array[here, :, :length]
-            array[here, :, :others] = kept
-        self.places[row], self.places[other] = there, here
-
-
 class _Step:
     """Bindings of a session for `tokens` tokens of each of `rows` rows. Each run fills the bound arrays again.
 
@@ -387,10 +334,6 @@ class _Step:
 
 def _parts(array: NDArray[Any], size: int) -> Iterator[NDArray[Any]]:
     return (array[start : start + size] for start in range(0, len(array), size))
-
-
-def _even(count: int) -> int:
-    return count + count % 2
 
 
 def _runs_grouped_attention(opened: Bundle) -> bool:
