@@ -263,8 +263,10 @@ def test_every_id_is_there_once_after_killed_workers_a_lost_node_and_a_killed_dr
     done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found: dict[str, Any] = json.loads(results.read_text(encoding="utf-8"))
-    assert found["refused"]["exit"] == 2
-    assert "beside 2 CPUs for reading and writing; 6 were asked for" in found["refused"]["said"]
+    refused = found["refused"]
+    assert [each["exit"] for each in refused.values()] == [2, 2]
+    assert "2 CPUs on 1 nodes, which leaves room for 0 workers" in refused["no spare CPU"]["said"]
+    assert "beside 2 CPUs for reading and writing; 6 were asked for" in refused["more workers than fit"]["said"]
     assert found["killed"] == {"workers": 3, "nodes": 1, "drivers": 1}
     output = found["output"]
     assert (output["rows"], output["distinct_ids"], output["ids_more_than_once"]) == (images, images, 0)
