@@ -61,6 +61,8 @@ PARTS = {
     "report and packing": ["quantize.layer:OutputComparison.add", "quantize.layer:Grid.pack"],
     "data": ["quantize.pipeline:prepare"],
 }
+# Everything inside these counts for them: the way back also goes forward.
+WHOLE = "tower, way back"
 
 
 class Clock:
@@ -99,6 +101,8 @@ class Clock:
     def _timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def timed(*arguments: Any, **more: Any) -> Any:
+            if WHOLE in self._stack:
+                return function(*arguments, **more)
             self.enter(part)
             try:
                 return function(*arguments, **more)
