@@ -127,10 +127,10 @@ class OutputLayout:
         return compressed_tensors.configuration(targets, ignore)
 
     def _layer_targets(self, plan: Plan) -> dict[Scheme | None, list[str]]:
-        """Return patterns of the decoder's stored modules by scheme (None for floats).
+        """Return patterns of the decoder's stored modules by scheme (None for floats), one for each kind of module.
 
-        There is one pattern for all modules, or one per kind of module. No two patterns match the same module, so their
-        order does not matter to any reader.
+        They match linears and nothing else: transformers would quantize whatever module a pattern matches. No two match
+        the same module, so their order does not matter to any reader.
         """
         layers: dict[tuple[Scheme | None, str], set[int]] = {}
         for name, choice in plan.items():
@@ -138,8 +138,6 @@ class OutputLayout:
             found = _MODULE.fullmatch(stored)
             assert found is not None
             layers.setdefault((choice.precision.scheme, found["kind"]), set()).add(int(found["layer"]))
-        if len({scheme for scheme, _ in layers}) == 1:
-            return {scheme: [r"re:.*language_model.*\.layers\..*"] for scheme, _ in layers}
         targets: dict[Scheme | None, list[str]] = {}
         for (scheme, kind), numbers in layers.items():
             every = len(numbers) == self._config.decoder.num_hidden_layers

@@ -264,6 +264,26 @@ def test_every_module_has_one_target(tmp_path: Path, layout: str) -> None:
         assert (matching[0] in targets) == (module in packed)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("vision", ["fp", "int8"])
+def test_targets_match_linears_and_nothing_else(tmp_path: Path, layout: str, vision: str) -> None:
+    """transformers quantizes whatever module a target matches, and refuses a whole layer or an activation function."""
+    original = write_checkpoint(tmp_path / "checkpoint", **LAYOUTS[layout])
+    recipe = Recipe(group_size=32, symmetric=True, vision=vision, vision_int8=VisionInt8(cosine=0), lm_head="int8")
+    quantize(original, tmp_path / "out", recipe)
+    described = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    targets = [
+        target.removeprefix("re:") for group in described["config_groups"].values() for target in group["targets"]
+    ]
+    index = [name for path in (tmp_path / "out").glob("*.safetensors") for name in stored_names(path)]
+    linears = {name.rpartition(".")[0] for name in index if name.endswith(".weight_scale")}
+    outer = {module.rsplit(".", count)[0] for module in linears for count in range(1, module.count(".") + 1)}
+    beside = {f"{module}.{name}" for module in outer for name in ("act_fn", "rotary_emb", "act")}
+    norms = {name.rpartition(".")[0] for name in index if "norm" in name}
+    for module in linears | outer | beside | norms:
+        assert any(re.match(target, module) for target in targets) == (module in linears), module
+
+
 def stored_names(path: Path) -> list[str]:
     from safetensors import safe_open
 
