@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from helpers.repository import REPOSITORY
+from internvl_edge import export_bundle
+from internvl_edge.demo import CHECKPOINT
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
@@ -67,3 +69,38 @@ def test_a_program_that_ends_costs_the_others_nothing(tmp_path: Path, last: str,
     assert "No such file" in missing["failed"]
     table = cpu_peers_table.table({"programs": {"good": good, "bad": bad, "missing": missing}})
     assert len(table.splitlines()) == 5
+
+
+def test_our_worker_answers_every_request(tmp_path: Path) -> None:
+    """One process for all rows, also after the cache has become one of several sequences."""
+    export_bundle(CHECKPOINT, tmp_path / "bundle", dialects=["onnxruntime"])
+    worker = cpu_peers.ours(f"demo={tmp_path / 'bundle'},engine=onnxruntime")
+    try:
+        worker.start()
+        assert not worker.failed
+        seconds = {
+            (do, count, time): (worker.ask(do, count) or {}).get("seconds", 0)
+            for time in (1, 2)
+            for do, count in (("prefill", 300), ("decode", 300), ("decode", 2000), ("rows", 4))
+        }
+        memory = worker.ask("memory")
+    finally:
+        worker.stop()
+    assert not worker.failed
+    assert all(value > 0 for value in seconds.values())
+    assert memory is not None
+    assert memory["resident"] > memory["anonymous"] > 1 << 20
+    known = worker.known
+    assert known["form"]["bits"] == 16
+    assert known["token_bytes"]["decode 300"] < known["token_bytes"]["decode 8000"]
+    assert known["operations"]["prefill 1800"] > 6 * known["operations"]["prefill 300"]
+
+
+def test_rows_count_the_tokens_of_all_sequences() -> None:
+    row = cpu_peers._row("rows 4", [2.0, 2.0])
+    assert row["tokens_per_s"] == 4 * cpu_peers.DECODED / 2
+
+
+def test_the_int8_rate_is_an_integer_product_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_peers, "_MATRIX", 128)
+    assert 1e8 < cpu_peers.int8_matrix_rate() < 1e14
