@@ -57,6 +57,8 @@ def main() -> None:
     parser.add_argument("--questions", type=int, nargs="+", default=[1, 4], help="rows of the table for each picture")
     parser.add_argument("--interleaved", action="store_true", help="measure a fourth way")
     asked = parser.parse_args()
+    if any(number % each for number in (asked.items, asked.few) for each in asked.questions):
+        parser.error("--items and --few must be multiples of --questions, or the ways share pictures differently")
     load = partial(InternVL.load, asked.bundle, engine="onnxruntime", context=2048, threads=asked.threads)
     values = {"bundle": asked.bundle.name, "threads": asked.threads, "rounds": asked.rounds, "rows": ROWS}
     values |= {"tokens": asked.tokens, "items_with_one_row": asked.few, "items": asked.items}
