@@ -13,8 +13,8 @@ machine disturbs all of them.
 
 Writes results/batch.json (batch-N-threads.json with more than one thread): medians of wall and CPU seconds per item,
 both against the loop, and the anatomy of an item: seconds of reading, of the tower, of the prompt, and of everything
-else, which is mostly decode. On a machine with other jobs, CPU time with one thread is the figure to trust: threads that
-wait for each other spin.
+else, which is mostly decode. On a machine with other jobs, CPU time with one thread is the figure to trust: threads
+that wait for each other spin.
 """
 
 from __future__ import annotations
