@@ -11,9 +11,10 @@ machine disturbs all of them.
     batch          `batch` on a model of 8 rows with `prompts_first`: what the command does
     interleaved    with `--interleaved`: the same without `prompts_first`, so decode goes on between steps of prompts
 
-Writes results/batch.json: medians of wall and CPU seconds per item, both against the loop, and the anatomy of an item:
-seconds of reading, of the tower, of the prompt, and of everything else, which is mostly decode. On a machine with other
-jobs, CPU time with one thread is the figure to trust: threads that wait for each other spin.
+Writes results/batch.json (batch-N-threads.json with more than one thread): medians of wall and CPU seconds per item,
+both against the loop, and the anatomy of an item: seconds of reading, of the tower, of the prompt, and of everything
+else, which is mostly decode. On a machine with other jobs, CPU time with one thread is the figure to trust: threads
+that wait for each other spin.
 """
 
 from __future__ import annotations
@@ -57,9 +58,12 @@ def main() -> None:
     parser.add_argument("--questions", type=int, nargs="+", default=[1, 4], help="rows of the table for each picture")
     parser.add_argument("--interleaved", action="store_true", help="measure a fourth way")
     asked = parser.parse_args()
+    if any(number % each for number in (asked.items, asked.few) for each in asked.questions):
+        parser.error("--items and --few must be multiples of --questions, or the ways share pictures differently")
     load = partial(InternVL.load, asked.bundle, engine="onnxruntime", context=2048, threads=asked.threads)
     values = {"bundle": asked.bundle.name, "threads": asked.threads, "rounds": asked.rounds, "rows": ROWS}
     values |= {"tokens": asked.tokens, "items_with_one_row": asked.few, "items": asked.items}
+    name = "batch" if asked.threads == 1 else f"batch-{asked.threads}-threads"
     with ExitStack() as stack:
         single, first = stack.enter_context(load()), stack.enter_context(load(rows=ROWS, prompts_first=True))
         ways: dict[str, tuple[Way, int]] = {
@@ -72,7 +76,7 @@ def main() -> None:
         found: dict[str, Any] = {}
         for each in asked.questions:
             found[str(each)] = measured(ways, each, asked)
-            path = write_results("batch", values | {"questions_per_image": found})
+            path = write_results(name, values | {"questions_per_image": found})
     print(path)
 
 
