@@ -54,7 +54,8 @@ _WIDE_SUMS = ("session.x64quantprecision", "1")
 # it would be 10 % slower without them.
 _SLEEPING = ("session.force_spinning_stop", "1")
 # This entry of a call gives the arena's free memory back at its end. After a tile or the step of a prompt, that is more
-# than a hundred MB, which the next one gets again in no measurable time. Single tokens keep the little that they use.
+# than a hundred MB, which the next one gets again in no measurable time. Single tokens and guesses keep the little that
+# they use.
 _SHRINKING = ("memory.enable_memory_arena_shrinkage", "cpu:0")
 # Tokens per step of `score`: float32 logits of 8 x 151674 take 5 MB.
 _SCORE_CHUNK = 8
@@ -364,7 +365,7 @@ class _Step:
             self._first = first
         for name, array in self._arrays.items():
             self._binding.bind_cpu_input(name, array)
-        with self._engine._interruptible(shrink=self._tokens > 1) as options:
+        with self._engine._interruptible(shrink=self._tokens > _SCORE_CHUNK) as options:
             self._session.run_with_iobinding(self._binding, options)
 
 
