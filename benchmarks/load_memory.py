@@ -40,7 +40,7 @@ def product(engine: Any, folder: Path) -> None:
 def no_shrinkage(engine: Any, folder: Path) -> None:
     """Keep the arena's free memory, as before."""
     plain = engine._interruptible
-    engine._interruptible = lambda self, shrink: plain(self, shrink=False)
+    engine._interruptible = lambda self, shrink=False: plain(self)
 
 
 def with_entries(**entries: str) -> Callable[[Any, Path], None]:

@@ -55,12 +55,12 @@ _WIDE_SUMS = ("session.x64quantprecision", "1")
 # This entry makes threads sleep between the long steps of vision and prefill. Decode keeps spinning threads, because
 # it would be 10 % slower without them.
 _SLEEPING = ("session.force_spinning_stop", "1")
-# This entry of a call gives the arena's free memory back at its end. After a tile or the step of a prompt, that is more
-# than a hundred MB, which the next one gets again in no measurable time. Single tokens keep the little that they use.
+# This entry of a call gives the arena's free memory back at its end. After a tile or the last large step of a prompt,
+# that is a hundred MB and more. Single tokens and guesses keep the little that they use.
 _SHRINKING = ("memory.enable_memory_arena_shrinkage", "cpu:0")
 # This entry names the folder of the weights of a graph that is handed over in memory.
 _WEIGHTS = "session.model_external_initializers_file_folder_path"
-# Tokens per step of `score`: float32 logits of 8 x 151674 take 5 MB.
+# Tokens per step of `score`: its logits take 5 MB.
 _SCORE_CHUNK = 8
 # ONNX Runtime's GroupQueryAttention requires a head width that is a multiple of this.
 _GROUPED_HEAD = 8
@@ -153,11 +153,12 @@ class OnnxRuntimeEngine(Engine):
         *chunks, last = self._chunks(embeds, row)
         in_int8 = self._prompts is not None and total >= SHORTEST_PROMPT
         for chunk in chunks:
-            step = _Step(self, self._prompts if in_int8 else self._text, tokens=len(chunk), kept=0 if in_int8 else 1)
-            self._append(step, chunk, total, row)
+            session, kept = (self._prompts, 0) if in_int8 else (self._text, 1)
+            step = _Step(self, session, tokens=len(chunk), kept=kept)
+            self._append(step, chunk, total, row, shrink=chunk is chunks[-1])
             yield
         step = _Step(self, self._text, tokens=len(last))
-        self._append(step, last, total, row)
+        self._append(step, last, total, row, shrink=len(last) > _SCORE_CHUNK)
         yield
         logits: NDArray[np.float32] = step.logits[0, 0].copy()
         return logits
@@ -206,10 +207,10 @@ class OnnxRuntimeEngine(Engine):
         sizes = steps_from(self.steps(start + len(embeds)), start) or self.steps(len(embeds))
         return np.split(embeds, np.cumsum(sizes)[:-1])
 
-    def _append(self, step: _Step, embeds: NDArray[np.float32], total: int, row: int) -> None:
+    def _append(self, step: _Step, embeds: NDArray[np.float32], total: int, row: int, *, shrink: bool = False) -> None:
         """Append tokens of a sequence that has `total` in the end."""
         step.fill(embeds, self.cache.length(row), total)
-        step.run(self._buffers.places[row])
+        step.run(self._buffers.places[row], shrink)
         self.cache.append(len(embeds), row)
 
     def _score(self, embeds: NDArray[np.float32], total: int, row: int) -> NDArray[np.float32]:
@@ -224,7 +225,7 @@ class OnnxRuntimeEngine(Engine):
         return embeds
 
     @contextmanager
-    def _interruptible(self, shrink: bool) -> Iterator[Any]:
+    def _interruptible(self, shrink: bool = False) -> Iterator[Any]:
         """Options of one call, which `interrupt` can end. An interrupted call is an EngineError.
 
         With `shrink`, the call gives the free memory of the CPU's arena back at its end.
@@ -294,7 +295,6 @@ class _Step:
         self._engine = engine
         self._session = session
         self._rows = rows
-        self._tokens = tokens
         self._arrays = {
             "inputs_embeds": np.zeros((rows, tokens, decoder.hidden_size), engine._dtype),
             "cos": np.zeros((rows, tokens, decoder.head_dim // 2), engine._dtype),
@@ -321,14 +321,14 @@ class _Step:
             self._arrays[name][row] = values
         self._arrays["past_length"][row] = start
 
-    def run(self, first: int) -> None:
-        """Compute the rows at the places from `first` on."""
+    def run(self, first: int, shrink: bool = False) -> None:
+        """Compute the rows at the places from `first` on. `shrink` is that of `_interruptible`."""
         if first != self._first:
             self._engine._buffers.bind(self._binding, first, self._rows)
             self._first = first
         for name, array in self._arrays.items():
             self._binding.bind_cpu_input(name, array)
-        with self._engine._interruptible(shrink=self._tokens > 1) as options:
+        with self._engine._interruptible(shrink) as options:
             self._session.run_with_iobinding(self._binding, options)
 
 

@@ -74,7 +74,7 @@ def test_whichever_of_them_fails_is_named(bundle: Path, monkeypatch: pytest.Monk
         InternVL.load(bundle, device="cpu", engine="onnxruntime", context=64)
 
 
-def test_tiles_and_steps_of_prompts_give_free_memory_back_and_single_tokens_do_not(
+def test_tiles_and_prompts_give_free_memory_back_at_their_end_and_tokens_do_not(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(onnxruntime, "multiplies_int8_exactly", lambda: True)
@@ -96,10 +96,12 @@ def test_tiles_and_steps_of_prompts_give_free_memory_back_and_single_tokens_do_n
     embeds = np.random.default_rng(0).standard_normal((128, decoder.hidden_size)).astype(np.float32)
     assert engine.steps(101) == [64, 36, 1]
     engine.prefill(embeds[:101])
-    assert shrunk == [True, True, False]
+    assert shrunk == [False, True, False], "the last step of the graph for prompts"
     engine.decode(embeds[0])
-    assert shrunk == [True, True, False, False]
     engine.score(embeds[:8])
-    assert shrunk[4:] == [True]
+    assert shrunk[3:] == [False, False]
+    engine.cache.reset()
+    engine.prefill(embeds[:12])
+    assert shrunk[5:] == [True], "the only step of a short prompt"
     engine.encode(np.zeros((1, vision.image_size, vision.image_size, 3), np.uint8))
-    assert shrunk[5:] == [True]
+    assert shrunk[6:] == [True]
