@@ -125,8 +125,8 @@ class InternVL:
                 so that an answer does not depend on what else is asked; this makes a lone answer slower
                 (docs/performance.md). TensorRT has at most those of `build --rows`, and CUDA has one row.
             threads: CPU threads; the default is all available cores.
-            exact: compute in the types of the bundle, with the operators of ONNX Runtime. Without it, OpenVINO may round
-                to bfloat16 (`engines.choice`), and compiled operators compute attention (`native.choice`).
+            exact: compute in the types of the bundle, with ONNX Runtime's operators. Without it, OpenVINO may round to
+                bfloat16 (`engines.choice`), and compiled operators compute attention (`native.choice`).
             most_waiting: answers that may wait for a row; a further one is refused with a BusyError.
             prompts_first: with several rows, read images and prompts of waiting questions before answers under way go
                 on. This gives the most answers in an hour; those under way wait meanwhile. The answers are the same.
