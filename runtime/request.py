@@ -135,7 +135,7 @@ class RequestBuilder:
         source: ImageSource,
         max_tiles: int | None = None,
         *,
-        exif: bool = True,
+        exif: bool = False,
         background: str | None = None,
         max_pixels: int = MAX_PIXELS,
     ) -> Tiles:
@@ -184,7 +184,7 @@ class RequestBuilder:
             raise PromptError(
                 f"max_tiles has {len(limits)} numbers for {len(sources)} images; give one, or one per image"
             )
-        exif, background = options.get("exif", True), options.get("background")
+        exif, background = options.get("exif", False), options.get("background")
         return [
             (source if isinstance(source, Tiles) else self.tile(source, limit, exif=exif, background=background)).pixels
             for source, limit in zip(sources, limits, strict=True)

@@ -147,9 +147,8 @@ _ANSWERING = (
         help="Guess tokens from the prompt and verify several in one step. The answer is the same.",
     ),
     click.option(
-        "--exif/--no-exif",
-        default=True,
-        show_default=True,
+        "--exif",
+        is_flag=True,
         help="Turn photographs upright as their EXIF orientation says. The original model code does not.",
     ),
     click.option(

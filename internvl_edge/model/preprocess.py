@@ -50,19 +50,18 @@ def is_image_source(value: Any) -> bool:
 def load_image(
     source: ImageSource,
     *,
-    exif: bool = True,
+    exif: bool = False,
     background: str | None = None,
     max_pixels: int = MAX_PIXELS,
     max_aspect_ratio: float = MAX_ASPECT_RATIO,
 ) -> Image.Image:
     """Decode an image to RGB. Like the original, drop alpha and take the first frame of an animation.
 
-    Two differences are announced: a photograph is turned upright, as its camera noted, and greyscale with 16 bits is
-    scaled to 8, where the original clips it to white.
+    One difference is announced: greyscale with 16 bits is scaled to 8, where the original clips it to white.
 
     Args:
         source: see `ImageSource`. A Pillow image is not changed; addresses on the network are not fetched.
-        exif: apply the EXIF orientation, as transformers and vLLM do; the original leaves pixels as they are stored.
+        exif: apply the EXIF orientation, as vLLM does; the original leaves pixels as they are stored.
         background: a colour to put behind transparent pixels; None drops transparency as the original does.
         max_pixels: most pixels (width x height) of an image; read from the header before any memory is allocated.
         max_aspect_ratio: greatest longer side / shorter side.

@@ -75,15 +75,16 @@ def test_equal_items_share_the_vision_work_and_have_a_row_each(
     assert {row["answer"] for row in rows_in(tmp_path / "out.jsonl").values()} == {QUESTIONS[0].expected}
 
 
-def test_photographs_are_read_upright(model: InternVL, tmp_path: Path) -> None:
+def test_photographs_are_turned_upright_on_request(model: InternVL, tmp_path: Path) -> None:
     asked = QUESTIONS[0]
     photo = sideways(asked.image, tmp_path / "photo.png")
-    rows: list[dict[str, Any]] = [{"id": "upright"}, {"id": "stored", "exif": False}]
+    rows: list[dict[str, Any]] = [{"id": "upright", "exif": True}, {"id": "stored"}]
     path = tmp_path / "table.jsonl"
     path.write_text("".join(json.dumps({**row, "images": photo.name, "prompt": asked.question}) + "\n" for row in rows))
     run_on(model, read_items(path, ASK).items, tmp_path / "out.jsonl")
     answers = {name: row["answer"] for name, row in rows_in(tmp_path / "out.jsonl").items()}
-    assert answers["upright"] == asked.expected == model.chat(asked.question, [photo], max_new_tokens=24).text
+    reply = model.chat(asked.question, [photo], max_new_tokens=24, exif=True)
+    assert answers["upright"] == asked.expected == reply.text
     assert answers["stored"] != asked.expected
 
 

@@ -12,7 +12,6 @@ from PIL import Image
 
 from helpers import tiny
 from helpers.commands import internvl_edge
-from helpers.photographs import sideways
 from internvl_edge.calibration.items import CalibrationItem, read_items
 from internvl_edge.calibration.samples import SampleBuilder
 from internvl_edge.checkpoint.reader import Checkpoint
@@ -159,21 +158,6 @@ def test_a_sample_is_the_whole_conversation_as_the_model_sees_it(tmp_path: Path)
         "<|im_start|>assistant\n2.<|im_end|>\n"
     )
     assert len(sample.tiles) == 1
-
-
-def test_calibration_sees_photographs_upright_as_the_model_does(tmp_path: Path) -> None:
-    checkpoint = Checkpoint(tiny.write_checkpoint(tmp_path / "checkpoint"))
-    (tmp_path / "tokenizer.json").write_bytes(build_tokenizer(checkpoint.folder, checkpoint.config))
-    pixels = np.random.default_rng(0).integers(0, 256, (56, 112, 3), np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "a.png")
-    sideways(tmp_path / "a.png", tmp_path / "b.png")
-    builder = SampleBuilder(checkpoint.config, tmp_path / "tokenizer.json", max_tiles=4)
-    upright, photo = (
-        builder.build(item(tmp_path, {"image": name, "conversations": [human("One?"), gpt("1.")]}))
-        for name in ("a.png", "b.png")
-    )
-    assert photo.ids.tolist() == upright.ids.tolist()
-    assert np.array_equal(photo.tiles, upright.tiles)
 
 
 def test_calibrate_and_evaluate_take_such_files_and_an_unknown_form_is_said_once(tmp_path: Path) -> None:

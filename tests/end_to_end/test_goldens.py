@@ -71,13 +71,12 @@ def ask(golden: Golden, model: InternVL, case: dict[str, Any]) -> list[Reply]:
     limits = [image.get("max_num", 12) for image in case.get("images", [])]
     if case["kind"] == "batch_chat":
         rows = zip(case["questions"], images, limits, strict=True)
-        return [model.chat(q, [image], max_tiles=limit, max_new_tokens=24, exif=False) for q, image, limit in rows]
+        return [model.chat(q, [image], max_tiles=limit, max_new_tokens=24) for q, image, limit in rows]
     # Without num_patches_list the original gives all tiles to one mark.
     combined = len(images) > 1 and not case.get("pass_num_patches_list")
     history = [(question, answer) for question, answer in case.get("history") or []]
     entries = [images] if combined else images
-    question, exif = case["question"], False  # the original leaves photographs as they are stored
-    return [model.chat(question, entries, max_tiles=limits, history=history, max_new_tokens=24, exif=exif)]
+    return [model.chat(case["question"], entries, max_tiles=limits, history=history, max_new_tokens=24)]
 
 
 @pytest.mark.parametrize("dialect", DECODERS)
@@ -112,13 +111,7 @@ def test_every_family_gives_the_tokens_of_its_oracle(family_golden: Golden, dial
                 question, system = case["question"], case.get("system")
                 history = [(asked, answer) for asked, answer in case.get("history") or []]
             reply = model.chat(
-                question,
-                images,
-                max_tiles=limits or None,
-                history=history,
-                system=system,
-                max_new_tokens=24,
-                exif=False,
+                question, images, max_tiles=limits or None, history=history, system=system, max_new_tokens=24
             )
             assert reply.prompt_ids == golden.arrays[f"{case['id']}/input_ids"][0].tolist(), case["id"]
             assert reply.output_ids == case["expected"]["output_ids"][0], case["id"]
@@ -243,9 +236,7 @@ def open_engine(golden: Golden, dialect: str, dtype: str = "float32") -> tuple[O
 
 def case_tiles(golden: Golden, case: dict[str, Any]) -> list[np.ndarray]:
     return [
-        tile_image(
-            load_image(golden.images / image["file"], exif=False), image_size=448, max_tiles=image.get("max_num", 12)
-        )
+        tile_image(load_image(golden.images / image["file"]), image_size=448, max_tiles=image.get("max_num", 12))
         for image in case.get("images", [])
     ]
 

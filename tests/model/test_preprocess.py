@@ -132,7 +132,7 @@ def test_tiles_are_byte_identical_to_the_original(oracle: Path, checkpoint: str)
     golden = json.loads((oracle / checkpoint / "golden.json").read_text())
     compared = 0
     for file, entry in golden["preprocess"].items():
-        image = load_image(oracle / "images" / file, exif=False)
+        image = load_image(oracle / "images" / file)
         assert image.size == tuple(entry["pil_size"])
         for max_tiles, expected in entry["runs"].items():
             tiles = tile_image(image, max_tiles=int(max_tiles))
@@ -207,7 +207,7 @@ def test_palette_with_transparency_keeps_its_colours_and_does_not_warn() -> None
         (8, Image.Transpose.ROTATE_90),
     ],
 )
-def test_photographs_are_turned_upright_unless_told_otherwise(
+def test_photographs_are_turned_upright_on_request(
     tmp_path: Path, orientation: int, upright: Image.Transpose | None, file: bool
 ) -> None:
     """What each orientation means is in EXIF 2.32, tag 0x0112: where the first row and column of pixels are seen."""
@@ -219,15 +219,15 @@ def test_photographs_are_turned_upright_unless_told_otherwise(
         (tmp_path / "photo.png").write_bytes(data)  # type: ignore[arg-type]
         data = tmp_path / "photo.png"
     expected = image if upright is None else image.transpose(upright)
-    assert load_image(data).size == expected.size
-    assert load_image(data).tobytes() == expected.tobytes()
-    assert load_image(data, exif=False).tobytes() == image.tobytes()
+    assert load_image(data, exif=True).size == expected.size
+    assert load_image(data, exif=True).tobytes() == expected.tobytes()
+    assert load_image(data).tobytes() == image.tobytes()
 
 
-def test_oracle_exif_image_is_turned_and_can_be_left_as_stored(oracle: Path) -> None:
+def test_oracle_exif_image_is_left_as_stored_and_can_be_turned(oracle: Path) -> None:
     path = oracle / "images" / "exif6_640x480.jpg"
-    assert load_image(path).size == (480, 640)
-    assert load_image(path, exif=False).size == (640, 480)
+    assert load_image(path).size == (640, 480)
+    assert load_image(path, exif=True).size == (480, 640)
 
 
 def test_only_the_first_frame_of_an_animation_is_read() -> None:

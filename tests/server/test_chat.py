@@ -12,7 +12,6 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")
 pytest.importorskip("prometheus_client")
 
-from helpers.photographs import sideways
 from helpers.servers import RunningServer, data_url, image_part, text_of
 from internvl_edge import InternVL
 from internvl_edge.demo import Question, demo_questions
@@ -45,12 +44,6 @@ def test_an_answer_is_the_models(server: RunningServer, model: InternVL, asked: 
     assert body["usage"]["completion_tokens"] == len(reply.output_ids)
     assert body["usage"]["total_tokens"] == len(reply.prompt_ids) + len(reply.output_ids)
     assert body["timings"]["tiles"] == reply.tiles
-
-
-def test_a_photograph_is_read_upright(server: RunningServer, tmp_path: Path) -> None:
-    photo = sideways(RECEIPT.image, tmp_path / "photo.png")
-    found = server.ask([image_part(photo), {"type": "text", "text": RECEIPT.question}])
-    assert found.json["choices"][0]["message"]["content"] == RECEIPT.expected
 
 
 def test_a_stream_has_the_form_of_the_interface(server: RunningServer) -> None:
