@@ -294,6 +294,7 @@ def stored_names(path: Path) -> list[str]:
 # ---- presets ----
 
 
+@pytest.mark.usefixtures("float_activations")
 @pytest.mark.parametrize("text", ["qwen2", "internlm2"])
 @pytest.mark.parametrize("name", sorted(presets()))
 def test_every_preset_runs_in_both_dialects(tmp_path: Path, name: str, text: str) -> None:
@@ -311,9 +312,8 @@ def test_every_preset_runs_in_both_dialects(tmp_path: Path, name: str, text: str
     if (scales := Checkpoint(tmp_path / "out").kv_scales) is not None:
         reference.kv_scales = torch.from_numpy(scales.key), torch.from_numpy(scales.value)
     expected = reference.generate(TEXT, max_new_tokens=1).prefill_logits
-    for dialect in DECODERS:  # inputs of products are rounded to int8
-        error = known(run(bundle, dialect, reference, 3)[0], expected)
-        assert 0 < np.square(error).mean() ** 0.5 < 0.05 * float(expected.std())
+    for dialect in DECODERS:
+        assert np.abs(known(run(bundle, dialect, reference, 3)[0], expected)).max() < 1e-4
 
 
 @pytest.mark.parametrize("name", ["w8a8", "mixed", "orin", "rtx"])
