@@ -130,16 +130,16 @@ void merge(const Attention& a, size_t task, const float* scratch) {
     float top = -INFINITY, total = 0;
     for (int64_t piece = 0; piece < count; ++piece) top = std::fmax(top, first[piece * step + a.width]);
     float* output = a.output + a.query_of(row, 0, head);
-    for (int64_t piece = 0; piece < count; ++piece)
-        total += std::exp2(first[piece * step + a.width] - top) * first[piece * step + a.width + 1];
-    for (int64_t d = 0; d < a.width; d += W) {
-        Floats joined = {};
-        for (int64_t piece = 0; piece < count; ++piece) {
-            const float* partial = first + piece * step;
-            joined += load<Floats>(partial + d) * std::exp2(partial[a.width] - top);
+    for (int64_t piece = 0; piece < count; ++piece) {
+        const float* partial = first + piece * step;
+        const float weight = std::exp2(partial[a.width] - top);
+        total += weight * partial[a.width + 1];
+        for (int64_t d = 0; d < a.width; d += W) {
+            const Floats before = piece ? load<Floats>(output + d) : Floats{};
+            store(output + d, before + load<Floats>(partial + d) * weight);
         }
-        store(output + d, joined / total);
     }
+    for (int64_t d = 0; d < a.width; d += W) store(output + d, load<Floats>(output + d) / total);
 }
 
 // ---- many queries per row -------------------------------------------------------------------------------------------

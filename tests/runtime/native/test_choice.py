@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import threading
@@ -15,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from helpers import tiny
+from helpers.commands import internvl_edge
 from helpers.tiny_quantized import write_quantized
 from internvl_edge import export_bundle
 from internvl_edge.bundle import names
@@ -87,6 +89,20 @@ def test_a_quantized_bundle_takes_them(quantized: Bundle, library: Path, monkeyp
     assert names.VISION not in found.graphs  # its linears are floats
     engine = OnnxRuntimeEngine(quantized, capacity=64, threads=1)
     assert engine.attention == found
+
+
+def test_commands_say_what_computes_attention(
+    quantized: Bundle, library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    question = ("run", quantized.folder, "Hello", "--max-new-tokens", 1)
+    assert "attention:" not in internvl_edge(*question, "--exact").stderr
+    monkeypatch.setenv(SWITCH, str(library.with_name("missing.so")))
+    assert "attention: onnxruntime (INTERNVL_EDGE_NATIVE names" in internvl_edge(*question).stderr
+    monkeypatch.setenv(SWITCH, str(library))
+    assert "attention: native (" in internvl_edge(*question).stderr
+    facts = json.loads(internvl_edge("doctor", quantized.folder, "--json").stdout)
+    assert facts["native attention"].endswith(f"({library})")
+    assert facts["auto"]["attention"].startswith("native (")
 
 
 @pytest.mark.parametrize(
