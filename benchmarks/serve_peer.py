@@ -38,6 +38,8 @@ THREADS = 2
 TOKENS = 40
 CONTEXT = 2048
 READY_S = 120
+# Said, so that neither server takes a text of its own.
+SYSTEM = "Answer in full sentences."
 SENTENCES = (
     "The harbour master counts the boats at noon.",
     "A receipt names the shop, the date and the total.",
@@ -95,7 +97,7 @@ class Server:
 
     def ask(self, text: str) -> None:
         """One stream, to its end."""
-        messages = [{"role": "user", "content": text}]
+        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
         options = {"stream": True, "stream_options": {"include_usage": True}, "max_tokens": TOKENS, "temperature": 0}
         started = time.perf_counter()
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
@@ -122,7 +124,7 @@ class Server:
             connection.close()
         with self.lock:
             if usage is None or not first:
-                self.outcomes["ended early"] += 1
+                self.outcomes["ended early" if usage is None else "no text"] += 1
                 return
             self.outcomes["answered"] += 1
             self.first_s.append(first)
