@@ -182,6 +182,19 @@ def texts() -> Any:
         yield f"{number}. {body} What follows from this?"
 
 
+def table(figures: dict[str, dict[str, Any]]) -> str:
+    """The table of docs/serve.md, one server a line."""
+    head = ["server", "tokens/s in all", "first token, s, p50 / p95", "answer, s, p50 / p95", "prompt tokens, p50"]
+    head += ["resident, MB", "outcomes"]
+    lines = [head, ["---"] * len(head)]
+    for label, facts in figures.items():
+        times = [f"{facts[name]['p50']:.2f} / {facts[name]['p95']:.2f}" for name in ("first_s", "total_s")]
+        outcomes = ", ".join(f"{count} {name}" for name, count in facts["outcomes"].items())
+        rate = f"{facts['tokens_per_s']['median']:.1f}"
+        lines.append([label, rate, *times, f"{facts['prompt_tokens']['p50']:.0f}", f"{facts['rss_mb']:.0f}", outcomes])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 @click.command()
 @click.argument("bundle", type=click.Path(exists=True, path_type=Path))
 @click.argument("llama_server", type=click.Path(exists=True, path_type=Path))
@@ -230,7 +243,7 @@ def main(bundle: Path, llama_server: Path, model: Path, clients: int, rows: int,
         "servers": figures,
         "tokens_per_s_ratio": round(rate / other_rate, 3),
     }
-    print(json.dumps(values, indent=2))
+    print(table(figures))
     print(write_results("serve-peer", values))
 
 

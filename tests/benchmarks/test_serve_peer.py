@@ -70,6 +70,9 @@ def test_a_round_counts_and_warming_up_does_not(server: serve_peer.Server) -> No
     assert facts["outcomes"] == {"answered": facts["first_s"]["count"]}
     assert facts["tokens_per_s"]["median"] > 0
     assert facts["rss_mb"] > 1
+    line = serve_peer.table({"stub": facts}).splitlines()[-1]
+    assert line.startswith(f"| stub | {facts['tokens_per_s']['median']:.1f} | ")
+    assert line.endswith(f"{facts['outcomes']['answered']} answered |")
 
 
 def test_no_two_texts_begin_alike() -> None:
