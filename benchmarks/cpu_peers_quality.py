@@ -38,7 +38,8 @@ def quality_source(form: Form) -> str:
         return "no row of reader_quality.py"
     floats = " / ".join(f"{exact(layout, 'float'):.3f}" for layout in LAYOUTS)
     source = ", ".join([nearest[0], *nearest[1]])
-    return f"{source} (float weights {floats}); SmolLM2 rounded to nearest in groups of 64"
+    rounded = "; SmolLM2 rounded to nearest in groups of 64" if form["bits"] == 4 else ""
+    return f"{source} (float weights {floats}){rounded}"
 
 
 def exact(layout: str, row: str) -> float:

@@ -38,6 +38,8 @@ THREADS = 2
 TOKENS = 40
 CONTEXT = 2048
 READY_S = 120
+# Said, so that neither server takes a text of its own.
+SYSTEM = "Answer in full sentences."
 SENTENCES = (
     "The harbour master counts the boats at noon.",
     "A receipt names the shop, the date and the total.",
@@ -95,7 +97,7 @@ class Server:
 
     def ask(self, text: str) -> None:
         """One stream, to its end."""
-        messages = [{"role": "user", "content": text}]
+        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
         options = {"stream": True, "stream_options": {"include_usage": True}, "max_tokens": TOKENS, "temperature": 0}
         started = time.perf_counter()
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
@@ -122,7 +124,7 @@ class Server:
             connection.close()
         with self.lock:
             if usage is None or not first:
-                self.outcomes["ended early"] += 1
+                self.outcomes["ended early" if usage is None else "no text"] += 1
                 return
             self.outcomes["answered"] += 1
             self.first_s.append(first)
@@ -180,6 +182,19 @@ def texts() -> Any:
         yield f"{number}. {body} What follows from this?"
 
 
+def table(figures: dict[str, dict[str, Any]]) -> str:
+    """The table of docs/serve.md, one server a line."""
+    head = ["server", "tokens/s in all", "first token, s, p50 / p95", "answer, s, p50 / p95", "prompt tokens, p50"]
+    head += ["resident, MB", "outcomes"]
+    lines = [head, ["---"] * len(head)]
+    for label, facts in figures.items():
+        times = [f"{facts[name]['p50']:.2f} / {facts[name]['p95']:.2f}" for name in ("first_s", "total_s")]
+        outcomes = ", ".join(f"{count} {name}" for name, count in facts["outcomes"].items())
+        rate = f"{facts['tokens_per_s']['median']:.1f}"
+        lines.append([label, rate, *times, f"{facts['prompt_tokens']['p50']:.0f}", f"{facts['rss_mb']:.0f}", outcomes])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 @click.command()
 @click.argument("bundle", type=click.Path(exists=True, path_type=Path))
 @click.argument("llama_server", type=click.Path(exists=True, path_type=Path))
@@ -228,7 +243,7 @@ def main(bundle: Path, llama_server: Path, model: Path, clients: int, rows: int,
         "servers": figures,
         "tokens_per_s_ratio": round(rate / other_rate, 3),
     }
-    print(json.dumps(values, indent=2))
+    print(table(figures))
     print(write_results("serve-peer", values))
 
 

@@ -37,6 +37,13 @@ def tower(hidden_size: int) -> Any:
     return InternVLModel(InternVLConfig(vision_config=vision, text_config=text.to_dict())).eval()
 
 
+def back_to(cache: DynamicCache, context: int) -> DynamicCache:
+    """Forget what follows the first `context` tokens."""
+    if further := cache.get_seq_length() - context:
+        cache.crop(-further)
+    return cache
+
+
 def steps(model: Any, cache: DynamicCache, rows: int = 1) -> float:
     """Seconds of STEPS further tokens of each row of a cache."""
     tokens = torch.full((rows, 1), TOKEN)
@@ -64,8 +71,7 @@ def load() -> dict[str, Action]:
         if context not in held:
             held.clear()
             held[context] = prompted(context)
-        held[context].crop(context)
-        return steps(model, held[context])
+        return steps(model, back_to(held[context], context))
 
     def several(count: int) -> float:
         return steps(model, prompted(TEXT, rows=count), count)

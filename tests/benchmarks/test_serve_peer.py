@@ -20,14 +20,14 @@ import serve_peer
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers three tokens as llama-server streams them; a text with "refuse" gets 429, one with "cut" no end."""
+    """Answers three tokens as llama-server streams them; "refuse" gets 429, "cut" no end and "empty" no text."""
 
     def log_message(self, *arguments: object) -> None:
         pass
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        text = body["messages"][0]["content"]
+        text = body["messages"][-1]["content"]
         assert body["ignore_eos"] is True
         self.send_response(429 if "refuse" in text else 200)
         self.end_headers()
@@ -36,6 +36,7 @@ class Handler(BaseHTTPRequestHandler):
         role = {"choices": [{"delta": {"role": "assistant", "content": None}}]}
         pieces = [{"choices": [{"delta": {"content": "a"}}]}] * 3
         end = {"choices": [], "usage": {"prompt_tokens": 21, "completion_tokens": 3}}
+        pieces = [] if "empty" in text else pieces
         for event in [role, *pieces, *([] if "cut" in text else [end])]:
             self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
         self.wfile.write(b"data: [DONE]\n\n")
@@ -52,9 +53,9 @@ def server() -> Iterator[serve_peer.Server]:
 
 
 def test_streams_are_read_to_their_end(server: serve_peer.Server) -> None:
-    for text in ("one", "refuse", "cut"):
+    for text in ("one", "refuse", "cut", "empty"):
         server.ask(text)
-    assert server.outcomes == {"answered": 1, "status 429": 1, "ended early": 1}
+    assert server.outcomes == {"answered": 1, "status 429": 1, "ended early": 1, "no text": 1}
     assert server.tokens == 3
     assert server.prompt_tokens == [21]
     assert 0 < server.first_s[0] <= server.total_s[0]
@@ -69,6 +70,9 @@ def test_a_round_counts_and_warming_up_does_not(server: serve_peer.Server) -> No
     assert facts["outcomes"] == {"answered": facts["first_s"]["count"]}
     assert facts["tokens_per_s"]["median"] > 0
     assert facts["rss_mb"] > 1
+    line = serve_peer.table({"stub": facts}).splitlines()[-1]
+    assert line.startswith(f"| stub | {facts['tokens_per_s']['median']:.1f} | ")
+    assert line.endswith(f"{facts['outcomes']['answered']} answered |")
 
 
 def test_no_two_texts_begin_alike() -> None:
