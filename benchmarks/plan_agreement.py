@@ -45,8 +45,8 @@ def compare(bundle: Bundle) -> dict[str, dict[str, Any]]:
     footprint = Footprint(bundle.manifest.model, storage)
     counted, files = footprint.weights, bundle.manifest.files
     # The CPU engine's cache holds what its graphs compute in, the planned one 16 or 8 bits.
-    cache = OnnxRuntimeEngine(bundle, capacity=CONTEXT)._cache
-    allocated = sum(value.numpy().size for value in cache.values()) * storage.cache_bytes
+    cache = OnnxRuntimeEngine(bundle, capacity=CONTEXT)._buffers.arrays
+    allocated = sum(array.size for array in cache.values()) * storage.cache_bytes
     pairs = {
         "vision": (counted.vision, files["vision.data"].bytes),
         "decoder": (counted.decoder + counted.head, files["decoder.data"].bytes),
