@@ -28,5 +28,5 @@ fi
 if [ -f "$here/$1.remove.txt" ]; then
     "$2/bin/pip" uninstall --quiet --yes --requirement "$here/$1.remove.txt"
 fi
-"$2/bin/pip" freeze > "$2/versions.new"
+"$2/bin/pip" list --format=freeze > "$2/versions.new"
 mv "$2/versions.new" "$2/versions.txt"
