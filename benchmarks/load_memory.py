@@ -65,6 +65,15 @@ def one_arena(engine: Any, folder: Path) -> None:
     with_entries(session__use_env_allocators="1")(engine, folder)
 
 
+def options_of(ort: Any, threads: Any, entries: Any) -> Any:
+    """The options of a session, without those of the bundle."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    for key, value in entries:
+        options.add_session_config_entry(key, value)
+    return options
+
+
 def unpacked_tower(engine: Any, folder: Path) -> None:
     """Load the tower from a saved optimized graph over the bundle's own data, without packing its weights."""
     session = engine._session
@@ -73,10 +82,7 @@ def unpacked_tower(engine: Any, folder: Path) -> None:
         if name != "vision.onnx":
             return session(self, opened, name, threads, *more)
         ort, path = self._ort, folder / "vision.saved.onnx"
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        for key, value in more:
-            options.add_session_config_entry(key, value)
+        options = options_of(ort, threads, more)
         if not path.exists():
             options.optimized_model_filepath = str(path)
             return ort.InferenceSession(str(opened.path(name)), options, providers=["CPUExecutionProvider"])
@@ -92,10 +98,7 @@ def saved_packed(engine: Any, folder: Path) -> None:
 
     def load(self: Any, opened: Any, name: str, threads: Any, *more: Any) -> Any:
         ort, path = self._ort, folder / name
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        for key, value in more:
-            options.add_session_config_entry(key, value)
+        options = options_of(ort, threads, more)
         if not path.exists():
             options.optimized_model_filepath = str(path)
             for key, value in {

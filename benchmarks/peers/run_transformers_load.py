@@ -17,11 +17,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
 import torch
+import torchvision_operators  # noqa: F401
 from transformers import AutoModelForImageTextToText
-
-# PyPI's torchvision is the CUDA build, whose operators do not load beside a CPU torch; see run_vllm.py.
-for _operator in ("nms", "qnms"):
-    torch.library.define(f"torchvision::{_operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 PROMPT = range(5, 40)
 

@@ -32,13 +32,9 @@ os.environ |= {
 
 import numpy as np
 import torch
+import torchvision_operators  # noqa: F401
 from PIL import Image
 from transformers import AutoConfig, PretrainedConfig
-
-# vLLM's InternVL imports torchvision for resizing. PyPI's wheel is the CUDA build, whose operators do not load beside a
-# CPU torch; its Python part imports once these two are declared.
-for _operator in ("nms", "qnms"):
-    torch.library.define(f"torchvision::{_operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 ANSWER_TOKENS = 24
 

@@ -269,7 +269,7 @@ class OnnxRuntimeEngine(Engine):
             options.add_session_config_entry(*_WIDE_SUMS)
         graph = self.attention.graph(opened.path(name))
         if graph is not None:
-            options.register_custom_ops_library(str(self.attention.library))
+            options.register_custom_ops_library(str(self.attention.file))
             options.add_session_config_entry(_WEIGHTS, str(opened.folder))
         try:
             return self._ort.InferenceSession(

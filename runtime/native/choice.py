@@ -27,21 +27,21 @@ class Attention:
     """What computes attention, and why.
 
     Attributes:
-        library: the native library, or None for ONNX Runtime's own operators.
+        file: the native library, or None for ONNX Runtime's own operators.
         reason: the level of CPU features that the library uses, or why it is not used.
         graphs: the graphs whose attention it may compute, by name, with the width of what attention returns there.
     """
 
-    library: Path | None
+    file: Path | None
     reason: str
     graphs: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return f"{'native' if self.library else 'onnxruntime'} ({self.reason})"
+        return f"{'native' if self.file else 'onnxruntime'} ({self.reason})"
 
     def graph(self, path: Path) -> bytes | None:
         """Return a graph of the bundle with the native operators, or None where it keeps its own."""
-        if self.library is None or path.name not in self.graphs:
+        if self.file is None or path.name not in self.graphs:
             return None
         try:
             return with_native_attention(path.read_bytes(), self.graphs[path.name])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 
 from helpers.reference import Reference
+from internvl_edge.base.errors import EngineError
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.runtime.engines import onnxruntime as engine_module
 from internvl_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
@@ -32,6 +35,20 @@ def greedy(
         logits.append(engine.decode(table[tokens[-1]]).copy())
         tokens.append(int(logits[-1].argmax()))
     return tokens, np.stack(logits)
+
+
+def assert_interruptible(engine: OnnxRuntimeEngine, embeds: np.ndarray) -> None:
+    """A call that is interrupted ends with an error and leaves nothing, and the next one is right."""
+    started = time.perf_counter()
+    whole = engine.prefill(embeds).copy()
+    seconds = time.perf_counter() - started
+    engine.cache.reset()
+    timer = threading.Timer(seconds / 10, engine.interrupt)
+    timer.start()
+    with pytest.raises(EngineError, match="the computation was interrupted"):
+        engine.prefill(embeds)
+    assert engine.cache.length() == 0
+    np.testing.assert_array_equal(engine.prefill(embeds), whole)
 
 
 def engine_for(bundle: Path, dialect: str, capacity: int = 1024) -> OnnxRuntimeEngine:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import random
 import shutil
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from helpers import kv_scales, tiny, tiny_quantized
+from helpers.engines import assert_interruptible
 from internvl_edge import InternVL, export_bundle
 from internvl_edge.base.errors import EngineError
 from internvl_edge.bundle.bundle import Bundle
@@ -155,16 +154,7 @@ def test_an_interrupted_call_ends_and_the_next_one_is_right(tmp_path: Path, monk
     opened = Bundle.open(export_bundle(CHECKPOINT, tmp_path / "bundle"))
     engine = OnnxRuntimeEngine(opened, capacity=4000, threads=1)
     embeds = embeds_of(engine, 4000, seed=0)
-    started = time.perf_counter()
-    whole = engine.prefill(embeds).copy()
-    seconds = time.perf_counter() - started
-    engine.cache.reset()
-    timer = threading.Timer(seconds / 10, engine.interrupt)
-    timer.start()
-    with pytest.raises(EngineError, match="the computation was interrupted"):
-        engine.prefill(embeds)
-    assert engine.cache.length() == 0
-    np.testing.assert_array_equal(engine.prefill(embeds), whole)
+    assert_interruptible(engine, embeds)
 
 
 def test_what_cannot_have_rows_says_so(bundle: Path) -> None:

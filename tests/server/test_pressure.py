@@ -263,6 +263,14 @@ def test_an_answer_that_fails_once_fails_alone(bundle: Path, capfd: pytest.Captu
     assert "secret" not in written.err + written.out
 
 
+def _break(server: RunningServer) -> Any:
+    """Let the engine fail in its next prompt, and ask; return the broken model."""
+    broken: Any = server.model
+    broken._engine.prefill_steps = _fail
+    assert server.ask("Hello").status == 500
+    return broken
+
+
 def _fail(*arguments: Any) -> Any:
     """A step of a prompt, of an engine that fails."""
     raise RuntimeError("planted")
@@ -271,10 +279,7 @@ def _fail(*arguments: Any) -> Any:
 
 def test_an_engine_that_stays_broken_is_loaded_again(bundle: Path) -> None:
     with running(bundle, rows=1) as server:
-        broken: Any = server.model
-
-        broken._engine.prefill_steps = _fail
-        assert server.ask("Hello").status == 500
+        broken = _break(server)
         server.wait_for(lambda: server.model is not broken and server.get("/readyz").status == 200)
         assert server.ask("Hello", max_tokens=1).status == 200
 
@@ -289,10 +294,7 @@ def test_an_engine_that_cannot_be_loaded_again_says_so_for_good(bundle: Path) ->
         return load_demo(bundle)
 
     with running(bundle, load=load) as server:
-        broken: Any = server.model
-
-        broken._engine.prefill_steps = _fail
-        assert server.ask("Hello").status == 500
+        _break(server)
         server.wait_for(lambda: server.get("/livez").status == 503)
         found = server.ask("Hello")
         assert (found.status, found.error["code"]) == (503, "engine_failed")
@@ -312,9 +314,7 @@ def test_a_reload_that_hangs_turns_livez(bundle: Path, monkeypatch: pytest.Monke
         return load_demo(bundle)
 
     with running(bundle, load=load) as server:
-        broken: Any = server.model
-        broken._engine.prefill_steps = _fail
-        assert server.ask("Hello").status == 500
+        _break(server)
         server.wait_for(lambda: server.get("/livez").status == 503)
         go.set()
         server.wait_for(lambda: server.get("/readyz").status == 200)

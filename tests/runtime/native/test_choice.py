@@ -73,7 +73,7 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeSources:
 def runs_without(bundle: Bundle, reason: str) -> None:
     """An engine loads with ONNX Runtime's own attention, answers, and says why."""
     engine = OnnxRuntimeEngine(bundle, capacity=64, threads=1)
-    assert engine.attention.library is None
+    assert engine.attention.file is None
     assert reason in engine.attention.reason
     assert "\n" not in str(engine.attention)
     width = bundle.manifest.model.decoder.hidden_size
@@ -83,7 +83,7 @@ def runs_without(bundle: Bundle, reason: str) -> None:
 def test_a_quantized_bundle_takes_them(quantized: Bundle, library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SWITCH, str(library))
     found = choose_attention(quantized.manifest)
-    assert found.library == library
+    assert found.file == library
     assert str(found).startswith("native (")
     assert names.DECODERS["onnxruntime"] in found.graphs
     assert names.VISION not in found.graphs  # its linears are floats
@@ -118,7 +118,7 @@ def test_numbers_that_must_not_be_rounded_are_not(
 ) -> None:
     monkeypatch.setenv(SWITCH, str(library))
     found = choose_attention(replace(quantized.manifest, **change), exact)
-    assert (found.library, found.graphs) == (None, {})
+    assert (found.file, found.graphs) == (None, {})
     assert reason in found.reason
 
 
@@ -142,11 +142,11 @@ def test_the_first_start_compiles_and_later_ones_do_not(
 ) -> None:
     assert "not compiled yet" in choose_attention(quantized.manifest, builds=False).reason
     found = choose_attention(quantized.manifest)
-    assert (found.library, found.reason) == (build.cached_library(), "baseline")
+    assert (found.file, found.reason) == (build.cached_library(), "baseline")
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     assert choose_attention(quantized.manifest) == choose_attention(quantized.manifest, builds=False) == found
-    assert [path.name for path in (cache / "internvl-edge" / build.FOLDER).iterdir()] == [found.library.name]
+    assert [path.name for path in (cache / "internvl-edge" / build.FOLDER).iterdir()] == [found.file.name]
 
 
 def test_without_a_compiler(quantized: Bundle, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +207,7 @@ def test_a_library_that_others_may_write_is_not_loaded(
 ) -> None:
     copy = Path(shutil.copy(library, tmp_path / "copy.so"))
     monkeypatch.setenv(SWITCH, str(copy))
-    assert choose_attention(quantized.manifest).library == copy
+    assert choose_attention(quantized.manifest).file == copy
     copy.chmod(0o777)
     runs_without(quantized, "can be written by every user")
     copy.chmod(0o755)

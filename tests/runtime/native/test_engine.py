@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from helpers import tiny
+from helpers.engines import assert_interruptible
 from helpers.repository import REPOSITORY
 from helpers.tiny_quantized import write_quantized
 from internvl_edge import InternVL, export_bundle
-from internvl_edge.base.errors import EngineError
 from internvl_edge.bundle import names
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.demo import CHECKPOINT, demo_questions
@@ -43,7 +41,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def engine_of(bundle: Bundle, rows: int = 1, threads: int = 1) -> OnnxRuntimeEngine:
     engine = OnnxRuntimeEngine(bundle, capacity=700, rows=rows, threads=threads)
-    assert engine.attention.library is not None
+    assert engine.attention.file is not None
     return engine
 
 
@@ -73,7 +71,7 @@ def test_whole_models_answer_token_for_token(
 
 def test_logits_are_those_of_the_graphs_own_operators_within_rounding(bundle: Bundle, native: None) -> None:
     engine, own = engine_of(bundle), OnnxRuntimeEngine(bundle, capacity=700, threads=1, exact=True)
-    assert own.attention.library is None
+    assert own.attention.file is None
     embeds = embeds_of(bundle, 650, seed=1)
     for length in (9, 600):
         engine.cache.reset(), own.cache.reset()
@@ -136,13 +134,4 @@ def test_an_interrupted_call_ends_and_the_next_one_is_right(
     opened = Bundle.open(export_bundle(CHECKPOINT, tmp_path / "bundle", dialects=["onnxruntime"]))
     engine = OnnxRuntimeEngine(opened, capacity=3000, threads=1)
     embeds = embeds_of(opened, 3000, seed=0)
-    started = time.perf_counter()
-    whole = engine.prefill(embeds).copy()
-    seconds = time.perf_counter() - started
-    engine.cache.reset()
-    timer = threading.Timer(seconds / 10, engine.interrupt)
-    timer.start()
-    with pytest.raises(EngineError, match="the computation was interrupted"):
-        engine.prefill(embeds)
-    assert engine.cache.length() == 0
-    np.testing.assert_array_equal(engine.prefill(embeds), whole)
+    assert_interruptible(engine, embeds)
