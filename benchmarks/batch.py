@@ -1,6 +1,6 @@
 """Items per second of `batch` against a loop over `InternVL.chat` and against a batch of one row, in one run.
 
-    python benchmarks/batch.py BUNDLE [--threads 1] [--rounds 3] [--items 16] [--tokens 100] [--questions 1 4]
+    python benchmarks/batch.py BUNDLE [--threads 2] [--rounds 3] [--items 16] [--tokens 100] [--questions 4 1]
 
 Every item is a PNG of noise with one tile and an answer of exactly `--tokens` tokens; with `--questions 4`, four rows
 of the table ask about each picture. Each way answers new pictures in each round, and the ways take turns, so a busy
@@ -11,10 +11,10 @@ machine disturbs all of them.
     batch          `batch` on a model of 8 rows with `prompts_first`: what the command does
     interleaved    with `--interleaved`: the same without `prompts_first`, so decode goes on between steps of prompts
 
-Writes results/batch.json (batch-N-threads.json with more than one thread): medians of wall and CPU seconds per item,
-both against the loop, and the anatomy of an item: seconds of reading, of the tower, of the prompt, and of everything
-else, which is mostly decode. On a machine with other jobs, CPU time with one thread is the figure to trust: threads
-that wait for each other spin.
+Writes results/batch-NAME.json, NAME being the bundle's: medians of wall and CPU seconds per item, both against the
+loop, and the anatomy of an item: seconds of reading, of the tower, of the prompt, and of everything else, which is
+mostly decode. On a machine with other jobs, CPU time with one thread is the figure to trust: threads that wait for each
+other spin.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -50,12 +51,12 @@ Way = Callable[[list[Item], Path], list[dict[str, Any]]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--items", type=int, default=16, help="items of one round of the ways with 8 rows")
     parser.add_argument("--few", type=int, default=4, help="items of one round of the ways with one row")
     parser.add_argument("--tokens", type=int, default=100)
-    parser.add_argument("--questions", type=int, nargs="+", default=[1, 4], help="rows of the table for each picture")
+    parser.add_argument("--questions", type=int, nargs="+", default=[4, 1], help="rows of the table for each picture")
     parser.add_argument("--interleaved", action="store_true", help="measure a fourth way")
     asked = parser.parse_args()
     if any(number % each for number in (asked.items, asked.few) for each in asked.questions):
@@ -63,7 +64,7 @@ def main() -> None:
     load = partial(InternVL.load, asked.bundle, engine="onnxruntime", context=2048, threads=asked.threads)
     values = {"bundle": asked.bundle.name, "threads": asked.threads, "rounds": asked.rounds, "rows": ROWS}
     values |= {"tokens": asked.tokens, "items_with_one_row": asked.few, "items": asked.items}
-    name = "batch" if asked.threads == 1 else f"batch-{asked.threads}-threads"
+    name = f"batch-{asked.bundle.name}"
     with ExitStack() as stack:
         single, first = stack.enter_context(load()), stack.enter_context(load(rows=ROWS, prompts_first=True))
         ways: dict[str, tuple[Way, int]] = {
