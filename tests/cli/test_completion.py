@@ -31,7 +31,7 @@ def completed(*words: str) -> list[tuple[str, str]]:
     ("words", "expected"),
     [
         (("quan",), ["quantize"]),
-        (("quantize", "x", "--recipe", ""), ["cpu", "rtx", "orin", "thor", "vllm"]),
+        (("quantize", "x", "--recipe", ""), ["cpu", "rtx", "orin", "thor", "best", "vllm"]),
         (("quantize", "x", "--recipe", "or"), ["orin"]),
         (("quantize", "x", "--scheme", "w8"), ["w8a16", "w8a8"]),
         (("quantize", "x", "--device", ""), ["auto", "cpu", "cuda"]),

@@ -67,7 +67,7 @@ def test_the_end_says_which_programs_load_the_result(
         (["--layer", "layers.0"], "is not PATTERN=SCHEME"),
         (["--target-bits", "4.5", "--max-kl", "0.1"], "one of the two"),
         (["--scheme", "w8a16", "--no-compensate", "--data", "pictures"], "nothing in this recipe looks at data"),
-        (["--recipe", "jetson"], "presets: cpu, rtx, orin, thor, vllm"),
+        (["--recipe", "jetson"], "presets: cpu, rtx, orin, thor, best, vllm"),
         (["--recipe", "cpu", "--group-size", "32", "--layer", "*.gate=w8a16"], "near: "),
     ],
 )

@@ -14,8 +14,9 @@ from internvl_edge.recipe.recipe import Automatic, DecoderInt8, Recipe
 
 def test_presets_are_recipes_that_differ_where_devices_do() -> None:
     made = {name: make_recipe(values) for name, values in presets().items()}
-    assert set(made) == {"cpu", "rtx", "orin", "thor", "vllm"}
-    assert {name for name, recipe in made.items() if not recipe.symmetric} == {"cpu"}
+    assert set(made) == {"cpu", "rtx", "orin", "thor", "best", "vllm"}
+    assert {name for name, recipe in made.items() if not recipe.symmetric} == {"cpu", "best"}
+    assert {name for name, recipe in made.items() if recipe.rounding == "learned"} == {"best"}
     assert {name for name, recipe in made.items() if recipe.kv_cache == "int8"} == {"orin"}
     assert all(recipe.group_size in (64, 128) for recipe in made.values())  # TensorRT's sizes
     assert {name for name, recipe in made.items() if recipe.lm_head != "int8"} == {"vllm"}
@@ -42,7 +43,7 @@ def test_a_file_starts_from_a_preset_and_says_the_rest(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("group_size = 64\n[", "not valid TOML"),
-        ('base = "jetson"', "base is 'jetson', expected one of cpu, rtx, orin, thor, vllm"),
+        ('base = "jetson"', "base is 'jetson', expected one of cpu, rtx, orin, thor, best, vllm"),
         ("groupsize = 64", "groupsize is not known; did you mean group_size?"),
         ('group_size = "64"', "group_size is '64', expected a number"),
         ("symmetric = 1", "symmetric is 1, expected true or false"),
