@@ -38,9 +38,10 @@ def linear(weights: Weights, name: str, x: Tensor) -> Tensor:
     assert weight is not None
     if step is None:
         return F.linear(x, weight, bias)
-    integers = torch.round(x.float() / step).clamp_(-128, 127).to(weight.dtype)
-    y = F.linear(integers, weight).float() * (step * weights[f"{name}.weight_scale"])
-    return (y if bias is None else y + bias.float()).to(x.dtype)
+    # In place: a new tensor for each of these steps takes as long as the step.
+    integers = (x.float() / step).round_().clamp_(-128, 127).to(weight.dtype)
+    y = F.linear(integers, weight).float().mul_(step * weights[f"{name}.weight_scale"])
+    return (y if bias is None else y.add_(bias.float())).to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
