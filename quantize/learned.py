@@ -89,7 +89,7 @@ class RoundingLearner:
             moving.weight = weights[f"{name}.weight"] = moving.rounded(self._compute.dtype).requires_grad_()
         checked = probe_samples(self._lengths, _CHECKED_TOKENS)
         before = self._error(index, weights, checked)
-        with self._progress.phase("learning the rounding", self._how.steps, "steps") as advance:
+        with self._progress.phase(f"learning the rounding of layer {index}", self._how.steps, "steps") as advance:
             self._steps(index, weights, list(latents.values()), advance)
         changed = sum(moving.changed() for moving in latents.values())
         total = sum(latent.values.numel() for latent in block.latents.values())
