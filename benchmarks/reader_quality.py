@@ -37,6 +37,7 @@ ROWS: dict[str, dict[str, Any] | str | None] = {
     "w4a16-awq, learned": _AWQ | {"rounding": "learned"},
     "w4a16-rtn": _AWQ | {"decoder": "w4a16-rtn"},
     "w4a16-awq, symmetric": _AWQ | {"symmetric": True},
+    "w4a16-awq, symmetric, learned": _AWQ | {"symmetric": True, "rounding": "learned"},
     "w4a16-rtn, symmetric": _AWQ | {"decoder": "w4a16-rtn", "symmetric": True},
     "int8 cache": {"decoder": "fp", "kv_cache": "int8"},
     "int8 vision": {"decoder": "fp", "vision": "int8"},
