@@ -1,4 +1,4 @@
-"""Mixed precision against uniform on the demo reader, at equal bits per weight.
+"""Mixed precision against uniform on the demo reader, at equal bits per weight, and learned rounding against computed.
 
     python benchmarks/reader_precision.py CHECKPOINT WORK
 
@@ -34,13 +34,18 @@ from internvl_edge.recipe.files import make_recipe
 
 _SYMMETRIC = {"decoder": "w4a16-awq", "group_size": 64, "symmetric": True}
 _ASYMMETRIC = _SYMMETRIC | {"symmetric": False}
+_LEARNED = {"rounding": "learned"}
 ROWS: dict[str, dict[str, Any]] = {
     "symmetric, groups of 64": _SYMMETRIC,
+    "symmetric, groups of 64, learned": _SYMMETRIC | _LEARNED,
     "symmetric, groups of 32": _SYMMETRIC | {"group_size": 32},
     "symmetric, mixed 4.5": _SYMMETRIC | {"automatic": {"target_bits": 4.5}},
     "zero points, groups of 64": _ASYMMETRIC,
+    "zero points, groups of 64, learned": _ASYMMETRIC | _LEARNED,
     "zero points, groups of 32": _ASYMMETRIC | {"group_size": 32},
+    "zero points, groups of 32, learned": _ASYMMETRIC | {"group_size": 32} | _LEARNED,
     "zero points, mixed 4.625": _ASYMMETRIC | {"automatic": {"target_bits": 4.625}},
+    "zero points, mixed 4.625, learned": _ASYMMETRIC | {"automatic": {"target_bits": 4.625}} | _LEARNED,
     "w8a16": {"decoder": "w8a16"},
     "w8a16, rounded": {"decoder": "w8a16", "error_compensation": False},
     "w8a8": {"decoder": "w8a8"},
