@@ -84,10 +84,12 @@ ROWS = [
     Row(32, "computed"),
     Row(64, "learned", sequences=16, seed=1),
     Row(64, PEER, symmetric=True),
+    Row(64, "learned", symmetric=True, seed=1),
     Row(32, "computed", sequences=16),
     Row(32, "learned", seed=1),
     Row(32, "computed", symmetric=True),
     Row(32, "learned", symmetric=True),
+    Row(32, PEER, symmetric=True),
 ]
 
 
