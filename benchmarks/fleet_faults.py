@@ -203,6 +203,22 @@ def faults(bundle: Path, work: Path, images: int, damaged: int, add_cluster: Cal
     }
 
 
+def patient(get_node: Callable[..., Any]) -> Callable[..., Any]:
+    """Wait longer for a node that begins: Ray takes one for lost that did not register within 30 seconds."""
+
+    def get(*arguments: Any, **options: Any) -> Any:
+        ends = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                return get_node(*arguments, **options)
+            except RuntimeError:
+                if time.monotonic() > ends:
+                    raise
+                time.sleep(0.5)
+
+    return get
+
+
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path, exists=True))
 @click.argument("work", type=click.Path(path_type=Path))
@@ -216,10 +232,14 @@ def main(bundle: Path, work: Path, images: int, damaged: int, results: Path | No
     os.environ |= {"XDG_CACHE_HOME": str(work / "cache"), "OMP_NUM_THREADS": "1"}
     # The cluster listens on an address of this machine that others may reach, so it asks for a token.
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
-    os.environ |= {"RAY_worker_register_timeout_seconds": "600"}  # workers start slowly if all nodes are one machine
+    # Workers and nodes start slowly if all nodes are one machine.
+    os.environ |= {"RAY_worker_register_timeout_seconds": "600", "RAY_agent_register_timeout_ms": "600000"}
     with tempfile.TemporaryDirectory(prefix="ray-", dir=SOCKETS, ignore_cleanup_errors=True) as sockets:
         os.environ["RAY_TMPDIR"] = sockets  # before Ray is imported
+        from ray._private import services
         from ray.cluster_utils import Cluster
+
+        services.get_node = patient(services.get_node)
 
         def add_cluster() -> Any:
             return Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
