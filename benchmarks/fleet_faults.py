@@ -5,7 +5,7 @@
 Ray's own cluster of several nodes runs on this machine: a head and two nodes, each with two logical CPUs. In one run
 over generated images, the last node joins, two workers get SIGKILL, a node is removed, and the driver gets SIGKILL; the
 same command then runs again at once, and a worker is killed once more. Before that, the head alone is asked, which has
-no spare CPU, and more workers than fit. WORK must be empty; its path is short, because Ray makes sockets below it.
+no spare CPU, and more workers than fit. WORK must be empty.
 Results: benchmarks/results/fleet-faults.json: rows, distinct ids, errors, rows that were computed in all and those
 computed again, and how often the command went on by itself after Ray had lost something.
 """
@@ -19,9 +19,11 @@ import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,8 @@ NODE_JOINS = 0.05
 WORKER_KILLS, NODE_REMOVED, DRIVER_KILLED, SECOND_RUN_KILL = (0.1, 0.25), 0.4, 0.55, 0.75
 PATIENCE_S = 1800.0
 NODE: dict[str, Any] = {"num_cpus": CPUS, "object_store_memory": 100 << 20}
+# Where Ray puts its sockets. Their paths have 60 characters more, and 107 in all are allowed.
+SOCKETS = "/tmp"
 
 
 def draw(folder: Path, count: int, damaged: int) -> set[str]:
@@ -105,10 +109,13 @@ def is_ray_worker(pid: int) -> bool:
 
 
 def output_counts(output: Path) -> dict[str, Any]:
-    """Count the rows of an output, the ids, and the ids with errors."""
+    """Count the rows of an output, the ids, and the ids with errors; a block that is not committed has no rows."""
     from pyarrow import parquet
 
-    tables = [parquet.read_table(path, columns=["id", "error"]) for path in sorted(output.glob("*.parquet"))]
+    files = sorted(output.glob("*.parquet"))
+    pending = tuple(path.name.split(".")[0] for path in (output / "_batch" / "checkpoint").glob("*.pending.parquet"))
+    files = [path for path in files if not path.name.startswith(pending)]
+    tables = [parquet.read_table(path, columns=["id", "error"]) for path in files]
     rows = [row for table in tables for row in table.to_pylist()]
     counts = Counter(row["id"] for row in rows)
     return {
@@ -131,8 +138,15 @@ def faults(bundle: Path, work: Path, images: int, damaged: int, add_cluster: Cal
     """Run the batch with all faults, and return the counts."""
     broken = draw(work / "images", images, damaged)
     output = work / "out"
-    cluster = add_cluster()
-    try:
+    with ExitStack() as stack:
+        cluster = add_cluster()
+        stack.callback(cluster.shutdown)
+
+        def begin(name: str) -> Run:
+            run = Run(command, output, work / f"{name}.log")
+            stack.callback(run.process.kill)
+            return run
+
         command = [sys.executable, "-m", "internvl_edge", "batch", str(bundle), str(work / "images")]
         command += ["-o", str(output), "--prompt", "What is this?", "--max-new-tokens", "4", "--max-tiles", "1"]
         command += ["--ray", cluster.address, "--quiet", "--json"]
@@ -143,7 +157,7 @@ def faults(bundle: Path, work: Path, images: int, damaged: int, add_cluster: Cal
 
         command += ["--workers", WORKERS]
         killed: list[str] = []
-        first = Run(command, output, work / "first.log")
+        first = begin("first")
         first.wait_for(int(NODE_JOINS * images))
         workers = {"before a node joined": first.workers()}
         joined = cluster.add_node(**NODE)
@@ -159,18 +173,16 @@ def faults(bundle: Path, work: Path, images: int, damaged: int, add_cluster: Cal
         computed = {"first run": sum(each["items"] for each in first.reports())}
         after_kill = output_counts(output)
 
-        second = Run(command, output, work / "second.log")
+        second = begin("second")
         second.wait_for(int(SECOND_RUN_KILL * images) - computed["first run"])
         killed.append(second.kill_worker())
         second.process.wait(PATIENCE_S)
         computed["second run"] = sum(each["items"] for each in second.reports())
         said = (work / "second.log").read_text(encoding="utf-8")
 
-        third = Run(command, output, work / "third.log")
+        third = begin("third")
         third.process.wait(PATIENCE_S)
         computed["third run"] = sum(each["items"] for each in third.reports())
-    finally:
-        cluster.shutdown()
     counts = output_counts(output)
     summary = {name: value for name, value in json.loads(said.splitlines()[-1]).items() if name != "output"}
     return {
@@ -191,6 +203,22 @@ def faults(bundle: Path, work: Path, images: int, damaged: int, add_cluster: Cal
     }
 
 
+def patient(get_node: Callable[..., Any]) -> Callable[..., Any]:
+    """Wait longer for a node that begins: Ray takes one for lost that did not register within 30 seconds."""
+
+    def get(*arguments: Any, **options: Any) -> Any:
+        ends = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                return get_node(*arguments, **options)
+            except RuntimeError:
+                if time.monotonic() > ends:
+                    raise
+                time.sleep(0.5)
+
+    return get
+
+
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path, exists=True))
 @click.argument("work", type=click.Path(path_type=Path))
@@ -201,17 +229,22 @@ def main(bundle: Path, work: Path, images: int, damaged: int, results: Path | No
     """Run all faults and write the counts."""
     work = work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    os.environ |= {"XDG_CACHE_HOME": str(work / "cache"), "RAY_TMPDIR": str(work / "ray"), "OMP_NUM_THREADS": "1"}
+    os.environ |= {"XDG_CACHE_HOME": str(work / "cache"), "OMP_NUM_THREADS": "1"}
     # The cluster listens on an address of this machine that others may reach, so it asks for a token.
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
-    os.environ |= {"RAY_worker_register_timeout_seconds": "600"}  # workers start slowly if all nodes are one machine
-    (work / "ray").mkdir(exist_ok=True)
-    from ray.cluster_utils import Cluster
+    # Workers and nodes start slowly if all nodes are one machine.
+    os.environ |= {"RAY_worker_register_timeout_seconds": "600", "RAY_agent_register_timeout_ms": "600000"}
+    with tempfile.TemporaryDirectory(prefix="ray-", dir=SOCKETS, ignore_cleanup_errors=True) as sockets:
+        os.environ["RAY_TMPDIR"] = sockets  # before Ray is imported
+        from ray._private import services
+        from ray.cluster_utils import Cluster
 
-    def add_cluster() -> Any:
-        return Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+        services.get_node = patient(services.get_node)
 
-    found = faults(bundle.resolve(), work, images, damaged, add_cluster)
+        def add_cluster() -> Any:
+            return Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+
+        found = faults(bundle.resolve(), work, images, damaged, add_cluster)
     if results:
         results.write_text(json.dumps(found, indent=2), encoding="utf-8")
     else:

@@ -2,12 +2,12 @@
 
     python benchmarks/fleet_simulation.py [--seconds S] [--images 10000000] [--costs FILE.toml]
 
-A discrete-event simulation; nothing runs but this script. An item is an image with four questions. Its seconds are the
-CPU seconds that `batch.py` measured with one thread (results/batch.json, way "batch"), unless `--seconds` says
-otherwise: a box is then one core of that machine. One driver hands out blocks of items, one after the other. A box
-computes one block at a time, and its rows count when the block is complete, as in Ray Data. A box that fails loses its
-block, which another one computes again after it was missed. Everything that was not measured is in `Assumptions`, and
-in the results.
+A discrete-event simulation; nothing runs but this script. An item is an image with four questions, or with one. Its
+seconds are the wall time that `batch.py` measured with all cores of a machine (results/batch-int4.json, way "batch"):
+a box is that machine. `--seconds` takes another time for items of one kind. One driver hands out blocks of items, one
+after the other. A box computes one block at a time, and its rows count when the block is complete, as in Ray Data. A
+box that fails loses its block, which another one computes again after it was missed. Everything that was not measured
+is in `Assumptions`, and in the results.
 
 Writes results/fleet-simulation.json: time, throughput, repeated work and the tail for each number of boxes, with and
 without disturbances, for several sizes of blocks; and energy per million images on boards, from the speeds that `plan`
@@ -39,8 +39,8 @@ from internvl_edge.planning.planner import predict
 HERE = Path(__file__).parent
 BOXES = (1, 10, 100, 1000)
 BLOCKS = (64, 512, 4096)
-# For each image; `batch.py` measured this.
-QUESTIONS = 4
+# What `batch.py` wrote for the bundle that `export` makes by default.
+MEASURED = "batch-int4.json"
 RECIPE, TILES, ANSWER_TOKENS = "w4a16, int8 head and vision", 1, 100
 
 
@@ -187,13 +187,31 @@ def energy(costs: dict[str, Any], devices: Devices) -> dict[str, dict[str, Any]]
     return found
 
 
-def measured_seconds() -> float:
-    """Return the CPU seconds of an image and all its questions that `batch.py` measured with one thread."""
-    found = json.loads((RESULTS / "batch.json").read_text(encoding="utf-8"))
-    if found["threads"] != 1:
-        raise SystemExit("results/batch.json was measured with several threads, which spin; give --seconds")
-    seconds: float = QUESTIONS * found["questions_per_image"][str(QUESTIONS)]["seconds_per_item"]["batch"]["cpu_s"]
-    return seconds
+def measured_seconds(path: Path) -> dict[str, float]:
+    """Return the wall seconds of an image and all its questions, by how many questions it has.
+
+    They are those of results of `batch.py` that were measured with all cores of the machine.
+    """
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if found["threads"] != found["machine"]["cores"]:
+        raise SystemExit(f"{path} was measured with {found['threads']} threads, not with all cores; give --seconds")
+    return {
+        questions: int(questions) * each["seconds_per_item"]["batch"]["wall_s"]
+        for questions, each in found["questions_per_image"].items()
+    }
+
+
+def fleets(images: int, seconds: float, assumed: Assumptions) -> dict[str, Any]:
+    """Simulate each number of boxes, with and without disturbances, and several sizes of blocks."""
+    kinds = {"undisturbed": assumed.undisturbed(), "disturbed": assumed}
+    boxes = {
+        name: {str(count): _rounded(simulate(count, images, seconds, each)) for count in BOXES}
+        for name, each in kinds.items()
+    }
+    sizes = {
+        str(block): _rounded(simulate(max(BOXES), images, seconds, replace(assumed, block=block))) for block in BLOCKS
+    }
+    return {"seconds_per_item": seconds, "boxes": boxes, f"blocks_of_{max(BOXES)}_boxes": sizes}
 
 
 def main() -> None:
@@ -202,19 +220,12 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=10_000_000)
     parser.add_argument("--costs", type=Path, default=HERE / "fleet_costs.toml")
     asked = parser.parse_args()
-    seconds = asked.seconds or measured_seconds()
-    assumed = Assumptions()
-    rows: dict[str, dict[str, Any]] = {"undisturbed": {}, "disturbed": {}}
-    for boxes in BOXES:
-        for name, each in (("undisturbed", assumed.undisturbed()), ("disturbed", assumed)):
-            rows[name][str(boxes)] = _rounded(simulate(boxes, asked.images, seconds, each))
-    sizes = {
-        str(block): _rounded(simulate(max(BOXES), asked.images, seconds, replace(assumed, block=block)))
-        for block in BLOCKS
-    }
-    costs = parse(asked.costs.read_text(encoding="utf-8"), asked.costs.name)
-    values = {"seconds_per_item": seconds, "images": asked.images, "assumptions": asdict(assumed), "boxes": rows}
-    values |= {"blocks_of_1000_boxes": sizes, "price_per_kwh": costs["price_per_kwh"], "currency": costs["currency"]}
+    seconds = {"any": asked.seconds} if asked.seconds else measured_seconds(RESULTS / MEASURED)
+    assumed, costs = Assumptions(), parse(asked.costs.read_text(encoding="utf-8"), asked.costs.name)
+    values: dict[str, Any] = {"measured": None if asked.seconds else MEASURED, "images": asked.images}
+    values |= {"assumptions": asdict(assumed)}
+    values |= {"questions_per_image": {name: fleets(asked.images, each, assumed) for name, each in seconds.items()}}
+    values |= {"price_per_kwh": costs["price_per_kwh"], "currency": costs["currency"]}
     values |= {"boards": {"recipe": RECIPE, "tiles": TILES, "tokens": ANSWER_TOKENS, **energy(costs, Devices())}}
     print(write_results("fleet-simulation", values))
 

@@ -34,11 +34,13 @@ from internvl_edge.base.units import rounded
 
 from .cluster import Fleet, connected, fitting_workers, is_rays_own, last_line, worker_failure
 from .items import Item
-from .journal import check_record
+from .journal import check_record, warn_of_versions
 from .run import Summary, too_many
 from .worker import Job, Worker, WorkerSummary, WorkLog, write_items
 
 _PRIVATE = "_batch"
+# How the name of a checkpoint of Ray Data ends whose rows may not be in their file yet.
+_PENDING = ".pending.parquet"
 # Rows of a block: the most work that is lost with a worker, and the fewest rows of a file.
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 8, 1000
 _BLOCKS_PER_WORKER = 20
@@ -101,7 +103,10 @@ def run_fleet(
             raise EdgeError(f"{output} holds something else than a batch of a cluster; {_OTHER}")
         (folder / "computed").mkdir(parents=True, exist_ok=True)
         with only_writer(output, _OTHER):
-            check_record(folder / "record.json", output, record, _OTHER)
+            is_new = not any((folder / "checkpoint").glob("*.parquet"))
+            warn_of_versions(
+                check_record(folder / "record.json", output, record, _OTHER, is_new=is_new), output, progress
+            )
             return _Run(job, items, output, fleet, progress).run()
 
 
@@ -127,15 +132,17 @@ class _Run:
             "kept": list(dict.fromkeys(name for item in items for name in item.kept)),
         }
         self._work = WorkLog(self._folder / "computed", run)
-        self._restarts = 0
+        self._restarts = self._failed = 0
         self._began = time.monotonic()
 
     def run(self) -> FleetSummary:
         """Compute what is missing."""
-        self._check_finished()
+        self._failed = self._check_finished()
         earlier = len(self._finished_ids())
         if earlier == len(self._items):
             return self._summary(earlier, "")
+        if stopped := too_many(self._failed, self._max_errors):
+            return self._summary(earlier, stopped)
         write_items(self._items, self._folder / "items.parquet")
         with connected(self._fleet.address) as ray:
             least, room = fitting_workers(_alive(ray), self._fleet)
@@ -190,10 +197,11 @@ class _Run:
             done = min(self._work.read().items, len(self._items) - earlier)
             if new := done - (step.done - earlier):
                 seconds = time.monotonic() - self._began
-                step.facts = f"{rounded(done / max(seconds, 1e-9))} items/s, {self._work.failed} with errors"
+                failed = self._failed + self._work.failed
+                step.facts = f"{rounded(done / max(seconds, 1e-9))} items/s, {failed} with errors"
                 step(new)
                 moved = time.monotonic()
-            if stopped := too_many(self._work.failed, self._max_errors):
+            if stopped := too_many(self._failed + self._work.failed, self._max_errors):
                 return stopped
             if time.monotonic() - moved > _PATIENCE:
                 self._require_room(ray)
@@ -240,32 +248,69 @@ class _Run:
         except EdgeError as error:
             raise EdgeError(f"nothing was finished in {_PATIENCE:.0f} s, and {error}; finished rows are kept") from None
 
-    def _check_finished(self) -> None:
-        """Refuse to continue an output whose rows answer something else than the items of the same ids."""
+    def _check_finished(self) -> int:
+        """Return how many rows of earlier runs have errors.
+
+        Raises:
+            EdgeError: a row answers something else than the item of the same id, or a finished row is in no file.
+        """
         asked = {item.id: item.request for item in self._items}
-        for each, request in self._rows("id", "request"):
+        checkpoints = self._checkpoints()  # before the rows: what is committed now is in a file then
+        there: set[str] = set()
+        failed = 0
+        for each, request, error in self._rows("id", "request", "error"):
             if asked.get(each, request) != request:
                 raise EdgeError(
                     f"{self._output} has an answer for {shown(each)} to another prompt, image or option; {_OTHER}"
                 )
+            there.add(each)
+            failed += each in asked and error is not None
+        for path in checkpoints:
+            if lost := [each for (each,) in self._columns(path, "id") if each not in there]:
+                raise EdgeError(
+                    f"{self._output} lacks the file of {len(lost)} finished rows, {shown(lost[0])} for one; put it "
+                    f"back, or remove {_PRIVATE}/checkpoint/{path.name}, so that they are asked again"
+                )
+        return failed
+
+    def _checkpoints(self) -> list[Path]:
+        """Return the files of ids that Ray Data committed."""
+        return [path for path in (self._folder / "checkpoint").glob("*.parquet") if not path.name.endswith(_PENDING)]
 
     def _finished_ids(self) -> set[str]:
         """Return the ids that Ray Data committed."""
-        from pyarrow import parquet
-
         wanted = {item.id for item in self._items}
         found: set[str] = set()
-        for path in (self._folder / "checkpoint").glob("*.parquet"):
-            found.update(parquet.read_table(path, columns=["id"]).column("id").to_pylist())
+        for path in self._checkpoints():
+            found.update(each for (each,) in self._columns(path, "id"))
         return found & wanted
 
     def _rows(self, *columns: str) -> Iterator[tuple[Any, ...]]:
-        """Yield columns of all rows in the output."""
-        from pyarrow import parquet
+        """Yield columns of all rows in the output, without files that are not committed, which may be half files.
 
-        for path in self._output.glob("*.parquet"):
+        Ray Data removes those when it starts.
+        """
+        files = list(self._output.glob("*.parquet"))
+        pending = {path.name.removesuffix(_PENDING) for path in (self._folder / "checkpoint").glob(f"*{_PENDING}")}
+        for path in files:
+            if _block(path) not in pending:
+                yield from self._columns(path, *columns)
+
+    def _columns(self, path: Path, *columns: str) -> Iterator[tuple[Any, ...]]:
+        """Yield columns of the rows of a file that Ray Data wrote."""
+        from pyarrow import ArrowException, parquet
+
+        try:
             table = parquet.read_table(path, columns=list(columns))
-            yield from zip(*(table.column(name).to_pylist() for name in columns), strict=True)
+            values = [table.column(name).to_pylist() for name in columns]
+        except (ArrowException, LookupError, OSError) as error:
+            is_checkpoint = path.parent != self._output
+            other = f"{path.stem}-0.parquet" if is_checkpoint else f"{_PRIVATE}/checkpoint/{_block(path)}.parquet"
+            raise EdgeError(
+                f"{path} cannot be read ({last_line(error)}); remove it and {other}, and repeat the command, which "
+                "asks their rows again"
+            ) from None
+        yield from zip(*values, strict=True)
 
     def _summary(self, earlier: int, stopped: str) -> FleetSummary:
         work = self._work.read()
@@ -295,6 +340,11 @@ class _Run:
             restarts=self._restarts,
             workers=tuple(work.workers()),
         )
+
+
+def _block(path: Path) -> str:
+    """Return the name of the checkpoint that a file of rows belongs to: NAME of NAME-0.parquet."""
+    return path.stem.rpartition("-")[0]
 
 
 def _alive(ray: Any) -> list[dict[str, float]]:

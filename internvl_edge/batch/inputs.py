@@ -7,6 +7,7 @@ are opened when their item's turn comes.
 from __future__ import annotations
 
 import glob
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +31,9 @@ COLUMNS = ("id", "images", "prompt", "json_schema", "regex", "choices", "votes",
 _ALIASES = {"image": "images", "question": "prompt"}
 # How other tables name our columns. To take no notice of such a column would be to ask another question.
 _MEANT = {
-    **dict.fromkeys(("path", "file", "filename", "file_name", "image_path", "url"), "images"),
+    **dict.fromkeys(("path", "paths", "filepath", "file_path", "file", "files", "filename", "file_name"), "images"),
+    **dict.fromkeys(("img", "imgs", "picture", "pictures", "photo", "photos", "url"), "images"),
+    **dict.fromkeys(("image_path", "image_paths", "image_file", "image_name", "image_url", "img_path"), "images"),
     **dict.fromkeys(("text", "query", "instruction"), "prompt"),
     **dict.fromkeys(("schema", "guided_json"), "json_schema"),
     "max_tokens": "max_new_tokens",
@@ -74,11 +77,12 @@ def read_items(source: str | Path, ask: Ask, *, keep: Sequence[str] = (), limit:
         nothing = f"the folder {path} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})"
     elif reader and path.exists():
         unused: dict[str, None] = {}
-        found = (_of_row(path, row, ask, keep, unused) for row in reader(path))
-        items = _unique(path, islice(found, rest))
+        rows = reader(path, {*COLUMNS, *_ALIASES, *keep})
+        items = _unique(path, islice((_of_row(path, row, ask, keep, unused) for row in rows), rest))
         if not items:
             raise PromptError(f"{path} has no rows; give a table with one row for each question")
         _check_kept(path, keep, items)
+        _check_asked(path, ask, items, list(unused))
         return Items(items, tuple(unused))
     elif path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES:
         found, nothing = _of_files(path.parent, iter([path]), ask), ""
@@ -110,12 +114,40 @@ def _unique(path: Path, items: Iterable[Item]) -> list[Item]:
     return found
 
 
+def _check_asked(path: Path, ask: Ask, items: list[Item], unused: list[str]) -> None:
+    """Refuse a row of nothing but the prompt of all rows, where the table shows that more was meant.
+
+    Its answer would be made up, and would look like the others.
+    """
+    if not unused and not any(item.images for item in items):
+        return
+    for item in items:
+        if not item.images and item.ask.prompt == ask.prompt:
+            if any(each.images for each in items):
+                raise PromptError(
+                    f"{path}, {item.place} has neither an image nor a prompt of its own, as other rows have; give it "
+                    "one, or remove it"
+                )
+            raise PromptError(
+                f"{path}, {item.place} has neither an image nor a prompt of its own, and its columns "
+                f"{shown(', '.join(unused), 120)} have no meaning; name the column of the images images"
+            )
+
+
 # ---- images ----
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
-    """Yield the images in a folder and its folders, without hidden ones, in the order of their paths."""
-    for root, folders, files in os.walk(folder):
+    """Yield the images in a folder and its folders, without hidden ones, in the order of their paths.
+
+    Raises:
+        PromptError: one of the folders cannot be read. Its images would be missing in silence.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise PromptError(f"the folder {error.filename} cannot be read ({error.strerror}); mend or remove it")
+
+    for root, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
@@ -125,8 +157,14 @@ def _files_below(folder: Path) -> Iterator[Path]:
 def _of_pattern(pattern: str, ask: Ask) -> Iterator[Item]:
     parts = Path(pattern).parts
     fixed = next(index for index, part in enumerate(parts) if glob.has_magic(part))
-    files = (Path(each) for each in sorted(glob.glob(pattern, recursive=True)))
-    return _of_files(Path(*parts[:fixed]), (path for path in files if path.is_file()), ask)
+    files = [Path(each) for each in sorted(glob.glob(pattern, recursive=True))]
+    for path in files:
+        if path.suffix.lower() in TABLES:
+            raise PromptError(
+                f"the pattern {shown(pattern)} matches the table {shown(str(path))}; give one table at a time, or a "
+                "pattern of images"
+            )
+    return _of_files(Path(*parts[:fixed]), (path for path in files if not path.is_dir()), ask)
 
 
 def _of_files(root: Path, files: Iterator[Path], ask: Ask) -> Iterator[Item]:
@@ -146,7 +184,7 @@ def _of_row(path: Path, row: Cells, ask: Ask, keep: Sequence[str], unused: dict[
     place = row.place
     try:
         values = _columns(row.values, keep, unused)
-        kept = {name: row.values[name] for name in keep if name in row.values}
+        kept = {name: _kept(name, row.values[name]) for name in keep if name in row.values}
         own = _own_ask(ask, values).checked()
         if own.prompt is None:
             raise PromptError("it has no prompt; add a column prompt, or give --prompt")
@@ -168,7 +206,8 @@ def _columns(cells: Mapping[str, Any], keep: Sequence[str], unused: dict[str, No
         if name not in COLUMNS:
             if column not in keep and column not in unused:
                 near = [_MEANT.get(column.lower(), ""), *get_close_matches(column.lower(), COLUMNS, n=1, cutoff=0.8)]
-                if (meant := next(filter(None, near), None)) and meant not in cells:
+                meant = next(filter(None, near), None)
+                if meant and meant not in (_ALIASES.get(each, each) for each in cells):
                     raise PromptError(
                         f"there is no column {shown(column)}; did you mean {meant}? Rename it, or keep it with --keep"
                     )
@@ -221,6 +260,23 @@ def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise PromptError(f"{name} is {shown(value)}, expected a number")
     return float(value)
+
+
+def _kept(name: str, value: Any) -> Any:
+    """Return a value of a kept column as JSON can hold it: NaN and infinity are no values there.
+
+    Raises:
+        PromptError: bytes.
+    """
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, list):
+        return [_kept(name, each) for each in value]
+    if isinstance(value, dict):
+        return {key: _kept(name, each) for key, each in value.items()}
+    if isinstance(value, bytes) or hasattr(value, "read"):
+        raise PromptError(f"the column {shown(name)} holds bytes, which the output cannot keep; leave its --keep out")
+    return value
 
 
 def _id(value: Any, number: int) -> str:

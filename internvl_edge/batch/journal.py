@@ -21,6 +21,7 @@ from internvl_edge.base.files import readable_disk_errors, replace_text, replaci
 from internvl_edge.base.json_files import parse, read_object
 from internvl_edge.base.jsonable import encode
 from internvl_edge.base.locks import only_writer
+from internvl_edge.base.progress import Progress
 from internvl_edge.base.run_record import run_record
 from internvl_edge.base.text import shown
 from internvl_edge.bundle.manifest import Manifest, manifest_digest
@@ -205,6 +206,13 @@ def check_record(
                 " was begun"
             )
     return (found.get(VERSIONS) or {}) if found.get(VERSIONS) != record.get(VERSIONS) else {}
+
+
+def warn_of_versions(changed: Mapping[str, str], target: Path, progress: Progress) -> None:
+    """Say that an output was begun under other versions of packages, where `check_record` found some."""
+    if changed:
+        before = shown(", ".join(f"{name} {version}" for name, version in changed.items()), 200)
+        progress.note(f"internvl-edge: warning: {target} was begun with other versions: {before}")
 
 
 def record_path(path: Path) -> Path:

@@ -8,17 +8,17 @@ from __future__ import annotations
 import csv
 import hashlib
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from internvl_edge.base.errors import PromptError
 from internvl_edge.base.extras import requires
 from internvl_edge.base.json_files import parse
-from internvl_edge.base.text import shown
+from internvl_edge.base.text import one_line, shown
 
-# Longest line of a JSONL file, which may hold images as data: addresses.
+# Longest line of a JSONL or CSV file, which may hold images as data: addresses.
 MOST_LINE_BYTES = 64 << 20
 # Columns of a CSV file that are text as they stand; a list in one of the second kind begins with a bracket. All others
 # are numbers, true or false.
@@ -51,8 +51,12 @@ class Cells:
     values: Mapping[str, Any]
 
 
-def read_jsonl(path: Path) -> Iterator[Cells]:
+def read_jsonl(path: Path, columns: Container[str]) -> Iterator[Cells]:
     """Yield the objects of a JSONL file. Lines of whitespace are skipped.
+
+    Args:
+        path: the file.
+        columns: whose values are needed; those of others may be None.
 
     Raises:
         PromptError: a line is no JSON object, or the file cannot be read.
@@ -62,10 +66,7 @@ def read_jsonl(path: Path) -> Iterator[Cells]:
         line = 0
         while text := file.readline(MOST_LINE_BYTES + 1):
             line += 1
-            if len(text) > MOST_LINE_BYTES:
-                raise PromptError(
-                    f"{path}, line {line} has more than {MOST_LINE_BYTES >> 20} MiB; give paths of images"
-                )
+            _require_length(path, line, text)
             if line == 1:
                 text = text.removeprefix(b"\xef\xbb\xbf")
             if not text.strip():
@@ -80,14 +81,18 @@ def read_jsonl(path: Path) -> Iterator[Cells]:
             yield Cells(number, f"line {line}", values)
 
 
-def read_csv(path: Path) -> Iterator[Cells]:
+def read_csv(path: Path, columns: Container[str]) -> Iterator[Cells]:
     """Yield the rows of a CSV file, whose first row names the columns. An empty cell has no value.
+
+    Args:
+        path, columns: as of `read_jsonl`.
 
     Raises:
         PromptError: a row has another number of cells, a cell is no value of its column, or the file cannot be read.
     """
+    csv.field_size_limit(MOST_LINE_BYTES)  # of the whole process; 128 KiB otherwise, less than many an image
     with _opened(path, "r", encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)
+        reader = csv.reader(_lines(path, file), strict=True)
         heading: list[str] | None = None
         number, began = 0, 1
         while True:
@@ -118,23 +123,32 @@ def read_csv(path: Path) -> Iterator[Cells]:
             yield Cells(number, f"line {line}", values)
 
 
-def read_parquet(path: Path) -> Iterator[Cells]:
+def read_parquet(path: Path, columns: Container[str]) -> Iterator[Cells]:
     """Yield the rows of a Parquet file. Bytes of images become files that are read when they are needed.
 
+    Args:
+        path, columns: as of `read_jsonl`. Other columns are not read at all: they may be large, or of any type.
+
     Raises:
-        PromptError: pyarrow is missing, or the file cannot be read.
+        PromptError: pyarrow is missing, or the file or a value in it cannot be read.
     """
     with requires("parquet", "a Parquet file", PromptError, "or give a JSONL or CSV file"):
         import pyarrow
         from pyarrow import parquet
     try:
         with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            _require_different_names(path, names)
+            others = dict.fromkeys(names)
+            needed = [name for name in names if name in columns]
             cells, number = _ImageCells(path), 0
             for group in range(file.num_row_groups):
                 first = number
-                for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, row_groups=[group]):
-                    for values in batch.to_pylist():
+                for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, row_groups=[group], columns=needed):
+                    found = {name: _column(path, batch, name, number) for name in needed}
+                    for row in range(batch.num_rows):
                         number += 1
+                        values = others | {name: column[row] for name, column in found.items()}
                         for name in ("images", "image"):
                             if name in values:
                                 values[name] = cells.instead(values[name], name, group, number - 1 - first)
@@ -144,7 +158,20 @@ def read_parquet(path: Path) -> Iterator[Cells]:
         raise PromptError(f"{path} cannot be read as Parquet ({reason}); {_ADVICE}") from None
 
 
-TABLES: dict[str, Callable[[Path], Iterator[Cells]]] = {
+def _column(path: Path, batch: Any, name: str, before: int) -> list[Any]:
+    """Return the values of a column of some rows."""
+    try:
+        values: list[Any] = batch.column(name).to_pylist()
+    except (ValueError, OverflowError) as error:  # text that is not UTF-8, a time that Python has no value for
+        where = f"rows {before + 1} to {before + batch.num_rows}"
+        raise PromptError(
+            f"{path}, {where}: a value of the column {shown(name)} cannot be read ({one_line(str(error), 120)}); "
+            "convert the column"
+        ) from None
+    return values
+
+
+TABLES: dict[str, Callable[[Path, Container[str]], Iterator[Cells]]] = {
     ".csv": read_csv,
     ".jsonl": read_jsonl,
     ".ndjson": read_jsonl,
@@ -159,13 +186,36 @@ def _opened(path: Path, mode: str, **options: Any) -> Any:
         raise PromptError(f"{path} cannot be read ({error.strerror}); {_ADVICE}") from None
 
 
+def _lines(path: Path, file: TextIO) -> Iterator[str]:
+    """Yield the lines of a text file, and refuse one that is too long before it is in memory."""
+    number = 0
+    while text := file.readline(MOST_LINE_BYTES + 1):
+        number += 1
+        _require_length(path, number, text)
+        yield text
+
+
+def _require_length(path: Path, line: int, text: str | bytes) -> None:
+    if len(text) > MOST_LINE_BYTES:
+        raise PromptError(f"{path}, line {line} has more than {MOST_LINE_BYTES >> 20} MiB; give paths of images")
+
+
 def _heading(path: Path, cells: list[str]) -> list[str]:
     names = [cell.strip() for cell in cells]
+    if len(names) == 1 and (separator := next((each for each in ";\t|" if each in names[0]), None)):
+        raise PromptError(
+            f"the heading of {path} is one column {shown(names[0])}, separated with {shown(separator)}; separate "
+            "columns with commas"
+        )
+    _require_different_names(path, names)
+    return names
+
+
+def _require_different_names(path: Path, names: list[str]) -> None:
     for name in names:
         if not name or names.count(name) > 1:
             what = f"the name {shown(name)} twice" if name else "a column without a name"
             raise PromptError(f"the heading of {path} has {what}; name each column once")
-    return names
 
 
 def _value(name: str, text: str) -> Any:
@@ -205,26 +255,32 @@ class _ImageCells:
         found = [self._file(entry, column, group, row, index) for index, entry in enumerate(entries)]
         return found if isinstance(value, list) else found[0]
 
-    def read(self, column: str, group: int, row: int, index: int) -> bytes:
-        """Return the bytes of one image."""
+    def read(self, name: str, column: str, group: int, row: int, index: int) -> bytes:
+        """Return the bytes of one image, whose digest is `name`.
+
+        Raises:
+            OSError: the file is gone, or holds something else there now.
+        """
         from pyarrow import parquet
 
-        with self._lock:
-            if self._held != (group, column):
-                with parquet.ParquetFile(self._path) as file:
-                    self._column = file.read_row_group(group, columns=[column]).column(column)
-                self._held = group, column
-            value = self._column[row].as_py()
-        data = _bytes_of(value[index] if isinstance(value, list) else value)
-        if data is None:
+        try:
+            with self._lock:
+                if self._held != (group, column):
+                    with parquet.ParquetFile(self._path) as file:
+                        self._column = file.read_row_group(group, columns=[column]).column(column)
+                    self._held = group, column
+                value = self._column[row].as_py()
+            data = _bytes_of(value[index] if isinstance(value, list) else value)
+        except (LookupError, ValueError):  # of pyarrow, too
+            data = None
+        if data is None or _digest(data) != name:
             raise OSError(f"{self._path} was changed")
         return data
 
     def _file(self, entry: Any, column: str, group: int, row: int, index: int) -> Any:
         data = _bytes_of(entry)
         if data is not None:
-            digest = hashlib.blake2b(data, digest_size=16).hexdigest()
-            return ImageCell(self, digest, (column, group, row, index))
+            return ImageCell(self, _digest(data), (column, group, row, index))
         return entry.get("path") if isinstance(entry, dict) else entry
 
 
@@ -238,7 +294,11 @@ class ImageCell:
 
     def read(self) -> bytes:
         """Return its bytes."""
-        return self._cells.read(*self._place)
+        return self._cells.read(self.name, *self._place)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def _bytes_of(entry: Any) -> bytes | None:

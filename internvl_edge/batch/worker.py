@@ -187,7 +187,8 @@ def _item_row(item: Item) -> dict[str, Any]:
         "names": item.names,
         "kept": item.kept,
     }
-    return {"id": item.id, "item": json.dumps(values, ensure_ascii=False, default=str), "pictures": pictures}
+    # In ASCII: the name of a file need not be UTF-8, and a column of texts must be.
+    return {"id": item.id, "item": json.dumps(values, default=str), "pictures": pictures}
 
 
 def item_of(text: str, pictures: Sequence[bytes]) -> Item:

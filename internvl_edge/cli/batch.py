@@ -21,7 +21,7 @@ from internvl_edge.batch.cluster import Fleet, parse_workers
 from internvl_edge.batch.fleet import FleetSummary, run_fleet
 from internvl_edge.batch.inputs import read_items
 from internvl_edge.batch.items import Ask
-from internvl_edge.batch.journal import answering_record, bundle_digest, open_journal
+from internvl_edge.batch.journal import answering_record, bundle_digest, open_journal, warn_of_versions
 from internvl_edge.batch.node_bundle import is_address, node_bundle
 from internvl_edge.batch.output import require_parquet, write_jsonl, write_parquet
 from internvl_edge.batch.run import ROWS, Summary, run
@@ -155,9 +155,7 @@ def command(
             with open_journal(journal_path, record) as journal:
                 if retry_errors:
                     journal.drop_failed()
-                if journal.changed:
-                    before = shown(", ".join(f"{name} {version}" for name, version in journal.changed.items()), 200)
-                    progress.note(f"internvl-edge: warning: {output} was begun with other versions: {before}")
+                warn_of_versions(journal.changed, output, progress)
                 load = partial(load_model, folder, values, progress, rows=rows, prompts_first=True)
                 done = run(load, found.items, journal, max_errors=max_errors, progress=progress)
                 if journal_path != output and not done.stopped:

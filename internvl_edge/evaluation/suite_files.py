@@ -27,6 +27,7 @@ from .metrics import right_choice
 
 _SHORT = "Answer the question using a single word or phrase."
 _LETTER = "Answer with the option's letter from the given choices directly."
+_NOT_PUBLIC = "those of a test split are not public, so take the validation split"
 _ADVICE = "expected JSON Lines, or JSON with a list of entries"
 # Fields of an own question beside those of calibration data.
 _OWN = ("id", "answer", "choices", "tags")
@@ -50,6 +51,7 @@ class SuiteFormat:
         case: makes a case of an entry's name, the entry, and the folder of the images. It raises ValueError for an
             entry of another form.
         folders: where the images usually lie, from the folder of the file.
+        moved: a folder in the names of images that those folders do not have.
         source: who describes the format.
     """
 
@@ -57,6 +59,7 @@ class SuiteFormat:
     metric: str
     case: Callable[[str, Entry, Path], Case]
     folders: tuple[str, ...] = ()
+    moved: str = ""
     source: str = ""
 
 
@@ -162,7 +165,9 @@ def _with_images(path: Path, cases: Sequence[Case], known: SuiteFormat, folder: 
 
     def find(image: Path) -> Path:
         name = image.relative_to(folder) if image.is_relative_to(folder) else image
-        there = next((each / name for each in tried if os.path.isfile(each / name)), None)
+        names = [name, name.relative_to(known.moved)] if known.moved and name.is_relative_to(known.moved) else [name]
+        places = (each / one for one in names for each in tried)
+        there = next((place for place in places if os.path.isfile(place)), None)
         if there is None:
             missing.append(image)
         return there or image
@@ -205,7 +210,7 @@ def _own(name: str, entry: Entry, folder: Path) -> Case:
 
 def _docvqa(name: str, entry: Entry, folder: Path) -> Case:
     if "answers" not in entry:
-        raise ValueError("there are no answers; those of a test split are not public, so take the validation split")
+        raise ValueError(f"there are no answers; {_NOT_PUBLIC}")
     return Case(
         _id(entry, "questionId", name),
         f"{_text(entry, 'question')} {_SHORT}",
@@ -238,8 +243,15 @@ def _ocrbench(name: str, entry: Entry, folder: Path) -> Case:
 
 def _mmmu(name: str, entry: Entry, folder: Path) -> Case:
     """Read one MMMU question: images are named by marks (`<image 1>`) in the question and in its options."""
+    if entry["answer"] == "?":
+        raise ValueError(f"the answer is unknown; {_NOT_PUBLIC}")
     choices = _options(entry["options"])
-    lines = [_text(entry, "question"), *(f"{chr(ord('A') + place)}. {text}" for place, text in enumerate(choices))]
+    # Several right answers of an open question are a list, which the data set itself writes as Python text.
+    answers = None if choices else _python_list(entry["answer"])
+    lines = [
+        _text(entry, "question").strip(),
+        *(f"{chr(ord('A') + place)}. {text}" for place, text in enumerate(choices)),
+    ]
     text = "\n".join([*lines, _LETTER if choices else _SHORT])
     numbers = re.findall(r"<image (\d)>", text)
     fields = [f"image_{number}" for number in numbers or range(1, _MMMU_IMAGES + 1)]
@@ -249,7 +261,7 @@ def _mmmu(name: str, entry: Entry, folder: Path) -> Case:
         _id(entry, "id", name),
         re.sub(r"<image \d>", IMAGE_MARK, text),
         read_images(folder, names),
-        *_split(_texts(entry, "answer")),
+        *_split(_texts(entry, "answer") if answers is None else answers),
         choices=choices,
         tags=tuple(filter(None, (subject and subject[1], "choices" if choices else "open"))),
     )
@@ -257,14 +269,25 @@ def _mmmu(name: str, entry: Entry, folder: Path) -> Case:
 
 def _options(value: Any) -> tuple[str, ...]:
     """Return MMMU's options: a list of texts, or one written as Python text, as the data set itself has them."""
-    if isinstance(value, str):
-        try:
-            value = ast.literal_eval(value if len(value) <= _OPTIONS_LENGTH else "")
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            value = None
-    if not isinstance(value, list) or not all(isinstance(each, str) and each.strip() for each in value):
+    if isinstance(value, list) and all(isinstance(each, str) for each in value):
+        found: tuple[str, ...] | None = tuple(value)
+    else:
+        found = _python_list(value)
+    if found is None or not all(each.strip() for each in found):
         raise ValueError("options is not a list of texts")
-    return tuple(value)
+    return tuple(each.strip() for each in found)
+
+
+def _python_list(value: Any) -> tuple[str, ...] | None:
+    """Return the texts of a list that is written as Python text; None for anything else."""
+    if not isinstance(value, str) or len(value) > _OPTIONS_LENGTH:
+        return None
+    try:
+        values = ast.literal_eval(value.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
+    is_list = isinstance(values, list) and all(isinstance(each, str) for each in values)
+    return tuple(values) if is_list else None
 
 
 def _id(entry: Entry, field: str, name: str) -> str:
@@ -302,6 +325,9 @@ FORMATS = {
         (frozenset({"questionId", "question", "image"}), frozenset({"questionId", "question", "image_local_name"})),
         "anls",
         _docvqa,
+        # Downloads of today have the images beside the folder of the questions, those of the older page below it.
+        ("../spdocvqa_images", "spdocvqa_images", "../infographicsvqa_images", "infographicsvqa_images"),
+        moved="documents",
         source="DocVQA, val_v1.0.json (Mathew et al., 2021), and InfographicVQA, whose images have another field",
     ),
     "chartqa": SuiteFormat(
@@ -309,14 +335,14 @@ FORMATS = {
         "relaxed_accuracy",
         _chartqa,
         ("png",),
-        "ChartQA, test_human.json and test_augmented.json (Masry et al., 2022)",
+        source="ChartQA, test_human.json and test_augmented.json (Masry et al., 2022)",
     ),
     "ocrbench": SuiteFormat(
         (frozenset({"dataset_name", "image_path", "question", "answers"}),),
         "contains",
         _ocrbench,
-        ("OCRBench_Images",),
-        "OCRBench.json (Liu et al., 2024)",
+        ("OCRBench_Images", "../OCRBench_Images"),
+        source="OCRBench.json (Liu et al., 2024)",
     ),
     "mmmu": SuiteFormat(
         (frozenset({"question", "options", "answer"}),),

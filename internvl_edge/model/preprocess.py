@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 from base64 import b64decode
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -84,6 +85,8 @@ def load_image(
         raise ImageError(f"an image is a {type(source).__name__}, expected a path, bytes, a file or a Pillow image")
     name = one_line(str(source), _SHOWN)
     try:
+        if stat.S_ISFIFO(os.stat(source).st_mode):  # to open one waits for a writer
+            raise ImageError(f"{name} is a pipe and no file; check the path")
         with open(source, "rb") as stream:
             return _decode(_open(stream, name), name, *limits)
     except (OSError, ValueError) as error:

@@ -147,6 +147,11 @@ def test_items_are_the_same_after_the_table(tmp_path: Path) -> None:
             return data
 
     asked = [*asked, Item("held", "row 1", Ask("?", AnswerFormat.json_object(compact=True)), (Cell(),), ("digest",))]  # type: ignore[arg-type]
+    name = b"caf\xe9.png".decode("utf-8", "surrogateescape")
+    Image.new("RGB", (4, 4)).save(tmp_path / "scans.png")
+    (tmp_path / "scans").mkdir()
+    (tmp_path / "scans.png").rename(tmp_path / "scans" / name)
+    asked += read_items(tmp_path / "scans", Ask("?")).items
     write_items(asked, tmp_path / "items.parquet")
     read = parquet.read_table(tmp_path / "items.parquet").to_pylist()
     found = [item_of(row["item"], row["pictures"]) for row in read]
@@ -164,6 +169,7 @@ def test_items_are_the_same_after_the_table(tmp_path: Path) -> None:
     assert found[0].images == (str(tmp_path / "a.png"),)
     assert found[2].images == ("data:image/png;base64,AAAA",)
     assert found[3].images == (data,)
+    assert found[4].images == (str(tmp_path / "scans" / name),), "a name that is not UTF-8"
 
 
 def test_a_node_refuses_another_bundle_and_a_damaged_one(

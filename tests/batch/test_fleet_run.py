@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +34,7 @@ class LostError(Exception):
 
 
 class Remarks(Progress):
-    """A progress that keeps what is remarked."""
+    """A progress that keeps what is remarked and noted."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,6 +42,8 @@ class Remarks(Progress):
 
     def remark(self, line: str) -> None:
         self.lines.append(line)
+
+    note = remark
 
 
 class Cluster:
@@ -62,28 +66,44 @@ class Cluster:
     def get_runtime_context(self) -> Any:
         return SimpleNamespace(gcs_address="127.0.0.1:6379")
 
+    @property
+    def checkpoint(self) -> Path:
+        return self.output / "_batch" / "checkpoint"
+
     def pipeline(self, left: int) -> None:
         from pyarrow import parquet
 
+        for path in self.checkpoint.glob("*.pending.parquet"):  # as Ray Data does when it starts
+            for rows in self.output.glob(f"{path.name.removesuffix('.pending.parquet')}*"):
+                rows.unlink()
+            path.unlink()
         done: set[str] = set()
-        for path in (self.output / "_batch" / "checkpoint").glob("*.parquet"):
+        for path in self.checkpoint.glob("*.parquet"):
             done.update(parquet.read_table(path).column("id").to_pylist())
         todo = [each for each in IDS if each not in done]
         assert len(todo) == left
         self.asked.append(todo)
         self.steps.pop(0)(todo)
 
-    def commit(self, ids: Sequence[str]) -> None:
-        """Write a block as Ray Data does: its rows, and its ids into the checkpoint."""
+    def commit(self, ids: Sequence[str], error: str | None = None) -> None:
+        """Write a block as Ray Data does: its ids, its rows, and its ids are committed."""
         import pyarrow
         from pyarrow import parquet
 
-        checkpoint = self.output / "_batch" / "checkpoint"
-        checkpoint.mkdir(exist_ok=True)
-        rows = [{"id": each, "error": None, "request": requests()[each]} for each in ids]
+        self.checkpoint.mkdir(exist_ok=True)
+        pending = self.checkpoint / f"a_{ids[0]}.pending.parquet"
+        parquet.write_table(pyarrow.table({"id": list(ids)}), pending)
+        rows = [{"id": each, "error": error, "request": requests()[each]} for each in ids]
         schema = pyarrow.schema([("id", pyarrow.string()), ("error", pyarrow.string()), ("request", pyarrow.string())])
-        parquet.write_table(pyarrow.Table.from_pylist(rows, schema), self.output / f"{ids[0]}.parquet")
-        parquet.write_table(pyarrow.table({"id": list(ids)}), checkpoint / f"{ids[0]}.parquet")
+        parquet.write_table(pyarrow.Table.from_pylist(rows, schema), self.output / f"a_{ids[0]}-0.parquet")
+        pending.rename(self.checkpoint / f"a_{ids[0]}.parquet")
+
+    def half_commit(self, ids: Sequence[str]) -> None:
+        """Leave what a process leaves that is killed while it writes the rows of a block."""
+        self.commit(ids)
+        rows = self.output / f"a_{ids[0]}-0.parquet"
+        rows.write_bytes(rows.read_bytes()[:100])
+        (self.checkpoint / f"a_{ids[0]}.parquet").rename(self.checkpoint / f"a_{ids[0]}.pending.parquet")
 
 
 def items() -> list[Item]:
@@ -115,8 +135,19 @@ def begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
     ended.set()
 
 
-def run(cluster: Cluster, workers: Fleet, progress: Progress | None = None) -> fleet.FleetSummary:
-    return fleet.run_fleet(JOB, items(), cluster.output, {}, workers, progress or Remarks())
+def run(
+    cluster: Cluster,
+    workers: Fleet,
+    progress: Progress | None = None,
+    record: Mapping[str, Any] | None = None,
+    max_errors: int | None = None,
+) -> fleet.FleetSummary:
+    job = replace(JOB, max_errors=max_errors)
+    return fleet.run_fleet(job, items(), cluster.output, record or {}, workers, progress or Remarks())
+
+
+def finish(cluster: Cluster, ids: list[str]) -> None:
+    cluster.commit(ids)
 
 
 def test_a_run_goes_on_after_losses_and_asks_nothing_again(begin: Callable[..., Cluster]) -> None:
@@ -131,7 +162,7 @@ def test_a_run_goes_on_after_losses_and_asks_nothing_again(begin: Callable[..., 
         cluster.commit(ids[:3])
         raise LostError("an object was lost")
 
-    cluster = begin([2, 2, 2], first, fruitless, fruitless, second, fruitless, lambda cluster, ids: cluster.commit(ids))
+    cluster = begin([2, 2, 2], first, fruitless, fruitless, second, fruitless, finish)
     progress = Remarks()
     done = run(cluster, Fleet("auto", 1, 4), progress)
     assert cluster.asked == [IDS, IDS[4:], IDS[4:], IDS[4:], IDS[7:], IDS[7:]]
@@ -214,6 +245,85 @@ def test_a_cluster_with_fewer_nodes_than_at_the_start_goes_on(
         cluster.commit(ids)
 
     assert run(begin([2, 2, 2], slow), Fleet("auto", 4, 4)).answered == 10
+
+
+@pytest.mark.parametrize("finished", [0, 4, 9])
+def test_a_block_whose_rows_may_be_half_is_not_finished(begin: Callable[..., Cluster], finished: int) -> None:
+    """A killed process leaves ids that Ray Data did not commit, and part of their rows."""
+
+    def killed(cluster: Cluster, ids: list[str]) -> None:
+        if finished:
+            cluster.commit(ids[:finished])
+        cluster.half_commit(ids[finished:])
+        raise LostError("its node has died")
+
+    cluster = begin([4], killed, finish)
+    assert (run(cluster, Fleet("auto")).answered, cluster.asked) == (10, [IDS, IDS[finished:]]), "in the same run"
+    shutil.rmtree(cluster.output)
+
+    cluster = begin([4], killed, *[lambda cluster, ids: (_ for _ in ()).throw(LostError("its node has died"))] * 3)
+    with pytest.raises(EdgeError, match="the cluster failed"):
+        run(cluster, Fleet("auto"))
+    cluster.half_commit(IDS[finished:])
+    cluster = begin([4], finish)
+    done = run(cluster, Fleet("auto"))
+    assert (done.earlier, done.answered, cluster.asked) == (finished, 10, [IDS[finished:]]), "in the next one"
+
+
+@pytest.mark.parametrize("damaged", ["a_00-0.parquet", "_batch/checkpoint/a_00.parquet"])
+def test_a_file_that_cannot_be_read_is_one_line_that_says_how_to_go_on(
+    begin: Callable[..., Cluster], damaged: str
+) -> None:
+    """A power failure may leave an empty file under the name of a committed one."""
+    cluster = begin([4], finish)
+    run(cluster, Fleet("auto"))
+    (cluster.output / damaged).write_bytes(b"")
+    with pytest.raises(EdgeError, match=r"a_00.*\.parquet cannot be read \(.*\); remove it and .*a_00.*\.parquet, and"):
+        run(cluster, Fleet("auto"))
+    (cluster.output / "a_00-0.parquet").unlink()
+    (cluster.checkpoint / "a_00.parquet").unlink()
+    cluster.steps.append(lambda ids: cluster.commit(ids))
+    assert run(cluster, Fleet("auto")).answered == 10
+
+
+def test_a_lost_file_of_finished_rows_is_said_before_anything_runs(begin: Callable[..., Cluster]) -> None:
+    cluster = begin([4], finish)
+    run(cluster, Fleet("auto"))
+    (cluster.output / "a_00-0.parquet").rename(cluster.output / "elsewhere")
+    with pytest.raises(EdgeError, match=r"lacks the file of 10 finished rows, '00' .*checkpoint/a_00\.parquet, so"):
+        run(cluster, Fleet("auto"))
+    (cluster.output / "elsewhere").rename(cluster.output / "a_00-0.parquet")
+    assert (run(cluster, Fleet("auto")).earlier, len(cluster.asked)) == (10, 1)
+
+
+def test_errors_of_earlier_runs_count(begin: Callable[..., Cluster]) -> None:
+    def some(cluster: Cluster, ids: list[str]) -> None:
+        cluster.commit(ids[:3], error="damaged")
+        raise EdgeError("ended")
+
+    cluster = begin([4], some)
+    with pytest.raises(EngineError):
+        run(cluster, Fleet("auto"))
+    stopped = run(cluster, Fleet("auto"), max_errors=2)
+    assert (stopped.failed, stopped.stopped) == (3, "3 rows have errors, more than --max-errors 2")
+    assert len(cluster.asked) == 1, "nothing was begun"
+    cluster.steps.append(lambda ids: cluster.commit(ids))
+    assert run(cluster, Fleet("auto"), max_errors=3).answered == 7
+
+
+def test_another_record_is_refused_only_where_there_are_rows(begin: Callable[..., Cluster]) -> None:
+    def nothing(cluster: Cluster, ids: list[str]) -> None:
+        raise EdgeError("ended")
+
+    cluster = begin([4], nothing, finish)
+    with pytest.raises(EngineError):
+        run(cluster, Fleet("auto"), record={"prompt": "Why?", "versions": {"a": "1"}})
+    run(cluster, Fleet("auto"), record={"prompt": "What?", "versions": {"a": "1"}})
+    with pytest.raises(EdgeError, match=r"was begun with prompt 'What\?', and not 'Why\?'"):
+        run(cluster, Fleet("auto"), record={"prompt": "Why?", "versions": {"a": "1"}})
+    progress = Remarks()
+    run(cluster, Fleet("auto"), progress, record={"prompt": "What?", "versions": {"a": "2"}})
+    assert progress.lines[0].endswith("was begun with other versions: 'a 1'"), "as on one machine"
 
 
 @needs_ray

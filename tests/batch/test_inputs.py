@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import os
 import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from internvl_edge.base.errors import PromptError
+from internvl_edge.base.errors import ImageError, PromptError
 from internvl_edge.batch.inputs import COLUMNS, read_items
 from internvl_edge.batch.items import ROW_OPTIONS, Ask, Item, grouped
 from internvl_edge.model.preprocess import load_image
@@ -88,6 +90,30 @@ def test_two_names_that_become_one_id_are_refused(tmp_path: Path) -> None:
         read(tmp_path)
 
 
+def test_what_cannot_be_listed_is_said_and_links_to_nothing_are_rows(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "a" / "lost.png").symlink_to("nowhere.png")
+    assert [item.id for item in read(f"{folder}/**/*.png")] == ["a/lost.png", "b.png"]
+    assert "a/lost.png" in [item.id for item in read(folder)]
+    listed = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if Path(path).name == "a":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PromptError, match=r"the folder .*scans/a cannot be read \(Permission denied\)"):
+        read(folder)
+
+
+def test_a_pattern_of_tables_is_refused(folder: Path) -> None:
+    jsonl(folder, {"image": "b.png"})
+    with pytest.raises(PromptError, match=r"matches the table .*table\.jsonl.*; give one table at a time"):
+        read(f"{folder}/*")
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
@@ -150,14 +176,14 @@ def as_parquet(folder: Path, rows: Sequence[dict[str, Any]]) -> Path:
 @pytest.mark.parametrize("write", [lambda folder, rows: jsonl(folder, *rows), as_csv, as_parquet])
 def test_every_kind_of_table_says_the_same(tmp_path: Path, write: Any) -> None:
     row = {name: value for name, value in ROW.items() if write is not as_csv or name != "system"}
-    path = write(tmp_path, [row, dict.fromkeys(row) | {"id": "8"}])
+    path = write(tmp_path, [row, dict.fromkeys(row) | {"id": "8", "prompt": "Why?"}])
     first, second = read(path, Ask("What?", options={"seed": 5}), keep=["label"])
     assert (first.id, first.kept, first.ask.prompt) == ("7", {"label": "x"}, ROW["prompt"])
     assert first.images == (tmp_path / "a.png", tmp_path / "b.png")
     assert (first.ask.choices, first.ask.votes, first.ask.sure) == (("same", "different"), 3, 0.95)
     expected = {"max_tiles": 2, "temperature": 0.5, "exif": True, "seed": 5}
     assert first.ask.options == (expected if write is as_csv else expected | {"system": ""})
-    assert (second.ask, second.images) == (Ask("What?", options={"seed": 5}), ())
+    assert (second.ask, second.images) == (Ask("Why?", options={"seed": 5}), ())
 
 
 def test_a_row_says_the_form_of_its_own_answer(tmp_path: Path) -> None:
@@ -175,8 +201,9 @@ def test_rows_without_an_id_are_numbered(tmp_path: Path) -> None:
 
 
 def test_columns_without_a_meaning_are_named_and_left_out(tmp_path: Path) -> None:
-    found = read_items(jsonl(tmp_path, {"label": 1, "split": 2}, {"date": 3}), ASK, keep=["split"])
-    assert found.unused == ("label", "date")
+    rows = [{"image": "a", "label": 1, "split": 2}, {"image": "b", "date": 3, "path": "b"}]
+    found = read_items(jsonl(tmp_path, *rows), ASK, keep=["split"])
+    assert found.unused == ("label", "date", "path"), "path is no mistake beside image"
     assert [dict(item.kept) for item in found.items] == [{"split": 2}, {}]
 
 
@@ -220,6 +247,11 @@ def test_images_inside_of_parquet_are_read_when_they_are_needed(tmp_path: Path, 
         ([{"promt": "x"}], "line 1: there is no column 'promt'; did you mean prompt"),
         ([{"id": "a"}, {"max_tokens": 5}], "line 2: there is no column 'max_tokens'; did you mean max_new_tokens"),
         ([{"path": "a.png"}], "did you mean images"),
+        ([{"img": "a.png", "prompt": "?"}], "there is no column 'img'; did you mean images"),
+        ([{"image": "a"}, {"id": "b"}], "line 2 has neither an image nor a prompt of its own, as other rows have"),
+        ([{"image": "a"}, {"image": None}], "line 2 has neither an image nor a prompt"),
+        ([{"image": "a"}, {"image": []}], "line 2 has neither an image nor a prompt"),
+        ([{"receipt": "a.png"}], "line 1 has neither an image nor a prompt of its own, and its columns 'receipt' have"),
         ([{"prompt": 5}], "line 1: prompt is 5, expected a text"),
         ([{"prompt": "  "}], "line 1: the prompt is empty"),
         ([{"image": "a", "images": ["a"]}], "there are two columns for images"),
@@ -261,6 +293,8 @@ def test_a_mistake_in_a_row_names_its_line(tmp_path: Path, rows: list[Any], mess
         (b"id,prompt\na,\xff\n", "is not UTF-8"),
         (b"", "has no rows"),
         (b"id,prompt\n", "has no rows"),
+        (b"id;image\na;b\n", "one column 'id;image', separated with ';'; separate columns with commas"),
+        (b"id\timage\na\tb\n", "separate columns with commas"),
     ],
 )
 def test_a_mistake_in_a_csv_file_names_its_line(tmp_path: Path, text: bytes, message: str) -> None:
@@ -269,6 +303,91 @@ def test_a_mistake_in_a_csv_file_names_its_line(tmp_path: Path, text: bytes, mes
     with pytest.raises(PromptError) as raised:
         read(path)
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n", "\r"])
+def test_csv_as_spreadsheets_write_it(tmp_path: Path, ends: str) -> None:
+    """A byte order mark, any end of line, and images as long data: addresses."""
+    data = "data:image/png;base64," + "A" * 500_000
+    table = ends.join(["id,image,prompt", "a,x.png,Why?", f'b,"{data}",', 'c,y.png,"two', 'lines"', ""])
+    (tmp_path / "table.csv").write_bytes(b"\xef\xbb\xbf" + table.encode())
+    items = read(tmp_path / "table.csv")
+    assert [(item.id, item.ask.prompt) for item in items] == [
+        ("a", "Why?"),
+        ("b", ASK.prompt),
+        ("c", f"two{ends}lines"),
+    ]
+    assert [item.images for item in items] == [(tmp_path / "x.png",), (data,), (tmp_path / "y.png",)]
+
+
+@pytest.mark.parametrize("name", ["table.csv", "table.jsonl"])
+def test_a_line_that_is_too_long_is_refused_before_it_is_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr("internvl_edge.batch.tables.MOST_LINE_BYTES", 1 << 20)
+    begin = b'{"prompt": "' if name.endswith("jsonl") else b"id,prompt\na,"
+    (tmp_path / name).write_bytes(begin + b"x" * (20 << 20))
+    tracemalloc.start()
+    with pytest.raises(PromptError, match=r"line [12] has more than 1 MiB; give paths of images"):
+        read(tmp_path / name)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 8 << 20
+
+
+def test_columns_of_parquet_that_are_not_needed_may_hold_anything(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    columns = {
+        "image": ["a.png", "b.png"],
+        "bad text": pyarrow.Array.from_buffers(pyarrow.string(), 2, pyarrow.array([b"a", b"\xff"]).buffers()),
+        "late": pyarrow.array([1 << 62, 0], pyarrow.timestamp("us")),
+        "exact": pyarrow.array([1, 2], pyarrow.timestamp("ns")),
+        "vector": [[0.5] * 64] * 2,
+    }
+    parquet.write_table(pyarrow.table(columns), tmp_path / "table.parquet")
+    found = read_items(tmp_path / "table.parquet", ASK)
+    assert (len(found.items), found.unused) == (2, ("bad text", "late", "exact", "vector"))
+    for name in ("bad text", "late"):
+        with pytest.raises(PromptError, match=rf"rows 1 to 2: a value of the column '{name}' cannot be read \(.*\);"):
+            read(tmp_path / "table.parquet", keep=[name])
+    table = pyarrow.table([["a.png"], ["b.png"]], names=["image", "image"])
+    parquet.write_table(table, tmp_path / "table.parquet")
+    with pytest.raises(PromptError, match="has the name 'image' twice"):
+        read(tmp_path / "table.parquet")
+
+
+def test_ids_of_parquet_may_be_null_and_must_differ(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"id": None, "image": "a"}, {"id": "x", "image": "b"}, {"id": None, "image": "c"}]
+    assert [item.id for item in read(as_parquet(tmp_path, rows))] == ["1", "x", "3"]
+    with pytest.raises(PromptError, match="row 2 and row 3 have the same id '3'"):
+        read(as_parquet(tmp_path, [rows[0], {"id": "3", "image": "b"}, rows[2]]))
+
+
+def test_kept_values_are_what_json_can_hold(tmp_path: Path) -> None:
+    score = [float("nan"), float("inf"), 1.5]
+    rows = [{"image": "a.png", "score": value, "list": [{"x": value}]} for value in score]
+    kept = [item.kept for item in read(as_parquet(tmp_path, rows), keep=["score", "list"])]
+    assert kept == [{"score": value, "list": [{"x": value}]} for value in (None, None, 1.5)]
+    data = picture(tmp_path / "one.png").read_bytes()
+    path = as_parquet(tmp_path, [{"image": data, "raw": b"x"}])
+    for name in ("raw", "image"):
+        with pytest.raises(PromptError, match=f"row 1: the column '{name}' holds bytes, which the output cannot keep"):
+            read(path, keep=[name])
+
+
+@pytest.mark.parametrize("change", ["others", "fewer", "no column", "no file"])
+def test_a_parquet_file_that_is_changed_under_way_gives_no_other_image(tmp_path: Path, change: str) -> None:
+    rows = [{"image": picture(tmp_path / "one.png", colour).read_bytes()} for colour in ("red", "lime", "blue")]
+    items = read(as_parquet(tmp_path, rows))
+    assert load_image(items[2].images[0]).size == (8, 8)
+    new = {"others": rows[::-1], "fewer": rows[1:2], "no column": [{"picture": "x"}] * 3, "no file": rows}[change]
+    path = as_parquet(tmp_path, new)
+    if change == "no file":
+        path.unlink()
+    with pytest.raises(ImageError, match=r"table\.parquet.* was changed|No such file"):
+        load_image(items[0].images[0])
 
 
 def test_a_damaged_parquet_file_is_one_line(tmp_path: Path) -> None:
@@ -316,5 +435,5 @@ def test_a_request_is_all_that_is_asked_and_nothing_else(tmp_path: Path) -> None
 
 def test_items_about_the_same_images_follow_each_other(tmp_path: Path) -> None:
     images = ["a", "b", None, "a", "c", "b", "a", None]
-    rows = [{"id": f"{n}", **({"images": name} if name else {})} for n, name in enumerate(images)]
+    rows = [{"id": f"{n}", **({"images": name} if name else {"prompt": "Why?"})} for n, name in enumerate(images)]
     assert [item.id for item in grouped(read(jsonl(tmp_path, *rows)))] == ["0", "3", "6", "1", "5", "2", "4", "7"]

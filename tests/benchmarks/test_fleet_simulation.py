@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -66,6 +68,35 @@ def test_larger_blocks_have_longer_tails_and_repeat_more() -> None:
     assert large.tail_hours > 3 * small.tail_hours
     assert large.repeated > 10 * small.repeated
     assert large.hours > small.hours
+
+
+def test_seconds_are_those_that_batch_measured_with_all_cores(tmp_path: Path) -> None:
+    rows = {"4": 1.25, "1": 3.5}
+    found = {
+        "threads": 2,
+        "machine": {"cores": 2},
+        "questions_per_image": {
+            name: {"seconds_per_item": {"loop": {"wall_s": 9.0, "cpu_s": 9.0}, "batch": {"wall_s": each, "cpu_s": 9.0}}}
+            for name, each in rows.items()
+        },
+    }
+    path = tmp_path / "batch.json"
+    path.write_text(json.dumps(found))
+    assert fleet.measured_seconds(path) == {"4": 5.0, "1": 3.5}
+    path.write_text(json.dumps(found | {"threads": 1}))
+    with pytest.raises(SystemExit, match="1 threads, not with all cores; give --seconds"):
+        fleet.measured_seconds(path)
+
+
+def test_fleets_are_simulations_of_every_size() -> None:
+    assumed = fleet.Assumptions()
+    found = fleet.fleets(20_000, 3.0, assumed)
+    assert set(found["boxes"]["disturbed"]) == set(map(str, fleet.BOXES))
+    for name, each in (("undisturbed", assumed.undisturbed()), ("disturbed", assumed)):
+        hours = fleet.simulate(10, 20_000, 3.0, each).hours
+        assert found["boxes"][name]["10"]["hours"] == pytest.approx(hours, rel=1e-3)
+    hours = fleet.simulate(1000, 20_000, 3.0, replace(assumed, block=512)).hours
+    assert found["blocks_of_1000_boxes"]["512"]["hours"] == pytest.approx(hours, rel=1e-3)
 
 
 def test_energy_is_power_times_time() -> None:

@@ -114,6 +114,28 @@ def test_infographicvqa_has_other_fields(tmp_path: Path) -> None:
     assert (case.images, case.tags, metric) == ((picture,), ("single span",), "anls")
 
 
+@pytest.mark.parametrize("folder", ["spdocvqa_images", "qas/spdocvqa_images", "qas/documents", "elsewhere"])
+def test_docvqa_is_found_in_every_layout_of_its_downloads(tmp_path: Path, folder: str) -> None:
+    """Today's images have no folder "documents", as the entries say; the questions have a folder of their own."""
+    picture = _picture(tmp_path / folder / "pybv0228_81.png")
+    (tmp_path / "qas").mkdir(exist_ok=True)
+    data = _write(tmp_path / "qas" / "val_v1.0_withQT.json", DOCVQA)
+    if folder == "elsewhere":
+        with pytest.raises(EdgeError, match=r"documents/pybv0228_81.png for one; give their folder with --images"):
+            read_suite_file(data)
+    (case,), _ = read_suite_file(data, picture.parent if folder == "elsewhere" else None)
+    assert [image.resolve() for image in case.images if isinstance(image, Path)] == [picture]
+
+
+@pytest.mark.parametrize("folder", ["infographicsvqa_images", "qas/infographicsvqa_images"])
+def test_infographicvqa_is_found_in_every_layout_of_its_downloads(tmp_path: Path, folder: str) -> None:
+    picture = _picture(tmp_path / folder / "35984.jpeg")
+    (tmp_path / "qas").mkdir(exist_ok=True)
+    entry = {"questionId": 98313, "question": "Which one?", "image_local_name": "35984.jpeg", "answers": ["x"]}
+    (case,), _ = read_suite_file(_write(tmp_path / "qas" / "val.json", {"data": [entry]}))
+    assert [image.resolve() for image in case.images if isinstance(image, Path)] == [picture]
+
+
 @pytest.mark.parametrize("folder", ["png", "."])
 def test_chartqa_has_its_images_in_a_folder_beside_it(tmp_path: Path, folder: str) -> None:
     picture = _picture(tmp_path / folder / "3887.png")
@@ -125,10 +147,13 @@ def test_chartqa_has_its_images_in_a_folder_beside_it(tmp_path: Path, folder: st
     assert metric == "relaxed_accuracy"
 
 
-def test_ocrbench_names_are_unique_with_their_data_set_and_formulas_are_known(tmp_path: Path) -> None:
+@pytest.mark.parametrize("folder", ["", "OCRBench"])
+def test_ocrbench_names_are_unique_with_their_data_set_and_formulas_are_known(tmp_path: Path, folder: str) -> None:
+    """The authors have the file in a folder beside that of the images."""
+    (tmp_path / folder).mkdir(exist_ok=True)
     for entry in OCRBENCH:
         _picture(tmp_path / "OCRBench_Images" / str(entry["image_path"]))
-    cases, metric = read_suite_file(_write(tmp_path / "OCRBench.json", OCRBENCH))
+    cases, metric = read_suite_file(_write(tmp_path / folder / "OCRBench.json", OCRBENCH))
     assert [case.name for case in cases] == ["IIIT5K 2843", "HME100k 2843"]
     assert [case.answers for case in cases] == [("CENTRE",), ("x ^ { 2 }",)]
     assert [case.is_formula for case in cases] == [False, True]
@@ -151,6 +176,19 @@ def test_mmmu_places_images_where_its_marks_are(tmp_path: Path, name: str) -> No
     assert (cases[1].question, cases[1].images) == (f"How many edges?\n{SHORT}", (edges,))
     assert (cases[1].answers, cases[1].choices, cases[1].tags) == (("12", "twelve"), (), ("Math", "open"))
     assert metric == "choice_accuracy"
+
+
+def test_mmmu_has_several_right_answers_as_python_text_and_spaces_that_do_not_count(tmp_path: Path) -> None:
+    """As the published records have them; the original evaluation strips questions and options."""
+    entries = [
+        {"id": "validation_Math_15", "question": " What? ", "options": "[]", "answer": "['24/7', '3.429']"},
+        {"id": "validation_Math_16", "question": "What?", "options": "[]", "answer": "[1, 2)"},
+        {"id": "validation_Math_17", "question": "What?", "options": "[' a ', 'b']", "answer": "B"},
+    ]
+    cases, _ = read_suite_file(_write(tmp_path / "mmmu.jsonl", entries))
+    assert [case.answers for case in cases] == [("24/7", "3.429"), ("[1, 2)",), ("B",)]
+    assert cases[0].question == f"What?\n{SHORT}"
+    assert (cases[2].question, cases[2].choices) == (f"What?\nA. a\nB. b\n{LETTER}", ("a", "b"))
 
 
 def test_own_questions_have_ids_answers_choices_and_tags(tmp_path: Path) -> None:
@@ -227,6 +265,8 @@ def test_a_metric_that_cannot_judge_a_suite_is_refused(tmp_path: Path) -> None:
             "two questions with the id",
         ),
         ([{"questionId": 1, "question": "?", "image": "x.png"}], "no answers; those of a test split are not public"),
+        ([{"question": "?", "options": "['a', 'b']", "answer": "?"}], "the answer is unknown; those of a test split"),
+        ([{"question": "?", "options": "[]", "answer": "[]"}], "no right answer"),
         ([{"imgname": "x.png", "query": "?", "label": None}], "label is None"),
         ([{"question": "?", "options": "__import__('os')", "answer": "A"}], "options is not a list of texts"),
         ([{"question": "?", "options": "[" * 9999, "answer": "A"}], "options is not a list of texts"),

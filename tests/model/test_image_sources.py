@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,18 @@ def test_what_is_no_image_is_one_short_line(source: Any, message: str) -> None:
         load_image(source)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) <= 400
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    """To open one waits until somebody writes: a batch with one among its images would never end."""
+    pipe = tmp_path / "a.png"
+    os.mkfifo(pipe)
+    writer = threading.Timer(5, lambda: os.open(pipe, os.O_RDWR | os.O_NONBLOCK))  # ends the wait of a failing test
+    writer.start()
+    with pytest.raises(ImageError, match=r"a\.png is a pipe and no file; check the path"):
+        load_image(pipe)
+    writer.cancel()
 
 
 # ---- more than 8 bits ----
