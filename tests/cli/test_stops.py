@@ -126,7 +126,8 @@ def test_a_second_process_is_refused_and_the_first_one_finishes(
         assert process.returncode == 0
     assert os.listdir(tmp_path) == ["out"]
     whole = command_line(name, checkpoint, data, tmp_path / "whole")
-    assert internvl_edge(*(whole[:4] if name == "export" else whole)).returncode == 0
+    # Not forked: what a process has imported can change the last bit of a sum on some CPUs.
+    subprocess.run([*PROGRAM, *map(str, whole[:4] if name == "export" else whole)], check=True, capture_output=True)
     ours, theirs = contents(tmp_path / "out"), contents(tmp_path / "whole")
     names = ours.keys() - {"report.json", "report.html"}
     assert {name: ours[name] for name in names} == {name: theirs[name] for name in names}
