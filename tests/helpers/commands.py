@@ -9,8 +9,9 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -26,7 +27,6 @@ sys.argv = sys.argv[1:]
 sys.path[0] = os.path.dirname(sys.argv[0])
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-_one_at_a_time = threading.Lock()
 
 
 def internvl_edge(*arguments: object, stdin: str = "", **place: Any) -> subprocess.CompletedProcess[str]:
@@ -47,21 +47,85 @@ def run_code(
     directory: Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run Python code as `python -c` does, in a process that `fork_server.py` forks. Its streams are files."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    program = {"code": code, "arguments": command[3:], "environment": dict(environment)}
-    program["directory"] = str(directory or Path.cwd())
-    with _one_at_a_time, TemporaryFile() as given, TemporaryFile() as output, TemporaryFile() as error:
+    words = [*map(str, arguments)]
+    with TemporaryFile() as given, TemporaryFile() as output, TemporaryFile() as error:
         given.write(stdin.encode())
         given.seek(0)
-        server = _server()
-        socket.send_fds(server, [json.dumps(program).encode()], [given.fileno(), output.fileno(), error.fileno()])
-        process = int(server.recv(64))
-        overdue = threading.Timer(_LONGEST, os.kill, (process, signal.SIGKILL))
-        overdue.daemon = True
-        overdue.start()
-        status = int(server.recv(64))
-        overdue.cancel()
-        return subprocess.CompletedProcess(command, status, _text(output), _text(error))
+        process = Forked(code, words, [given, output, error], environment, directory or Path.cwd())
+        try:
+            status = process.wait(_LONGEST)
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess([sys.executable, "-c", code, *words], status, _text(output), _text(error))
+
+
+@contextmanager
+def start_code(code: str, *arguments: object) -> Iterator[Started]:
+    """Start Python code as `run_code` runs it; what it is told and what it prints are pipes. It ends with the block."""
+    (given, to), (output, printed) = os.pipe(), os.pipe()
+    with ExitStack() as open_files:
+        theirs = [open_files.enter_context(os.fdopen(given, "rb")), open_files.enter_context(os.fdopen(printed, "wb"))]
+        error = open_files.enter_context(TemporaryFile())
+        process = Forked(code, [*map(str, arguments)], [*theirs, error], os.environ, Path.cwd())
+        for file in theirs:
+            file.close()
+        told, said = open_files.enter_context(os.fdopen(to, "w")), open_files.enter_context(os.fdopen(output))
+        try:
+            yield Started(process, told, said, error)
+        finally:
+            process.kill()
+
+
+class Forked:
+    """A program in a forked process."""
+
+    def __init__(
+        self,
+        code: str,
+        arguments: list[str],
+        streams: Sequence[IO[Any]],
+        environment: Mapping[str, str],
+        directory: Path,
+    ) -> None:
+        program = {"code": code, "arguments": arguments, "environment": dict(environment), "directory": str(directory)}
+        self._answers, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            descriptors = [*(file.fileno() for file in streams), theirs.fileno()]
+            socket.send_fds(_server(), [json.dumps(program).encode()], descriptors)
+        self.pid = int(self._answers.recv(64))
+        self.returncode: int | None = None
+
+    def wait(self, timeout: float) -> int:
+        """Return the exit status; minus the signal, where one ended it."""
+        if self.returncode is None:
+            self._answers.settimeout(timeout)
+            self.returncode = int(self._answers.recv(64))
+            self._answers.close()
+        return self.returncode
+
+    def kill(self) -> None:
+        """End it, if it has not ended."""
+        if self.returncode is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self.wait(60)
+
+
+@dataclass
+class Started:
+    """A program that `start_code` started, with its streams."""
+
+    process: Forked
+    stdin: IO[str]
+    stdout: IO[str]
+    stderr: IO[bytes]
+
+    def communicate(self, text: str = "") -> tuple[int, str, str]:
+        """Give it a text and wait for its end; return its exit status, and the rest that it printed."""
+        with suppress(BrokenPipeError):
+            self.stdin.write(text)
+            self.stdin.close()
+        status = self.process.wait(60)
+        return status, self.stdout.read(), _text(self.stderr)
 
 
 def _text(file: IO[bytes]) -> str:

@@ -5,8 +5,9 @@ imports all of it, as one that a user starts does.
 
     python fork_server.py SOCKET
 
-SOCKET is a descriptor. Each message there is a JSON object (code, arguments, environment, directory) with the
-descriptors of standard input, output and error. The answers are the process's id, and in the end its exit status.
+SOCKET is a descriptor. Each message there is a JSON object (code, arguments, environment, directory) with four
+descriptors: standard input, output and error, and a socket for answers. They are the process's id, and in the end its
+exit status.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import gc
 import importlib
 import json
 import os
+import selectors
 import socket
 import sys
 import threading
@@ -23,26 +25,39 @@ from contextlib import suppress
 from typing import Any
 
 # What takes long to import, without what starts a thread then (onnxruntime): a fork would lose it.
-LIBRARIES = ("numpy", "PIL.Image", "click", "tokenizers", "ml_dtypes", "onnx", "onnx_ir", "torch")
+LIBRARIES = (
+    *("numpy", "PIL.Image", "click", "tokenizers", "ml_dtypes", "onnx", "onnx_ir", "torch"),
+    *("jinja2", "matplotlib.figure", "matplotlib.backends.backend_svg"),
+)
 
 
 def serve(channel: socket.socket) -> None:
-    """Fork for each message, until nobody has the other end."""
-    while True:
-        message, streams, _, _ = socket.recv_fds(channel, 1 << 20, 3)
-        if not message:
-            return
-        child = os.fork()
-        if not child:
-            channel.close()
-            for number, stream in enumerate(streams):
-                os.dup2(stream, number)
-                os.close(stream)
-            os._exit(run(json.loads(message)))
-        for stream in streams:
-            os.close(stream)
-        channel.send(str(child).encode())
-        channel.send(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])).encode())
+    """Fork for each message, until nobody has the other end. Several programs can run at a time."""
+    with selectors.DefaultSelector() as events:
+        events.register(channel, selectors.EVENT_READ)
+        while True:
+            for event, _ in events.select():
+                if event.fileobj is not channel:
+                    events.unregister(event.fileobj)
+                    os.close(event.fd)
+                    child, answers = event.data
+                    with answers, suppress(BrokenPipeError):
+                        answers.send(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])).encode())
+                    continue
+                message, descriptors, _, _ = socket.recv_fds(channel, 1 << 20, 4)
+                if not message:
+                    return
+                child = os.fork()
+                if not child:
+                    for number, stream in enumerate(descriptors[:3]):
+                        os.dup2(stream, number)
+                    os.closerange(3, 1024)
+                    os._exit(run(json.loads(message)))
+                for stream in descriptors[:3]:
+                    os.close(stream)
+                answers = socket.socket(fileno=descriptors[3])
+                answers.send(str(child).encode())
+                events.register(os.pidfd_open(child), selectors.EVENT_READ, (child, answers))
 
 
 def run(program: dict[str, Any]) -> int:
