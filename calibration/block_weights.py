@@ -33,15 +33,14 @@ def load_vision_embedding(checkpoint: Checkpoint, compute: Compute) -> dict[str,
 
 
 def load_tensor(checkpoint: Checkpoint, name: str, compute: Compute) -> Tensor:
-    """Return one tensor by canonical name.
-
-    Weights and biases of linears are in the compute type, all other tensors in float32.
-
-    Raises:
-        CheckpointError: as `load_block`.
-    """
+    """Return one tensor by canonical name, as `as_computed` does; CheckpointError as `load_block`."""
     stored = to_torch(checkpoint.tensor(name))
     require_finite(stored, name)
+    return as_computed(stored, name, compute)
+
+
+def as_computed(stored: Tensor, name: str, compute: Compute) -> Tensor:
+    """Return a tensor on the device: weights and biases of linears in the compute type, all others in float32."""
     multiplied = stored.ndim == 2 or (name.endswith(".bias") and "norm" not in name)
     return stored.to(compute.device, compute.dtype if multiplied else torch.float32)
 

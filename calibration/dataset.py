@@ -11,6 +11,7 @@ it needs: an int8 tower is measured with the tiles, and makes embeddings of its 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -80,14 +81,7 @@ def describe_files(path: Path) -> list[str]:
     """The place of a file or a folder, and a digest in which files' sizes and times stand for their content."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
-    return [str(path.resolve()), hash_values(stats)]
-
-
-def hash_values(values: Any) -> str:
-    """Return a short digest of JSON values."""
-    import hashlib
-
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+    return [str(path.resolve()), hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]]
 
 
 @dataclass(frozen=True)

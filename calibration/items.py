@@ -82,7 +82,13 @@ def _folder(folder: Path, seed: int) -> list[CalibrationItem]:
 
 
 def _json_lines(path: Path) -> list[CalibrationItem]:
-    return [_one_line(path, name, line) for name, line in read_lines(path)]
+    items = []
+    for name, line in read_lines(path):
+        try:
+            items.append(read_item(path.parent, name, parse_line(line)))
+        except ValueError as problem:
+            items.append(CalibrationItem(name, problem=str(problem)))
+    return items
 
 
 def read_lines(path: Path) -> list[tuple[str, bytes]]:
@@ -111,13 +117,6 @@ def parse_line(line: bytes) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"a {type(values).__name__}, expected an object")
     return values
-
-
-def _one_line(path: Path, name: str, line: bytes) -> CalibrationItem:
-    try:
-        return read_item(path.parent, name, parse_line(line))
-    except ValueError as problem:
-        return CalibrationItem(name, problem=str(problem))
 
 
 def read_item(folder: Path, name: str, values: dict[str, Any]) -> CalibrationItem:

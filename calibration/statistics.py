@@ -120,17 +120,14 @@ class Observer:
             statistics = self.inputs[name] = self._empty(x)
         statistics.add(x)
         if not is_finite(statistics.max_abs):
-            self.refuse(f"the input of {name}", x)
+            self.check(f"the input of {name}", x)
         if statistics.subset is not None:
             self._keep_subset(statistics.subset, x)
 
-    def check(self, name: str, x: Tensor) -> None:
-        """Raise EdgeError where x [tokens, width] of the announced chunk is not finite."""
-        if not is_finite(x):
-            self.refuse(name, x)
-
-    def refuse(self, what: str, x: Tensor) -> None:
-        """Raise the error about x [tokens, width]. It names the sample."""
+    def check(self, what: str, x: Tensor) -> None:
+        """Raise EdgeError, naming the sample, where x [tokens, width] of the announced chunk is not finite."""
+        if is_finite(x):
+            return
         bad = ~torch.isfinite(x).all(-1)
         row = int(bad.nonzero()[0])
         end = 0

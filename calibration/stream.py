@@ -135,7 +135,7 @@ class BlockStream:
 
     def kv_scales(self) -> KvScales:
         """Return scales of an int8 KV cache that reach what went into it; after `run`."""
-        layers = [self._work.need_arrays(self._cache(index)) for index in range(len(self.blocks.names))]
+        layers = [self._work.need_arrays(self._arrays("cache", index)) for index in range(len(self.blocks.names))]
         keys, values = (np.stack([layer[part] for layer in layers]) for part in ("keys", "values"))
         return KvScales.from_ranges(keys, values)
 
@@ -164,16 +164,16 @@ class BlockStream:
                 before: dict[str, NDArray[Any]] = {}
                 found |= measure(index, self._probes_at(index, start, before))
                 if index:
-                    self._work.write_arrays(self._gradient(index), before)
+                    self._work.write_arrays(self._arrays("gradient", index), before)
                 self._work.write_json(state, {"left": index, "found": found})
-                for name in (self._gradient(index + 1), self._probe(index + 1)):
+                for name in (self._arrays("gradient", index + 1), self._arrays("probe", index + 1)):
                     self._work.remove(name)
                 advance(1)
         return found
 
     def output(self, item: int) -> Tensor:
         """Return what came out of the last block for one of the probes, [rows, width] float32; after `run`."""
-        return self._tensor(self._work.need_arrays(self._probe(len(self.blocks.names)))[str(item)])
+        return self._tensor(self._work.need_arrays(self._arrays("probe", len(self.blocks.names)))[str(item)])
 
     def forget(self) -> None:
         """Delete what came out of the last block."""
@@ -216,9 +216,9 @@ class BlockStream:
                 advance(len(x))
             # These first: where the hidden states are whole, so are they.
             if probes:
-                self._work.write_arrays(self._probe(index + 1), probes)
+                self._work.write_arrays(self._arrays("probe", index + 1), probes)
             if ranges:
-                self._work.write_arrays(self._cache(index), ranges.arrays())
+                self._work.write_arrays(self._arrays("cache", index), ranges.arrays())
         return observer.inputs
 
     def _announce(self, observer: Observer, items: range, lengths: Sequence[int], offset: int) -> None:
@@ -232,8 +232,8 @@ class BlockStream:
         """Yield the probes at a block, and fill `before` with their gradients at its input."""
         weights = self.blocks.load(index) if index else {}
         last = index + 1 == len(self.blocks.names)
-        behind = {} if last else self._work.need_arrays(self._gradient(index + 1))
-        inputs = self._work.need_arrays(self._probe(index)) if index else {}
+        behind = {} if last else self._work.need_arrays(self._arrays("gradient", index + 1))
+        inputs = self._work.need_arrays(self._arrays("probe", index)) if index else {}
         for item in self.probes:
             items = range(item, item + 1)
             gradients = start(item) if last else self._tensor(behind[str(item)])
@@ -251,14 +251,8 @@ class BlockStream:
     def _hidden(self, index: int) -> str:
         return f"{self._label}-hidden-{index}.f32"
 
-    def _probe(self, index: int) -> str:
-        return f"{self._label}-probe-{index}.npz"
-
-    def _gradient(self, index: int) -> str:
-        return f"{self._label}-gradient-{index}.npz"
-
-    def _cache(self, index: int) -> str:
-        return f"{self._label}-cache-{index}.npz"
+    def _arrays(self, kind: str, index: int) -> str:
+        return f"{self._label}-{kind}-{index}.npz"
 
 
 def _without(chunk: range, held_out: Collection[int]) -> Iterator[range]:

@@ -87,11 +87,7 @@ class WorkFolder:
         Raises:
             EdgeError: the file is damaged.
         """
-        path = self.path / name
-        if not path.is_file():
-            return None
-        _check_sealed(path)
-        return json.loads(path.read_bytes()[:-_SEAL_BYTES])
+        return self.need_json(name) if (self.path / name).is_file() else None
 
     def write_json(self, name: str, values: Any) -> None:
         """Replace a JSON file as one step."""
@@ -104,27 +100,20 @@ class WorkFolder:
         Raises:
             EdgeError: the file is damaged.
         """
-        path = self.path / name
-        if not path.is_file():
-            return None
-        _check_sealed(path)
-        with np.load(path, allow_pickle=False) as file:  # a zip archive may have something behind its end
-            return {key: file[key] for key in file.files}
+        return self.need_arrays(name) if (self.path / name).is_file() else None
 
     def write_arrays(self, name: str, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Replace an `.npz` file as one step."""
         self._write_sealed(name, lambda file: np.savez(file, **dict(arrays)))  # type: ignore[arg-type]  # numpy's stub
 
     def need_json(self, name: str) -> Any:
-        """What `write_json` wrote; EdgeError where it is gone."""
+        """What `write_json` wrote; EdgeError where it is gone or damaged."""
         return json.loads(self._need(name).read_bytes()[:-_SEAL_BYTES])
 
     def need_arrays(self, name: str) -> Arrays:
-        """What `write_arrays` wrote; EdgeError where it is gone."""
-        arrays = self.read_arrays(name)
-        if arrays is None:
-            raise _damaged(self.path / name)
-        return arrays
+        """What `write_arrays` wrote; EdgeError where it is gone or damaged."""
+        with np.load(self._need(name), allow_pickle=False) as file:  # a zip archive may have something behind its end
+            return {key: file[key] for key in file.files}
 
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:

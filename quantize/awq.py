@@ -29,7 +29,7 @@ Reduce = Callable[[Tensor], Tensor]
 def search_scale(
     weights: Sequence[Tensor],
     inputs: InputStatistics,
-    schemes: Scheme | Sequence[Scheme],
+    schemes: Sequence[Scheme],
     stored: torch.dtype,
     spread: Reduce = lambda values: values,
     reduce: Reduce = lambda values: values,
@@ -39,20 +39,19 @@ def search_scale(
     Args:
         weights: [out, in] float32 of each consumer.
         inputs: statistics with a subset of the inputs.
-        schemes: how the weights will be rounded (without clipping here): one scheme for all, or one per consumer.
+        schemes: how the weights of each consumer will be rounded (without clipping here).
         stored: type of the stored scales.
         spread, reduce: map the producer's channels to input channels and back, where the two differ.
     """
-    each = [schemes] * len(weights) if isinstance(schemes, Scheme) else schemes
     rows = [weight[:: max(1, len(weight) // _SEARCH_ROWS)] for weight in weights]
     error = _output_error(inputs, rows[0].shape[1])
     x_mean = reduce(inputs.mean_abs).clamp(min=1e-8)
-    sizes = [_relative_size(weight, scheme) for weight, scheme in zip(rows, each, strict=True)]
+    sizes = [_relative_size(weight, scheme) for weight, scheme in zip(rows, schemes, strict=True)]
     w_mean = reduce(torch.cat(sizes).mean(0)).clamp(min=1e-8)
 
     def loss(scale: Tensor) -> float:
         total = 0.0
-        for weight, scheme in zip(rows, each, strict=True):
+        for weight, scheme in zip(rows, schemes, strict=True):
             scaled = weight * scale
             grid = minmax_grid(scaled, scheme, stored)
             total += error(grid.dequantize(grid.round(scaled)) / scale - weight)

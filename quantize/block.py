@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from internvl_edge.calibration.block_weights import as_computed
 from internvl_edge.calibration.compute import Compute, to_torch
 from internvl_edge.checkpoint.record import LinearReport
 from internvl_edge.model.linear import PackedLinear
@@ -56,11 +57,7 @@ class QuantizedBlock:
 
     def replacements(self, prefix: str, compute: Compute) -> dict[str, Tensor]:
         """Return the changed tensors in the form that calibration computes with, by their name below `prefix`."""
-        replaced: dict[str, Tensor] = {}
-        for name, array in self.tensors.items():
-            tensor = to_torch(array).float()
-            multiplied = tensor.ndim == 2 or (name.endswith(".bias") and "norm" not in name)
-            replaced[name] = tensor.to(compute.dtype) if multiplied else tensor
+        replaced = {name: as_computed(to_torch(array), name, compute) for name, array in self.tensors.items()}
         for name, packed in self.linears.items():
             replaced |= {f"{name}.{part}": tensor for part, tensor in computed(packed, compute.dtype).items()}
         return {name.removeprefix(prefix): tensor.to(compute.device) for name, tensor in replaced.items()}

@@ -22,7 +22,7 @@ from .calibrators import CALIBRATORS, HIGHEST, find_range, histogram
 from .smoothing import STRENGTHS, smoothing_scale
 
 # Smoothing strengths are compared with the range that this calibrator finds.
-_FOR_STRENGTH = "mse"
+_FOR_STRENGTH = ("mse",)
 _ARRAYS = ("values", "scale", "input_scale", "smoothing")
 
 
@@ -91,9 +91,8 @@ def quantize_linear(
         largest = weight.abs().amax(0)
         scales = {strength: smoothing_scale(inputs.max_abs, largest, strength, norm) for strength in STRENGTHS}
     strength = best_strength(weight, inputs, scales, per_token)
-    rounded = _Layer(weight, inputs, per_token).rounded(strength, scales.get(strength))
     methods = CALIBRATORS if calibrator == "best" else (calibrator,)
-    return min((rounded.with_range(method) for method in methods), key=lambda choice: choice.error)
+    return _Layer(weight, inputs, per_token).rounded(strength, scales.get(strength), methods)
 
 
 def best_strength(
@@ -104,7 +103,7 @@ def best_strength(
         return 0.0
     layer = _Layer(weight, inputs, per_token)
     tried: list[tuple[float, Tensor | None]] = [(0.0, None), *scales.items()]
-    errors = {strength: layer.rounded(strength, scale).with_range(_FOR_STRENGTH).error for strength, scale in tried}
+    errors = {strength: layer.rounded(strength, scale, _FOR_STRENGTH).error for strength, scale in tried}
     return min(errors, key=lambda strength: errors[strength])
 
 
@@ -126,38 +125,25 @@ class _Layer:
         missed = y.sub_(self._expected).square_().sum(1, dtype=torch.float64)
         return float((missed * self._weights).sum().sqrt())
 
-    def rounded(self, strength: float, smoothing: Tensor | None) -> _Rounded:
-        if smoothing is None:
-            return _Rounded(self, strength, None, self._x, self._weight, float(self._largest.max()))
-        largest = float((self._largest / smoothing).max())
-        return _Rounded(self, strength, smoothing, self._x / smoothing, self._weight * smoothing, largest)
-
-
-class _Rounded:
-    """Int8 weights for smoothed inputs x. The clipping range of x is still to be found."""
-
-    def __init__(
-        self, layer: _Layer, strength: float, smoothing: Tensor | None, x: Tensor, weight: Tensor, largest: float
-    ) -> None:
-        self._layer, self._strength, self._smoothing = layer, strength, smoothing
-        self._x, self._largest = x, largest or 1.0
-        self._counts = histogram(x, self._largest)
-        self._scale = weight.abs().amax(1, keepdim=True) / HIGHEST
-        self._scale[self._scale == 0] = 1
-        self._values = torch.round(weight / self._scale)
-
-    def with_range(self, calibrator: str) -> IntegerLinear:
-        """Return the layer with the clipping range of one calibrator, and the error of its output."""
-        step = float(np.float32(find_range(calibrator, self._counts, self._largest) / HIGHEST))
-        y = (round_inputs(self._x, step) @ self._values.T).mul_(self._scale[:, 0] * step)
-        values = self._values.to(torch.int8).cpu().numpy()
-        return IntegerLinear(
-            packed=PackedLinear(values, self._scale.cpu().numpy(), None, bits=8, input_scale=step),
-            smoothing=None if self._smoothing is None else self._smoothing.cpu().numpy(),
-            calibrator=calibrator,
-            strength=self._strength,
-            error=self._layer.error(y),
-        )
+    def rounded(self, strength: float, smoothing: Tensor | None, calibrators: Sequence[str]) -> IntegerLinear:
+        """Return the layer in int8 after smoothing, with the clipping range of the calibrator of least error."""
+        x, weight, largest = self._x, self._weight, self._largest
+        if smoothing is not None:
+            x, weight, largest = x / smoothing, weight * smoothing, largest / smoothing
+        highest = float(largest.max()) or 1.0
+        counts = histogram(x, highest)
+        scale = weight.abs().amax(1, keepdim=True) / HIGHEST
+        scale[scale == 0] = 1
+        values = torch.round(weight / scale)
+        tried = []
+        for calibrator in calibrators:
+            step = float(np.float32(find_range(calibrator, counts, highest) / HIGHEST))
+            y = (round_inputs(x, step) @ values.T).mul_(scale[:, 0] * step)
+            tried.append((self.error(y), calibrator, step))
+        error, calibrator, step = min(tried, key=lambda choice: choice[0])
+        packed = PackedLinear(values.to(torch.int8).cpu().numpy(), scale.cpu().numpy(), None, bits=8, input_scale=step)
+        kept = None if smoothing is None else smoothing.cpu().numpy()
+        return IntegerLinear(packed, kept, calibrator, strength, error)
 
 
 def round_inputs(x: Tensor, step: float) -> Tensor:

@@ -125,9 +125,7 @@ class BlockQuantizer:
             some, tokens = _some(weight), latent.tokens.T
             comparison.add(weight[some] @ tokens, latent.grid.dequantize(q)[some] @ tokens)
             block.linears[name] = latent.grid.pack(q)
-            block.reports[name] = replace(
-                block.reports[name], error=comparison.error, sqnr_db=comparison.sqnr_db, cosine=comparison.cosine
-            )
+            block.reports[name] = comparison.of(block.reports[name])
         block.latents.clear()
 
     def only_unit(self, prefix: str, group: ScaleGroup, block: QuantizedBlock) -> dict[str, Tensor]:
@@ -336,19 +334,16 @@ class BlockQuantizer:
         stored = self._checkpoint.tensor(f"{name}.weight").dtype
         bits = bits_per_weight(scheme, width, 8 * self._scale_dtype.itemsize) if scheme else 8 * stored.itemsize
         clipped = None if packed is None or packed.input_scale is None else 127 * packed.input_scale
-        compared = packed is not None and inputs is not None
-        return LinearReport(
+        report = LinearReport(
             name=name,
             dtype=stored.name,
             scheme=scheme,
             bits_per_weight=round(bits, 3),
-            error=comparison.error if compared else None,
-            sqnr_db=comparison.sqnr_db if compared else None,
-            cosine=comparison.cosine if compared else None,
             part=choice.part,
             reason=choice.reason,
             inputs=activation_range(inputs, clipped) if inputs is not None else None,
         )
+        return report if packed is None or inputs is None else comparison.of(report)
 
     # -- weights ----------------------------------------------------------------------------------------------------
 

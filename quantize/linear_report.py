@@ -6,12 +6,13 @@ Outputs are compared on a subset of the calibration tokens. For wide layers only
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from internvl_edge.calibration.statistics import InputStatistics
-from internvl_edge.checkpoint.record import ActivationRange
+from internvl_edge.checkpoint.record import ActivationRange, LinearReport
 
 from .calibrators import find_range, histogram
 
@@ -30,22 +31,12 @@ class OutputComparison:
         pairs = ((found - expected).square(), expected.square(), found.square(), found * expected)
         self._sums += torch.stack([part.sum(dtype=torch.float64) for part in pairs]).cpu()
 
-    @property
-    def error(self) -> float:
-        """The relative error sqrt(|Y' - Y|^2 / |Y|^2)."""
-        missed, whole, _, _ = self._sums.tolist()
-        return math.sqrt(missed / max(whole, 1e-30))
-
-    @property
-    def sqnr_db(self) -> float:
-        """The same error as a signal-to-noise ratio in decibels. It is larger for smaller errors."""
-        return -20 * math.log10(max(self.error, 1e-15))
-
-    @property
-    def cosine(self) -> float:
-        """The cosine between Y' and Y, with all tokens taken as one vector."""
-        _, whole, found, product = self._sums.tolist()
-        return float(product / max(math.sqrt(whole * found), 1e-30))
+    def of(self, report: LinearReport) -> LinearReport:
+        """Return a linear's report with the figures of this comparison."""
+        missed, whole, found, product = self._sums.tolist()
+        error = math.sqrt(missed / max(whole, 1e-30))
+        cosine = product / max(math.sqrt(whole * found), 1e-30)
+        return replace(report, error=error, sqnr_db=-20 * math.log10(max(error, 1e-15)), cosine=cosine)
 
 
 def activation_range(inputs: InputStatistics, clipped_at: float | None = None) -> ActivationRange:

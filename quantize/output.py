@@ -58,7 +58,7 @@ class OutputLayout:
         self._config = checkpoint.config
         self._recipe = recipe
         self._stored = open_tensor_files(checkpoint.folder)
-        self._disk = {self._table_name(name): name for name in self._stored}
+        self._disk = {layouts.without_prefix(self._config, name): name for name in self._stored}
         weight = self._stored[self._disk[self._source("decoder.layers.0.mlp.up_proj.weight").names[0]]]
         self.float_dtype = numpy_dtype(weight.dtype)
         # Of packed weights: float16 for AutoAWQ, else the checkpoint's float type.
@@ -194,17 +194,6 @@ class OutputLayout:
 
     def _source(self, name: str) -> layouts.Source:
         return layouts.tensor_source(self._config, name)
-
-    def _table_name(self, disk: str) -> str:
-        """Return the name in the layout's table.
-
-        The stored name may have one of the in-memory prefixes of transformers.
-        """
-        if self._config.layout == "native":
-            for written, table in layouts.NATIVE_PREFIXES:
-                if disk.startswith(written):
-                    return table + disk.removeprefix(written)
-        return disk
 
 
 def fuse_rows(parts: list[NDArray[Any]], decoder: DecoderConfig) -> NDArray[Any]:

@@ -9,19 +9,20 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.files import readable_disk_errors, replace_text, require_space
 from internvl_edge.base.folders import put_in_place, writing
+from internvl_edge.base.hub import hub_source
 from internvl_edge.base.jsonable import decode, dumps, encode
 from internvl_edge.base.progress import Progress, as_progress
 from internvl_edge.base.replaceable import require_replaceable
+from internvl_edge.base.run_record import run_record
 from internvl_edge.calibration.compute import Compute, choose_compute
 from internvl_edge.calibration.dataset import CalibrationSet, DataOptions, adopt, describe_files, prepare
 from internvl_edge.calibration.models import Decoder
@@ -36,7 +37,7 @@ from internvl_edge.calibration.stream import BlockStream, Statistics
 from internvl_edge.calibration.work import CONTINUES, OUT, WorkFolder, checkpoint_identity, discard
 from internvl_edge.checkpoint.license import CARD, read_license
 from internvl_edge.checkpoint.reader import Checkpoint
-from internvl_edge.checkpoint.record import RECORD, LinearReport, QuantizationRecord, quantized_files
+from internvl_edge.checkpoint.record import RECORD, LinearReport, QuantizationRecord, quantized_files, weight_files
 from internvl_edge.checkpoint.tensor_files import OutTensor, open_tensor_files, write_file, write_shards
 from internvl_edge.publishing.card import checkpoint_card
 from internvl_edge.recipe.recipe import Recipe
@@ -47,7 +48,6 @@ from .layer import BlockQuantizer
 from .learned import Learned, RoundingLearner, mean
 from .output import OutputLayout
 from .plan import Plan, kept_vision, plan_decoder
-from .record import quantization_record
 from .sensitivity import Divergences
 from .vision import VisionQuantizer, VisionReport, vision_phases
 
@@ -82,14 +82,9 @@ class QuantizationReport:
 
     @property
     def errors(self) -> dict[str, float]:
-        """The relative output error on calibration data of each linear of decoder and tower for which it is known."""
-        tower = self.vision.layers if self.vision else {}
-        found = {name: float(facts["error"]) for name, facts in tower.items() if facts["stored"] == "int8"}
-        return found | {
-            linear.name: linear.error
-            for linear in self.record.linears
-            if linear.error is not None and linear.name.startswith("decoder.")
-        }
+        """The relative output error on calibration data of each quantized linear for which it is known."""
+        linears = self.record.linears
+        return {one.name: one.error for one in linears if one.scheme is not None and one.error is not None}
 
 
 def quantize_checkpoint(
@@ -216,7 +211,9 @@ class _Run:
         tensors = sorted([*quantized, *unchanged], key=lambda tensor: tensor.name)
         total = sum(tensor.nbytes for tensor in tensors)
         linears = [
-            linear for block in sorted(self._blocks) for linear in _reports(self._work.need_json(f"{block}/{_REPORTS}"))
+            decode(LinearReport, values)
+            for block in sorted(self._blocks)
+            for values in self._work.need_json(f"{block}/{_REPORTS}")
         ]
         folder = self._work.path / OUT
         shutil.rmtree(folder, ignore_errors=True)
@@ -233,17 +230,7 @@ class _Run:
             BlockStream(self._work, _DECODER, decoder).kv_scales().write(folder)
         with self._progress.phase("writing the checkpoint", total, "bytes") as advance:
             write_shards(folder, tensors, progress=advance)
-        record = quantization_record(
-            Checkpoint(folder),
-            self._checkpoint.folder,
-            self._recipe,
-            calibration,
-            tuple(linears),
-            self._vision,
-            average_bits(self._checkpoint, self._plan),
-            predicted_divergence(self._plan),
-            time.perf_counter() - self._started,
-        )
+        record = self._record(Checkpoint(folder), calibration, linears)
         replace_text(folder / RECORD, dumps(record))
         (folder / CARD).write_text(checkpoint_card(record, read_license(self._checkpoint.folder)), encoding="utf-8")
         learned = None
@@ -253,6 +240,32 @@ class _Run:
             learned = mean([decode(Learned, values) for values in found if values is not None])
         report = QuantizationReport(folder, self._recipe, total, record, self._divergences, self._vision, learned)
         return folder, report
+
+    def _record(
+        self, made: Checkpoint, calibration: CalibrationSet | None, linears: list[LinearReport]
+    ) -> QuantizationRecord:
+        """Return the record of how the new checkpoint `made` was quantized; `linears` are those of the decoder."""
+        source, vision = self._checkpoint.folder, self._vision
+        hub = hub_source(source)
+        return QuantizationRecord(
+            checkpoint=hub.repository if hub else source.resolve().name,
+            recipe=asdict(self._recipe),
+            samples=len(calibration.names) if calibration else 0,
+            tokens=calibration.total if calibration else 0,
+            image_tokens=int(calibration.is_image.sum()) if calibration else 0,
+            broken=tuple(calibration.broken) if calibration else (),
+            weights=weight_files(made.folder),
+            components=made.components(),
+            linears=(*(vision.linears(made) if vision else ()), *linears),
+            tower=vision.compared if vision else None,
+            bits_per_weight=average_bits(self._checkpoint, self._plan),
+            predicted_kl=predicted_divergence(self._plan),
+            run=run_record(time.perf_counter() - self._started),
+            files=tuple(
+                sorted({CARD, *(path.name for path in made.folder.iterdir() if path.suffix != ".safetensors")})
+            ),
+            hub=hub,
+        )
 
     def _quantize_vision(self, calibration: CalibrationSet) -> VisionQuantizer:
         how = self._recipe.vision_int8
@@ -317,10 +330,6 @@ class _Run:
         self._work.write_json(f"{name}/{_REPORTS}", encode(list(block.reports.values())))
         with self._work.writing(f"{name}/{_WEIGHTS}") as new:
             write_file(new, self._layout.tensors(block))
-
-
-def _reports(stored: list[Any]) -> list[LinearReport]:
-    return [decode(LinearReport, values) for values in stored]
 
 
 def _learned(layer: int) -> str:

@@ -56,7 +56,7 @@ def plan_decoder(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     """
     if checkpoint.quantization is not None:
         raise EdgeError(f"{checkpoint.folder} is quantized already; give the original checkpoint")
-    plan: Plan = {name: Choice(recipe.base) for name in decoder_linears(checkpoint)}
+    plan: Plan = {name: Choice(recipe.base) for name in layouts.linear_names(checkpoint.config, _LAYERS)}
     for pattern, text in recipe.layers:
         precision = recipe.precision(text)
         for name in _matching(checkpoint, pattern, precision):
@@ -71,12 +71,6 @@ def kept_vision(checkpoint: Checkpoint, recipe: Recipe) -> tuple[str, ...]:
     """Return those patterns of the recipe that keep linears of the vision tower or projector float."""
     tower = _tower_linears(checkpoint)
     return tuple(pattern for pattern, _ in recipe.layers if any(fnmatchcase(name, pattern) for name in tower))
-
-
-def decoder_linears(checkpoint: Checkpoint) -> list[str]:
-    """Return the canonical names of the linears of the decoder's layers, in order."""
-    shapes = checkpoint.shapes.items()
-    return [n.removesuffix(".weight") for n, shape in shapes if n.startswith(_LAYERS) and len(shape) == 2]
 
 
 def units(checkpoint: Checkpoint) -> list[list[str]]:
@@ -119,7 +113,7 @@ def _tower_linears(checkpoint: Checkpoint) -> list[str]:
 
 def _matching(checkpoint: Checkpoint, pattern: str, precision: Precision) -> list[str]:
     """Return the canonical names that a pattern matches."""
-    short = {name.removeprefix("decoder."): name for name in decoder_linears(checkpoint)}
+    short = {name.removeprefix("decoder."): name for name in layouts.linear_names(checkpoint.config, _LAYERS)}
     found = [name for brief, name in short.items() if fnmatchcase(brief, pattern) or fnmatchcase(name, pattern)]
     tower = [name for name in _tower_linears(checkpoint) if fnmatchcase(name, pattern)]
     if tower and precision.scheme is not None:

@@ -11,6 +11,7 @@ The work has four resumable stages over some of the calibration set's tiles, wit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
@@ -32,7 +33,8 @@ from internvl_edge.calibration.statistics import StatisticsRequest
 from internvl_edge.calibration.stream import BlockStream, Statistics
 from internvl_edge.calibration.work import WorkFolder
 from internvl_edge.checkpoint.reader import Checkpoint
-from internvl_edge.checkpoint.record import ActivationRange
+from internvl_edge.checkpoint.record import ActivationRange, LinearReport, TowerReport
+from internvl_edge.model.components import bits_per_weight
 from internvl_edge.recipe.recipe import Recipe, VisionInt8
 
 from .block import QuantizedBlock
@@ -81,6 +83,33 @@ class VisionReport:
     def floats(self) -> list[str]:
         """The linears that stay float."""
         return [name for name, facts in self.layers.items() if facts["stored"] == "float"]
+
+    @property
+    def compared(self) -> TowerReport:
+        """The comparison with the float tower, for the record."""
+        return TowerReport(self.tiles, self.cosine, self.lowest_cosine, self.predicted_cosine)
+
+    def linears(self, made: Checkpoint) -> list[LinearReport]:
+        """Return what the record says of each linear. `made` is the new checkpoint."""
+        dtype, float_bits = made.float_type()
+        linears = []
+        for name, layer in self.layers.items():
+            scheme, inputs = made.schemes.get(name), made.shapes[f"{name}.weight"][-1]
+            error: float = layer["error"]
+            linears.append(
+                LinearReport(
+                    name=name,
+                    dtype=dtype,
+                    scheme=scheme,
+                    bits_per_weight=round(bits_per_weight(scheme, inputs, float_bits), 3) if scheme else float_bits,
+                    error=error,
+                    sqnr_db=-20 * math.log10(error) if error else None,
+                    part=layer["part"],
+                    reason=layer.get("reason", ""),
+                    inputs=layer["inputs"],
+                )
+            )
+        return linears
 
 
 class VisionQuantizer:

@@ -137,6 +137,14 @@ def tensor_source(config: ModelConfig, name: str) -> Source:
     return Source(names, source.part)
 
 
+def without_prefix(config: ModelConfig, name: str) -> str:
+    """Return the name in the layout's table for a stored name that may have one of transformers' prefixes."""
+    for written, table in NATIVE_PREFIXES if config.layout == "native" else ():
+        if name.startswith(written):
+            return table + name.removeprefix(written)
+    return name
+
+
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of the model by canonical name. Linears are [out, in]."""
     return _vision_shapes(config.vision) | _projector_shapes(config) | _decoder_shapes(config.decoder)

@@ -246,13 +246,6 @@ class Checkpoint:
 
 
 def _canonical_prefixes(stored: dict[str, StoredTensor], config: ModelConfig) -> dict[str, StoredTensor]:
-    if config.layout != "native" or not any(name.startswith("model.") for name in stored):
+    if not any(name.startswith("model.") for name in stored):
         return stored
-
-    def rename(name: str) -> str:
-        for written, table in layouts.NATIVE_PREFIXES:
-            if name.startswith(written):
-                return table + name.removeprefix(written)
-        return name
-
-    return {rename(name): tensor for name, tensor in stored.items()}
+    return {layouts.without_prefix(config, name): tensor for name, tensor in stored.items()}

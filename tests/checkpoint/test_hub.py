@@ -17,7 +17,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from helpers.commands import PROGRAM, assert_one_line, internvl_edge
+from helpers.commands import assert_one_line, internvl_edge
 from helpers.fake_hub import COMMIT, PAGE, FakeHub, ask, serving
 from helpers.reports import quantization_record
 from helpers.tiny import write_checkpoint
@@ -59,9 +59,7 @@ def in_cache(hub: FakeHub, tmp_path: Path) -> dict[str, str]:
 
 
 def program(hub: FakeHub, tmp_path: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [*PROGRAM, *map(str, arguments)]
-    environment = in_cache(hub, tmp_path)
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return internvl_edge(*arguments, environment=in_cache(hub, tmp_path))
 
 
 def always(status: int, headers: dict[str, str], body: bytes = b"", where: str = "/") -> Callable[[str], Any]:

@@ -22,7 +22,8 @@ def completed(*words: str) -> list[tuple[str, str]]:
         "COMP_WORDS": command_line(*words[:-1]) + f" {words[-1]}",
         "COMP_CWORD": str(len(words)),
     }
-    result = subprocess.run(PROGRAM, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    result = internvl_edge(environment=environment)
+    assert result.returncode == 0, result.stderr
     pairs = [line.partition(",") for line in result.stdout.splitlines()]
     return [(kind, value) for kind, _, value in pairs]
 

@@ -16,7 +16,7 @@ import pytest
 from huggingface_hub import constants
 from PIL import Image
 
-from helpers.commands import PROGRAM, assert_one_line
+from helpers.commands import assert_one_line, internvl_edge
 from helpers.fake_hub import COMMIT, FakeHub, ask, serving
 from helpers.tiny import write_checkpoint
 from internvl_edge import InternVL
@@ -62,15 +62,7 @@ def program(endpoint: str, home: Path, *arguments: object, **more: str) -> subpr
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     own = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1"}
     (home / "here").mkdir(parents=True, exist_ok=True)
-    return subprocess.run(
-        [*PROGRAM, *map(str, arguments)],
-        env=kept | own | more,
-        cwd=home / "here",
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    return internvl_edge(*arguments, environment=kept | own | more, directory=home / "here")
 
 
 def image(width: int, height: int) -> Image.Image:

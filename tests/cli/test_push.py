@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from helpers.commands import PROGRAM, assert_one_line
+from helpers.commands import PROGRAM, assert_one_line, internvl_edge
 from helpers.fake_hub import serving
 from helpers.tiny import write_checkpoint
 from helpers.writable_hub import LARGE, TOKEN, WritableHub
@@ -69,10 +69,7 @@ def environment(hub: WritableHub, home: Path, **more: str) -> dict[str, str]:
 
 
 def push(hub: WritableHub, home: Path, *arguments: object, **more: str) -> subprocess.CompletedProcess[str]:
-    command = [*PROGRAM, "push", *map(str, arguments)]
-    return subprocess.run(
-        command, env=environment(hub, home, **more), capture_output=True, text=True, timeout=120, check=False
-    )
+    return internvl_edge("push", *arguments, environment=environment(hub, home, **more))
 
 
 def front_matter(card: str) -> dict[str, object]:
@@ -315,19 +312,10 @@ def test_what_was_pushed_runs_by_its_hub_id(hub: WritableHub, bundle: Path, tmp_
     repository = hub.repositories["me/model"]
     repository.commit("main", {"manifest.json": b"{}"}, "something else since")
     question = ("What is this?", "--max-new-tokens", "4", "--device", "cpu", "--engine", "onnxruntime", "--json")
-    here = subprocess.run(
-        [*PROGRAM, "run", str(bundle), *question], capture_output=True, text=True, timeout=120, check=True
-    )
-    away = subprocess.run(
-        [*PROGRAM, "run", "me/model", "--revision", commit, *question],
-        env=environment(hub, tmp_path),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert away.returncode == 0, away.stderr
+    here = internvl_edge("run", bundle, *question)
+    place = {"environment": environment(hub, tmp_path), "directory": tmp_path}
+    away = internvl_edge("run", "me/model", "--revision", commit, *question, **place)
+    assert here.returncode == away.returncode == 0, here.stderr + away.stderr
     assert json.loads(away.stdout)["output_ids"] == json.loads(here.stdout)["output_ids"]
 
 

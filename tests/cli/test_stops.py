@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from helpers.calibration_data import write_data
-from helpers.commands import PROGRAM, assert_one_line, internvl_edge
+from helpers.commands import PROGRAM, Started, assert_one_line, internvl_edge, start_code
 from helpers.killed_runs import contents
 from helpers.tiny import write_checkpoint
 
@@ -48,17 +47,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def half_way(name: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
-    """A command that waits for a line where it writes the file `name`."""
-    command = [sys.executable, "-c", WAITING, name, *map(str, arguments)]
-    process = subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-1, text=True)
-    with process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "half way\n", process.stderr and process.stderr.read()
-        try:
-            yield process
-        finally:
-            process.kill()
+def half_way(code: str, *arguments: object) -> Iterator[Started]:
+    """A command that waits for a line half way."""
+    with start_code(code, *arguments) as started:
+        assert started.stdout.readline() == "half way\n", started.communicate()
+        yield started
 
 
 # What each command writes on its way.
@@ -79,10 +72,10 @@ def test_a_stopped_command_says_that_it_continues(
     checkpoint: Path, data: Path, tmp_path: Path, name: str, number: signal.Signals
 ) -> None:
     line = command_line(name, checkpoint, data, tmp_path / "out")
-    with half_way(STATE[name], *line) as process:
-        process.send_signal(number)
-        _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
+    with half_way(WAITING, STATE[name], *line) as started:
+        os.kill(started.process.pid, number)
+        status, _, error = started.communicate()
+    assert status == 130
     assert error.splitlines()[-1] == "interrupted; repeat the command to continue"
     assert os.listdir(tmp_path) == ["out.partial"]
     assert internvl_edge(*line).returncode == 0
@@ -93,10 +86,10 @@ def test_a_stopped_command_says_that_it_continues(
 def test_a_stopped_export_is_one_line_and_leaves_nothing(
     checkpoint: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    with half_way("manifest.json", "export", checkpoint, "-o", tmp_path / "out") as process:
-        process.send_signal(number)
-        _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
+    with half_way(WAITING, "manifest.json", "export", checkpoint, "-o", tmp_path / "out") as started:
+        os.kill(started.process.pid, number)
+        status, _, error = started.communicate()
+    assert status == 130
     assert error.splitlines()[-1] == "interrupted"
     assert os.listdir(tmp_path) == []
 
@@ -119,11 +112,10 @@ def test_a_second_process_is_refused_and_the_first_one_finishes(
 ) -> None:
     line = command_line(name, checkpoint, data, tmp_path / "out")
     line = line[:4] if name == "export" else line
-    with half_way(STATE[name], *line) as process:
-        second = internvl_edge(*line)
-        assert_one_line(second, f"(pid {process.pid}) writes {tmp_path}/out; wait for it or choose another --output")
-        process.communicate("\n" * 9, timeout=60)
-        assert process.returncode == 0
+    with half_way(WAITING, STATE[name], *line) as started:
+        pid, second = started.process.pid, internvl_edge(*line)
+        assert_one_line(second, f"(pid {pid}) writes {tmp_path}/out; wait for it or choose another --output")
+        assert started.communicate("\n" * 9)[0] == 0
     assert os.listdir(tmp_path) == ["out"]
     whole = command_line(name, checkpoint, data, tmp_path / "whole")
     assert internvl_edge(*(whole[:4] if name == "export" else whole)).returncode == 0
@@ -245,16 +237,10 @@ def test_a_stopped_evaluation_records_nothing_and_says_so(
     assert internvl_edge("export", checkpoint, "-o", bundle).returncode == 0
     before = contents(bundle)
     line = ("evaluate", bundle, "--reference", bundle, "--data", data, "--samples", 2, "--max-tiles", 1)
-    command = [sys.executable, "-c", SLOW_EVALUATION, *map(str, line), "--max-new-tokens", "2", "--quiet"]
-    with subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-1, text=True) as process:
-        assert process.stdout is not None
-        try:
-            assert process.stdout.readline() == "half way\n"
-            process.send_signal(number)
-            printed, error = process.communicate(timeout=60)
-        finally:
-            process.kill()
-    assert (process.returncode, printed) == (130, "")
+    with half_way(SLOW_EVALUATION, *line, "--max-new-tokens", 2, "--quiet") as started:
+        os.kill(started.process.pid, number)
+        status, printed, error = started.communicate()
+    assert (status, printed) == (130, "")
     assert error == "interrupted; nothing is recorded; repeat the command to measure again\n"
     assert contents(bundle) == before
     assert os.listdir(tmp_path) == ["bundle"]

@@ -22,6 +22,7 @@ import onnx
 import pytest
 
 from helpers import tiny
+from helpers.commands import run_script
 from helpers.kv_scales import write_scales
 from helpers.parsed_networks import layer_types, layers, outputs_of_type, shape_inputs, tensors
 from helpers.repository import REPOSITORY
@@ -210,7 +211,7 @@ def test_int8_towers_keep_their_quantized_products(tmp_path: Path) -> None:
     """Inputs and weights of every product in the blocks are quantized; attention and the rest have 16 bits."""
     source, checkpoint = tiny.write_checkpoint(tmp_path / "plain"), tmp_path / "int8"
     script = REPOSITORY / "benchmarks" / "int8_tower.py"
-    subprocess.run([sys.executable, str(script), str(source), str(checkpoint)], check=True)
+    assert run_script(script, source, checkpoint).returncode == 0
     bundle = Bundle.open(export_bundle(checkpoint, tmp_path / "bundle", "float16"))
     vision, _ = networks(bundle)
     products = 4 * bundle.manifest.model.vision_layers_used

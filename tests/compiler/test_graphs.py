@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import onnxruntime
 import pytest
 
 from helpers import tiny
+from helpers.commands import run_script
 from helpers.kv_scales import write_scales
 from helpers.repository import REPOSITORY
 from helpers.tiny_quantized import write_quantized
@@ -341,7 +340,7 @@ def test_what_a_graph_says_of_its_checkpoint_is_what_the_checkpoint_says(tmp_pat
     """Schemes, the scales of int8 inputs and of the cache; format 1 of the manifest does not know them all."""
     plain = tiny.write_checkpoint(tmp_path / "plain", vision_hidden_size=128)
     script = REPOSITORY / "benchmarks" / "int8_tower.py"
-    subprocess.run([sys.executable, str(script), str(plain), str(tmp_path / "tower")], check=True)
+    assert run_script(script, plain, tmp_path / "tower").returncode == 0
     mixed = {"method": "compressed-tensors", "body": Scheme(4, 32, False), "head": Scheme(8, None, True)}
     decoder, _ = write_quantized(plain, tmp_path / "decoder", **mixed)
     write_scales(decoder)

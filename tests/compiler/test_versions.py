@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +11,7 @@ import onnx
 import pytest
 
 from helpers import tiny
+from helpers.commands import run_script
 from helpers.kv_scales import write_scales
 from helpers.repository import REPOSITORY
 from helpers.tiny_quantized import write_quantized
@@ -62,7 +61,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
 def made(folder: Path, quantized: dict[str, Any] | None = None, tower: bool = False, scales: bool = False) -> Bundle:
     checkpoint = tiny.write_checkpoint(folder / "plain", vision_hidden_size=128)
     if tower:
-        subprocess.run([sys.executable, str(INT8_TOWER), str(checkpoint), str(folder / "tower")], check=True)
+        assert run_script(INT8_TOWER, checkpoint, folder / "tower").returncode == 0
         checkpoint = folder / "tower"
     if quantized:
         checkpoint, _ = write_quantized(checkpoint, folder / "made", method="compressed-tensors", **quantized)

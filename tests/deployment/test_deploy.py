@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pytest
 from PIL import Image
 
 from helpers.calibration_data import write_data
-from helpers.commands import PROGRAM, assert_one_line, internvl_edge
+from helpers.commands import assert_one_line, internvl_edge
 from helpers.fake_hub import COMMIT, FakeHub, serving
 from helpers.tiny import write_checkpoint
 from internvl_edge.base import machine
@@ -71,7 +70,7 @@ def deployed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     output = folder / "made"
     arguments = ["deploy", str(checkpoint), "--device", "cpu", "-o", str(output), "--group-size", "32"]
     arguments += ["--vision", "fp", "--data", str(data), "--max-tiles", "1", "--context", "600"]
-    done = subprocess.run([*PROGRAM, *arguments], capture_output=True, text=True, timeout=400, check=False)
+    done = internvl_edge(*arguments)
     assert done.returncode == 0, done.stderr
     return output, done.stdout, arguments
 
@@ -103,7 +102,8 @@ def test_a_second_start_repeats_nothing(deployed: tuple[Path, str, list[str]]) -
         return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
     before = stamps()
-    done = subprocess.run([*PROGRAM, *arguments], capture_output=True, text=True, timeout=400, check=True)
+    done = internvl_edge(*arguments)
+    assert done.returncode == 0, done.stderr
     assert stamps() == before
     lines = done.stdout.splitlines()
     assert all(line.endswith("(done before)") for line in lines[:4])
@@ -344,19 +344,17 @@ def test_a_later_start_takes_the_commit_of_the_first(checkpoint: Path, tmp_path:
     files = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
     home = tmp_path / "home"
     kept_variables = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    command = [*PROGRAM, "deploy", "org/model", "--device", "cpu", "-o", str(tmp_path / "made"), *FAST]
+    command = ["deploy", "org/model", "--device", "cpu", "-o", str(tmp_path / "made"), *FAST]
     with serving(FakeHub("org/model", files, ("main", "v1"))) as hub:
         environment = kept_variables | {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        done = internvl_edge(*command, environment=environment)
         assert done.returncode == 0, done.stderr
     state = json.loads((tmp_path / "made" / "deployment.json").read_text())
     assert (state["checkpoint"], state["commit"]) == ("org/model", COMMIT)
     manifest = Bundle.open(tmp_path / "made" / "bundle").manifest
     assert manifest.hub is not None
     assert manifest.hub.commit == COMMIT
-    again = subprocess.run(  # without network
-        command, env=environment | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=120, check=False
-    )
+    again = internvl_edge(*command, environment=environment | {"HF_HUB_OFFLINE": "1"})  # without network
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("(done before)") == 3
 

@@ -8,7 +8,6 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from dataclasses import asdict, replace
 from functools import partial
@@ -23,7 +22,7 @@ from PIL import Image
 
 import internvl_edge as package
 from helpers import tiny, tiny_quantized
-from helpers.commands import PROGRAM, assert_one_line, internvl_edge
+from helpers.commands import assert_one_line, internvl_edge
 from helpers.reference import Reference, tile_image
 from internvl_edge import EdgeError, InternVL, evaluate, export_bundle
 from internvl_edge.base.progress import Progress
@@ -492,12 +491,12 @@ def test_the_report_says_how_to_repeat_it(pair: Pair, tmp_path: Path) -> None:
     words = ("evaluate", "my bundle", "--reference", str(pair.reference), "--data", str(tmp_path / "q.jsonl"))
     words = (*words, "--max-new-tokens", "2", "--no-record", "--fail-if", "kl<0", "--fail-if", "top1<0")
     words = (*words, "--report", "r")
-    run = partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True, check=True)
-    run([*PROGRAM, *words, "--json", "--quiet"])
+    run = partial(internvl_edge, directory=tmp_path)
+    assert run(*words, "--json", "--quiet").returncode == 0
     (command,) = json.loads((tmp_path / "r" / "report.json").read_text())["commands"].values()
     repeated = [pair.reference.name if word == str(pair.reference) else word for word in words]
     repeated = ["q.jsonl" if word == str(tmp_path / "q.jsonl") else word for word in repeated]
     assert sorted(shlex.split(command)[1:]) == sorted(repeated)
     assert "evaluate &#39;my bundle&#39; --reference" in (tmp_path / "r" / "report.html").read_text()
     (tmp_path / pair.reference.name).symlink_to(pair.reference)
-    run([*PROGRAM, *shlex.split(command)[1:]])
+    assert run(*shlex.split(command)[1:]).returncode == 0

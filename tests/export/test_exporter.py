@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from helpers import tiny
+from helpers.commands import start_code
 from internvl_edge import export_bundle
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.bundle.bundle import Bundle
@@ -41,17 +43,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start_and_stop(checkpoint: Path, out: Path, number: signal.Signals) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW_EXPORT, str(checkpoint), str(out)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"half way\n"
-    assert any(out.parent.iterdir())  # something is being written
-    process.send_signal(number)
-    assert process.wait(timeout=30) != 0
-    process.stdout.close()
+    with start_code(SLOW_EXPORT, checkpoint, out) as started:
+        assert started.stdout.readline() == "half way\n"
+        assert any(out.parent.iterdir())  # something is being written
+        os.kill(started.process.pid, number)
+        assert started.process.wait(30) != 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -117,7 +117,7 @@ def _watch(after: Callable[[str], object], before: Callable[[], object] = lambda
 
 def _freeze() -> None:
     record = RunRecord("2026-01-02 03:04", 1.0, 1, "a machine", {})
-    for name in ("internvl_edge.evaluation.compare", "internvl_edge.quantize.record"):
+    for name in ("internvl_edge.evaluation.compare", "internvl_edge.quantize.pipeline"):
         vars(importlib.import_module(name))["run_record"] = lambda seconds: record
     evaluator._CASES = 2
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from helpers.commands import run_code
 from internvl_edge.checkpoint.record import RECORD
 
 
 def run_and_be_killed(script: str, *arguments: object) -> None:
     """Run a script that must end by killing itself."""
-    done = subprocess.run([sys.executable, "-c", script, *map(str, arguments)], capture_output=True, check=False)
-    assert done.returncode == -9, done.stderr.decode()
+    done = run_code(script, *arguments)
+    assert done.returncode == -9, done.stderr
 
 
 def run_to_the_end(script: str, *arguments: object) -> None:
@@ -24,8 +23,8 @@ def run_to_the_end(script: str, *arguments: object) -> None:
 
     What a test process has imported can change the last bit of a sum on some CPUs.
     """
-    done = subprocess.run([sys.executable, "-c", script, *map(str, arguments)], capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr.decode()
+    done = run_code(script, *arguments)
+    assert done.returncode == 0, done.stderr
 
 
 def contents(folder: Path) -> dict[str, bytes]:

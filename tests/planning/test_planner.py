@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from helpers import tiny
+from helpers.commands import run_script
 from helpers.repository import REPOSITORY
 from helpers.tiny_quantized import write_quantized
 from internvl_edge import export_bundle
@@ -98,7 +97,7 @@ def test_counted_bytes_are_those_of_a_quantized_bundle(tmp_path: Path, kind: str
     source = tiny.write_checkpoint(tmp_path / "plain", hidden_size=128, vision_hidden_size=128)
     if kind == "int8 tower":
         checkpoint = tmp_path / "int8"
-        subprocess.run([sys.executable, str(INT8_TOWER), str(source), str(checkpoint)], check=True)
+        assert run_script(INT8_TOWER, source, checkpoint).returncode == 0
     else:
         symmetric = {"method": "compressed-tensors", "body": Scheme(4, 32, True), "head": Scheme(8, None, True)}
         checkpoint, _ = write_quantized(source, tmp_path / "made", **({} if "zero" in kind else symmetric))

@@ -71,6 +71,6 @@ def test_our_scales_leave_no_more_error_than_autoawqs(
     def error(scale: Tensor) -> float:
         return sum(len(w) * output_error(x, w, nearest(w * scale, ASYMMETRIC) / scale) for w in consumers)
 
-    ours = error(search_scale(consumers, observed(x), ASYMMETRIC, torch.float16))
+    ours = error(search_scale(consumers, observed(x), [ASYMMETRIC] * len(consumers), torch.float16))
     theirs = error(stored[f"scale/{layer}.{group.producer}"])
     assert ours <= theirs * 1.001  # where both choose the same power, theirs has an epsilon more

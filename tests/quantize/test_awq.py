@@ -67,7 +67,7 @@ def weights(out: int = 48, width: int = 64, seed: int = 1) -> Tensor:
 @SCHEMES
 def test_scales_from_activations_beat_rounding_on_outliers(scheme: Scheme) -> None:
     x, weight = outlier_inputs(), weights()
-    scale = search_scale([weight], observed(x), scheme, torch.float16)
+    scale = search_scale([weight], observed(x), [scheme], torch.float16)
     scaled = nearest(weight * scale, scheme) / scale
     plain = output_error(x, weight, nearest(weight, scheme))
     assert output_error(x, weight, scaled) < 0.5 * plain
@@ -80,7 +80,7 @@ def test_a_scale_is_never_worse_than_none(seed: int, outlier: float) -> None:
     x = torch.randn(80, 64, generator=generator)
     x[:, seed % 64] *= outlier
     pair = [weights(24, seed=seed), weights(16, seed=seed + 1)]
-    scale = search_scale(pair, observed(x), ASYMMETRIC, torch.float16)
+    scale = search_scale(pair, observed(x), [ASYMMETRIC] * 2, torch.float16)
     found = sum(len(w) * output_error(x, w, nearest(w * scale, ASYMMETRIC) / scale) for w in pair)
     plain = sum(len(w) * output_error(x, w, nearest(w, ASYMMETRIC)) for w in pair)
     assert found <= plain * (1 + 1e-5)
@@ -88,8 +88,8 @@ def test_a_scale_is_never_worse_than_none(seed: int, outlier: float) -> None:
 
 def test_the_token_subset_and_the_gram_matrix_choose_the_same_scale() -> None:
     x, weight = outlier_inputs(), weights()
-    exact = search_scale([weight], observed(x, StatisticsRequest(gram=True)), ASYMMETRIC, torch.float16)
-    subset = search_scale([weight], observed(x, StatisticsRequest(tokens=len(x))), ASYMMETRIC, torch.float16)
+    exact = search_scale([weight], observed(x, StatisticsRequest(gram=True)), [ASYMMETRIC], torch.float16)
+    subset = search_scale([weight], observed(x, StatisticsRequest(tokens=len(x))), [ASYMMETRIC], torch.float16)
     torch.testing.assert_close(exact, subset)
 
 

@@ -26,13 +26,14 @@ from internvl_edge.calibration.pipeline import embedded_set
 from internvl_edge.calibration.statistics import StatisticsRequest, symmetrize
 from internvl_edge.calibration.stream import BlockStream
 from internvl_edge.calibration.work import WorkFolder
+from internvl_edge.checkpoint.layouts import linear_names
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.model.linear import W8A8, Scheme
 from internvl_edge.quantize import QuantizationReport, quantize_checkpoint, sensitivity
 from internvl_edge.quantize.choose import Option, choose_for_cost, choose_for_divergence, lower_hull
 from internvl_edge.quantize.folding import SCALE_GROUPS
 from internvl_edge.quantize.layer import BlockQuantizer
-from internvl_edge.quantize.plan import Choice, decoder_linears, units
+from internvl_edge.quantize.plan import Choice, units
 from internvl_edge.quantize.sensitivity import DecoderSensitivity, probe_samples
 from internvl_edge.recipe.recipe import Automatic, DecoderInt8, Recipe
 
@@ -139,7 +140,7 @@ def measured(checkpoint: Path, tmp_path: Path, recipe: Recipe) -> tuple[dict[str
     work = WorkFolder(tmp_path / "work", {})
     options = DataOptions(write_data(tmp_path / "data", count=4), max_tiles=1)
     calibration = embedded_set(work, source, "", options, FLOAT32)
-    names = decoder_linears(source)
+    names = linear_names(source.config, "decoder.layers.")
     quantizers = {
         precision: BlockQuantizer(source, recipe, FLOAT32, torch.float32, dict.fromkeys(names, Choice(precision)))
         for precision in recipe.candidates

@@ -74,6 +74,7 @@ def test_no_access_is_out_of_bounds_and_nothing_is_undefined(tmp_path: Path) -> 
     checked([str(compiled(compiler, here, tmp_path, *SANITIZERS))], here)
 
 
+@pytest.mark.slow
 def test_the_kernels_of_64_bit_arm(tmp_path: Path) -> None:
     """Emulated: QEMU computes what the instructions mean, so this shows nothing about speed."""
     compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64-static")
