@@ -20,17 +20,21 @@ FINER = Scheme(4, 32, symmetric=True)
 
 
 def test_what_vllm_does_not_load_is_said() -> None:
-    assert vllm(WHOLE) == vllm({"vision.layers.0.mlp.fc1": W8A8} | WHOLE)
-    assert not vllm(WHOLE).obstacles
-    assert not vllm(WHOLE).only_gpu
-    assert "projector" in vllm(WHOLE | {"projector.fc1": W8A8}).obstacles[0]
-    for name in ("self_attn.q_proj", "mlp.up_proj"):
-        assert "joins" in vllm(WHOLE | {f"{LAYER}{name}": FINER}).obstacles[0]
-        assert "joins" in vllm(WHOLE | {f"{LAYER}{name}": None}).obstacles[0]
-    assert not vllm(WHOLE | {f"{LAYER}mlp.down_proj": FINER}).obstacles
-    head = vllm(WHOLE | {"decoder.lm_head": INT8})
-    assert not head.obstacles
-    assert head.only_gpu == "1 linear has 8-bit weights with float inputs"
+    tower = WHOLE | {"vision.layers.0.mlp.fc1": W8A8}
+    assert vllm(WHOLE, "remote") == vllm(tower, "remote")
+    assert "tower" in vllm(tower, "native").obstacles[0]
+    for layout in ("remote", "native"):
+        whole = vllm(WHOLE, layout)
+        assert not whole.obstacles
+        assert not whole.only_gpu
+        assert "projector" in vllm(WHOLE | {"projector.fc1": W8A8}, layout).obstacles[0]
+        for name in ("self_attn.q_proj", "mlp.up_proj"):
+            assert "joins" in vllm(WHOLE | {f"{LAYER}{name}": FINER}, layout).obstacles[0]
+            assert "joins" in vllm(WHOLE | {f"{LAYER}{name}": None}, layout).obstacles[0]
+        assert not vllm(WHOLE | {f"{LAYER}mlp.down_proj": FINER}, layout).obstacles
+        head = vllm(WHOLE | {"decoder.lm_head": INT8}, layout)
+        assert not head.obstacles
+        assert head.only_gpu == "1 linear has 8-bit weights with float inputs"
 
 
 @pytest.mark.parametrize(
@@ -49,7 +53,7 @@ def test_what_vllm_does_not_load_is_said() -> None:
     ],
 )
 def test_what_lmdeploy_reads(schemes: Schemes, reason: str) -> None:
-    found = lmdeploy(schemes)
+    found = lmdeploy(schemes, "remote")
     assert len(found.obstacles) == bool(reason)
     assert not reason or reason in found.obstacles[0]
     assert not found.tried
@@ -57,10 +61,10 @@ def test_what_lmdeploy_reads(schemes: Schemes, reason: str) -> None:
 
 
 def test_commands_can_be_copied_and_name_the_layout() -> None:
-    served, turbomind = programs(WHOLE, "my model")
+    served, turbomind = programs(WHOLE, "remote", "my model")
     assert served.command == "vllm serve 'my model' --trust-remote-code"
     assert turbomind.command == "lmdeploy serve api_server 'my model' --backend turbomind"
-    native, refused = programs(WHOLE, "org/name", "--revision", "abc", own_code=False)
+    native, refused = programs(WHOLE, "native", "org/name", "--revision", "abc")
     assert native.command == "vllm serve org/name --revision abc"
     assert not native.obstacles
     assert "layout" in refused.obstacles[0]
