@@ -28,8 +28,7 @@ from internvl_edge.demo import CHECKPOINT
 from internvl_edge.model.config import PIXEL_MEAN, PIXEL_STD
 
 HERE = Path(__file__).parent
-VARIANTS = ("float", "awq", "symmetric", "w8a16", "w8a8", "layers", "target-bits", "vision-only", "vision-projector")
-RECIPES = ("vllm", "vllm-vision", "cpu", "rtx", "orin", "thor")
+VARIANTS = ("float", "awq", "symmetric", "w8a16", "w8a8", "layers", "vllm", "vision-projector")
 
 
 def differences(checkpoint: Checkpoint, weights: Path) -> dict[str, Any]:
@@ -72,7 +71,7 @@ def main(peer: Path, work: Path) -> None:
         write_native(CHECKPOINT, native)
     model = open_model("demo-native", native, work, None)
     write_prompts(model, prompts)
-    made = {variant: make(model, variant, work) for variant in (*VARIANTS, *RECIPES)}
+    made = {variant: make(model, variant, work) for variant in VARIANTS}
     command = [str(peer / "bin" / "python"), str(HERE / "peers" / "run_transformers_load.py"), str(found_file)]
     subprocess.run([*command, str(prompts), str(TOP), *(str(folder) for folder, _ in made.values())], check=True)
     found = json.loads(found_file.read_text(encoding="utf-8"))

@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from record import write_results
 from torch import Tensor
 
+from internvl_edge.base.files import replace_text
 from internvl_edge.base.jsonable import encode
 from internvl_edge.calibration.block_weights import load_block, load_tensor, load_vision_embedding
 from internvl_edge.calibration.blocks import decoder_block, embed_pixels, no_observer, project, rms_norm, vision_block
@@ -58,6 +59,8 @@ AWQ = ("--scheme", "w4a16-awq", "--group-size", "64")
 # What other recipes need for vLLM.
 CHANGED = ("--vision-float", "projector.*", "--lm-head", "fp")
 VLLM = ("--recipe", "vllm")
+# All of the tower in int8.
+TOWER = ("--vision", "int8", "--vision-cosine", "0")
 # name: options of `quantize` (None: not quantized) and vLLM's type. Its 4-bit products on a CPU take 16-bit types
 # alone, and float16 rounds least; the float row of that type is those variants' yardstick.
 VARIANTS: dict[str, tuple[tuple[str, ...] | None, str]] = {
@@ -69,8 +72,8 @@ VARIANTS: dict[str, tuple[tuple[str, ...] | None, str]] = {
     "w8a16": (("--scheme", "w8a16"), "float16"),
     "layers": ((*AWQ, "--symmetric", "--layer", "layers.0.*=fp", "--layer", "*.down_proj=w4a16-awq-g32"), "float16"),
     "target-bits": ((*AWQ, "--symmetric", "--target-bits", "4.6"), "float16"),
-    "vision-only": (("--scheme", "fp", "--vision", "int8", "--vision-float", "projector.*"), "float32"),
-    "vision-projector": ((*AWQ, "--symmetric", "--vision", "int8", "--vision-cosine", "0"), "float16"),
+    "vision-only": (("--scheme", "fp", *TOWER, "--vision-float", "projector.*"), "float32"),
+    "vision-projector": ((*AWQ, "--symmetric", *TOWER), "float16"),
     **{name: (("--recipe", name), "float16") for name in ("cpu", "rtx", "orin", "thor")},
     "orin-changed": (("--recipe", "orin", *CHANGED), "float16"),
     "cpu-changed": (("--recipe", "cpu", *CHANGED), "float16"),
@@ -243,7 +246,16 @@ def ask(wanted: list[tuple[Model, str]], peer: Path, work: Path) -> None:
 
 
 def one_row(model: Model, variant: str, work: Path) -> dict[str, Any]:
-    """Compare what vLLM said with the weights."""
+    """Compare what vLLM said with the weights; WORK keeps the row."""
+    kept = work / f"{model.label}-{variant}.row.json"
+    if not kept.exists():
+        replace_text(kept, json.dumps(compare(model, variant, work)))
+    row: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
+    return row
+
+
+def compare(model: Model, variant: str, work: Path) -> dict[str, Any]:
+    """What vLLM said beside the weights."""
     checkpoint, row = make(model, variant, work)
     row |= {"dtype": VARIANTS[variant][1]}
     out = work / f"{model.label}-{variant}.vllm.json"
@@ -332,7 +344,8 @@ def answers(model: Model, given: list[str]) -> dict[str, int]:
 @click.argument("work", type=click.Path(path_type=Path))
 @click.option("--smollm", type=click.Path(exists=True, path_type=Path), help="Folder with qwen2/ and text.npz.")
 @click.option("--only", help="Rows whose MODEL/VARIANT matches this regular expression; nothing is recorded.")
-def main(peer: Path, work: Path, smollm: Path | None, only: str | None) -> None:
+@click.option("--measured", is_flag=True, help="Record what vLLM has read already, and leave the other rows out.")
+def main(peer: Path, work: Path, smollm: Path | None, only: str | None, measured: bool) -> None:
     """Load every variant in the environment PEER."""
     work.mkdir(parents=True, exist_ok=True)
     native = work / "demo-native"
@@ -348,6 +361,7 @@ def main(peer: Path, work: Path, smollm: Path | None, only: str | None) -> None:
         for model in [open_model(label, folder, work, text_file)]
         for variant in variants
         if not only or re.search(only, f"{label}/{variant}")
+        if not measured or (work / f"{label}-{variant}.vllm.json").exists()
     ]
     ask(wanted, peer, work)
     rows = []

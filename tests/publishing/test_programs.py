@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 
+from internvl_edge.base.jsonable import decode
 from internvl_edge.model.linear import INT8, W8A8, Scheme
 from internvl_edge.publishing.programs import Schemes, lmdeploy, programs, vllm
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 LAYER = "decoder.layers.0."
 NAMES = [*(f"self_attn.{part}_proj" for part in "qkvo"), *(f"mlp.{part}_proj" for part in ("gate", "up", "down"))]
 
@@ -17,6 +23,14 @@ def all_in(scheme: Scheme) -> dict[str, Scheme | None]:
 
 WHOLE = all_in(Scheme(4, 128, symmetric=True))
 FINER = Scheme(4, 32, symmetric=True)
+# Words of vLLM's refusals, and of what is said of such a checkpoint.
+SAME = {
+    "'mlp1.": "projector",
+    "'multi_modal_projector.": "projector",
+    "'vision_tower.": "tower",
+    "uint8b128": "8-bit weights with float inputs",
+    "load_merged_column_weight": "joins",
+}
 
 
 def test_what_vllm_does_not_load_is_said() -> None:
@@ -35,6 +49,24 @@ def test_what_vllm_does_not_load_is_said() -> None:
         head = vllm(WHOLE | {"decoder.lm_head": INT8}, layout)
         assert not head.obstacles
         assert head.only_gpu == "1 linear has 8-bit weights with float inputs"
+
+
+def measured_rows(file: str) -> list[Any]:
+    """The rows of a benchmark's results, each with an id."""
+    rows = json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))["rows"]
+    return [pytest.param(row, id=f"{row['model']}/{row['variant']}") for row in rows]
+
+
+@pytest.mark.parametrize("row", measured_rows("vllm-load"))
+def test_what_is_said_of_vllm_is_what_vllm_did_on_a_cpu(row: dict[str, Any]) -> None:
+    """Also the reason: where vLLM refuses a checkpoint, it names what the obstacle names."""
+    groups = row["quantized"]
+    schemes = {name: decode(Scheme, group["scheme"]) for group in groups for name in group["linears"]}
+    said = vllm(schemes, row["layout"])
+    assert row["loaded"] == (not said.obstacles and not said.only_gpu)
+    if not row["loaded"]:
+        reasons = [*said.obstacles, said.only_gpu]
+        assert any(word in row["error"] and any(part in reason for reason in reasons) for word, part in SAME.items())
 
 
 @pytest.mark.parametrize(
