@@ -26,7 +26,7 @@ from transformers import AutoModelForImageTextToText
 @torch.no_grad()
 def load(folder: Path, prompts: dict[str, np.ndarray], top: int, out: Path) -> dict[str, Any]:
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-    # Scales and packed weights keep the checkpoint's type, and weights are multiplied out in it. The model's own float()
+    # Scales keep the checkpoint's type otherwise, and weights are multiplied out in it. The model's own float()
     # refuses quantized models.
     torch.nn.Module.float(model)
     arrays: dict[str, np.ndarray] = {}
