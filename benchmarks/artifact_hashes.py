@@ -49,6 +49,9 @@ RECIPES: dict[str, list[str]] = {
     "rtx": ["--recipe", "rtx"],
     "orin": ["--recipe", "orin"],
     "thor": ["--recipe", "thor"],
+    "vllm": ["--recipe", "vllm"],
+    "vllm, int8 vision": ["--recipe", "vllm", *INT8_VISION],
+    "learned rounding": ["--group-size", "64", "--rounding", "learned"],
 }
 EXPORTED = ("w4a16-awq", "w8a16", "cpu", "rtx", "orin")
 TINY: dict[str, dict[str, Any]] = {

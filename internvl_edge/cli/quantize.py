@@ -127,8 +127,7 @@ def _programs(report: QuantizationReport) -> tuple[Program, ...]:
     from internvl_edge.publishing.programs import programs
 
     schemes = {linear.name: linear.scheme for linear in report.record.linears}
-    own_code = read_config(report.folder).layout != "native"
-    return programs(schemes, str(report.folder), own_code=own_code)
+    return programs(schemes, read_config(report.folder).layout, str(report.folder))
 
 
 def _loads(program: Program) -> str:

@@ -56,11 +56,14 @@ class Place:
         return f"{self.repository} --revision {self.revision}" if self.revision else self.repository
 
 
-def checkpoint_card(record: QuantizationRecord, license_: License | None = None, place: Place | None = None) -> str:
+def checkpoint_card(
+    record: QuantizationRecord, layout: str, license_: License | None = None, place: Place | None = None
+) -> str:
     """Return the card of a quantized checkpoint.
 
     Args:
         record: how it was quantized.
+        layout: of its configuration, as in `ModelConfig`.
         license_: that of the original; None where nobody knows.
         place: where it lies; the default is a folder.
     """
@@ -86,7 +89,7 @@ def checkpoint_card(record: QuantizationRecord, license_: License | None = None,
         f"internvl-edge export {name} -o bundle\n"
         'internvl-edge run bundle --image photo.jpg "What is this?"'
     )
-    others = programs(schemes, *place.words("FOLDER").split())
+    others = programs(schemes, layout, *place.words("FOLDER").split())
     for program in others:
         card.section(f"Load it with {program.name}")
         if program.obstacles:

@@ -1,6 +1,7 @@
 """Which other programs load a quantized checkpoint, the command for each, and why one does not load it.
 
-What is said of vLLM was tried on a CPU (docs/quality.md, "Loaded by vLLM"). What is said of LMDeploy was read in the
+What is said of vLLM was tried on a CPU (docs/quality.md, "Loaded by vLLM"), except for the layout of transformers, which
+was read in its source. What is said of LMDeploy was read in the
 source of its TurboMind engine, which runs on NVIDIA GPUs only, and not tried.
 """
 
@@ -39,22 +40,24 @@ class Program:
     tried: bool = True
 
 
-def programs(schemes: Schemes, *place: str, own_code: bool = True) -> tuple[Program, ...]:
+def programs(schemes: Schemes, layout: str, *place: str) -> tuple[Program, ...]:
     """Return what is known of other programs and a checkpoint.
 
     Args:
         schemes: the scheme of each quantized linear by canonical name, None or absent for floats.
+        layout: of the checkpoint, as in `ModelConfig`. All but that of transformers need the original's Python files.
         place: how commands name the checkpoint: words of a command line.
-        own_code: the layout needs the original's Python files, as all but that of transformers do.
     """
-    return vllm(schemes, *place, own_code=own_code), lmdeploy(schemes, *place, own_code=own_code)
+    return vllm(schemes, layout, *place), lmdeploy(schemes, layout, *place)
 
 
-def vllm(schemes: Schemes, *place: str, own_code: bool = True) -> Program:
+def vllm(schemes: Schemes, layout: str, *place: str) -> Program:
     """Return what is known of vLLM and a checkpoint; for the arguments, see `programs`."""
-    obstacles = []
+    obstacles, own_code = [], layout != "native"
     if any(name.startswith("projector.") and scheme for name, scheme in schemes.items()):
         obstacles.append("its projector is quantized, and vLLM builds the projector from plain linears")
+    if not own_code and any(name.startswith("vision.") and scheme for name, scheme in schemes.items()):
+        obstacles.append("its tower is quantized, and vLLM builds the tower of transformers' layout from plain linears")
     if any(_differ(name, schemes) for name in schemes):
         obstacles.append("linears that vLLM joins (q, k and v; gate and up) have different schemes")
     wide = sorted(name for name, scheme in schemes.items() if scheme and scheme.bits == 8 and not scheme.static_inputs)
@@ -63,12 +66,12 @@ def vllm(schemes: Schemes, *place: str, own_code: bool = True) -> Program:
     return Program("vLLM", command, tuple(obstacles), only_gpu if wide else "")
 
 
-def lmdeploy(schemes: Schemes, *place: str, own_code: bool = True) -> Program:
+def lmdeploy(schemes: Schemes, layout: str, *place: str) -> Program:
     """Return what LMDeploy's source says of a checkpoint; for the arguments, see `programs`."""
     obstacles = []
     found = {name: scheme for name, scheme in schemes.items() if scheme}
     kinds = set(found.values())
-    if not own_code:
+    if layout == "native":
         obstacles.append("LMDeploy's TurboMind reads the layout of the original's own code alone")
     if any(not name.startswith("decoder.layers.") for name in found):
         obstacles.append("LMDeploy reads quantized weights in the decoder's layers alone")

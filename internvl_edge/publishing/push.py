@@ -23,6 +23,7 @@ from internvl_edge.bundle.contents import engine_files
 from internvl_edge.bundle.hub import BUNDLE
 from internvl_edge.bundle.manifest import Manifest, is_bundle
 from internvl_edge.bundle.names import ENGINE_RECORD, ENGINES, MANIFEST, RUNTIME_CACHES
+from internvl_edge.checkpoint.config_reader import read_config
 from internvl_edge.checkpoint.hub import CHECKPOINT
 from internvl_edge.checkpoint.license import CARD, read_license
 from internvl_edge.checkpoint.record import REPORTS, quantized_files, read_record
@@ -72,7 +73,7 @@ class _Contents:
             return bundle_card(self.manifest, read_quantization(folder, self.manifest), place, self.engines)
         record = read_record(folder)
         assert record is not None
-        return checkpoint_card(record, read_license(folder), place)
+        return checkpoint_card(record, read_config(folder).layout, read_license(folder), place)
 
 
 def push(

@@ -327,7 +327,7 @@ def test_an_original_from_the_hub_is_named_in_every_card(checkpoint: Path, tmp_p
     assert record is not None
     assert record.hub == HubSource("org/model", "0123456789" * 4)
     card = (made / "README.md").read_text()
-    assert card == checkpoint_card(record, read_license(real))
+    assert card == checkpoint_card(record, "remote", read_license(real))
     assert front_matter(card)["base_model"] == "org/model"
     assert front_matter(card)["base_model_relation"] == "quantized"
     assert front_matter(card)["tags"] == ["internvl", "8-bit", "vllm"]

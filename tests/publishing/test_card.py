@@ -69,7 +69,7 @@ def test_what_others_wrote_stays_text(manifest: Manifest) -> None:
     known = replace(quality, files=manifest.fingerprint, accepted=hostile)
     measured = {name: replace(each, data=hostile) for name, each in quality.measured.items()}
     shown = replace(manifest, source=hostile, hub=record.hub, quality=replace(known, measured=measured))
-    for card in (checkpoint_card(record, License("other", "n", "LICENSE")), bundle_card(shown, record)):
+    for card in (checkpoint_card(record, "remote", License("other", "n", "LICENSE")), bundle_card(shown, record)):
         assert "\u202e" not in card
         outside = re.sub(r"(?ms)^```.*?^```$", "", card)  # a block of code is text, whatever stands in it
         assert "How it is stored" in outside
@@ -80,7 +80,7 @@ def test_what_others_wrote_stays_text(manifest: Manifest) -> None:
 
 def test_the_front_matter_names_the_original() -> None:
     record = replace(quantization_record(), hub=HUB)
-    found = front_matter(checkpoint_card(record, License("other", "qwen", "https://example.com/x")))
+    found = front_matter(checkpoint_card(record, "remote", License("other", "qwen", "https://example.com/x")))
     assert found["base_model"] == "org/model"
     assert found["base_model_relation"] == "quantized"
     assert (found["license"], found["license_name"], found["license_link"]) == (
@@ -88,7 +88,7 @@ def test_the_front_matter_names_the_original() -> None:
         "qwen",
         "https://example.com/x",
     )
-    assert "license" not in front_matter(checkpoint_card(record))
+    assert "license" not in front_matter(checkpoint_card(record, "remote"))
 
 
 @pytest.mark.parametrize(
@@ -100,10 +100,21 @@ def test_the_front_matter_names_the_original() -> None:
     ],
 )
 def test_commands_name_the_place(place: Place, command: str) -> None:
-    assert command in checkpoint_card(quantization_record(), place=place)
+    assert command in checkpoint_card(quantization_record(), "remote", place=place)
+
+
+def test_a_card_knows_the_layout() -> None:
+    record = quantization_record()
+    tower = [linear for linear in record.linears if linear.name.startswith("vision.")]
+    text = replace(record, linears=tuple(linear for linear in record.linears if linear not in tower))
+    assert "--trust-remote-code" in checkpoint_card(text, "remote")
+    assert "--trust-remote-code" not in checkpoint_card(text, "native")
+    assert "vLLM does not load" not in checkpoint_card(record, "remote")
+    assert "vLLM does not load" in checkpoint_card(record, "native")
+    assert "LMDeploy does not load" in checkpoint_card(text, "native")
 
 
 def test_an_error_that_is_no_number_does_not_break_a_card() -> None:
     record = quantization_record()
     linears = (replace(record.linears[0], error=math.nan), *record.linears[1:])
-    assert "How it is stored" in checkpoint_card(replace(record, linears=linears))
+    assert "How it is stored" in checkpoint_card(replace(record, linears=linears), "remote")

@@ -27,6 +27,7 @@ from internvl_edge.checkpoint.record import RECORD
 from internvl_edge.cli import cli
 from internvl_edge.export import export_bundle
 from internvl_edge.quantize import pipeline, quantize_checkpoint
+from internvl_edge.recipe.files import combine, make_recipe, presets
 from internvl_edge.recipe.recipe import Recipe
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -195,15 +196,51 @@ def test_quantized_checkpoints_export(tmp_path: Path, kind: str, name: str) -> N
     assert (bundle / "manifest.json").is_file()
 
 
-def test_a_calibration_set_serves_quantize(tmp_path: Path) -> None:
-    checkpoint, data = write_checkpoint(tmp_path / "checkpoint"), write_data(tmp_path / "data")
-    made = calibrate(checkpoint, tmp_path / "stats", DataOptions(data, max_tiles=2), FLOAT32)
-    quantize_checkpoint(checkpoint, tmp_path / "a", RECIPES["awq"], calibration=made.folder, compute=FLOAT32)
-    quantize(checkpoint, tmp_path / "b", RECIPES["awq"], data)
-    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+# What each preset and each way through the quantizer asks of the data: tokens, tiles, embeddings, ranges of the cache.
+SMALL = {"group_size": 32, "vision_int8": {"cosine": 0.5}}
+LEARNED = {"rounding": "learned", "learning": {"steps": 20, "tokens": 60}}
+SERVED: dict[str, dict[str, Any]] = {
+    **{name: combine(preset, SMALL) for name, preset in presets().items()},
+    "learned": SMALL | LEARNED,
+    "learned, int8 tower and cache": combine(presets()["orin"], SMALL | LEARNED),
+    "5 bits": SMALL | {"automatic": {"target_bits": 5.0}},
+    "limited divergence, int8 tower": combine(presets()["rtx"], SMALL | {"automatic": {"max_kl": 0.05}}),
+    "w8a8": SMALL | {"decoder": "w8a8"},
+    "int8 cache alone": {"decoder": "fp", "kv_cache": "int8"},
+    "int8 tower alone": SMALL | {"decoder": "fp", "vision": "int8"},
+}
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DataOptions, Path]:
+    """A checkpoint, its data, and what `calibrate` makes of them."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    checkpoint, data = write_checkpoint(folder / "checkpoint"), DataOptions(write_data(folder / "data"), max_tiles=2)
+    return checkpoint, data, calibrate(checkpoint, folder / "set", data, FLOAT32).folder
+
+
+@pytest.mark.parametrize("fields", SERVED.values(), ids=SERVED)
+def test_a_calibration_set_serves_every_recipe(
+    calibrated: tuple[Path, DataOptions, Path], tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    """To the last byte as the data itself does."""
+    checkpoint, data, made = calibrated
+    recipe = make_recipe(fields)
+    quantize_checkpoint(checkpoint, tmp_path / "data", recipe, data=data, compute=FLOAT32)
+    before = contents(made)
+    quantize_checkpoint(checkpoint, tmp_path / "set", recipe, calibration=made, compute=FLOAT32)
+    expected = contents(tmp_path / "data")
+    assert contents(tmp_path / "set") == expected
+    assert ("kv_cache_scales.npz" in expected) == (recipe.kv_cache == "int8")
+    assert contents(made) == before
+
+
+def test_a_calibration_set_of_another_checkpoint_is_refused(
+    calibrated: tuple[Path, DataOptions, Path], tmp_path: Path
+) -> None:
     other = write_checkpoint(tmp_path / "other", seed=1)
     with pytest.raises(EdgeError, match="another checkpoint"):
-        quantize_checkpoint(other, tmp_path / "c", RECIPES["awq"], calibration=made.folder, compute=FLOAT32)
+        quantize_checkpoint(other, tmp_path / "out", RECIPES["awq"], calibration=calibrated[2], compute=FLOAT32)
 
 
 @pytest.mark.parametrize("name", ["tokens.npy", "embeddings.f32"])
