@@ -99,8 +99,8 @@ def test_what_goes_wrong_with_an_item_is_its_row(model: InternVL, tmp_path: Path
         {"id": "absent", "images": "absent.png"},
         {"id": "web", "images": "https://host/a.png"},
         {"id": "marks", "prompt": "<image> and <image>?", "images": str(QUESTIONS[0].image)},
-        {"id": "long", "max_new_tokens": 10_000_000},
-        {"id": "regex", "regex": "("},
+        {"id": "long", "prompt": "Why?", "max_new_tokens": 10_000_000},
+        {"id": "regex", "prompt": "Why?", "regex": "("},
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = run_on(model, read_items(path, Ask("What?", options=ASK.options)).items, tmp_path / "out.jsonl")
