@@ -1,8 +1,8 @@
 """Which other programs load a quantized checkpoint, the command for each, and why one does not load it.
 
-What is said of vLLM was tried on a CPU (docs/quality.md, "Loaded by vLLM"), except for the layout of transformers, which
-was read in its source. What is said of LMDeploy was read in the
-source of its TurboMind engine, which runs on NVIDIA GPUs only, and not tried.
+What is said of vLLM was tried on a CPU (docs/quality.md, "Loaded by vLLM"), except for the layout of
+transformers, which was only read in vLLM's source. What is said of LMDeploy was read in the source of its
+TurboMind engine, which runs on NVIDIA GPUs only, and not tried.
 """
 
 from __future__ import annotations
