@@ -28,7 +28,7 @@ from internvl_edge.bundle.gate import Verdict
 from internvl_edge.bundle.manifest import Manifest
 from internvl_edge.bundle.names import QUANTIZATION
 from internvl_edge.bundle.quality import Measurement, Quality
-from internvl_edge.checkpoint.record import read_record
+from internvl_edge.checkpoint.record import LinearReport, read_record
 from internvl_edge.evaluation.divergence import DivergenceSummary, histogram
 from internvl_edge.evaluation.report import Overview, Report, find_report, overview, write_overview
 from internvl_edge.evaluation.report.files import HTML, JSON, read_report, require_own_report, write_report
@@ -37,7 +37,6 @@ from internvl_edge.evaluation.report.page import difference, render
 from internvl_edge.evaluation.report.plots import divergence_plot
 from internvl_edge.model.components import Component, Stored
 from internvl_edge.model.linear import W8A8, Scheme
-from internvl_edge.quantize.pipeline import _reports
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 BARE = Report("bundle", "b", "c", (), False, 10, ())
@@ -96,7 +95,7 @@ def test_facts_of_an_older_version_are_read_when_a_run_is_taken_up() -> None:
     assert record is not None
     facts = record.linears[0]
     older = {**asdict(facts), "fallback": True}
-    assert _reports(json.loads(json.dumps([older]))) == [facts]
+    assert decode(LinearReport, json.loads(json.dumps(older))) == facts
 
 
 def test_an_older_report_completes_one_of_the_same_files_only() -> None:
