@@ -15,9 +15,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from internvl_edge.base.progress import SILENT, Advance, Progress
@@ -26,6 +28,7 @@ from internvl_edge.calibration.stream import BlockStream
 from internvl_edge.recipe.recipe import LearnedRounding
 
 from .block import Latent, QuantizedBlock
+from .rounding import Grid
 from .sensitivity import probe_samples
 
 _BETAS = (0.9, 0.95)
@@ -33,6 +36,8 @@ _EPSILON = 1e-12
 _WARM_UP = 3
 # As far as a latent goes beyond the lowest and the highest integer: it must still round to them.
 _BEYOND = 0.49
+# Outputs of a linear that move together.
+_ROWS = 512
 # The error before and after is measured on about so many tokens.
 _CHECKED_TOKENS = 2048
 
@@ -84,7 +89,10 @@ class RoundingLearner:
         prefix = f"{self._blocks.names[index]}."
         weights = self._blocks.load(index, self._compute.dtype)
         weights |= block.replacements(prefix, self._compute)
-        latents = {name.removeprefix(prefix): _Moving(latent) for name, latent in block.latents.items()}
+        latents = {
+            name.removeprefix(prefix): _Moving(latent, block.linears[name].values)
+            for name, latent in block.latents.items()
+        }
         for name, moving in latents.items():
             moving.weight = weights[f"{name}.weight"] = moving.rounded(self._compute.dtype).requires_grad_()
         checked = probe_samples(self._lengths, _CHECKED_TOKENS)
@@ -121,40 +129,60 @@ class RoundingLearner:
 
 
 class _Moving:
-    """The latent of one linear, with the weight that the block computes with, and Adam's moments."""
+    """The latent of one linear, with the weight that the block computes with, and Adam's moments.
+
+    All steps go through some rows at a time: what they need in between would otherwise be several times the weight.
+
+    Args:
+        latent: what moves.
+        start: [out, in], the integers that it rounds to now.
+    """
 
     weight: Tensor
 
-    def __init__(self, latent: Latent) -> None:
+    def __init__(self, latent: Latent, start: NDArray[Any]) -> None:
         self._latent = latent
+        self._start = torch.from_numpy(start)
         self._first, self._second = torch.zeros_like(latent.values), torch.zeros_like(latent.values)
-        self._before = self._integers()
         low, high = latent.grid.limits
         self._limits = low - _BEYOND, high + _BEYOND
 
     def rounded(self, dtype: torch.dtype) -> Tensor:
         """Return the weight that the latent stands for now, [out, in]."""
-        return self._latent.grid.dequantize(self._integers().float()).to(dtype)
+        weight = torch.empty_like(self._latent.values, dtype=dtype)
+        for rows, grid in self._pieces():
+            weight[rows] = grid.dequantize(self._integers(rows))
+        return weight
 
     @torch.no_grad()
     def step(self, number: int, rate: float) -> None:
         """Take one step of Adam, and compute the weight anew."""
         assert self.weight.grad is not None
-        values, grid = self._latent.values, self._latent.grid
-        gradient = self.weight.grad.float().reshape(*grid.scale.shape, -1).mul_(grid.scale[..., None]).flatten(1)
+        for rows, grid in self._pieces():
+            gradient = self.weight.grad[rows].float().reshape(*grid.scale.shape, -1)
+            gradient = gradient.mul_(grid.scale[..., None]).flatten(1)
+            first, second = self._first[rows], self._second[rows]
+            first.lerp_(gradient, 1 - _BETAS[0])
+            second.lerp_(gradient.square_(), 1 - _BETAS[1])
+            size = (second / (1 - _BETAS[1] ** number)).sqrt_().add_(_EPSILON)
+            values = self._latent.values[rows]
+            values.addcdiv_(first, size, value=-rate / (1 - _BETAS[0] ** number)).clamp_(*self._limits)
+            self.weight[rows] = grid.dequantize(self._integers(rows))
         self.weight.grad = None
-        self._first.lerp_(gradient, 1 - _BETAS[0])
-        self._second.lerp_(gradient.square_(), 1 - _BETAS[1])
-        size = (self._second / (1 - _BETAS[1] ** number)).sqrt_().add_(_EPSILON)
-        values.addcdiv_(self._first, size, value=-rate / (1 - _BETAS[0] ** number)).clamp_(*self._limits)
-        self.weight.copy_(self.rounded(self.weight.dtype))
 
     def changed(self) -> int:
         """Return the number of integers that differ from those of the beginning."""
-        return int((self._integers() != self._before).sum())
+        start = self._start.to(self._latent.values.device)
+        return sum(int((self._integers(rows) != start[rows]).sum()) for rows, _ in self._pieces())
 
-    def _integers(self) -> Tensor:
-        return torch.round(self._latent.values).clamp_(*self._latent.grid.limits).to(torch.int8)
+    def _integers(self, rows: slice) -> Tensor:
+        return torch.round(self._latent.values[rows]).clamp_(*self._latent.grid.limits)
+
+    def _pieces(self) -> Iterator[tuple[slice, Grid]]:
+        grid = self._latent.grid
+        for start in range(0, len(grid.scale), _ROWS):
+            rows = slice(start, start + _ROWS)
+            yield rows, Grid(grid.scheme, grid.scale[rows], grid.zero[rows])
 
 
 def batches(lengths: Sequence[int], tokens: int, count: int, seed: tuple[int, int]) -> Iterator[list[int]]:

@@ -243,9 +243,9 @@ def compensated_rounding(
     """
     low, high = grid.limits
     size = weight.shape[1] // grid.scale.shape[1]
-    group = order // size
+    group = (order // size).tolist()
+    scale, zero = grid.scale.T.contiguous(), grid.zero.T.contiguous()  # [groups, out]
     w = weight.T[order].contiguous()  # [in, out]: a column of the layer is a contiguous row here
-    scale, zero = grid.scale.T[group], grid.zero.T[group]
     q = torch.empty_like(w)
     before = torch.empty_like(w) if unrounded is not None else None
     errors = torch.empty(min(_BLOCK, len(w)), w.shape[1], device=w.device)
@@ -254,7 +254,7 @@ def compensated_rounding(
         own = weight.T[order[start:stop]]  # `w` has taken up the errors of earlier columns by now
         with one_thread():
             for index, column in enumerate(range(start, stop)):
-                step, offset, error = scale[column], zero[column], errors[index]
+                step, offset, error = scale[group[column]], zero[group[column]], errors[index]
                 rounded = torch.div(w[column], step, out=q[column])
                 if before is not None:
                     torch.add(rounded, offset, out=before[column])
@@ -262,8 +262,10 @@ def compensated_rounding(
                 torch.addcmul(own[index], torch.sub(rounded, offset, out=error), step, value=-1, out=error)
                 w[column + 1 : stop].addr_(upper[column, column + 1 : stop], error)
         w[stop:].addmm_(upper[start:stop, stop:].T, errors[: stop - start])
+    del w  # as large as the weights
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
     if unrounded is not None and before is not None:
         unrounded.copy_(before[back].T)
+        del before
     return q[back].T.contiguous()
