@@ -61,9 +61,12 @@ METHODS = (
     Method("ours", {"decoder": "w4a16-awq", "error_compensation": True}),
     Method("ours-awq-only", {"decoder": "w4a16-awq", "error_compensation": False}),
     Method("ours-symmetric", {"decoder": "w4a16-awq", "error_compensation": True, "symmetric": True}, symmetric=True),
+    Method("ours-learned", {"decoder": "w4a16-awq", "rounding": "learned"}),
+    Method("ours-learned-symmetric", {"decoder": "w4a16-awq", "symmetric": True, "rounding": "learned"}, None, True),
     Method("autoawq", (), "autoawq"),
     Method("modelopt", (), "modelopt", symmetric=True),
     Method("auto-round", ("--iters", "50"), "auto-round"),
+    Method("auto-round-symmetric", ("--iters", "50", "--symmetric"), "auto-round", symmetric=True),
     Method("gptqmodel", ("--asymmetric",), "gptqmodel"),
 )
 
