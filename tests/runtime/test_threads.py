@@ -27,14 +27,15 @@ def model(request: pytest.FixtureRequest, bundle: Path) -> Iterator[InternVL]:
         yield loaded
 
 
-def test_eight_threads_get_their_own_answers(model: InternVL) -> None:
-    """8 x 50 requests, some of them sampled, guessing or abandoned."""
+@pytest.mark.parametrize("requests", [15, pytest.param(50, marks=pytest.mark.slow)])
+def test_eight_threads_get_their_own_answers(model: InternVL, requests: int) -> None:
+    """8 x 15 or 8 x 50 requests, some of them sampled, guessing or abandoned."""
     questions = demo_questions()
 
     def ask(number: int) -> int:
         order = random.Random(number)
         wrong = 0
-        for _ in range(50):
+        for _ in range(requests):
             asked = order.choice(questions)
             if order.random() < 0.2:
                 next(model.stream(asked.question, [asked.image]))
