@@ -73,6 +73,19 @@ _LOADING = (
         "Runtime, and attention stays with its own operators.",
     ),
 )
+_IMAGES = (
+    click.option(
+        "--exif",
+        is_flag=True,
+        help="Turn photographs upright as their EXIF orientation says. The original model code does not.",
+    ),
+    click.option(
+        "--background",
+        metavar="COLOUR",
+        help="Colour behind transparent pixels, such as white or #f0f0f0.  [default: transparency is dropped, as in "
+        "the original model code, which usually leaves black]",
+    ),
+)
 _ANSWERING = (
     click.option(
         "--max-tiles",
@@ -146,17 +159,7 @@ _ANSWERING = (
         is_flag=True,
         help="Guess tokens from the prompt and verify several in one step. The answer is the same.",
     ),
-    click.option(
-        "--exif",
-        is_flag=True,
-        help="Turn photographs upright as their EXIF orientation says. The original model code does not.",
-    ),
-    click.option(
-        "--background",
-        metavar="COLOUR",
-        help="Colour behind transparent pixels, such as white or #f0f0f0.  [default: transparency is dropped, as in "
-        "the original model code, which usually leaves black]",
-    ),
+    *_IMAGES,
     click.option(
         "--plain-text",
         is_flag=True,
@@ -198,6 +201,11 @@ _FORM = (
 def loading_options(command: Command) -> Command:
     """Add --revision, --device, --engine, --dialect, --context, --threads and --exact to a command."""
     return _apply(_LOADING, command)
+
+
+def image_options(command: Command) -> Command:
+    """Add --exif and --background to a command."""
+    return _apply(_IMAGES, command)
 
 
 def answering_options(command: Command) -> Command:

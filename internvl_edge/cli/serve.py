@@ -14,10 +14,10 @@ from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.extras import require_extras
 from internvl_edge.base.progress import note
 from internvl_edge.bundle.bundle import Bundle
-from internvl_edge.model.preprocess import MAX_TILES
+from internvl_edge.model.preprocess import MAX_TILES, require_color
 from internvl_edge.runtime.find import find_bundle
 
-from .options import LOADING_NAMES, engine_extra, load_model, loading_options
+from .options import LOADING_NAMES, engine_extra, image_options, load_model, loading_options
 from .output import quiet_option, shown_progress
 
 _KEY_VARIABLE = "INTERNVL_EDGE_API_KEY"
@@ -46,6 +46,7 @@ _KEY_VARIABLE = "INTERNVL_EDGE_API_KEY"
     show_default=True,
     help='Maximum number of tiles of an image whose "detail" is "auto".',
 )
+@image_options
 @click.option("--max-samples", type=click.IntRange(1, 64), default=8, show_default=True, help="Maximum of n and votes.")
 @click.option("--name", help="Name of the model in the interface.  [default: the name of the folder]")
 @click.option(
@@ -104,6 +105,8 @@ def command(
         )
     if (tls_cert is None) != (tls_key is None):
         raise EdgeError("--tls-cert and --tls-key belong together; give both or none")
+    if values["background"] is not None:
+        require_color(values["background"])
     values["name"] = values["name"] or (bundle.resolve() if bundle.exists() else bundle).name
     bundle = find_bundle(bundle, values.pop("revision"), values["device"])
     Bundle.open(bundle)  # a mistake shows before the port is taken
@@ -135,6 +138,8 @@ def _settings(keys: tuple[str, ...], local_names: bool, values: dict[str, Any]) 
         model=values["name"],
         rows=values["rows"],
         max_tiles=values["max_tiles"],
+        exif=values["exif"],
+        background=values["background"],
         keys=keys,
         local_names=local_names,
         cors_origins=values["cors_origins"],

@@ -19,7 +19,7 @@ from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageColor, ImageOps
+from PIL import ExifTags, Image, ImageColor, ImageOps
 
 from internvl_edge.base.errors import ImageError
 from internvl_edge.base.text import one_line, shown
@@ -40,6 +40,8 @@ IMAGE_SUFFIXES = frozenset(
 # A path, `file://` or `data:` address, the bytes of a file, an open file, a Pillow image, or pixels uint8 [h, w, 3].
 ImageSource = str | Path | bytes | bytearray | memoryview | BinaryIO | Image.Image | NDArray[np.uint8]
 _SHOWN = 80
+# The EXIF orientations that swap width and height.
+_QUARTER_TURNS = (5, 6, 7, 8)
 
 
 def is_image_source(value: Any) -> bool:
@@ -137,13 +139,22 @@ def _read(stream: Any) -> bytes:
     return data
 
 
-def image_size(data: bytes) -> tuple[int, int]:
-    """Return the width and height that the header of an image file says, without decoding it.
+def image_size(data: bytes, *, exif: bool = False) -> tuple[int, int]:
+    """Return the width and height that `load_image` will find in an image file, from its header alone.
 
     Raises:
         ImageError: damaged or unsupported content.
     """
-    return _open(io.BytesIO(data), f"image of {len(data)} bytes").size
+    name = f"image of {len(data)} bytes"
+    image = _open(io.BytesIO(data), name)
+    width, height = image.size
+    if exif and image.format != "TIFF":  # Pillow turns these by itself, and its size says so already
+        with _decoding(name):
+            # The method of its class for PNG files would decode the pixels, to find a note behind them.
+            orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+        if orientation in _QUARTER_TURNS:
+            return height, width
+    return width, height
 
 
 def _decode_bytes(data: bytes, *limits: Any) -> Image.Image:
@@ -300,12 +311,17 @@ def _eight_bits(image: Image.Image, name: str) -> Image.Image:
     return image
 
 
+def require_color(text: str) -> tuple[int, ...]:
+    """Return red, green, blue, and alpha where the text says one, 0 to 255. Raises ImageError: it is no colour."""
+    try:
+        return ImageColor.getrgb(text)
+    except ValueError:
+        raise ImageError(f"background {shown(text)} is no colour; give one such as white or #f0f0f0") from None
+
+
 def _on_background(image: Image.Image, colour: str) -> Image.Image:
     """The image over a colour, where it has transparent pixels."""
-    try:
-        base = Image.new("RGBA", image.size, ImageColor.getrgb(colour))
-    except ValueError:
-        raise ImageError(f"background {shown(colour)} is no colour; give one such as white or #f0f0f0") from None
+    base = Image.new("RGBA", image.size, require_color(colour))
     base.alpha_composite(image.convert("RGBA"))
     return base.convert("RGB")
 

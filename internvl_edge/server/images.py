@@ -21,7 +21,7 @@ from .admission import Reservation
 from .chat_request import ImageRef
 from .errors import invalid
 from .fetch import Fetcher
-from .settings import LARGE_PIXELS, Limits
+from .settings import LARGE_PIXELS, Settings
 
 
 class ImageReader:
@@ -31,9 +31,11 @@ class ImageReader:
         pool: limits the threads that read bodies and images, for `anyio.to_thread.run_sync`.
     """
 
-    def __init__(self, limits: Limits, fetcher: Fetcher, threads: int = 2) -> None:
+    def __init__(self, settings: Settings, fetcher: Fetcher, threads: int = 2) -> None:
         self.pool = anyio.CapacityLimiter(threads)
-        self._limits = limits
+        self._limits = settings.limits
+        self._exif = settings.exif
+        self._background = settings.background
         self._fetcher = fetcher
         self._large = anyio.Lock()
 
@@ -76,7 +78,8 @@ class ImageReader:
     async def _size(self, image: ImageRef, content: bytes) -> tuple[int, int]:
         """The width and height that a header says, within the limit."""
         try:
-            width, height = await anyio.to_thread.run_sync(image_size, content, limiter=self.pool)
+            measure = partial(image_size, content, exif=self._exif)
+            width, height = await anyio.to_thread.run_sync(measure, limiter=self.pool)
         except ImageError as error:
             raise invalid(image.param, f"{image.param}: {error}", code="invalid_image") from None
         if width < 1 or height < 1 or width * height > self._limits.pixels:
@@ -90,6 +93,12 @@ class ImageReader:
 
     def _decode(self, model: InternVL, image: ImageRef, content: bytes) -> Tiles:
         try:
-            return model.requests.tile(content, image.max_tiles, max_pixels=self._limits.pixels)
+            return model.requests.tile(
+                content,
+                image.max_tiles,
+                exif=self._exif,
+                background=self._background,
+                max_pixels=self._limits.pixels,
+            )
         except ImageError as error:
             raise invalid(image.param, f"{image.param}: {error}", code="invalid_image") from None

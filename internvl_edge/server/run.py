@@ -153,7 +153,7 @@ class EdgeServer:
         served, admission = ServedModel(self._load), Admission(settings)
         metrics = Metrics(admission, served)
         fetcher = Fetcher(settings.image_hosts, settings.limits.body_bytes)
-        services = Services(settings, served, admission, ImageReader(settings.limits, fetcher), metrics)
+        services = Services(settings, served, admission, ImageReader(settings, fetcher), metrics)
         config = self._config(services)
         server = self._server = _DrainingServer(config, admission, settings.drain_s)
         loading = asyncio.ensure_future(self._start(served, services, server))

@@ -63,6 +63,7 @@ class Settings:
         model: the name that it serves.
         rows: answers that are computed together.
         max_tiles: the most tiles of an image whose `detail` is "auto".
+        exif, background: how images are read, see `load_image`.
         keys: API keys, of which each request needs one; none for a server that is open.
         local_names: whether the `Host` of a request must be an address or "localhost". It keeps a page on the network
             whose name is made to point at this machine from asking a server that has no key.
@@ -76,6 +77,8 @@ class Settings:
     model: str
     rows: int = 1
     max_tiles: int = 6
+    exif: bool = False
+    background: str | None = None
     keys: tuple[str, ...] = ()
     local_names: bool = False
     cors_origins: tuple[str, ...] = ()

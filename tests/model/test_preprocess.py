@@ -20,7 +20,7 @@ from PIL import Image
 
 from helpers.repository import REPOSITORY
 from internvl_edge.base.errors import ImageError
-from internvl_edge.model.preprocess import MAX_ASPECT_RATIO, load_image, tile_grid, tile_image
+from internvl_edge.model.preprocess import MAX_ASPECT_RATIO, image_size, load_image, tile_grid, tile_image
 
 GRID_ROWS = json.loads((REPOSITORY / "tests" / "oracle" / "tile_grid_table.json").read_text())["rows"]
 REMOTE = ("internvl2_5-internlm2-tiny", "internvl2_5-qwen2-tiny")
@@ -222,6 +222,16 @@ def test_photographs_are_turned_upright_on_request(
     assert load_image(data, exif=True).size == expected.size
     assert load_image(data, exif=True).tobytes() == expected.tobytes()
     assert load_image(data).tobytes() == image.tobytes()
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_header_says_the_size_that_is_read(form: str, orientation: int) -> None:
+    noted = Image.Exif()
+    noted[0x0112] = orientation
+    data = encoded(picture(30, 10), format=form, exif=noted)
+    assert image_size(data) == load_image(data).size
+    assert image_size(data, exif=True) == load_image(data, exif=True).size
 
 
 def test_oracle_exif_image_is_left_as_stored_and_can_be_turned(oracle: Path) -> None:

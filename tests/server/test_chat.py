@@ -6,13 +6,16 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")
 pytest.importorskip("prometheus_client")
 
-from helpers.servers import RunningServer, data_url, image_part, text_of
+from helpers.photographs import sideways
+from helpers.servers import RunningServer, data_url, image_part, running, text_of
 from internvl_edge import InternVL
 from internvl_edge.demo import Question, demo_questions
 from internvl_edge.model.prompt import IMAGE
@@ -44,6 +47,17 @@ def test_an_answer_is_the_models(server: RunningServer, model: InternVL, asked: 
     assert body["usage"]["completion_tokens"] == len(reply.output_ids)
     assert body["usage"]["total_tokens"] == len(reply.prompt_ids) + len(reply.output_ids)
     assert body["timings"]["tiles"] == reply.tiles
+
+
+def test_photographs_are_turned_and_transparency_filled_on_request(bundle: Path, tmp_path: Path) -> None:
+    see_through = Image.open(RECEIPT.image).convert("RGBA")
+    dark = np.asarray(see_through.convert("L")) < 128
+    see_through.putdata([(0, 0, 0, 255) if pixel else (0, 0, 0, 0) for pixel in dark.flatten().tolist()])
+    pictures = [sideways(RECEIPT.image, tmp_path / "photo.png"), see_through]
+    asked = [[image_part(picture), {"type": "text", "text": RECEIPT.question}] for picture in pictures]
+    with running(bundle, exif=True, background="white") as server:
+        upright, filled = (server.ask(content).json["choices"][0]["message"]["content"] for content in asked)
+    assert upright == filled == RECEIPT.expected
 
 
 def test_a_stream_has_the_form_of_the_interface(server: RunningServer) -> None:
