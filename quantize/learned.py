@@ -34,6 +34,9 @@ from .sensitivity import probe_samples
 _BETAS = (0.9, 0.95)
 _EPSILON = 1e-12
 _WARM_UP = 3
+# Weights of linears with more inputs than this take smaller steps, in proportion. Every step changes all weights of an
+# output, most of them by noise, and the noise of all inputs adds up.
+_INPUTS = 768
 # As far as a latent goes beyond the lowest and the highest integer: it must still round to them.
 _BEYOND = 0.49
 # Outputs of a linear that move together.
@@ -48,6 +51,7 @@ class Learned:
 
     Attributes:
         before, after: squared error of the layer's output relative to the target, mean over some calibration tokens.
+            They are equal where no integer was kept that learning had changed.
         changed: share of the integers that changed.
         seconds: what it took.
     """
@@ -81,7 +85,10 @@ class RoundingLearner:
         self._lengths = stream.blocks.lengths(0)
 
     def learn(self, index: int, block: QuantizedBlock) -> Learned | None:
-        """Change the latents of a block, if it has any; `BlockQuantizer.settle` makes integers of them."""
+        """Change the latents of a block, if it has any; `BlockQuantizer.settle` makes integers of them.
+
+        A block that does not come nearer to its target keeps what it had: its latents are gone then.
+        """
         if not block.latents:
             return None
         started = time.perf_counter()
@@ -99,10 +106,12 @@ class RoundingLearner:
         before = self._error(index, weights, checked)
         with self._progress.phase(f"learning the rounding of layer {index}", self._how.steps, "steps") as advance:
             self._steps(index, weights, list(latents.values()), advance)
-        changed = sum(moving.changed() for moving in latents.values())
+        after, seconds = self._error(index, weights, checked), time.perf_counter() - started
+        if not after < before:
+            block.latents.clear()
+            return Learned(before, before, 0.0, seconds)
         total = sum(latent.values.numel() for latent in block.latents.values())
-        seconds = time.perf_counter() - started
-        return Learned(before, self._error(index, weights, checked), changed / max(total, 1), seconds)
+        return Learned(before, after, sum(moving.changed() for moving in latents.values()) / total, seconds)
 
     def _steps(self, index: int, weights: dict[str, Tensor], latents: Sequence[_Moving], advance: Advance) -> None:
         steps = self._how.steps
@@ -146,6 +155,7 @@ class _Moving:
         self._first, self._second = torch.zeros_like(latent.values), torch.zeros_like(latent.values)
         low, high = latent.grid.limits
         self._limits = low - _BEYOND, high + _BEYOND
+        self._pace = min(1.0, _INPUTS / latent.values.shape[1])
 
     def rounded(self, dtype: torch.dtype) -> Tensor:
         """Return the weight that the latent stands for now, [out, in]."""
@@ -158,6 +168,7 @@ class _Moving:
     def step(self, number: int, rate: float) -> None:
         """Take one step of Adam, and compute the weight anew."""
         assert self.weight.grad is not None
+        rate *= self._pace
         for rows, grid in self._pieces():
             gradient = self.weight.grad[rows].float().reshape(*grid.scale.shape, -1)
             gradient = gradient.mul_(grid.scale[..., None]).flatten(1)

@@ -19,9 +19,11 @@ from internvl_edge.base.errors import EdgeError
 from internvl_edge.calibration import DataOptions, calibrate
 from internvl_edge.calibration.models import Decoder
 from internvl_edge.checkpoint.reader import Checkpoint
+from internvl_edge.model.linear import Scheme
 from internvl_edge.quantize import QuantizationReport, quantize_checkpoint
-from internvl_edge.quantize.block import QuantizedBlock
-from internvl_edge.quantize.learned import Learned, RoundingLearner, batches
+from internvl_edge.quantize.block import Latent, QuantizedBlock
+from internvl_edge.quantize.learned import Learned, RoundingLearner, _Moving, batches
+from internvl_edge.quantize.rounding import Grid
 from internvl_edge.recipe.files import make_recipe
 from internvl_edge.recipe.recipe import LearnedRounding, Recipe
 
@@ -117,6 +119,31 @@ def test_learned_integers_come_nearer_to_the_float_model_on_the_same_grids(
     errors = {linear.name: linear.error for linear in report.record.linears}
     assert errors != {linear.name: linear.error for linear in plain.record.linears}
     assert all(error is not None and error > 0 for error in errors.values())
+
+
+def test_layers_that_learning_makes_worse_keep_their_computed_rounding(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint")
+    wild = Recipe(group_size=32, rounding="learned", learning=LearnedRounding(steps=3, tokens=1, rate=0.5))
+    quantize(checkpoint, tmp_path / "computed", COMPUTED)
+    report = quantize(checkpoint, tmp_path / "learned", wild)
+    assert report.learned is not None
+    assert report.learned.after == report.learned.before
+    assert report.learned.changed == 0
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("computed", "learned")]
+    assert weights[0] == weights[1]
+
+
+def test_wider_linears_take_smaller_steps() -> None:
+    """A step of Adam has the same length for every gradient, so the first one shows it."""
+    for inputs, expected in ((256, 0.01), (768, 0.01), (3072, 0.0025)):
+        scheme = Scheme(4, 64, symmetric=False)
+        grid = Grid(scheme, torch.ones(2, inputs // 64), torch.full((2, inputs // 64), 8.0))
+        latent = Latent(torch.full((2, inputs), 3.0), grid, None, torch.empty(0, inputs))
+        moving = _Moving(latent, np.full((2, inputs), 3, np.uint8))
+        moving.weight = moving.rounded(torch.float32).requires_grad_()
+        moving.weight.sum().backward()
+        moving.step(1, 0.01)
+        torch.testing.assert_close(latent.values, torch.full((2, inputs), 3 - expected))
 
 
 @pytest.mark.parametrize("text", ["qwen2", "internlm2"])
