@@ -78,16 +78,18 @@ VARIANTS: dict[str, tuple[tuple[str, ...] | None, str]] = {
     "orin-changed": (("--recipe", "orin", *CHANGED), "float16"),
     "cpu-changed": (("--recipe", "cpu", *CHANGED), "float16"),
     "vllm": (VLLM, "float16"),
+    "vllm-64": ((*VLLM, "--group-size", "64"), "float16"),
     "vllm-vision": ((*VLLM, "--vision", "int8"), "float16"),
     "parted": ((*AWQ, "--symmetric", "--layer", "*.gate_proj=w4a16-awq-g32"), "float16"),
 }
 # Which of them are made of which model.
 DEMO_VARIANTS = {
-    "qwen2": tuple(VARIANTS),
+    "qwen2": tuple(name for name in VARIANTS if name != "vllm-64"),
     "internlm2": ("float", "float-float16", "awq", "symmetric", "w8a8", "layers", "vllm", "vllm-vision"),
     "native": ("float", "float-float16", "awq", "symmetric", "w8a8", "layers", "vision-only", "vllm", "vllm-vision"),
 }
-SMOLLM_VARIANTS = ("float", "float-float16", "awq", "symmetric", "w8a8", "vllm")
+# Groups of 128 do not divide the width of SmolLM2.
+SMOLLM_VARIANTS = ("float", "float-float16", "awq", "symmetric", "w8a8", "vllm-64")
 DRAWN = 9
 TEXTS, TEXT_TOKENS = 4, 256
 TOP = 20

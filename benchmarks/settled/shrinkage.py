@@ -48,11 +48,11 @@ ROWS = [
     *((4, "computed", factor) for factor in (0.0, 1.0, 3.0)),
 ]
 UNSEEN = 8
-_FACTORIZE = layer.inverse_factor
+_FACTORIZE = layer.feedback_factor
 
 
 def shrunk(factor: float) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
-    """`inverse_factor` as if there were so many times fewer tokens."""
+    """`feedback_factor` as if there were so many times fewer tokens."""
     return lambda gram, tokens: _FACTORIZE(gram, int(tokens / max(factor, 1e-9)))
 
 
@@ -106,7 +106,7 @@ def main(work: Path, blocks: int) -> None:
     unseen = np.load(bench.work / "more.npy")[:: 16 // UNSEEN]
     rows: list[dict[str, Any]] = []
     for sequences, rounding, factor in ROWS:
-        layer.inverse_factor = shrunk(factor)
+        layer.feedback_factor = shrunk(factor)
         started, folder = time.process_time(), bench.work / "shrinkage"
         folder.mkdir(exist_ok=True)
         tokens = np.concatenate([bench.tokens(sequences), unseen])
