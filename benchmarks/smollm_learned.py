@@ -3,9 +3,9 @@
     python benchmarks/smollm_learned.py WORK [--row NAME ...] [--peers ~/peers] [--minutes 9]
 
 WORK is the folder of `smollm_awq.py`, which makes the checkpoint, the tokens and the figures; a run continues where it
-was. auto-round's rows with 4096 tokens and zero points are those that `results/smollm-awq.json` records, for the same
-tokens; its other rows need its environment, as there. With --minutes, a quantizer is killed after that time. The same
-command continues it, and the times of all attempts are added up. Results: results/smollm-learned.json.
+was. auto-round's rows need its environment, as there; with 4096 tokens and zero points they are those of
+`smollm_awq.py`. With --minutes, a quantizer is killed after that time. The same command continues it, and the times of
+all attempts are added up. Results: results/smollm-learned.json.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 import smollm_text
 from numpy.typing import NDArray
 from quantize_memory import add_attempt
-from record import RESULTS, run_measured, write_results
+from record import run_measured, write_results
 from smollm_awq import HERE, Bench, _evenly, _versions, _write_calibration_set
 
 from internvl_edge.calibration import dataset
@@ -171,15 +171,11 @@ class LearnedBench(Bench):
         """Write what has been measured so far, and what has not."""
         *_, digest = smollm_text.read(self.work / "text.npz")
         files = {row.name: self.work / "figures" / f"rounding-{row.name}.json" for row in ROWS}
-        recorded = json.loads((RESULTS / "smollm-awq.json").read_text(encoding="utf-8"))
-        same = recorded["tokens_sha256"] == digest
-        peers = [row for row in recorded["results"] if row["method"] == PEER] if same else []
         values = {
             "tokens_sha256": digest,
             "threads": os.environ.get("OMP_NUM_THREADS", "all"),
             "not_measured": [name for name, file in files.items() if not file.exists()],
             "results": [json.loads(file.read_text(encoding="utf-8")) for file in files.values() if file.exists()],
-            "recorded_peers": {"date": recorded["date"], "results": peers},
         }
         write_results("smollm-learned", values)
 
