@@ -23,7 +23,7 @@ from internvl_edge.base.errors import EdgeError
 from internvl_edge.calibration import DataOptions, calibrate
 from internvl_edge.calibration.stream import BlockStream
 from internvl_edge.checkpoint.reader import Checkpoint
-from internvl_edge.checkpoint.record import RECORD
+from internvl_edge.checkpoint.record import RECORD, REPORTS
 from internvl_edge.cli import cli
 from internvl_edge.export import export_bundle
 from internvl_edge.quantize import pipeline, quantize_checkpoint
@@ -122,6 +122,18 @@ def test_scales_of_the_cache_are_those_of_what_the_cache_holds(tmp_path: Path, k
     keys, values = (torch.stack(parts).amax(0) / 127 for parts in largest)
     torch.testing.assert_close(torch.from_numpy(scales.key), torch.cat([keys, keys], dim=-1), rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(torch.from_numpy(scales.value), values, rtol=1e-3, atol=1e-6)
+
+
+def test_files_of_an_earlier_run_are_not_carried_over(tmp_path: Path) -> None:
+    """A checkpoint with an int8 cache and float weights can be quantized; what becomes of its cache, the recipe says."""
+    checkpoint, floats = write_checkpoint(tmp_path / "checkpoint"), tmp_path / "floats"
+    quantize(checkpoint, floats, Recipe("fp", kv_cache="int8"))
+    for name in REPORTS:
+        (floats / name).write_text("of the earlier run")
+    quantize(floats, tmp_path / "out", Recipe("w4a16-rtn", 32))
+    assert Checkpoint(floats).kv_scales is not None
+    assert Checkpoint(tmp_path / "out").kv_scales is None
+    assert not {*REPORTS, "kv_cache_scales.npz"} & {path.name for path in (tmp_path / "out").iterdir()}
 
 
 def test_what_is_not_the_decoder_is_carried_over_bit_for_bit(tmp_path: Path) -> None:
