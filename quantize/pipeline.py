@@ -69,7 +69,7 @@ class QuantizationReport:
         divergences: the measurements that an automatic choice was made from: nats by precision, by the first of the
             linears that share an input; None without an automatic choice.
         vision: the result for the vision tower; None where it stays float.
-        learned: what learning did to the layers, mean, and the seconds it took; None where rounding was computed.
+        learned: what learning did to the layers, mean, and the seconds it took; None where no rounding was learned.
     """
 
     folder: Path
@@ -237,8 +237,9 @@ class _Run:
         learned = None
         if self._recipe.rounding == "learned":
             layers = range(self._checkpoint.config.decoder.num_hidden_layers)
-            found = [self._work.need_json(_learned(layer)) for layer in layers]
-            learned = mean([decode(Learned, values) for values in found if values is not None])
+            noted = [self._work.need_json(_learned(layer)) for layer in layers]
+            found = [decode(Learned, values) for values in noted if values is not None]
+            learned = mean(found) if found else None  # an automatic choice may leave nothing to learn
         report = QuantizationReport(folder, self._recipe, total, record, self._divergences, self._vision, learned)
         return folder, report
 

@@ -5,6 +5,7 @@ All checks that need only names and shapes are made here. This module does not k
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -13,7 +14,7 @@ from internvl_edge.base.errors import EdgeError
 from internvl_edge.checkpoint import layouts
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.model.linear import GROUP_SIZES
-from internvl_edge.recipe.recipe import Precision, Recipe
+from internvl_edge.recipe.recipe import NOTHING_LEARNS, Precision, Recipe
 
 from .folding import SCALE_GROUPS
 
@@ -52,7 +53,7 @@ def plan_decoder(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         EdgeError: the checkpoint is quantized already, a pattern matches nothing (the message gives similar names) or
             quantizes a linear of the vision tower, parts of one stored tensor have different precisions, a group size
             does not divide a layer's inputs (the message names the layer and the sizes that fit), AutoAWQ cannot pack
-            the outputs, or lm_head is also the token table.
+            the outputs, lm_head is also the token table, or patterns leave no linear whose rounding is learned.
     """
     if checkpoint.quantization is not None:
         raise EdgeError(f"{checkpoint.folder} is quantized already; give the original checkpoint")
@@ -63,7 +64,10 @@ def plan_decoder(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
             if name in plan:
                 plan[name] = Choice(precision, f"matches {pattern}", fixed=True)
     _require_whole_tensors(checkpoint, plan)
-    _require_fitting_groups(checkpoint, recipe, plan)
+    possible = {name: [choice.precision, *([] if choice.fixed else recipe.candidates)] for name, choice in plan.items()}
+    _require_fitting_groups(checkpoint, recipe, possible)
+    if recipe.rounding == "learned" and not any(p.method.learns for each in possible.values() for p in each):
+        raise EdgeError(NOTHING_LEARNS)
     return plan
 
 
@@ -83,8 +87,8 @@ def units(checkpoint: Checkpoint) -> list[list[str]]:
     return [[f"{_LAYERS}{n}.{name}" for name in group.consumers] for n in layers for group in groups]
 
 
-def _require_fitting_groups(checkpoint: Checkpoint, recipe: Recipe, plan: Plan) -> None:
-    wanted = {name: [choice.precision, *([] if choice.fixed else recipe.candidates)] for name, choice in plan.items()}
+def _require_fitting_groups(checkpoint: Checkpoint, recipe: Recipe, possible: Mapping[str, list[Precision]]) -> None:
+    wanted = dict(possible)
     if recipe.lm_head != "fp":
         if checkpoint.config.decoder.tie_word_embeddings:
             raise EdgeError("lm_head is also the token table of this model and cannot be quantized; use --lm-head fp")

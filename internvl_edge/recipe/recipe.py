@@ -65,6 +65,11 @@ METHODS = {
 }
 DECODER_SCHEMES = tuple(METHODS)
 _GROUPED = tuple(name for name, method in METHODS.items() if method.groups)
+# The error where rounding is to be learned and no linear has a precision that learns.
+NOTHING_LEARNS = (
+    f"only the rounding of {' and '.join(name for name, method in METHODS.items() if method.learns)} is learned, and no "
+    "linear here is; use rounding = computed"
+)
 
 
 @dataclass(frozen=True)
@@ -276,8 +281,7 @@ class Recipe:
         if self.choice and self.choice.target_bits and any(p.method.rounds_inputs for p in self.candidates):
             raise EdgeError("w8a8 has as many bits as w8a16, so target_bits cannot choose between them; give max_kl")
         if self.rounding == "learned" and not any(p.method.learns for p in [self.base, *found]):
-            learns = " and ".join(name for name, method in METHODS.items() if method.learns)
-            raise EdgeError(f"only the rounding of {learns} is learned, and no linear here is; use rounding = computed")
+            raise EdgeError(NOTHING_LEARNS)
         floats = (self.lm_head, self.vision, self.kv_cache) == ("fp", "fp", "fp")
         if floats and all(precision.scheme is None for precision in [self.base, *found]):
             raise EdgeError("decoder, lm_head and vision all keep their floats; quantize at least one of them")
