@@ -67,8 +67,8 @@ DECODER_SCHEMES = tuple(METHODS)
 _GROUPED = tuple(name for name, method in METHODS.items() if method.groups)
 # The error where rounding is to be learned and no linear has a precision that learns.
 NOTHING_LEARNS = (
-    f"only the rounding of {' and '.join(name for name, method in METHODS.items() if method.learns)} is learned, and no "
-    "linear here is; use rounding = computed"
+    f"only the rounding of {' and '.join(name for name, method in METHODS.items() if method.learns)} is learned, "
+    "and no linear here is; use rounding = computed"
 )
 
 

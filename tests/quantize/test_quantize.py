@@ -125,7 +125,7 @@ def test_scales_of_the_cache_are_those_of_what_the_cache_holds(tmp_path: Path, k
 
 
 def test_files_of_an_earlier_run_are_not_carried_over(tmp_path: Path) -> None:
-    """A checkpoint with an int8 cache and float weights can be quantized; what becomes of its cache, the recipe says."""
+    """A checkpoint with an int8 cache and float weights can be quantized; the recipe decides about its cache."""
     checkpoint, floats = write_checkpoint(tmp_path / "checkpoint"), tmp_path / "floats"
     quantize(checkpoint, floats, Recipe("fp", kv_cache="int8"))
     for name in REPORTS:
