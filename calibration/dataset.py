@@ -32,7 +32,7 @@ from internvl_edge.base.progress import Progress
 from internvl_edge.checkpoint.reader import Checkpoint
 
 from .compute import to_torch
-from .items import read_items
+from .items import image_files, read_items
 from .samples import DEFAULT_MAX_TOKENS, SampleBuilder, good_samples
 from .work import OUT, WorkFolder, discard
 
@@ -73,15 +73,21 @@ class DataOptions:
         """Return the JSON values that decide which samples result. A file's size and time stand for its content."""
         values = asdict(self) | {"source": "built-in"}
         if self.source is not None and self.source.exists():
-            values["source"] = describe_files(self.source)
+            read = image_files(self.source) if self.source.is_dir() else [self.source]
+            values["source"] = _describe_files(self.source, read)
         return values
 
 
-def describe_files(path: Path) -> list[str]:
-    """The place of a file or a folder, and a digest in which files' sizes and times stand for their content."""
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
-    return [str(path.resolve()), hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]]
+def describe_set(folder: Path) -> list[str]:
+    """Return the JSON values that tell a calibration set from another. Sizes and times stand for contents."""
+    return _describe_files(folder, [folder / name for name in (MANIFEST, TOKENS, TILES, EMBEDDINGS)])
+
+
+def _describe_files(place: Path, read: list[Path]) -> list[str]:
+    """The place, and a digest of those files of it that are read: others, such as this run's own state, may change."""
+    found = [(file.relative_to(place).as_posix(), file.stat()) for file in read if file.is_file()]
+    stats = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
+    return [str(place.resolve()), hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]]
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from internvl_edge.base.progress import Progress, as_progress
 from internvl_edge.base.replaceable import require_replaceable
 from internvl_edge.base.run_record import run_record
 from internvl_edge.calibration.compute import Compute, choose_compute
-from internvl_edge.calibration.dataset import CalibrationSet, DataOptions, adopt, describe_files, prepare
+from internvl_edge.calibration.dataset import CalibrationSet, DataOptions, adopt, describe_set, prepare
 from internvl_edge.calibration.models import Decoder
 from internvl_edge.calibration.pipeline import (
     embed,
@@ -163,7 +163,7 @@ class _Run:
         self._options = (data or DataOptions()) if self._needed and given is None else None
         self._given = given if self._needed else None
         run = run_description(self._identity, self._options, self._compute if self._needed else None)
-        run |= {"recipe": encode(self._recipe), "calibration": describe_files(self._given) if self._given else None}
+        run |= {"recipe": encode(self._recipe), "calibration": describe_set(self._given) if self._given else None}
         self._work = WorkFolder(partial_path(target), run, restart)
         return self._work
 
