@@ -138,6 +138,10 @@ class WorkFolder:
             raise _damaged(self.path / name)
         return self.path / name
 
+    def digest(self, name: str) -> str:
+        """The SHA-256 of a file that `writing` wrote."""
+        return self._seal(self.need(name).name).read_text(encoding="ascii")
+
     def remove(self, name: str) -> None:
         """Delete a file, if it is there."""
         self._seal(name).unlink(missing_ok=True)
