@@ -131,6 +131,7 @@ def read_item(folder: Path, name: str, values: dict[str, Any]) -> CalibrationIte
     Raises:
         ValueError: it is of none of them.
     """
+    values = {key: value for key, value in values.items() if value is not None}  # a table writes null for "absent"
     for form in ("conversations", "messages"):
         if form in values:
             return _conversation(folder, name, values, form)
