@@ -61,6 +61,24 @@ def test_the_end_says_which_programs_load_the_result(
     ]
 
 
+def test_a_set_and_its_data_are_used_as_they_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is skipped is counted, the next command is whole, and options that a set has decided are refused."""
+    checkpoint, data = write_checkpoint(tmp_path / "checkpoint"), write_data(tmp_path / "data")
+    data.write_text(data.read_text(encoding="utf-8") + "\n{}\n{}", encoding="utf-8")
+    small = ["--data", str(data), "--max-tiles", "2", "--dtype", "float32"]
+    monkeypatch.setattr("internvl_edge.cli.calibrate.resolve_checkpoint", lambda name, revision: checkpoint)
+    arguments = ["calibrate", "me/model", "--revision", "v2", *small, "-o", str(tmp_path / "set")]
+    made = CliRunner().invoke(cli, arguments, catch_exceptions=False)
+    assert f"internvl-edge quantize me/model --revision v2 --calibration {tmp_path / 'set'} -o OUT" in made.stdout
+    assert "2 broken items skipped" in made.stdout
+    out = [str(checkpoint), "-o", str(tmp_path / "out"), "--group-size", "32"]
+    for option, value in (("--data", str(data)), ("--samples", "3"), ("--max-tiles", "2"), ("--seed", "0")):
+        refused = quantize(*out, "--calibration", str(tmp_path / "set"), option, value)
+        assert f"{option} and --calibration cannot be combined" in str(refused.exception)
+    done = CliRunner().invoke(cli, ["quantize", *out, *small], catch_exceptions=False)
+    assert "2 broken items skipped" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
