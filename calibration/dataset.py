@@ -25,11 +25,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.base.errors import EdgeError
+from internvl_edge.base.field_types import require_types
 from internvl_edge.base.folders import put_in_place, restore
 from internvl_edge.base.json_files import read_object
 from internvl_edge.base.jsonable import decode
 from internvl_edge.base.progress import Progress
 from internvl_edge.checkpoint.reader import Checkpoint
+from internvl_edge.model.preprocess import MAX_TILES
 
 from .compute import to_torch
 from .items import image_files, read_items
@@ -62,6 +64,9 @@ class DataOptions:
         max_tiles: most tiles of an image, without its thumbnail.
         max_tokens: an item with more tokens is broken.
         max_broken: more broken items than this are an error.
+
+    Raises:
+        EdgeError: from the constructor, for a number that is too small or too large, or a value of another type.
     """
 
     source: Path | None = None
@@ -70,6 +75,15 @@ class DataOptions:
     max_tiles: int = 4
     max_tokens: int = DEFAULT_MAX_TOKENS
     max_broken: int = 8
+
+    def __post_init__(self) -> None:
+        if isinstance(self.source, str):  # as in every other place where a path is given
+            object.__setattr__(self, "source", Path(self.source))
+        require_types(self)
+        if min(self.samples, self.max_tokens) < 1 or self.max_broken < 0 or not 1 <= self.max_tiles <= MAX_TILES:
+            raise EdgeError(
+                f"calibration takes at least 1 sample and 1 token, 1 to {MAX_TILES} tiles, and 0 or more broken items"
+            )
 
     def describe(self) -> dict[str, Any]:
         """Return the JSON values that decide which samples result. A file's size and time stand for its content."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from torch import Tensor
 
 from internvl_edge.base.errors import EdgeError
+from internvl_edge.base.field_types import require_type
 from internvl_edge.base.files import readable_disk_errors, replace_text, require_space
 from internvl_edge.base.folders import put_in_place, writing
 from internvl_edge.base.hub import hub_source
@@ -118,8 +119,11 @@ def quantize_checkpoint(
         EdgeError: checkpoint, data or recipe do not fit, `out` exists, another process makes it, or values are not
             finite; one line each.
     """
-    source, target = Checkpoint(Path(checkpoint)), Path(out)
     recipe, compute = recipe or Recipe(), compute or choose_compute()
+    require_type("recipe", recipe, Recipe, 'Recipe(), or make_recipe(read_recipe("cpu")) of internvl_edge.recipe.files')
+    require_type("data", data or DataOptions(), DataOptions, "DataOptions(PATH) of internvl_edge.calibration")
+    require_type("compute", compute, Compute, 'choose_compute("cpu") of internvl_edge.calibration')
+    source, target = Checkpoint(Path(checkpoint)), Path(out)
     permit = partial(require_replaceable, target, force, "a quantized checkpoint", quantized_files)
     permit()
     if data is not None and calibration is not None:

@@ -16,7 +16,7 @@ from internvl_edge.checkpoint import layouts
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.model.components import bits_per_weight
 from internvl_edge.model.linear import GROUP_SIZES
-from internvl_edge.recipe.recipe import NOTHING_LEARNS, Precision, Recipe
+from internvl_edge.recipe.recipe import NOTHING_LEARNS, NOTHING_ROUNDED, Precision, Recipe
 
 from .folding import SCALE_GROUPS
 
@@ -55,8 +55,8 @@ def plan_decoder(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         EdgeError: the checkpoint is quantized already, a pattern matches nothing (the message gives similar names) or
             quantizes a linear of the vision tower, parts of one stored tensor have different precisions, a group size
             does not divide a layer's inputs (the message names the layer and the sizes that fit), AutoAWQ cannot pack
-            the outputs, lm_head is also the token table, patterns leave no linear whose rounding is learned, or no
-            choice has as few bits as the recipe's limit.
+            the outputs, lm_head is also the token table, patterns leave no linear that is quantized or none whose
+            rounding is learned, or no choice has as few bits as the recipe's limit.
     """
     if checkpoint.quantization is not None:
         raise EdgeError(f"{checkpoint.folder} is quantized already; give the original checkpoint")
@@ -71,6 +71,9 @@ def plan_decoder(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     _require_fitting_groups(checkpoint, recipe, possible)
     if recipe.rounding == "learned" and not any(p.method.learns for each in possible.values() for p in each):
         raise EdgeError(NOTHING_LEARNS)
+    floats = (recipe.lm_head, recipe.vision, recipe.kv_cache) == ("fp", "fp", "fp")
+    if floats and all(p.scheme is None for each in possible.values() for p in each):
+        raise EdgeError(NOTHING_ROUNDED)
     if recipe.vision == "int8":
         _require_vision(checkpoint, recipe.vision_int8.keep)
     _require_possible_bits(checkpoint, recipe, plan)

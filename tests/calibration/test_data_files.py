@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,32 @@ def test_a_damaged_set_is_one_line(tmp_path: Path, changes: dict[str, Any], mess
         CalibrationSet.open(tmp_path)
     assert "\n" not in str(raised.value)
     assert "make the calibration set again" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("samples", value) for value in (0, "4", True)),
+        *(("max_tiles", value) for value in (0, 129)),
+        *(("max_tokens", 0), ("max_broken", -1), ("seed", 0.5), ("source", 3)),
+    ],
+)
+def test_options_that_cannot_be_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(EdgeError, match=r"at least 1 sample|expected (int|Path \| None)"):
+        DataOptions(**{name: value})
+
+
+def test_arguments_of_another_type_are_refused(tmp_path: Path) -> None:
+    assert DataOptions("data.jsonl") == DataOptions(Path("data.jsonl"))  # type: ignore[arg-type]
+    refused: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
+        (quantize_checkpoint, {"recipe": "cpu"}, "recipe is 'cpu', expected a Recipe: .*read_recipe"),
+        (quantize_checkpoint, {"data": "b.jsonl"}, "data is 'b.jsonl', expected a DataOptions"),
+        (quantize_checkpoint, {"compute": "cpu"}, "compute is 'cpu', expected a Compute"),
+        (calibrate, {"options": "b.jsonl"}, "options is 'b.jsonl', expected a DataOptions"),
+    ]
+    for call, wrong, message in refused:
+        with pytest.raises(EdgeError, match=message):
+            call("a", tmp_path / "out", **wrong)
 
 
 @pytest.mark.parametrize("vision", ["fp", "int8"])

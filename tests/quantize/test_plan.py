@@ -54,6 +54,13 @@ def test_parts_of_one_stored_tensor_stay_together(tmp_path: Path) -> None:
         plan_decoder(Checkpoint(write_checkpoint(tmp_path / "internlm2", text="internlm2")), split)
 
 
+def test_patterns_that_leave_nothing_to_quantize_are_refused(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(write_checkpoint(tmp_path / "checkpoint"))
+    with pytest.raises(EdgeError, match="quantize at least one"):
+        planned(checkpoint, ("layers.*", "fp"))
+    plan_decoder(checkpoint, Recipe(group_size=32, lm_head="int8", layers=(("layers.*", "fp"),)))
+
+
 def test_patterns_that_leave_nothing_to_learn_are_refused(tmp_path: Path) -> None:
     checkpoint = Checkpoint(write_checkpoint(tmp_path / "checkpoint"))
     with pytest.raises(EdgeError, match="only the rounding of w4a16-awq is learned, and no linear here is"):
