@@ -25,10 +25,24 @@ Command = Callable[..., Any]
 # The names of the options in `_SAMPLES`.
 _CHOOSING = ("data", "samples", "seed", "max_tiles", "max_broken")
 
+
+class GivenPath(click.Path):
+    """A path that is not empty: an empty one is a variable of a script that was not set, and no present folder."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path, or fail with one line."""
+        if value == "":
+            self.fail("it is empty, expected a path", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 _SAMPLES = (
     click.option(
         "--data",
-        type=click.Path(path_type=Path),
+        type=GivenPath(),
         help='Calibration data: a folder of images, or a .jsonl file of {"images": [...], "prompt": ..., "answer": '
         '...}, of InternVL "conversations" or of ms-swift "messages".  [default: built-in documents, charts, signs, '
         "scenes and texts]",

@@ -15,7 +15,14 @@ from internvl_edge.base.units import rounded, size
 from internvl_edge.checkpoint.hub import resolve_checkpoint
 
 from .checkpoint_options import revision_option
-from .data_options import calibration_options, compute_options, data_options, typed_samples, wait_politely
+from .data_options import (
+    GivenPath,
+    calibration_options,
+    compute_options,
+    data_options,
+    typed_samples,
+    wait_politely,
+)
 from .output import (
     hint,
     print_json,
@@ -42,7 +49,7 @@ if TYPE_CHECKING:
 @recipe_options
 @click.option(
     "--calibration",
-    type=click.Path(path_type=Path),
+    type=GivenPath(),
     help="Calibration folder that calibrate made, in place of --data. Any recipe can use it.",
 )
 @calibration_options
