@@ -58,8 +58,7 @@ def plan_decoder(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
             the outputs, lm_head is also the token table, patterns leave no linear that is quantized or none whose
             rounding is learned, or no choice has as few bits as the recipe's limit.
     """
-    if checkpoint.quantization is not None:
-        raise EdgeError(f"{checkpoint.folder} is quantized already; give the original checkpoint")
+    checkpoint.require_unquantized()
     plan: Plan = {name: Choice(recipe.base) for name in layouts.linear_names(checkpoint.config, _LAYERS)}
     for pattern, text in recipe.layers:
         precision = recipe.precision(text)

@@ -340,6 +340,8 @@ def test_a_quantized_checkpoint_is_not_quantized_again(tmp_path: Path) -> None:
     quantize(checkpoint, tmp_path / "out", RECIPES["rtn"])
     with pytest.raises(EdgeError, match="quantized already"):
         quantize(tmp_path / "out", tmp_path / "again", RECIPES["rtn"])
+    with pytest.raises(EdgeError, match="quantized already"):  # no recipe could use the set
+        calibrate(tmp_path / "out", tmp_path / "set")
 
 
 def test_a_head_that_is_the_token_table_keeps_its_floats(tmp_path: Path) -> None:
