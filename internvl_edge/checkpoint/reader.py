@@ -66,7 +66,7 @@ class Checkpoint:
         self._check()
 
     def require_unquantized(self) -> None:
-        """Raise CheckpointError where the checkpoint is quantized: it can neither be quantized nor calibrated for it."""
+        """Raise CheckpointError where the checkpoint is quantized, and so not one to quantize or to calibrate."""
         if self.quantization is not None:
             raise CheckpointError(f"{self.folder} is quantized already; give the original checkpoint")
 
