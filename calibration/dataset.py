@@ -61,7 +61,7 @@ class DataOptions:
         source: a folder of images, a JSON Lines file, or None for the built-in set.
         samples: largest number of samples.
         seed: decides which samples are used, and in which order.
-        max_tiles: most tiles of an image, without its thumbnail.
+        max_tiles: most tiles of an image, without its thumbnail; the model's own limit, where that is lower.
         max_tokens: an item with more tokens is broken.
         max_broken: more broken items than this are an error.
 

@@ -62,7 +62,7 @@ _SAMPLES = (
         type=click.IntRange(min=1, max=MAX_TILES),
         default=4,
         show_default=True,
-        help="Maximum number of tiles per image, without its thumbnail.",
+        help="Maximum number of tiles per image, without its thumbnail; at most the checkpoint's own limit.",
     ),
     click.option(
         "--max-broken",

@@ -150,6 +150,19 @@ def test_answers_count_as_tokens(tmp_path: Path) -> None:
     assert lengths[0]["data.jsonl:2"] > lengths[1]["data.jsonl:2"] + 5
 
 
+@pytest.mark.parametrize(
+    ("config", "tiles"),
+    [({}, 3), ({"max_dynamic_patch": 2}, 3), ({"max_dynamic_patch": 1}, 1), ({"dynamic_image_size": False}, 1)],
+    ids=str,
+)
+def test_no_image_has_more_tiles_than_the_model_sees(tmp_path: Path, config: dict[str, Any], tiles: int) -> None:
+    """Also where more are allowed: a model may have been trained with one tile per image."""
+    checkpoint, data = write_checkpoint(tmp_path / "checkpoint", config=config), write_data(tmp_path / "data", count=2)
+    Image.new("RGB", (112, 56)).save(data.parent / "0.png")
+    made = calibrate(checkpoint, tmp_path / "out", DataOptions(data, max_tiles=2), FLOAT32)
+    assert max(made.tiles) == tiles
+
+
 def test_a_seed_decides_which_samples_and_their_order(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data")
     names = [calibrate_tiny(tmp_path, data, samples=3, seed=seed).names for seed in (0, 0, 1)]
