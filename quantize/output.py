@@ -43,8 +43,9 @@ _VISION_TARGETS = {
 _SECTION = {"remote": "llm_config", "native": "text_config"}
 # Modules that stay float, as substrings of their names.
 _FLOAT_MODULES = {"remote": ("vision_model", "mlp1"), "native": ("vision_tower", "multi_modal_projector")}
-# Suffixes of files that are not copied: compiled code, pickles, and weights, which are written anew.
+# Suffixes of files that are not copied: compiled code, pickles and what can hold them, and weights, written anew.
 _LEFT_OUT = {".pyc", ".bin", ".pt", ".pth", ".pkl", ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx"}
+_LEFT_OUT |= {".ckpt", ".distcp", ".joblib", ".npy", ".npz", ".pickle", ".tar", ".zip"}
 # Files that this run makes itself, or that say something of another one: the scales of an int8 KV cache would give the
 # result such a cache, whatever its recipe says.
 _OWN = {"config.json", CARD, RECORD, KV_CACHE_SCALES, *REPORTS}

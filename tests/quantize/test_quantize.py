@@ -139,7 +139,9 @@ def test_files_of_an_earlier_run_are_not_carried_over(tmp_path: Path) -> None:
 def test_what_is_not_the_decoder_is_carried_over_bit_for_bit(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint")
     (checkpoint / "modeling_internvl_chat.py").write_text("raise SystemExit")
-    (checkpoint / "inputs_stats.pth").write_bytes(b"pickle")
+    pickles = {"inputs_stats.pth", "last.ckpt", "__0_0.distcp", "scaler.joblib", "state.pickle", "losses.npy"}
+    for pickle in pickles:
+        (checkpoint / pickle).write_bytes(b"pickle")
     quantize(checkpoint, tmp_path / "out", RECIPES["awq"])
     before, after = Checkpoint(checkpoint), Checkpoint(tmp_path / "out")
     same = [n for n in before.shapes if not n.startswith("decoder.") or "embed" in n or "lm_head" in n]
@@ -148,7 +150,7 @@ def test_what_is_not_the_decoder_is_carried_over_bit_for_bit(tmp_path: Path) -> 
         assert after.tensor(name).dtype == before.tensor(name).dtype
         assert np.array_equal(after.tensor(name), before.tensor(name))
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {path.name for path in checkpoint.iterdir()} - {"inputs_stats.pth"} | {RECORD, "README.md"}
+    assert names == {path.name for path in checkpoint.iterdir()} - pickles | {RECORD, "README.md"}
     carried = (
         "vocab.json",
         "merges.txt",
