@@ -1,6 +1,6 @@
 """A calibration set on disk: the token ids of each sample, and the decoder's input embeddings.
 
-    calibration.json  the samples, and the data they were made from
+    calibration.json  the samples, the SHA-256 of the other files, and that of all this
     tokens.npy        int32 [tokens] of all samples, concatenated
     tiles.u8          uint8 [tiles, S, S, 3], the tiles of all images
     embeddings.f32    float32 [tokens, hidden]; rows of image tokens come from the vision tower and the projector
@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_edge.base.errors import EdgeError
+from internvl_edge.base.field_types import require_types
 from internvl_edge.base.folders import put_in_place, restore
 from internvl_edge.base.json_files import read_object
 from internvl_edge.base.jsonable import decode
 from internvl_edge.base.progress import Progress
 from internvl_edge.checkpoint.reader import Checkpoint
+from internvl_edge.model.preprocess import MAX_TILES
 
 from .compute import to_torch
-from .items import read_items
+from .items import image_files, read_items
 from .samples import DEFAULT_MAX_TOKENS, SampleBuilder, good_samples
 from .work import OUT, WorkFolder, discard
 
@@ -40,9 +42,11 @@ MANIFEST = "calibration.json"
 TOKENS = "tokens.npy"
 EMBEDDINGS = "embeddings.f32"
 TILES = "tiles.u8"
+_FILES = (TOKENS, TILES, EMBEDDINGS)
 # What earlier versions wrote beside these.
 _EARLIER = "statistics.npz"
 _TOKENIZER = "tokenizer"
+_DIGEST = "sha256"
 _EMBED_TOKENS = "decoder.embed_tokens.weight"
 _ROWS = 8192
 _AGAIN = "make the calibration set again"
@@ -57,9 +61,12 @@ class DataOptions:
         source: a folder of images, a JSON Lines file, or None for the built-in set.
         samples: largest number of samples.
         seed: decides which samples are used, and in which order.
-        max_tiles: most tiles of an image, without its thumbnail.
+        max_tiles: most tiles of an image, without its thumbnail; the model's own limit, where that is lower.
         max_tokens: an item with more tokens is broken.
         max_broken: more broken items than this are an error.
+
+    Raises:
+        EdgeError: from the constructor, for a number that is too small or too large, or a value of another type.
     """
 
     source: Path | None = None
@@ -69,19 +76,34 @@ class DataOptions:
     max_tokens: int = DEFAULT_MAX_TOKENS
     max_broken: int = 8
 
+    def __post_init__(self) -> None:
+        if isinstance(self.source, str):  # as in every other place where a path is given
+            object.__setattr__(self, "source", Path(self.source))
+        require_types(self)
+        if min(self.samples, self.max_tokens) < 1 or self.max_broken < 0 or not 1 <= self.max_tiles <= MAX_TILES:
+            raise EdgeError(
+                f"calibration takes at least 1 sample and 1 token, 1 to {MAX_TILES} tiles, and 0 or more broken items"
+            )
+
     def describe(self) -> dict[str, Any]:
         """Return the JSON values that decide which samples result. A file's size and time stand for its content."""
         values = asdict(self) | {"source": "built-in"}
         if self.source is not None and self.source.exists():
-            values["source"] = describe_files(self.source)
+            read = image_files(self.source) if self.source.is_dir() else [self.source]
+            values["source"] = _describe_files(self.source, read)
         return values
 
 
-def describe_files(path: Path) -> list[str]:
-    """The place of a file or a folder, and a digest in which files' sizes and times stand for their content."""
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
-    return [str(path.resolve()), hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]]
+def describe_set(folder: Path) -> list[str]:
+    """Return the JSON values that tell a calibration set from another. Sizes and times stand for contents."""
+    return _describe_files(folder, [folder / name for name in (MANIFEST, *_FILES)])
+
+
+def _describe_files(place: Path, read: list[Path]) -> list[str]:
+    """The place, and a digest of those files of it that are read: others, such as this run's own state, may change."""
+    found = [(file.relative_to(place).as_posix(), file.stat()) for file in read if file.is_file()]
+    stats = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
+    return [str(place.resolve()), hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]]
 
 
 @dataclass(frozen=True)
@@ -97,6 +119,7 @@ class CalibrationSet:
         broken: one line for each item that was skipped.
         image_token: the placeholder's id.
         hidden_size: width of the decoder.
+        files: SHA-256 of the other files by their names; empty in a work folder, which has seals instead.
     """
 
     folder: Path
@@ -107,10 +130,11 @@ class CalibrationSet:
     broken: list[str]
     image_token: int
     hidden_size: int
+    files: dict[str, str] = field(default_factory=dict)
 
     @staticmethod
     def open(folder: Path) -> CalibrationSet:
-        """Read a set that `prepare` wrote.
+        """Read a set that `calibrate` wrote. Whether its large files are what was written, only `adopt` checks.
 
         Raises:
             EdgeError: the folder holds no calibration set, or an incomplete one.
@@ -121,6 +145,9 @@ class CalibrationSet:
             raise EdgeError(f"{folder} is no calibration set; make one with internvl-edge calibrate CHECKPOINT -o DIR")
         try:
             values = read_object(path, EdgeError, _AGAIN, limit=_MANIFEST_BYTES)
+            written = values.pop(_DIGEST, None)  # earlier versions wrote none, and `adopt` takes no set of theirs
+            if written is not None and written != _digest(values):
+                raise ValueError("it is not what was written")
             found = decode(CalibrationSet, {**values, "folder": folder}, strict=True)
             if not len(found.names) == len(found.lengths) == len(found.tiles):
                 raise ValueError("names, lengths and tiles are not of the same samples")
@@ -267,7 +294,7 @@ def adopt(work: WorkFolder, given: CalibrationSet, embedded: bool, progress: Pro
         progress: counts the phase.
 
     Raises:
-        EdgeError: a file of the set is missing.
+        EdgeError: a file of the set is missing, or not the one that `calibrate` wrote.
     """
     progress.skip(1)
     for name in (TOKENS, EMBEDDINGS if embedded else TILES):
@@ -276,6 +303,9 @@ def adopt(work: WorkFolder, given: CalibrationSet, embedded: bool, progress: Pro
                 raise EdgeError(f"{given.folder / name} is missing or incomplete; {_AGAIN}")
             with work.writing(name) as new:
                 _link(given.folder / name, new)
+            if work.digest(name) != given.files.get(name):
+                work.remove(name)
+                raise EdgeError(f"{given.folder / name} is damaged or was changed; {_AGAIN}")
     manifest = {name: value for name, value in asdict(given).items() if name != "folder"}
     work.write_json(MANIFEST, manifest)
     return CalibrationSet(work.path, **manifest)
@@ -290,10 +320,11 @@ def finish(work: WorkFolder, target: Path, permit: Callable[[], None]) -> None:
     folder = work.path / OUT
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    text = json.dumps(work.need_json(MANIFEST), indent=1, ensure_ascii=False)
-    (folder / MANIFEST).write_text(text, encoding="utf-8")
-    for name in (TOKENS, TILES, EMBEDDINGS):
+    for name in _FILES:
         _link(work.need(name), folder / name)
+    values = work.need_json(MANIFEST) | {"files": {name: work.digest(name) for name in _FILES}}
+    text = json.dumps(values | {_DIGEST: _digest(values)}, indent=1, ensure_ascii=False)
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
     permit()
     put_in_place(folder, target)
     discard(work.path)
@@ -306,7 +337,12 @@ def calibration_files(folder: Path) -> set[str]:
         EdgeError: the folder does not read as a calibration set.
     """
     CalibrationSet.open(folder)
-    return {MANIFEST, TOKENS, TILES, EMBEDDINGS, _EARLIER}
+    return {MANIFEST, *_FILES, _EARLIER}
+
+
+def _digest(values: dict[str, Any]) -> str:
+    """Return the SHA-256 of the entries of calibration.json."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def _link(source: Path, target: Path) -> None:

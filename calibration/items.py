@@ -74,8 +74,14 @@ def read_items(source: Path | None, seed: int = 0) -> Iterator[CalibrationItem]:
     return iter(items)
 
 
-def _folder(folder: Path, seed: int) -> list[CalibrationItem]:
+def image_files(folder: Path) -> list[Path]:
+    """Return the images of a folder and of folders in it, sorted. Hidden ones are those of a system, not of a user."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    return [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+
+
+def _folder(folder: Path, seed: int) -> list[CalibrationItem]:
+    paths = image_files(folder)
     names = [path.relative_to(folder).as_posix() for path in paths]
     prompts = random.Random(f"prompts/{seed}").choices(IMAGE_PROMPTS, k=len(paths))
     return [CalibrationItem(name, prompt, (path,)) for name, prompt, path in zip(names, prompts, paths, strict=True)]
@@ -125,6 +131,7 @@ def read_item(folder: Path, name: str, values: dict[str, Any]) -> CalibrationIte
     Raises:
         ValueError: it is of none of them.
     """
+    values = {key: value for key, value in values.items() if value is not None}  # a table writes null for "absent"
     for form in ("conversations", "messages"):
         if form in values:
             return _conversation(folder, name, values, form)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from internvl_edge.base.errors import EdgeError
+from internvl_edge.base.field_types import require_type
 from internvl_edge.base.files import readable_disk_errors
 from internvl_edge.base.folders import writing
 from internvl_edge.base.progress import SILENT, Advance, Progress, as_progress
@@ -61,11 +62,14 @@ def calibrate(
         progress: show the progress on standard error.
 
     Raises:
-        EdgeError: the checkpoint or the data is not usable, `out` exists, another process makes it, or activations are
-            not finite.
+        EdgeError: the checkpoint is quantized already, it or the data is not usable, `out` exists, another process
+            makes it, or activations are not finite.
     """
-    source, target = Checkpoint(Path(checkpoint)), Path(out)
     options, compute = options or DataOptions(), compute or choose_compute()
+    require_type("options", options, DataOptions, "DataOptions(PATH)")
+    require_type("compute", compute, Compute, 'choose_compute("cpu")')
+    source, target = Checkpoint(Path(checkpoint)), Path(out)
+    source.require_unquantized()
     permit = partial(require_replaceable, target, force, "a calibration set", calibration_files)
     permit()
     with readable_disk_errors(target, CONTINUES), writing(target) as place:

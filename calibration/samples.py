@@ -45,7 +45,7 @@ class SampleBuilder:
     Args:
         config: the model.
         tokenizer: a `tokenizer.json`.
-        max_tiles: most tiles of one image, without the thumbnail.
+        max_tiles: most tiles of one image, without the thumbnail; the model's own limit, where that is lower.
         max_tokens: an item with more tokens is broken.
     """
 
@@ -55,7 +55,7 @@ class SampleBuilder:
         self._config = config
         self._template = template_for(config.template, config.system_message)
         self._tokenizer = Tokenizer(tokenizer)
-        self._max_tiles = max_tiles
+        self._max_tiles = min(max_tiles, config.max_tiles)  # more would be inputs that the model never sees
         self._max_tokens = max_tokens
         self.image_token = self._tokenizer.token_id(self._template.image_context)
 

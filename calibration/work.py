@@ -21,8 +21,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_edge.base.errors import EdgeError
+from internvl_edge.base.errors import CheckpointError, EdgeError
 from internvl_edge.base.files import replace_text, replacing
+from internvl_edge.checkpoint.safetensors_header import read_header
 
 _RUN = "run.json"
 # Tells a work folder that has lost its description from a folder of somebody else.
@@ -36,6 +37,8 @@ _OURS = re.compile(rf"{re.escape(_MARK)}|{OUT}|block-.*|tokenizer|.*\.(json|npz|
 # What to do about a full disk, for `base.files.readable_disk_errors`.
 CONTINUES = "make room and repeat the command, which continues where it was"
 _SAMPLED_BYTES = 1 << 20
+# Of each tensor, where checkpoints are told apart.
+_BEGINNING_BYTES = 4096
 WEIGHT_SUFFIXES = {".safetensors", ".bin"}
 
 Arrays = dict[str, NDArray[Any]]
@@ -134,6 +137,10 @@ class WorkFolder:
         if not self.has(name):
             raise _damaged(self.path / name)
         return self.path / name
+
+    def digest(self, name: str) -> str:
+        """The SHA-256 of a file that `writing` wrote."""
+        return self._seal(self.need(name).name).read_text(encoding="ascii")
 
     def remove(self, name: str) -> None:
         """Delete a file, if it is there."""
@@ -234,7 +241,8 @@ def _sha256(path: Path, size: int | None = None) -> str:
 def checkpoint_identity(folder: Path) -> str:
     """Return a digest that distinguishes checkpoints.
 
-    It covers config.json and the names, sizes, first and last megabyte of the weight files.
+    It covers config.json, and of each weight file the name, the size, the first and last megabyte and the beginning of
+    every tensor: a fine-tune has the sizes of its base, and may differ from it only in the middle of its files.
     """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(folder.iterdir()):
@@ -243,6 +251,19 @@ def checkpoint_identity(folder: Path) -> str:
             digest.update(f"{path.name} {size}".encode())
             with path.open("rb") as file:
                 digest.update(file.read(_SAMPLED_BYTES))
+                for begin in _beginnings(path):
+                    file.seek(begin)
+                    digest.update(file.read(_BEGINNING_BYTES))
                 file.seek(max(0, size - _SAMPLED_BYTES))
                 digest.update(file.read())
     return digest.hexdigest()
+
+
+def _beginnings(path: Path) -> list[int]:
+    """Return where the tensors of a file begin; of a `.bin` file nothing, whose end holds checksums of all tensors."""
+    if path.suffix != ".safetensors":
+        return []
+    try:
+        return [entry.begin for entry in read_header(path).values()]
+    except CheckpointError:  # a file beside the model's own
+        return []

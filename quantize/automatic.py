@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from math import prod
-
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.progress import Progress
 from internvl_edge.calibration.compute import Compute
 from internvl_edge.calibration.dataset import CalibrationSet
 from internvl_edge.calibration.work import WorkFolder
 from internvl_edge.checkpoint.reader import Checkpoint
-from internvl_edge.model.components import bits_per_weight
 from internvl_edge.recipe.recipe import Automatic, Precision, Recipe
 
-from .choose import Option, cheapest, choose_for_cost, choose_for_divergence
+from .choose import Option, choose_for_cost, choose_for_divergence
 from .layer import BlockQuantizer
 from .output import OutputLayout
-from .plan import Choice, Plan, units
+from .plan import Choice, Plan, fixed_bits, free_units, stored_bits, weight_count
 from .sensitivity import DecoderSensitivity, Divergences
 
 # Phases of the progress that `measure_divergences` shows.
@@ -52,11 +49,11 @@ def plan_by_divergence(checkpoint: Checkpoint, recipe: Recipe, plan: Plan, diver
     A unit stays as the recipe says if a pattern of the recipe decides any of its linears. Its bits still count.
 
     Raises:
-        EdgeError: the limit cannot be met with the candidate precisions.
+        EdgeError: the limit of the divergence cannot be met with the candidate precisions.
     """
     assert recipe.choice is not None
-    free = {unit[0]: unit for unit in units(checkpoint) if not any(plan[name].fixed for name in unit)}
-    cost = _bits if recipe.choice.target_bits is not None else _bits_with_inputs
+    free = {unit[0]: unit for unit in free_units(checkpoint, plan)}
+    cost = stored_bits if recipe.choice.target_bits is not None else _bits_with_inputs
     options = {
         first: [
             Option(str(precision), cost(checkpoint, unit, precision), divergences[first].get(str(precision), 0.0))
@@ -64,16 +61,14 @@ def plan_by_divergence(checkpoint: Checkpoint, recipe: Recipe, plan: Plan, diver
         ]
         for first, unit in free.items()
     }
-    kept = [name for name in plan if all(name not in unit for unit in free.values())]
-    fixed = sum(_bits(checkpoint, [name], plan[name].precision) for name in kept)
-    weights = sum(_weights(checkpoint, name) for name in plan)
-    picked = _pick(options, recipe.choice, fixed, weights)
+    weights = sum(weight_count(checkpoint, name) for name in plan)
+    picked = _pick(options, recipe.choice, fixed_bits(checkpoint, plan), weights)
     base = str(recipe.base)
     found = {
         name: Choice(
             recipe.precision(option.precision),
             _reason(options[first], option, base, recipe.choice),
-            option.divergence * _weights(checkpoint, name) / sum(_weights(checkpoint, each) for each in free[first]),
+            option.divergence * _share(checkpoint, name, free[first]),
         )
         for first, option in picked.items()
         for name in free[first]
@@ -83,8 +78,8 @@ def plan_by_divergence(checkpoint: Checkpoint, recipe: Recipe, plan: Plan, diver
 
 def average_bits(checkpoint: Checkpoint, plan: Plan) -> float:
     """Return the bits per weight of the decoder's layers, including zero points and 16-bit scales."""
-    bits = sum(_bits(checkpoint, [name], choice.precision) for name, choice in plan.items())
-    return bits / sum(_weights(checkpoint, name) for name in plan)
+    bits = sum(stored_bits(checkpoint, [name], choice.precision) for name, choice in plan.items())
+    return bits / sum(weight_count(checkpoint, name) for name in plan)
 
 
 def predicted_divergence(plan: Plan) -> float | None:
@@ -95,12 +90,6 @@ def predicted_divergence(plan: Plan) -> float | None:
 
 def _pick(options: dict[str, list[Option]], how: Automatic, fixed: float, weights: int) -> dict[str, Option]:
     if how.target_bits is not None:
-        lowest = (fixed + sum(option.cost for option in cheapest(options).values())) / weights
-        if lowest > how.target_bits:
-            raise EdgeError(
-                f"the decoder's layers have at least {lowest:.3f} bits per weight with the precisions to choose from, "
-                f"--target-bits asks for {how.target_bits:g}; give more, or a larger group size"
-            )
         return choose_for_cost(options, how.target_bits * weights - fixed)
     assert how.max_kl is not None
     best = sum(min(option.divergence for option in each) for each in options.values())
@@ -126,23 +115,16 @@ def _reason(options: list[Option], chosen: Option, base: str, how: Automatic) ->
     return f"{adds}; {step.precision} would take away {chosen.divergence - step.divergence:.1e}, {why}"
 
 
-def _bits(checkpoint: Checkpoint, names: list[str], precision: Precision) -> float:
-    """Return the bits of the weights of some linears as devices hold them, with floats and scales in 16 bits."""
-    total = 0.0
-    for name in names:
-        out, inputs = checkpoint.shapes[f"{name}.weight"]
-        total += (bits_per_weight(precision.scheme, inputs, 16) if precision.scheme else 16) * out * inputs
-    return total
-
-
 def _bits_with_inputs(checkpoint: Checkpoint, names: list[str], precision: Precision) -> float:
-    """Return `_bits` plus the bits of the inputs that each weight is multiplied by.
+    """Return `stored_bits` plus the bits of the inputs that each weight is multiplied by.
 
     The inputs' bits are what distinguishes w8a8 from w8a16.
     """
     inputs = 8 if precision.scheme is not None and precision.scheme.static_inputs else 16
-    return _bits(checkpoint, names, precision) + inputs * sum(_weights(checkpoint, name) for name in names)
+    weights = sum(weight_count(checkpoint, name) for name in names)
+    return stored_bits(checkpoint, names, precision) + inputs * weights
 
 
-def _weights(checkpoint: Checkpoint, name: str) -> int:
-    return prod(checkpoint.shapes[f"{name}.weight"])
+def _share(checkpoint: Checkpoint, name: str, unit: list[str]) -> float:
+    """Return the share of a linear in the weights of its unit."""
+    return weight_count(checkpoint, name) / sum(weight_count(checkpoint, each) for each in unit)

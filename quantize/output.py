@@ -20,8 +20,10 @@ from numpy.typing import NDArray
 from internvl_edge.checkpoint import layouts
 from internvl_edge.checkpoint.codecs import autoawq, compressed_tensors
 from internvl_edge.checkpoint.json_files import read_json
+from internvl_edge.checkpoint.kv_scales import KV_CACHE_SCALES
 from internvl_edge.checkpoint.license import CARD
 from internvl_edge.checkpoint.reader import Checkpoint
+from internvl_edge.checkpoint.record import RECORD, REPORTS
 from internvl_edge.checkpoint.tensor_files import OutTensor, numpy_dtype, open_tensor_files
 from internvl_edge.model.config import DecoderConfig
 from internvl_edge.model.linear import W8A8, PackedLinear, Scheme, concatenate
@@ -41,8 +43,12 @@ _VISION_TARGETS = {
 _SECTION = {"remote": "llm_config", "native": "text_config"}
 # Modules that stay float, as substrings of their names.
 _FLOAT_MODULES = {"remote": ("vision_model", "mlp1"), "native": ("vision_tower", "multi_modal_projector")}
-# Suffixes of files that are not copied: compiled code, pickles, and weights, which are written anew.
+# Suffixes of files that are not copied: compiled code, pickles and what can hold them, and weights, written anew.
 _LEFT_OUT = {".pyc", ".bin", ".pt", ".pth", ".pkl", ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx"}
+_LEFT_OUT |= {".ckpt", ".distcp", ".joblib", ".npy", ".npz", ".pickle", ".tar", ".zip"}
+# Files that this run makes itself, or that say something of another one: the scales of an int8 KV cache would give the
+# result such a cache, whatever its recipe says.
+_OWN = {"config.json", CARD, RECORD, KV_CACHE_SCALES, *REPORTS}
 _TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _PARTS = ("query", "key", "value")
 _PART = re.compile(r"\.[qkv]_proj\.")
@@ -100,10 +106,10 @@ class OutputLayout:
     def copy_side_files(self, folder: Path) -> None:
         """Copy tokenizer, generation, processor and code files unread.
 
-        Other programs need them. Pickles are not copied, and the original's card is about another model.
+        Other programs need them. Pickles are not copied, nor files that belong to the original's own run or card.
         """
         for path in sorted(self._checkpoint.folder.iterdir()):
-            written = path.name in ("config.json", CARD) or path.name.endswith(".index.json")
+            written = path.name in _OWN or path.name.endswith(".index.json")
             skipped = path.suffix in _LEFT_OUT or written
             if path.is_file() and not skipped and not path.name.startswith("."):
                 shutil.copyfile(path, folder / path.name)

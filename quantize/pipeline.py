@@ -16,6 +16,7 @@ from pathlib import Path
 from torch import Tensor
 
 from internvl_edge.base.errors import EdgeError
+from internvl_edge.base.field_types import require_type
 from internvl_edge.base.files import readable_disk_errors, replace_text, require_space
 from internvl_edge.base.folders import put_in_place, writing
 from internvl_edge.base.hub import hub_source
@@ -24,7 +25,7 @@ from internvl_edge.base.progress import Progress, as_progress
 from internvl_edge.base.replaceable import require_replaceable
 from internvl_edge.base.run_record import run_record
 from internvl_edge.calibration.compute import Compute, choose_compute
-from internvl_edge.calibration.dataset import CalibrationSet, DataOptions, adopt, describe_files, prepare
+from internvl_edge.calibration.dataset import CalibrationSet, DataOptions, adopt, describe_set, prepare
 from internvl_edge.calibration.models import Decoder
 from internvl_edge.calibration.pipeline import (
     embed,
@@ -69,7 +70,7 @@ class QuantizationReport:
         divergences: the measurements that an automatic choice was made from: nats by precision, by the first of the
             linears that share an input; None without an automatic choice.
         vision: the result for the vision tower; None where it stays float.
-        learned: what learning did to the layers, mean, and the seconds it took; None where rounding was computed.
+        learned: what learning did to the layers, mean, and the seconds it took; None where no rounding was learned.
     """
 
     folder: Path
@@ -118,8 +119,11 @@ def quantize_checkpoint(
         EdgeError: checkpoint, data or recipe do not fit, `out` exists, another process makes it, or values are not
             finite; one line each.
     """
-    source, target = Checkpoint(Path(checkpoint)), Path(out)
     recipe, compute = recipe or Recipe(), compute or choose_compute()
+    require_type("recipe", recipe, Recipe, 'Recipe(), or make_recipe(read_recipe("cpu")) of internvl_edge.recipe.files')
+    require_type("data", data or DataOptions(), DataOptions, "DataOptions(PATH) of internvl_edge.calibration")
+    require_type("compute", compute, Compute, 'choose_compute("cpu") of internvl_edge.calibration')
+    source, target = Checkpoint(Path(checkpoint)), Path(out)
     permit = partial(require_replaceable, target, force, "a quantized checkpoint", quantized_files)
     permit()
     if data is not None and calibration is not None:
@@ -163,7 +167,7 @@ class _Run:
         self._options = (data or DataOptions()) if self._needed and given is None else None
         self._given = given if self._needed else None
         run = run_description(self._identity, self._options, self._compute if self._needed else None)
-        run |= {"recipe": encode(self._recipe), "calibration": describe_files(self._given) if self._given else None}
+        run |= {"recipe": encode(self._recipe), "calibration": describe_set(self._given) if self._given else None}
         self._work = WorkFolder(partial_path(target), run, restart)
         return self._work
 
@@ -237,8 +241,9 @@ class _Run:
         learned = None
         if self._recipe.rounding == "learned":
             layers = range(self._checkpoint.config.decoder.num_hidden_layers)
-            found = [self._work.need_json(_learned(layer)) for layer in layers]
-            learned = mean([decode(Learned, values) for values in found if values is not None])
+            noted = [self._work.need_json(_learned(layer)) for layer in layers]
+            found = [decode(Learned, values) for values in noted if values is not None]
+            learned = mean(found) if found else None  # an automatic choice may leave nothing to learn
         report = QuantizationReport(folder, self._recipe, total, record, self._divergences, self._vision, learned)
         return folder, report
 

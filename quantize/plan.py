@@ -5,15 +5,18 @@ All checks that need only names and shapes are made here. This module does not k
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from math import prod
 
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.checkpoint import layouts
 from internvl_edge.checkpoint.reader import Checkpoint
+from internvl_edge.model.components import bits_per_weight
 from internvl_edge.model.linear import GROUP_SIZES
-from internvl_edge.recipe.recipe import Precision, Recipe
+from internvl_edge.recipe.recipe import NOTHING_LEARNS, NOTHING_ROUNDED, Precision, Recipe
 
 from .folding import SCALE_GROUPS
 
@@ -52,10 +55,10 @@ def plan_decoder(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         EdgeError: the checkpoint is quantized already, a pattern matches nothing (the message gives similar names) or
             quantizes a linear of the vision tower, parts of one stored tensor have different precisions, a group size
             does not divide a layer's inputs (the message names the layer and the sizes that fit), AutoAWQ cannot pack
-            the outputs, or lm_head is also the token table.
+            the outputs, lm_head is also the token table, patterns leave no linear that is quantized or none whose
+            rounding is learned, or no choice has as few bits as the recipe's limit.
     """
-    if checkpoint.quantization is not None:
-        raise EdgeError(f"{checkpoint.folder} is quantized already; give the original checkpoint")
+    checkpoint.require_unquantized()
     plan: Plan = {name: Choice(recipe.base) for name in layouts.linear_names(checkpoint.config, _LAYERS)}
     for pattern, text in recipe.layers:
         precision = recipe.precision(text)
@@ -63,7 +66,16 @@ def plan_decoder(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
             if name in plan:
                 plan[name] = Choice(precision, f"matches {pattern}", fixed=True)
     _require_whole_tensors(checkpoint, plan)
-    _require_fitting_groups(checkpoint, recipe, plan)
+    possible = {name: [choice.precision, *([] if choice.fixed else recipe.candidates)] for name, choice in plan.items()}
+    _require_fitting_groups(checkpoint, recipe, possible)
+    if recipe.rounding == "learned" and not any(p.method.learns for each in possible.values() for p in each):
+        raise EdgeError(NOTHING_LEARNS)
+    floats = (recipe.lm_head, recipe.vision, recipe.kv_cache) == ("fp", "fp", "fp")
+    if floats and all(p.scheme is None for each in possible.values() for p in each):
+        raise EdgeError(NOTHING_ROUNDED)
+    if recipe.vision == "int8":
+        _require_vision(checkpoint, recipe.vision_int8.keep)
+    _require_possible_bits(checkpoint, recipe, plan)
     return plan
 
 
@@ -83,8 +95,60 @@ def units(checkpoint: Checkpoint) -> list[list[str]]:
     return [[f"{_LAYERS}{n}.{name}" for name in group.consumers] for n in layers for group in groups]
 
 
-def _require_fitting_groups(checkpoint: Checkpoint, recipe: Recipe, plan: Plan) -> None:
-    wanted = {name: [choice.precision, *([] if choice.fixed else recipe.candidates)] for name, choice in plan.items()}
+def free_units(checkpoint: Checkpoint, plan: Plan) -> list[list[str]]:
+    """Return the units whose precision an automatic choice decides: those of which no pattern decides a linear."""
+    return [unit for unit in units(checkpoint) if not any(plan[name].fixed for name in unit)]
+
+
+def fixed_bits(checkpoint: Checkpoint, plan: Plan) -> float:
+    """Return the bits of the linears that an automatic choice leaves alone."""
+    free = {name for unit in free_units(checkpoint, plan) for name in unit}
+    return sum(stored_bits(checkpoint, [name], plan[name].precision) for name in plan if name not in free)
+
+
+def stored_bits(checkpoint: Checkpoint, names: list[str], precision: Precision) -> float:
+    """Return the bits of the weights of some linears as devices hold them, with floats and scales in 16 bits."""
+    total = 0.0
+    for name in names:
+        out, inputs = checkpoint.shapes[f"{name}.weight"]
+        total += (bits_per_weight(precision.scheme, inputs, 16) if precision.scheme else 16) * out * inputs
+    return total
+
+
+def weight_count(checkpoint: Checkpoint, name: str) -> int:
+    """Return the number of weights of a linear."""
+    return prod(checkpoint.shapes[f"{name}.weight"])
+
+
+def _require_possible_bits(checkpoint: Checkpoint, recipe: Recipe, plan: Plan) -> None:
+    """Check that the cheapest choice is within the limit of bits: found now, not after hours of measuring."""
+    if recipe.choice is None or (limit := recipe.choice.target_bits) is None:
+        return
+    costs = (
+        min(stored_bits(checkpoint, unit, precision) for precision in recipe.candidates)
+        for unit in free_units(checkpoint, plan)
+    )
+    lowest = (fixed_bits(checkpoint, plan) + sum(costs)) / sum(weight_count(checkpoint, name) for name in plan)
+    if lowest > limit:
+        raise EdgeError(
+            f"the decoder's layers have at least {lowest:.3f} bits per weight with the precisions to choose from, "
+            f"--target-bits asks for {limit:g}; give more, or a larger group size"
+        )
+
+
+def _require_vision(checkpoint: Checkpoint, patterns: tuple[str, ...]) -> None:
+    """Check that each pattern of linears that stay float in an int8 tower matches one."""
+    names = _tower_linears(checkpoint)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            written = ["projector.*", "vision.layers.0.*", *names]
+            near = get_close_matches(pattern, written, n=3, cutoff=0.5)
+            hint = f"near: {', '.join(near)}" if near else f"names are like {names[0]} and {names[-1]}"
+            raise EdgeError(f"{pattern!r} matches no linear of tower and projector, to be kept as fp; {hint}")
+
+
+def _require_fitting_groups(checkpoint: Checkpoint, recipe: Recipe, possible: Mapping[str, list[Precision]]) -> None:
+    wanted = dict(possible)
     if recipe.lm_head != "fp":
         if checkpoint.config.decoder.tie_word_embeddings:
             raise EdgeError("lm_head is also the token table of this model and cannot be quantized; use --lm-head fp")

@@ -23,7 +23,7 @@ def parse(text: str, where: str, error: type[EdgeError] = EdgeError) -> dict[str
             NaN, infinity, an integer beyond floats; or the kind of it that is `error`.
     """
     try:
-        values = tomllib.loads(text)
+        values = tomllib.loads(text.removeprefix("\ufeff"))  # which editors on Windows put first
     except ValueError as mistake:
         raise error(f"{where} is not valid TOML: {mistake}") from None
     except RecursionError:

@@ -65,6 +65,11 @@ class Checkpoint:
         self._last_packed: tuple[tuple[str, ...], PackedLinear] | None = None
         self._check()
 
+    def require_unquantized(self) -> None:
+        """Raise CheckpointError where the checkpoint is quantized, and so not one to quantize or to calibrate."""
+        if self.quantization is not None:
+            raise CheckpointError(f"{self.folder} is quantized already; give the original checkpoint")
+
     def tensor(self, name: str) -> np.ndarray[Any, Any]:
         """Return one tensor by canonical name in its stored dtype (float32, float16 or bfloat16), shape as in `shapes`.
 

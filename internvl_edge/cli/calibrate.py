@@ -65,4 +65,5 @@ def command(checkpoint: str, output: Path, as_json: bool, quiet: bool, **values:
         f"in {facts['seconds']:.1f} s{skipped}"
     )
     if not quiet:
-        hint("quantize", checkpoint, "--calibration", made.folder, "-o", "OUT")
+        version = ("--revision", values["revision"]) if values["revision"] else ()
+        hint("quantize", checkpoint, *version, "--calibration", made.folder, "-o", "OUT")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.model.preprocess import MAX_TILES
@@ -21,11 +22,27 @@ if TYPE_CHECKING:
 # The built-in set is endless, and so would be a run that asks for it.
 MOST_SAMPLES = 1_000_000
 Command = Callable[..., Any]
+# The names of the options in `_SAMPLES`.
+_CHOOSING = ("data", "samples", "seed", "max_tiles", "max_broken")
+
+
+class GivenPath(click.Path):
+    """A path that is not empty: an empty one is a variable of a script that was not set, and no present folder."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path, or fail with one line."""
+        if value == "":
+            self.fail("it is empty, expected a path", param, ctx)
+        return super().convert(value, param, ctx)
+
 
 _SAMPLES = (
     click.option(
         "--data",
-        type=click.Path(path_type=Path),
+        type=GivenPath(),
         help='Calibration data: a folder of images, or a .jsonl file of {"images": [...], "prompt": ..., "answer": '
         '...}, of InternVL "conversations" or of ms-swift "messages".  [default: built-in documents, charts, signs, '
         "scenes and texts]",
@@ -45,7 +62,7 @@ _SAMPLES = (
         type=click.IntRange(min=1, max=MAX_TILES),
         default=4,
         show_default=True,
-        help="Maximum number of tiles per image, without its thumbnail.",
+        help="Maximum number of tiles per image, without its thumbnail; at most the checkpoint's own limit.",
     ),
     click.option(
         "--max-broken",
@@ -101,6 +118,13 @@ def sample_options(command: Command) -> Command:
     return command
 
 
+def typed_samples() -> str:
+    """Return the first option of the present command that chooses samples and was typed; "" where none was."""
+    context = click.get_current_context()
+    typed = (name for name in _CHOOSING if context.get_parameter_source(name) is ParameterSource.COMMANDLINE)
+    return next((f"--{name.replace('_', '-')}" for name in typed), "")
+
+
 def data_options(values: dict[str, Any]) -> DataOptions:
     """Return the calibration data that the options describe. This removes these options from `values`.
 
@@ -112,7 +136,7 @@ def data_options(values: dict[str, Any]) -> DataOptions:
     source = values.pop("data")
     if source is not None and not source.exists():
         raise EdgeError(f"calibration data {source} does not exist; give a folder of images or a .jsonl file")
-    return DataOptions(source, **{name: values.pop(name) for name in ("samples", "seed", "max_tiles", "max_broken")})
+    return DataOptions(source, **{name: values.pop(name) for name in _CHOOSING if name != "data"})
 
 
 def compute_options(values: dict[str, Any]) -> Compute:

@@ -15,7 +15,14 @@ from internvl_edge.base.units import rounded, size
 from internvl_edge.checkpoint.hub import resolve_checkpoint
 
 from .checkpoint_options import revision_option
-from .data_options import calibration_options, compute_options, data_options, wait_politely
+from .data_options import (
+    GivenPath,
+    calibration_options,
+    compute_options,
+    data_options,
+    typed_samples,
+    wait_politely,
+)
 from .output import (
     hint,
     print_json,
@@ -42,7 +49,7 @@ if TYPE_CHECKING:
 @recipe_options
 @click.option(
     "--calibration",
-    type=click.Path(path_type=Path),
+    type=GivenPath(),
     help="Calibration folder that calibrate made, in place of --data. Any recipe can use it.",
 )
 @calibration_options
@@ -63,8 +70,8 @@ def command(checkpoint: str, output: Path, calibration: Path | None, as_json: bo
     with shown_progress(quiet) as progress, progress.waiting("loading torch"), requires("quantize", "quantize"):
         from internvl_edge.evaluation.report import checkpoint_report, write_report
         from internvl_edge.quantize import quantize_checkpoint
-    if calibration is not None and values["data"] is not None:
-        raise EdgeError("--data and --calibration cannot be combined; a calibration folder already holds its data")
+    if calibration is not None and (given := typed_samples()):
+        raise EdgeError(f"{given} and --calibration cannot be combined; a calibration folder already holds its data")
     if (calibration or values["data"]) and not (recipe.needs_data or recipe.vision == "int8"):
         raise EdgeError("nothing in this recipe looks at data, it only rounds; leave out --data and --calibration")
     options, compute = data_options(values), compute_options(values)
@@ -105,7 +112,8 @@ def command(checkpoint: str, output: Path, calibration: Path | None, as_json: bo
         }
         print_json(facts)
         return
-    click.echo(f"{report.folder}: {size(report.bytes)} in {seconds:.1f} s")
+    skipped = f", {len(record.broken)} broken items skipped" if record.broken else ""
+    click.echo(f"{report.folder}: {size(report.bytes)} in {seconds:.1f} s{skipped}")
     if report.errors:
         worst = max(report.errors, key=lambda name: report.errors[name])
         mean = sum(report.errors.values()) / len(report.errors)

@@ -151,14 +151,14 @@ def recipe_of(values: dict[str, Any]) -> Recipe:
         EdgeError: the recipe cannot be read, or the options do not fit together.
     """
     name = values.pop("recipe")
-    fields: dict[str, Any] = read_recipe(name) if name else {}
+    fields: dict[str, Any] = {} if name is None else read_recipe(name)
     given: dict[str, Any] = {}
     for option, places in _FIELDS.items():
         if (value := values.pop(option)) is not None:
             for place in places:
                 table, _, field = place.rpartition(".")
                 (given.setdefault(table, {}) if table else given)[field] = value
-    if not name and given.get("vision") == "int8":
+    if name is None and given.get("vision") == "int8":
         given.setdefault("decoder", "fp")
     if keep := values.pop("vision_float"):
         given.setdefault("vision_int8", {})["keep"] = list(keep)

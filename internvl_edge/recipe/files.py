@@ -73,7 +73,7 @@ def read_recipe(name: str) -> dict[str, Any]:
     if name in shipped:
         return shipped[name]
     path = Path(name)
-    if not (path.suffix or path.exists() or len(path.parts) > 1):
+    if not name or not (path.suffix or path.exists() or len(path.parts) > 1):  # "" is no name of this folder
         near = _MEANT.get(name.lower()) or " or ".join(get_close_matches(name, shipped, n=2, cutoff=0.4))
         hint = f"did you mean {near}? " if near else ""
         raise EdgeError(f"recipe {shown(name)} is not known; {hint}presets: {', '.join(shipped)}, or give a file.toml")

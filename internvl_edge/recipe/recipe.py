@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from internvl_edge.base.errors import EdgeError
+from internvl_edge.base.field_types import require_types
 from internvl_edge.model.linear import GROUP_SIZES, INT8, W8A8, Scheme
 
 LM_HEADS = ("fp", "int8", "int4")
@@ -65,6 +66,13 @@ METHODS = {
 }
 DECODER_SCHEMES = tuple(METHODS)
 _GROUPED = tuple(name for name, method in METHODS.items() if method.groups)
+# The error where a recipe, or what it means for a checkpoint, keeps everything in float.
+NOTHING_ROUNDED = "decoder, lm_head and vision all keep their floats; quantize at least one of them"
+# The error where rounding is to be learned and no linear has a precision that learns.
+NOTHING_LEARNS = (
+    f"only the rounding of {' and '.join(name for name, method in METHODS.items() if method.learns)} is learned, "
+    "and no linear here is; use rounding = computed"
+)
 
 
 @dataclass(frozen=True)
@@ -122,6 +130,7 @@ class VisionInt8:
     keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        require_types(self)
         _require_calibrator(self.calibrator)
         if not 0 <= self.cosine < 1:
             raise EdgeError(f"a cosine of {self.cosine:g} is not possible for int8; give one from 0 to below 1")
@@ -152,6 +161,7 @@ class DecoderInt8:
     max_kl: float = 0.02
 
     def __post_init__(self) -> None:
+        require_types(self)
         _require_calibrator(self.calibrator)
         if not 0 <= self.max_kl < math.inf:
             raise EdgeError(f"a divergence of {self.max_kl:g} is not possible; give one above 0, or 0 for no limit")
@@ -177,6 +187,7 @@ class LearnedRounding:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        require_types(self)
         if not (1 <= self.steps <= 100_000 and 1 <= self.tokens <= 1 << 20 and 0 <= self.seed < 1 << 32):
             raise EdgeError("learning takes 1 to 100000 steps of 1 to 1048576 tokens each, and a seed below 2^32")
         if not 0 < self.rate <= 0.5:
@@ -204,6 +215,7 @@ class Automatic:
     among: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        require_types(self)
         if (self.target_bits is None) == (self.max_kl is None):
             raise EdgeError("precision is chosen by target_bits or by max_kl; give one of the two")
         if self.target_bits is not None and not 4 < self.target_bits <= 16:
@@ -260,6 +272,7 @@ class Recipe:
     automatic: Automatic | None = None
 
     def __post_init__(self) -> None:
+        require_types(self)
         if self.decoder not in DECODER_SCHEMES:
             raise EdgeError(_unknown_scheme(self.decoder))
         for name, allowed in _VALUES.items():
@@ -276,11 +289,10 @@ class Recipe:
         if self.choice and self.choice.target_bits and any(p.method.rounds_inputs for p in self.candidates):
             raise EdgeError("w8a8 has as many bits as w8a16, so target_bits cannot choose between them; give max_kl")
         if self.rounding == "learned" and not any(p.method.learns for p in [self.base, *found]):
-            learns = " and ".join(name for name, method in METHODS.items() if method.learns)
-            raise EdgeError(f"only the rounding of {learns} is learned, and no linear here is; use rounding = computed")
+            raise EdgeError(NOTHING_LEARNS)
         floats = (self.lm_head, self.vision, self.kv_cache) == ("fp", "fp", "fp")
         if floats and all(precision.scheme is None for precision in [self.base, *found]):
-            raise EdgeError("decoder, lm_head and vision all keep their floats; quantize at least one of them")
+            raise EdgeError(NOTHING_ROUNDED)
 
     def precision(self, text: str) -> Precision:
         """Return the precision that a text like "w8a16" or "w4a16-awq-g32" means in this recipe.

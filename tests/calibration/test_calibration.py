@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from internvl_edge.calibration.items import read_items
 from internvl_edge.calibration.models import Decoder, Tower
 from internvl_edge.calibration.statistics import InputStatistics, Observer, StatisticsRequest, symmetrize
 from internvl_edge.calibration.stream import BlockStream
-from internvl_edge.calibration.work import WorkFolder, discard
+from internvl_edge.calibration.work import WorkFolder, checkpoint_identity, discard
 from internvl_edge.checkpoint.reader import Checkpoint
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -149,11 +150,53 @@ def test_answers_count_as_tokens(tmp_path: Path) -> None:
     assert lengths[0]["data.jsonl:2"] > lengths[1]["data.jsonl:2"] + 5
 
 
+@pytest.mark.parametrize(
+    ("config", "tiles"),
+    [({}, 3), ({"max_dynamic_patch": 2}, 3), ({"max_dynamic_patch": 1}, 1), ({"dynamic_image_size": False}, 1)],
+    ids=str,
+)
+def test_no_image_has_more_tiles_than_the_model_sees(tmp_path: Path, config: dict[str, Any], tiles: int) -> None:
+    """Also where more are allowed: a model may have been trained with one tile per image."""
+    checkpoint, data = write_checkpoint(tmp_path / "checkpoint", config=config), write_data(tmp_path / "data", count=2)
+    Image.new("RGB", (112, 56)).save(data.parent / "0.png")
+    made = calibrate(checkpoint, tmp_path / "out", DataOptions(data, max_tiles=2), FLOAT32)
+    assert max(made.tiles) == tiles
+
+
 def test_a_seed_decides_which_samples_and_their_order(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data")
     names = [calibrate_tiny(tmp_path, data, samples=3, seed=seed).names for seed in (0, 0, 1)]
     assert names[0] == names[1] != names[2]
     assert len(names[0]) == 3
+
+
+def test_what_is_not_read_does_not_change_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the state of the run itself, for an output inside the folder, nor how the path is written."""
+    folder = write_data(tmp_path / "data").parent
+    before = DataOptions(folder).describe()
+    (folder / "out.partial").mkdir()
+    (folder / "out.partial" / "run.json").write_text("{}")
+    (folder / "._0.png").write_bytes(b"what macOS keeps beside a file")
+    assert DataOptions(folder).describe() == before
+    assert "._0.png" not in [item.name for item in read_items(folder)]
+    monkeypatch.chdir(tmp_path)
+    assert DataOptions(Path("data")).describe() == before
+    assert DataOptions(Path("data/data.jsonl")).describe() == DataOptions(folder / "data.jsonl").describe()
+    (folder / "0.png").write_bytes(b"another picture")
+    assert DataOptions(folder).describe() != before
+
+
+def test_every_tensor_tells_checkpoints_apart(tmp_path: Path) -> None:
+    """A fine-tune has the sizes of its base, and here also the first and the last megabyte."""
+    base = write_checkpoint(tmp_path / "base", hidden_size=256, intermediate_size=2048)
+    tensors, tuned = load_file(base / "model.safetensors"), tmp_path / "tuned"
+    tensors["language_model.model.layers.0.mlp.up_proj.weight"] *= 1.5
+    shutil.copytree(base, tuned)
+    save_file(tensors, tuned / "model.safetensors", metadata={"format": "pt"})
+    contents = [(folder / "model.safetensors").read_bytes() for folder in (base, tuned)]
+    assert [content[: 1 << 20] for content in contents] == [contents[0][: 1 << 20]] * 2
+    assert [content[-(1 << 20) :] for content in contents] == [contents[0][-(1 << 20) :]] * 2
+    assert checkpoint_identity(base) != checkpoint_identity(tuned)
 
 
 def test_a_folder_of_images_gets_prompts(tmp_path: Path) -> None:

@@ -93,6 +93,16 @@ READ: list[tuple[dict[str, Any], tuple[str, list[str], str, list[tuple[str, str]
 ]
 
 
+def test_null_is_absent_in_every_form(tmp_path: Path) -> None:
+    """As tables write it that are saved as JSON Lines."""
+    nothing = {"images": None, "image": None, "conversations": None, "messages": None, "prompt": None, "answer": None}
+    mine = item(tmp_path, {"prompt": "Hello", "images": None, "answer": None})
+    for values in ({"conversations": [human("Hello")]}, {"messages": [said("user", "Hello")]}):
+        assert item(tmp_path, nothing | values) == mine
+    assert not mine.problem
+    assert item(tmp_path, {"prompt": None}).problem == "prompt or answer is not a text"
+
+
 def test_files_written_on_windows_are_read(tmp_path: Path) -> None:
     """A mark of the byte order before the first line, and lines that end with two characters."""
     path = tmp_path / "data.jsonl"

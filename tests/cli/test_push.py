@@ -330,7 +330,7 @@ def test_an_original_from_the_hub_is_named_in_every_card(checkpoint: Path, tmp_p
     assert card == checkpoint_card(record, "remote", read_license(real))
     assert front_matter(card)["base_model"] == "org/model"
     assert front_matter(card)["base_model_relation"] == "quantized"
-    assert front_matter(card)["tags"] == ["internvl", "8-bit", "vllm"]
+    assert front_matter(card)["tags"] == ["internvl", "8-bit"]
     exported = export_bundle(made, tmp_path / "bundle")
     card = bundle_card(Manifest.read(exported), record)
     assert front_matter(card)["base_model"] == "org/model"

@@ -40,9 +40,13 @@ def test_options_replace_single_fields_of_a_recipe(tmp_path: Path) -> None:
     ("layout", "options", "said"),
     [
         ("remote", [], ["vLLM loads it: vllm serve {out} --trust-remote-code", "LMDeploy loads it (not tried; "]),
-        ("native", [], ["vLLM loads it: vllm serve {out}\n", "LMDeploy does not load it: LMDeploy's TurboMind reads"]),
+        (
+            "native",
+            [],
+            ["vLLM loads it (not tried): vllm serve {out}\n", "LMDeploy does not load it: LMDeploy's TurboMind reads"],
+        ),
         ("remote", ["--layer", "*.gate_proj=w8a16"], ["vLLM does not load it: linears that vLLM joins"]),
-        ("remote", ["--lm-head", "int8"], ["vLLM loads it (not on a CPU: 1 linear has 8-bit weights"]),
+        ("remote", ["--lm-head", "int8"], ["vLLM loads it (not tried; not on a CPU: 1 linear has 8-bit weights"]),
     ],
 )
 def test_the_end_says_which_programs_load_the_result(
@@ -61,12 +65,31 @@ def test_the_end_says_which_programs_load_the_result(
     ]
 
 
+def test_a_set_and_its_data_are_used_as_they_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is skipped is counted, the next command is whole, and options that a set has decided are refused."""
+    checkpoint, data = write_checkpoint(tmp_path / "checkpoint"), write_data(tmp_path / "data")
+    data.write_text(data.read_text(encoding="utf-8") + "\n{}\n{}", encoding="utf-8")
+    small = ["--data", str(data), "--max-tiles", "2", "--dtype", "float32"]
+    monkeypatch.setattr("internvl_edge.cli.calibrate.resolve_checkpoint", lambda name, revision: checkpoint)
+    arguments = ["calibrate", "me/model", "--revision", "v2", *small, "-o", str(tmp_path / "set")]
+    made = CliRunner().invoke(cli, arguments, catch_exceptions=False)
+    assert f"internvl-edge quantize me/model --revision v2 --calibration {tmp_path / 'set'} -o OUT" in made.stdout
+    assert "2 broken items skipped" in made.stdout
+    out = [str(checkpoint), "-o", str(tmp_path / "out"), "--group-size", "32"]
+    for option, value in (("--data", str(data)), ("--samples", "3"), ("--max-tiles", "2"), ("--seed", "0")):
+        refused = quantize(*out, "--calibration", str(tmp_path / "set"), option, value)
+        assert f"{option} and --calibration cannot be combined" in str(refused.exception)
+    done = CliRunner().invoke(cli, ["quantize", *out, *small], catch_exceptions=False)
+    assert "2 broken items skipped" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--layer", "layers.0"], "is not PATTERN=SCHEME"),
         (["--target-bits", "4.5", "--max-kl", "0.1"], "one of the two"),
         (["--scheme", "w8a16", "--no-compensate", "--data", "pictures"], "nothing in this recipe looks at data"),
+        (["--recipe", ""], "recipe '' is not known; presets: "),
         (["--recipe", "jetson"], "presets: cpu, rtx, orin, thor, best, vllm"),
         (["--recipe", "cpu", "--group-size", "32", "--layer", "*.gate=w8a16"], "near: "),
     ],
@@ -77,3 +100,11 @@ def test_mistakes_are_one_line(tmp_path: Path, arguments: list[str], message: st
     assert isinstance(done.exception, EdgeError)
     assert message in str(done.exception)
     assert "\n" not in str(done.exception)
+
+
+@pytest.mark.parametrize("option", ["--data", "--calibration"])
+def test_an_empty_path_is_not_the_present_folder(tmp_path: Path, option: str) -> None:
+    """It is what a script gives whose variable was not set."""
+    done = quantize(str(tmp_path), "-o", str(tmp_path / "out"), option, "")
+    assert done.exit_code == 2
+    assert f"Invalid value for '{option}': it is empty, expected a path" in done.stderr

@@ -49,6 +49,10 @@ def test_what_vllm_does_not_load_is_said() -> None:
         head = vllm(WHOLE | {"decoder.lm_head": INT8}, layout)
         assert not head.obstacles
         assert head.only_gpu == "1 linear has 8-bit weights with float inputs"
+        assert not head.tried  # nobody here had a GPU
+        assert not vllm(WHOLE | {"decoder.lm_head": FINER}, layout).tried
+        assert whole.tried == (layout == "remote")
+        assert vllm({}, layout).tried
 
 
 def measured_rows(file: str) -> list[Any]:
@@ -64,6 +68,7 @@ def test_what_is_said_of_vllm_is_what_vllm_did_on_a_cpu(row: dict[str, Any]) -> 
     schemes = {name: decode(Scheme, group["scheme"]) for group in groups for name in group["linears"]}
     said = vllm(schemes, row["layout"])
     assert row["loaded"] == (not said.obstacles and not said.only_gpu)
+    assert said.tried or not row["loaded"]
     if not row["loaded"]:
         reasons = [*said.obstacles, said.only_gpu]
         assert any(word in row["error"] and any(part in reason for reason in reasons) for word, part in SAME.items())

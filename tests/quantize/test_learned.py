@@ -25,7 +25,7 @@ from internvl_edge.quantize.block import Latent, QuantizedBlock
 from internvl_edge.quantize.learned import Learned, RoundingLearner, _Moving, batches
 from internvl_edge.quantize.rounding import Grid
 from internvl_edge.recipe.files import make_recipe
-from internvl_edge.recipe.recipe import LearnedRounding, Recipe
+from internvl_edge.recipe.recipe import Automatic, LearnedRounding, Recipe
 
 COMPUTED = Recipe(group_size=32)
 LEARNED = Recipe(group_size=32, rounding="learned", learning=LearnedRounding(tokens=60))
@@ -251,6 +251,13 @@ def test_killed_learning_continues_to_the_same_bytes(tmp_path: Path, vision: str
     run_to_the_end(KILLED, "never", vision, checkpoint, data, tmp_path / "killed")
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     assert not (tmp_path / "killed.partial").exists()
+
+
+def test_a_choice_may_leave_nothing_to_learn(tmp_path: Path) -> None:
+    recipe = Recipe(group_size=32, rounding="learned", automatic=Automatic(max_kl=1e-9))
+    report = quantize(write_checkpoint(tmp_path / "checkpoint"), tmp_path / "out", recipe)
+    assert {linear.scheme for linear in report.record.linears} == {None}
+    assert report.learned is None
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from internvl_edge.base.errors import EdgeError
 from internvl_edge.calibration import DataOptions, calibrate
 from internvl_edge.calibration.stream import BlockStream
 from internvl_edge.checkpoint.reader import Checkpoint
-from internvl_edge.checkpoint.record import RECORD
+from internvl_edge.checkpoint.record import RECORD, REPORTS
 from internvl_edge.cli import cli
 from internvl_edge.export import export_bundle
 from internvl_edge.quantize import pipeline, quantize_checkpoint
@@ -124,10 +124,24 @@ def test_scales_of_the_cache_are_those_of_what_the_cache_holds(tmp_path: Path, k
     torch.testing.assert_close(torch.from_numpy(scales.value), values, rtol=1e-3, atol=1e-6)
 
 
+def test_files_of_an_earlier_run_are_not_carried_over(tmp_path: Path) -> None:
+    """A checkpoint with an int8 cache and float weights can be quantized; the recipe decides about its cache."""
+    checkpoint, floats = write_checkpoint(tmp_path / "checkpoint"), tmp_path / "floats"
+    quantize(checkpoint, floats, Recipe("fp", kv_cache="int8"))
+    for name in REPORTS:
+        (floats / name).write_text("of the earlier run")
+    quantize(floats, tmp_path / "out", Recipe("w4a16-rtn", 32))
+    assert Checkpoint(floats).kv_scales is not None
+    assert Checkpoint(tmp_path / "out").kv_scales is None
+    assert not {*REPORTS, "kv_cache_scales.npz"} & {path.name for path in (tmp_path / "out").iterdir()}
+
+
 def test_what_is_not_the_decoder_is_carried_over_bit_for_bit(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint")
     (checkpoint / "modeling_internvl_chat.py").write_text("raise SystemExit")
-    (checkpoint / "inputs_stats.pth").write_bytes(b"pickle")
+    pickles = {"inputs_stats.pth", "last.ckpt", "__0_0.distcp", "scaler.joblib", "state.pickle", "losses.npy"}
+    for pickle in pickles:
+        (checkpoint / pickle).write_bytes(b"pickle")
     quantize(checkpoint, tmp_path / "out", RECIPES["awq"])
     before, after = Checkpoint(checkpoint), Checkpoint(tmp_path / "out")
     same = [n for n in before.shapes if not n.startswith("decoder.") or "embed" in n or "lm_head" in n]
@@ -136,7 +150,7 @@ def test_what_is_not_the_decoder_is_carried_over_bit_for_bit(tmp_path: Path) -> 
         assert after.tensor(name).dtype == before.tensor(name).dtype
         assert np.array_equal(after.tensor(name), before.tensor(name))
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {path.name for path in checkpoint.iterdir()} - {"inputs_stats.pth"} | {RECORD, "README.md"}
+    assert names == {path.name for path in checkpoint.iterdir()} - pickles | {RECORD, "README.md"}
     carried = (
         "vocab.json",
         "merges.txt",
@@ -328,6 +342,8 @@ def test_a_quantized_checkpoint_is_not_quantized_again(tmp_path: Path) -> None:
     quantize(checkpoint, tmp_path / "out", RECIPES["rtn"])
     with pytest.raises(EdgeError, match="quantized already"):
         quantize(tmp_path / "out", tmp_path / "again", RECIPES["rtn"])
+    with pytest.raises(EdgeError, match="quantized already"):  # no recipe could use the set
+        calibrate(tmp_path / "out", tmp_path / "set")
 
 
 def test_a_head_that_is_the_token_table_keeps_its_floats(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.recipe.files import combine, make_recipe, presets, read_recipe
-from internvl_edge.recipe.recipe import Automatic, DecoderInt8, Recipe
+from internvl_edge.recipe.recipe import Automatic, DecoderInt8, LearnedRounding, Recipe, VisionInt8
 
 
 def test_presets_are_recipes_that_differ_where_devices_do() -> None:
@@ -92,6 +92,40 @@ def test_names_that_are_neither_preset_nor_file_get_near_ones(tmp_path: Path) ->
 def test_choices_that_cannot_be_are_refused(choices: dict[str, Any], message: str) -> None:
     with pytest.raises(EdgeError, match=message):
         Recipe(**choices)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (Recipe, {"decoder": None}, "decoder is None, expected str"),
+        (Recipe, {"group_size": "64"}, "group_size is '64', expected int"),
+        (Recipe, {"group_size": 64.0}, "group_size is 64.0, expected int"),
+        (Recipe, {"symmetric": "no"}, "symmetric is 'no', expected bool"),
+        (Recipe, {"layers": {"layers.0.*": "fp"}}, r"layers is .*, expected tuple\[tuple\[str, str\], \.\.\.\]"),
+        (Recipe, {"layers": (("layers.0.*", 8),)}, "layers is"),
+        (Recipe, {"layers": ("layers.0.*",)}, "layers is"),
+        (Recipe, {"automatic": {"target_bits": 5}}, "automatic is .*, expected Automatic | None"),
+        (Recipe, {"learning": None}, "learning is None, expected LearnedRounding"),
+        (Automatic, {"target_bits": "5"}, "target_bits is '5', expected float | None"),
+        (Automatic, {"max_kl": 0.1, "among": "w8a16"}, "among is 'w8a16', expected tuple"),
+        (DecoderInt8, {"max_kl": True}, "max_kl is True, expected float"),
+        (VisionInt8, {"keep": "projector.*"}, r"keep is 'projector\.\*', expected tuple"),
+        (LearnedRounding, {"steps": 1.5}, "steps is 1.5, expected int"),
+    ],
+)
+def test_values_of_another_type_are_refused(kind: Any, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(EdgeError, match=message):
+        kind(**values)
+
+
+def test_lists_and_whole_numbers_are_taken_as_they_are_meant() -> None:
+    assert Recipe(layers=[("layers.0.*", "w8a16")]).layers  # type: ignore[arg-type]
+    assert Automatic(target_bits=5).target_bits == 5
+
+
+def test_a_file_written_on_windows_is_read(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_bytes("\ufeff".encode() + b"group_size = 64\r\nsymmetric = true\r\n")
+    assert read_recipe(str(tmp_path / "mine.toml")) == {"group_size": 64, "symmetric": True}
 
 
 @pytest.mark.parametrize(
