@@ -1,8 +1,8 @@
 """Which other programs load a quantized checkpoint, the command for each, and why one does not load it.
 
-What is said of vLLM was tried on a CPU (docs/quality.md, "Loaded by vLLM"), except for quantized linears in the layout
-of transformers, 4-bit heads and what only GPUs compute, which was read in vLLM's source. What is said of LMDeploy was
-read in the source of its TurboMind engine, which runs on NVIDIA GPUs only, and not tried.
+What is said of vLLM was tried on a CPU (docs/quality.md, "Loaded by vLLM"), except for 4-bit heads and what only GPUs
+compute, which was read in vLLM's source. What is said of LMDeploy was read in the source of its TurboMind engine, which
+runs on NVIDIA GPUs only, and not tried.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def vllm(schemes: Schemes, layout: str, *place: str) -> Program:
     only_gpu = f"{len(wide)} linear{'s have' if len(wide) > 1 else ' has'} 8-bit weights with float inputs"
     command = shlex.join(["vllm", "serve", *place, *(["--trust-remote-code"] if own_code else [])])
     head = schemes.get("decoder.lm_head")
-    tried = not wide and (own_code or not any(schemes.values())) and (head is None or head.bits == 8)
+    tried = not wide and (head is None or head.bits == 8)
     return Program("vLLM", command, tuple(obstacles), only_gpu if wide else "", tried)
 
 
