@@ -27,7 +27,7 @@ FINER = Scheme(4, 32, symmetric=True)
 SAME = {
     "'mlp1.": "projector",
     "'multi_modal_projector.": "projector",
-    "'vision_tower.": "tower",
+    "'encoder.layer.": "tower",
     "uint8b128": "8-bit weights with float inputs",
     "load_merged_column_weight": "joins",
 }
