@@ -34,9 +34,9 @@ from .sensitivity import probe_samples
 _BETAS = (0.9, 0.95)
 _EPSILON = 1e-12
 _WARM_UP = 3
-# Weights of linears with more inputs than this take smaller steps, in proportion. Every step changes all weights of an
-# output, most of them by noise, and the noise of all inputs adds up.
-_INPUTS = 768
+# Weights of linears with more inputs than this take smaller steps, by the square of the ratio. Every step moves all
+# weights of an output, most of them by noise, and the noise of all inputs adds up.
+_INPUTS = 1536
 # As far as a latent goes beyond the lowest and the highest integer: it must still round to them.
 _BEYOND = 0.49
 # Outputs of a linear that move together.
@@ -155,7 +155,7 @@ class _Moving:
         self._first, self._second = torch.zeros_like(latent.values), torch.zeros_like(latent.values)
         low, high = latent.grid.limits
         self._limits = low - _BEYOND, high + _BEYOND
-        self._pace = min(1.0, _INPUTS / latent.values.shape[1])
+        self._pace = min(1.0, _INPUTS / latent.values.shape[1]) ** 2
 
     def rounded(self, dtype: torch.dtype) -> Tensor:
         """Return the weight that the latent stands for now, [out, in]."""

@@ -1,10 +1,11 @@
 """How large may the steps of learned rounding be in wide linears? First layers of random checkpoints in real shapes.
 
-    python benchmarks/settled/learning_rates.py WORK [--variant 1B ...] [--limit 768 ...] [--samples 64]
+    python benchmarks/settled/learning_rates.py WORK [--variant 1B ...] [--limit 1536 ...] [--samples 64]
 
-Linears with more inputs than the limit take steps that are smaller in proportion; "inf" is the same step for all. Each
-eighth sample is held out from learning. Errors are those of the layer's output relative to the float model's, squared,
-mean over tokens, after learning as a share of before. One thread. Entries are added to results/learning-rates.json.
+Linears with more inputs than the limit take smaller steps, by the square of the ratio; "inf" is the same step for all.
+Each eighth sample is held out from learning. Errors are those of the layer's output relative to the float model's,
+squared, mean over tokens, after learning as a share of before. One thread. Entries are added to
+results/learning-rates.json.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ def _changed(moving: learned._Moving, latent: Latent) -> float:
 @click.command()
 @click.argument("work", type=click.Path(path_type=Path))
 @click.option("--variant", "names", multiple=True, default=("1B", "2B"), show_default=True)
-@click.option("--limit", "limits", type=float, multiple=True, default=(math.inf, 1536, 768, 384), show_default=True)
+@click.option("--limit", "limits", type=float, multiple=True, default=(math.inf, 1536, 768), show_default=True)
 @click.option("--samples", default=64, show_default=True)
 def main(work: Path, names: tuple[str, ...], limits: tuple[float, ...], samples: int) -> None:
     """Try all limits with each variant."""

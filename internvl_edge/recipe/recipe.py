@@ -174,7 +174,7 @@ class LearnedRounding:
     Attributes:
         steps: steps of gradient descent for each layer.
         tokens: calibration tokens of each step, in whole samples.
-        rate: the largest step of a weight, in units of its grid. Linears with more than 768 inputs take smaller ones.
+        rate: the largest step of a weight, in units of its grid. Linears with more than 1536 inputs take smaller ones.
         seed: decides the order of the samples.
 
     Raises:

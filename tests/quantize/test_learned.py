@@ -135,7 +135,7 @@ def test_layers_that_learning_makes_worse_keep_their_computed_rounding(tmp_path:
 
 def test_wider_linears_take_smaller_steps() -> None:
     """A step of Adam has the same length for every gradient, so the first one shows it."""
-    for inputs, expected in ((256, 0.01), (768, 0.01), (3072, 0.0025)):
+    for inputs, expected in ((256, 0.01), (1536, 0.01), (3072, 0.0025)):
         scheme = Scheme(4, 64, symmetric=False)
         grid = Grid(scheme, torch.ones(2, inputs // 64), torch.full((2, inputs // 64), 8.0))
         latent = Latent(torch.full((2, inputs), 3.0), grid, None, torch.empty(0, inputs))
