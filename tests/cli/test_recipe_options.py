@@ -43,7 +43,7 @@ def test_options_replace_single_fields_of_a_recipe(tmp_path: Path) -> None:
         (
             "native",
             [],
-            ["vLLM loads it (not tried): vllm serve {out}\n", "LMDeploy does not load it: LMDeploy's TurboMind reads"],
+            ["vLLM loads it: vllm serve {out}\n", "LMDeploy does not load it: LMDeploy's TurboMind reads"],
         ),
         ("remote", ["--layer", "*.gate_proj=w8a16"], ["vLLM does not load it: linears that vLLM joins"]),
         ("remote", ["--lm-head", "int8"], ["vLLM loads it (not tried; not on a CPU: 1 linear has 8-bit weights"]),

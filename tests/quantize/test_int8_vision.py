@@ -315,12 +315,12 @@ def test_without_images_there_is_nothing_to_calibrate_with(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("decoder", ["fp", "w4a16-awq"])
-def test_a_calibration_set_without_an_image_is_refused(tmp_path: Path, decoder: str) -> None:
+def test_a_calibration_set_with_a_cut_image_is_refused(tmp_path: Path, decoder: str) -> None:
     original, data = write_checkpoint(tmp_path / "checkpoint"), write_data(tmp_path / "data")
     recipe = Recipe(decoder, group_size=32, vision="int8", vision_int8=ALL_INT8)
     made = calibrate(original, tmp_path / "set", DataOptions(data, max_tiles=2), FLOAT32).folder
     (made / "tiles.u8").write_bytes((made / "tiles.u8").read_bytes()[:-1])
-    with pytest.raises(EdgeError, match=r"tiles.u8 is missing or incomplete; make the calibration set again"):
+    with pytest.raises(EdgeError, match=r"tiles.u8 is damaged or was changed; make the calibration set again"):
         quantize_checkpoint(original, tmp_path / "c", recipe, calibration=made, compute=FLOAT32)
 
 
