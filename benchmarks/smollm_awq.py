@@ -16,7 +16,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from numpy.typing import NDArray
 from record import run_measured, write_results
 from smollm_forward import compare, figures_of, read_weights, write_logits
 
+from internvl_edge.bundle.bundle import sha256
 from internvl_edge.calibration import dataset
 from internvl_edge.calibration.work import checkpoint_identity
 from internvl_edge.checkpoint.reader import Checkpoint
@@ -208,15 +208,9 @@ def _write_calibration_set(folder: Path, checkpoint: Path, tokens: NDArray[np.in
         "broken": [],
         "image_token": VOCABULARY,  # the first row behind those of the model; no token here is one
         "hidden_size": source.config.decoder.hidden_size,
-        "files": {
-            name: sha256((folder / name).read_bytes()).hexdigest() for name in (dataset.TOKENS, dataset.EMBEDDINGS)
-        },
+        "files": {name: sha256(folder / name) for name in (dataset.TOKENS, dataset.EMBEDDINGS)},
     }
     (folder / dataset.MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
-
-
-def _sha256(path: Path) -> str:
-    return sha256(path.read_bytes()).hexdigest()
 
 
 def _versions(environment: Path | None) -> list[str]:
