@@ -20,7 +20,7 @@ from PIL import Image
 from internvl_edge.base import json_files
 from internvl_edge.base.errors import EdgeError
 from internvl_edge.base.text import shown
-from internvl_edge.model.preprocess import IMAGE_SUFFIXES
+from internvl_edge.model.preprocess import IMAGE_SUFFIXES, file_path
 from internvl_edge.model.prompt import IMAGE_MARK
 
 from .texts import IMAGE_PROMPTS, TEXTS
@@ -206,7 +206,7 @@ def _part(part: Any, images: list[Any]) -> str:
 
 
 def read_images(folder: Path, value: Any) -> tuple[Path, ...]:
-    """Return the image files that one entry names, one or several. They are relative to the folder.
+    """Return the image files that one entry names, one or several: paths relative to the folder, or `file://`.
 
     Raises:
         ValueError: anything else.
@@ -220,7 +220,7 @@ def read_images(folder: Path, value: Any) -> tuple[Path, ...]:
         raise ValueError("images is not a list of file names")
     if fetched := next((each for each in names if _ADDRESS.match(each)), None):
         raise ValueError(f"image {shown(fetched)} is an address, only files are read; download it first")
-    return tuple(folder / each for each in names)
+    return tuple(folder / file_path(each) for each in names)
 
 
 def _built_in(seed: int) -> Iterator[CalibrationItem]:

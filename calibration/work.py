@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from internvl_edge.base.errors import CheckpointError, EdgeError
 from internvl_edge.base.files import replace_text, replacing
+from internvl_edge.checkpoint.record import RECORD, REPORTS
 from internvl_edge.checkpoint.safetensors_header import read_header
 
 _RUN = "run.json"
@@ -40,6 +41,8 @@ _SAMPLED_BYTES = 1 << 20
 # Of each tensor, where checkpoints are told apart.
 _BEGINNING_BYTES = 4096
 WEIGHT_SUFFIXES = {".safetensors", ".bin"}
+# Configurations, vocabularies and chat templates.
+_TEXT_SUFFIXES = {".json", ".txt", ".model", ".jinja"}
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -241,12 +244,15 @@ def _sha256(path: Path, size: int | None = None) -> str:
 def checkpoint_identity(folder: Path) -> str:
     """Return a digest that distinguishes checkpoints.
 
-    It covers config.json, and of each weight file the name, the size, the first and last megabyte and the beginning of
-    every tensor: a fine-tune has the sizes of its base, and may differ from it only in the middle of its files.
+    It covers configuration and tokenizer, and of each weight file the name, the size, the first and last megabyte and
+    the beginning of every tensor: a fine-tune has the sizes of its base, and may differ from it only in the middle of
+    its files. What `quantize` reports beside the model does not count.
     """
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        if path.suffix in WEIGHT_SUFFIXES:
+        if path.suffix in _TEXT_SUFFIXES and path.name not in (RECORD, *REPORTS) and path.is_file():
+            digest.update(f"{path.name} {_sha256(path)}".encode())
+        elif path.suffix in WEIGHT_SUFFIXES:
             size = path.stat().st_size
             digest.update(f"{path.name} {size}".encode())
             with path.open("rb") as file:

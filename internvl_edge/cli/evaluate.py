@@ -6,6 +6,7 @@ Exit status 1 where a condition of --fail-if holds.
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -174,9 +175,10 @@ def command(
     if record:
         record_quality(bundle, quality)
     if folder:
-        made = bundle_report(bundle, quality, result.comparison, result.suite, command=typed_command())
-        say_written(write_report(made.completed_by(read_report(folder)), folder))
-        remove_answers(folder)
+        with stoppable("the figures are recorded, the report is not written") if record else nullcontext():
+            made = bundle_report(bundle, quality, result.comparison, result.suite, command=typed_command())
+            say_written(write_report(made.completed_by(read_report(folder)), folder))
+            remove_answers(folder)
     return 1 if result.failed else 0
 
 

@@ -45,12 +45,15 @@ _COMPARISON = (
 
 @contextmanager
 def stoppable(advice: str) -> Iterator[None]:
-    """Around a long command: Ctrl-C and SIGTERM end it cleanly and say what becomes of its work."""
+    """Around a long command: Ctrl-C and SIGTERM end it cleanly and say what becomes of its work.
+
+    Of one inside another, as around the last part of a command, the advice of the inner one is said.
+    """
     with terminating_as_interrupt():
         try:
             yield
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(advice) from None
+        except KeyboardInterrupt as stop:
+            raise KeyboardInterrupt(str(stop) or advice) from None
 
 
 quiet_option = click.option(

@@ -91,7 +91,8 @@ def command(checkpoint: str, output: Path, calibration: Path | None, as_json: bo
         )
     seconds = time.perf_counter() - started
     record = report.record
-    say_written(write_report(checkpoint_report(report.folder, record, typed_command()), report.folder))
+    with stoppable(f"{report.folder} is complete, only its report is not"):
+        say_written(write_report(checkpoint_report(report.folder, record, typed_command()), report.folder))
     if as_json:
         facts = {
             "checkpoint": str(report.folder),

@@ -229,6 +229,17 @@ def _chartqa(name: str, entry: Entry, folder: Path) -> Case:
     )
 
 
+def _internvl(name: str, entry: Entry, folder: Path) -> Case:
+    """Read one question of the files that InternVL's own evaluation converts public sets to."""
+    if entry.get("answer") is None:
+        raise ValueError(f"there is no answer; {_NOT_PUBLIC}")
+    question = _text(entry, "question")
+    # In AI2D's file the question holds its options and these words already.
+    text = question if _LETTER.lower() in question.lower() else f"{question} {_SHORT}"
+    # Not the question's id, which is the image's in some of these sets.
+    return Case(name, text, read_images(folder, entry["image"]), *_split(_texts(entry, "answer")))
+
+
 def _ocrbench(name: str, entry: Entry, folder: Path) -> Case:
     data = _text(entry, "dataset_name")
     return Case(
@@ -336,6 +347,14 @@ FORMATS = {
         _chartqa,
         ("png",),
         source="ChartQA, test_human.json and test_augmented.json (Masry et al., 2022)",
+    ),
+    "internvl": SuiteFormat(
+        (frozenset({"question_id", "question", "image"}),),
+        "normalized_match",
+        _internvl,
+        # Names begin at the folder that holds `data/`, and the files lie in `data/NAME/`.
+        ("../..",),
+        source="internvl_chat/eval/vqa/evaluate_vqa.py, whose sets have different metrics",
     ),
     "ocrbench": SuiteFormat(
         (frozenset({"dataset_name", "image_path", "question", "answers"}),),

@@ -113,9 +113,12 @@ def _from_address(text: str) -> str | bytes:
         raise ImageError(
             f"{one_line(text, _SHOWN)} is an address; images are not fetched, download it and give the file"
         )
-    if rest.startswith("//") and scheme.lower() == "file":
-        return unquote(urlsplit(text).path)
-    return text
+    return file_path(text)
+
+
+def file_path(text: str) -> str:
+    """The path in a `file://` address, or the text as it is."""
+    return unquote(urlsplit(text).path) if text[:7].lower() == "file://" else text
 
 
 def _from_pixels(pixels: NDArray[Any]) -> Image.Image:

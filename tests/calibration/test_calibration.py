@@ -199,6 +199,18 @@ def test_every_tensor_tells_checkpoints_apart(tmp_path: Path) -> None:
     assert checkpoint_identity(base) != checkpoint_identity(tuned)
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json", "merges.txt"])
+def test_what_decides_tokens_tells_checkpoints_apart_and_a_report_does_not(tmp_path: Path, name: str) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint")
+    before = checkpoint_identity(checkpoint)
+    for report in ("report.json", "report.html", "quantization.json", "README.md"):
+        (checkpoint / report).write_text("{}")
+    assert checkpoint_identity(checkpoint) == before
+    with (checkpoint / name).open("a") as file:
+        file.write("\n")
+    assert checkpoint_identity(checkpoint) != before
+
+
 def test_a_folder_of_images_gets_prompts(tmp_path: Path) -> None:
     made = calibrate_tiny(tmp_path, write_data(tmp_path / "data").parent)
     assert sorted(made.names) == [f"{index}.png" for index in range(6)]

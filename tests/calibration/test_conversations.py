@@ -120,6 +120,11 @@ def test_both_forms_are_read(tmp_path: Path, values: dict[str, Any], expected: A
     assert list(found.images) == [tmp_path / name for name in images]
 
 
+def test_file_addresses_are_paths(tmp_path: Path) -> None:
+    found = item(tmp_path, {"image": "file:///pictures/a%20b.png", "conversations": [human("x")]})
+    assert found.images == (Path("/pictures/a b.png"),)
+
+
 @pytest.mark.parametrize(
     ("values", "problem"),
     [

@@ -82,6 +82,19 @@ def test_a_stopped_command_says_that_it_continues(
     assert os.listdir(tmp_path) == ["out"]
 
 
+def test_a_quantize_that_is_stopped_at_its_report_says_that_the_checkpoint_is_complete(
+    checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    line = command_line("quantize", checkpoint, data, tmp_path / "out")
+    with half_way(WAITING, "report.json", *line) as started:
+        os.kill(started.process.pid, signal.SIGTERM)
+        status, _, error = started.communicate()
+    assert status == 130
+    assert error.splitlines()[-1] == f"interrupted; {tmp_path / 'out'} is complete, only its report is not"
+    assert os.listdir(tmp_path) == ["out"]
+    assert internvl_edge("inspect", tmp_path / "out").returncode == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_export_is_one_line_and_leaves_nothing(
     checkpoint: Path, tmp_path: Path, number: signal.Signals
@@ -244,3 +257,18 @@ def test_a_stopped_evaluation_records_nothing_and_says_so(
     assert error == "interrupted; nothing is recorded; repeat the command to measure again\n"
     assert contents(bundle) == before
     assert os.listdir(tmp_path) == ["bundle"]
+
+
+def test_an_evaluation_that_is_stopped_at_its_report_says_that_the_figures_are_recorded(
+    checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    bundle = tmp_path / "bundle"
+    assert internvl_edge("export", checkpoint, "-o", bundle).returncode == 0
+    line = ("evaluate", bundle, "--reference", bundle, "--data", data, "--samples", 2, "--max-tiles", 1)
+    with start_code(WAITING, "report.json", *line, "--max-new-tokens", 2) as started:
+        assert "half way\n" in iter(started.stdout.readline, "")  # the figures are printed before
+        os.kill(started.process.pid, signal.SIGTERM)
+        status, _, error = started.communicate()
+    assert status == 130
+    assert error.splitlines()[-1] == "interrupted; the figures are recorded, the report is not written"
+    assert "quality" in (bundle / "manifest.json").read_text()

@@ -147,6 +147,30 @@ def test_chartqa_has_its_images_in_a_folder_beside_it(tmp_path: Path, folder: st
     assert metric == "relaxed_accuracy"
 
 
+INTERNVL = [
+    {"image": "data/docvqa/val/1.png", "question": "what is the date?", "question_id": 7, "answer": ["May 2", "2 May"]},
+    {
+        "image": "data/docvqa/val/1.png",
+        "question": "Which one?\nA. a\nB. b\nAnswer with the option's letter from the given choices directly.",
+        "question_id": 7,
+        "answer": "B",
+    },
+]
+
+
+def test_files_of_internvls_own_evaluation_have_images_below_the_folder_of_their_data(tmp_path: Path) -> None:
+    picture = _picture(tmp_path / "data/docvqa/val/1.png")
+    cases, metric = read_suite_file(_write(tmp_path / "data/docvqa/val.jsonl", INTERNVL))
+    assert [case.name for case in cases] == ["val.jsonl:1", "val.jsonl:2"]
+    assert [case.answers for case in cases] == [("May 2", "2 May"), ("B",)]
+    assert [case.question for case in cases] == [f"what is the date? {SHORT}", INTERNVL[1]["question"]]
+    assert {image.resolve() for case in cases for image in case.images} == {picture}
+    assert metric == "normalized_match"
+    secret = [{key: value for key, value in entry.items() if key != "answer"} for entry in INTERNVL]
+    with pytest.raises(EdgeError, match=r"test.jsonl:1: there is no answer; those of a test split are not public"):
+        read_suite_file(_write(tmp_path / "data/docvqa/test.jsonl", secret))
+
+
 @pytest.mark.parametrize("folder", ["", "OCRBench"])
 def test_ocrbench_names_are_unique_with_their_data_set_and_formulas_are_known(tmp_path: Path, folder: str) -> None:
     """The authors have the file in a folder beside that of the images."""
