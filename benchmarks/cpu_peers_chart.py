@@ -1,7 +1,7 @@
 """A bar chart of one run of cpu_peers.py: cpu_peers_chart.py NAME OUT.svg
 
 One panel for each figure: a bar for each program, as its ratio to the best peer (above 1 is ahead, in times and sizes,
-too). The dashed line is the best peer, the dotted one the goal. Colours follow the light or dark scheme of the viewer.
+too). The dashed line is the best peer, the dotted one the goal. Colors follow the light or dark scheme of the viewer.
 """
 
 from __future__ import annotations

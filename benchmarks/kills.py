@@ -4,7 +4,7 @@
 
 Each command runs once undisturbed, which gives its duration and the SHA-256 of every file it makes. Then it is started
 again and again with the demo model and stopped by SIGKILL or SIGTERM at a random moment. Under the final name there
-must then be nothing, or the old artefact, or the whole new one. The command is repeated, in one case of four killed
+must then be nothing, or the old artifact, or the whole new one. The command is repeated, in one case of four killed
 once more on the way, until it succeeds. Its files must have the same SHA-256, and nothing else may lie beside them.
 
 What holds times is left out: report.json, report.html, the run in quantization.json, the date of an evaluation and

@@ -4,7 +4,7 @@
 
 Each prompt length is computed with one thread in steps of 256 tokens and a rest (the peer), and as the ONNX Runtime
 engine does it, in steps of 256, then of 64, and a rest; in turn, seven times. Writes results/prompt-steps.json: the
-median seconds of CPU time, and the median of the ratios of neighbours.
+median seconds of CPU time, and the median of the ratios of neighbors.
 """
 
 from __future__ import annotations

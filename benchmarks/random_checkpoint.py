@@ -114,7 +114,7 @@ def total_bytes(variant: Variant) -> int:
 
 
 def shards(listed: list[Tensor], shard_bytes: int) -> list[list[Tensor]]:
-    """Neighbouring tensors together, each shard within `shard_bytes` unless one tensor alone is larger."""
+    """Neighboring tensors together, each shard within `shard_bytes` unless one tensor alone is larger."""
     parts: list[list[Tensor]] = [[]]
     size = 0
     for tensor in listed:

@@ -140,7 +140,7 @@ def _dequantize(tensor: gguf.ReaderTensor) -> Array:
 
 
 def _undo_rotary_order(values: Callable[[], Array], heads: int) -> Array:
-    """GGUF's Llama pairs neighbouring rows of q and k for its rotation; everyone else pairs the halves of a head."""
+    """GGUF's Llama pairs neighboring rows of q and k for its rotation; everyone else pairs the halves of a head."""
     weight = values()
     pairs = weight.reshape(heads, len(weight) // heads // 2, 2, -1)
     return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(weight.shape))

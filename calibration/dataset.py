@@ -229,7 +229,7 @@ def prepare(
     options: DataOptions,
     progress: Progress,
 ) -> CalibrationSet:
-    """Tokenise and tile the samples into the work folder; `pipeline.embed` makes the embeddings.
+    """Tokenize and tile the samples into the work folder; `pipeline.embed` makes the embeddings.
 
     If the work folder has them already, only open them.
 

@@ -127,7 +127,7 @@ def _block(g: GraphBuilder, config: ModelConfig, x: ir.Value, block: str) -> ir.
 
 
 def _pixel_shuffle(g: GraphBuilder, config: ModelConfig, x: ir.Value) -> ir.Value:
-    """Drop the class token and merge r x r neighbours: channels [x(ri, rj), x(ri, rj+1), ..., x(ri+r-1, rj+r-1)].
+    """Drop the class token and merge r x r neighbors: channels [x(ri, rj), x(ri, rj+1), ..., x(ri+r-1, rj+r-1)].
 
     Version 1 of the original lacks the last transposition, so its tokens are in column order.
     """

@@ -17,7 +17,7 @@ from internvl_edge.model.linear import Scheme
 
 from .rounding import minmax_grid
 
-# The paper's authors try 20 alphas. Here, eleven are tried, and then the neighbours of the best one, nearer and nearer.
+# The paper's authors try 20 alphas. Here, eleven are tried, and then the neighbors of the best one, nearer and nearer.
 _ALPHA_STEPS = (tuple(step / 10 for step in range(11)), (-0.05, 0.05), (-0.025, 0.025))
 # The number of outputs per layer, evenly spaced, on which a scale is chosen. Alpha is one number for all outputs, so a
 # sample is enough.

@@ -1,4 +1,4 @@
-"""Learn the rounding of one block: move weights to the other neighbour where the block's output comes nearer.
+"""Learn the rounding of one block: move weights to the other neighbor where the block's output comes nearer.
 
 What error compensation leaves of each weight before it is rounded, in units of the grid, is the latent u of the weight.
 W = scale * (round(u) - zero) is what the block computes with, and the gradient of W passes to u as if nothing were

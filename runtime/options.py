@@ -39,7 +39,7 @@ class ChatOptions(TypedDict, total=False):
         stop: strings that end the answer and are not part of it.
         speculate: guess tokens from the prompt and verify several in one step (see `lookup`). The answer is the same.
         exif: turn images upright as their EXIF orientation says. By default they are not, as in the original code.
-        background: a colour to put behind transparent pixels ("white", "#fafafa"). By default transparency is dropped,
+        background: a color to put behind transparent pixels ("white", "#fafafa"). By default transparency is dropped,
             as in the original code, which usually leaves black.
         plain_text: read special tokens (`<|im_end|>`) and `<image>` marks in question, history and system text as plain
             text, for texts that somebody else writes. The places of images are then `IMAGE` in a list (see

@@ -274,7 +274,7 @@ class _Bins:
         self._before = before
         self._shift, width = _LEVELS[level]
         self._prefix = prefix << width
-        # A bin has four parts, and neighbours in the vocabulary go to different ones, because many additions to one sum
+        # A bin has four parts, and neighbors in the vocabulary go to different ones, because many additions to one sum
         # are slow. Which part does not matter, so the two bits below those of a bin are mixed with the place.
         shift = np.right_shift if self._shift else np.left_shift
         bits = shift(space.keys, np.uint32(abs(self._shift - 2)), out=space.bits)

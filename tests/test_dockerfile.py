@@ -98,7 +98,7 @@ def test_the_server_of_the_documentation_writes_into_its_cache_alone() -> None:
 
 
 @pytest.mark.parametrize("label", ["title", "description", "source", "documentation", "licenses"])
-def test_the_image_is_labelled(label: str) -> None:
+def test_the_image_is_labeled(label: str) -> None:
     assert re.search(rf'org\.opencontainers\.image\.{label}="[^"]+"', COMMAND)
 
 

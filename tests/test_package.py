@@ -1,4 +1,4 @@
-"""What a stranger sees first: the index page, the extras, the licence beside the weights, the security policy."""
+"""What a stranger sees first: the index page, the extras, the license beside the weights, the security policy."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def test_links_between_pages_lead_somewhere(page: Any) -> None:
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
-def test_weights_in_the_package_have_a_card_with_a_licence() -> None:
+def test_weights_in_the_package_have_a_card_with_a_license() -> None:
     folders = {path.parent for path in (REPOSITORY / "internvl_edge").rglob("*.safetensors")}
     assert folders
     for folder in folders:
         card = (folder / "README.md").read_text(encoding="utf-8")
         assert card.startswith("---\nlicense: apache-2.0\n")
-        for heading in ("**Training data:**", "**Score:**", "**Limits:**", "**Licence:**"):
+        for heading in ("**Training data:**", "**Score:**", "**Limits:**", "**License:**"):
             assert heading in card
 
 

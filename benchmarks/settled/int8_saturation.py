@@ -3,7 +3,7 @@
     python benchmarks/settled/int8_saturation.py CHECKPOINT     -> results/int8-saturation-NAME.json
 
 Quantizes CHECKPOINT, then computes the embeddings of photographs once with exact sums and once as ONNX Runtime's fast
-kernels do on x86 without VNNI: inputs shifted to unsigned bytes, products of neighbouring inputs added with saturation.
+kernels do on x86 without VNNI: inputs shifted to unsigned bytes, products of neighboring inputs added with saturation.
 """
 
 from __future__ import annotations

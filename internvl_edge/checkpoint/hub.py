@@ -11,7 +11,7 @@ from .kv_scales import KV_CACHE_SCALES
 
 CHECKPOINT = Kind("checkpoint", "config.json", "OpenGVLab/InternVL2_5-1B", CheckpointError)
 # Weights, configuration, tokenizer, and no pickles other than weight shards. The code files are a few kilobytes of text
-# that vLLM and transformers need in the output of `quantize`. This project does not run them. The card and the licence
+# that vLLM and transformers need in the output of `quantize`. This project does not run them. The card and the license
 # say what a copy may be used for.
 _WANTED = [
     *("*.json", "*.safetensors", "*.jinja", "*.py", "merges.txt", "tokenizer.model", KV_CACHE_SCALES),

@@ -1,4 +1,4 @@
-"""The licence that a checkpoint's card (`README.md`) names in its front matter, as the hub writes it.
+"""The license that a checkpoint's card (`README.md`) names in its front matter, as the hub writes it.
 
 The front matter is YAML of unknown origin. Three plain entries are read from it, line by line; nothing else of YAML is.
 """
@@ -18,7 +18,7 @@ _LINK = re.compile(r"(https?://[!-~]{1,300}|[A-Za-z0-9][A-Za-z0-9._-]{0,79})")
 
 @dataclass(frozen=True)
 class License:
-    """A licence in the words of the hub.
+    """A license in the words of the hub.
 
     Attributes:
         id: an identifier of the hub's list, such as "mit", or "other".
@@ -32,7 +32,7 @@ class License:
 
 
 def read_license(folder: Path) -> License | None:
-    """Return the licence that the card in a folder names, or None where there is none, or none that can be read."""
+    """Return the license that the card in a folder names, or None where there is none, or none that can be read."""
     try:
         with (folder / CARD).open("rb") as file:
             lines = file.read(_BYTES).decode("utf-8-sig", "replace").splitlines()

@@ -1,6 +1,6 @@
 """Convert InternLM2's sentencepiece model to a `tokenizer.json`, and verify the result against sentencepiece.
 
-This module knows byte-pair sentencepiece models with byte fallback. Method: sentencepiece merges those neighbours that
+This module knows byte-pair sentencepiece models with byte fallback. Method: sentencepiece merges those neighbors that
 form the piece with the best score. The merges are therefore all splits of every piece into two pieces, ranked by the
 score of the whole piece.
 """

@@ -81,8 +81,8 @@ _IMAGES = (
     ),
     click.option(
         "--background",
-        metavar="COLOUR",
-        help="Colour behind transparent pixels, such as white or #f0f0f0.  [default: transparency is dropped, as in "
+        metavar="COLOR",
+        help="Color behind transparent pixels, such as white or #f0f0f0.  [default: transparency is dropped, as in "
         "the original model code, which usually leaves black]",
     ),
 )

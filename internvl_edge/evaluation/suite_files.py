@@ -42,7 +42,7 @@ Entry = dict[str, Any]
 
 @dataclass(frozen=True)
 class SuiteFormat:
-    """A format of labelled questions.
+    """A format of labeled questions.
 
     Attributes:
         forms: the fields that every entry of a form of it has. A file is of the first format of which its first entry

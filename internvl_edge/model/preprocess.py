@@ -65,7 +65,7 @@ def load_image(
     Args:
         source: see `ImageSource`. A Pillow image is not changed; addresses on the network are not fetched.
         exif: apply the EXIF orientation, as vLLM does; the original leaves pixels as they are stored.
-        background: a colour to put behind transparent pixels; None drops transparency as the original does.
+        background: a color to put behind transparent pixels; None drops transparency as the original does.
         max_pixels: most pixels (width x height) of an image; read from the header before any memory is allocated.
         max_aspect_ratio: greatest longer side / shorter side.
 
@@ -315,16 +315,16 @@ def _eight_bits(image: Image.Image, name: str) -> Image.Image:
 
 
 def require_color(text: str) -> tuple[int, ...]:
-    """Return red, green, blue, and alpha where the text says one, 0 to 255. Raises ImageError: it is no colour."""
+    """Return red, green, blue, and alpha where the text says one, 0 to 255. Raises ImageError: it is no color."""
     try:
         return ImageColor.getrgb(text)
     except ValueError:
-        raise ImageError(f"background {shown(text)} is no colour; give one such as white or #f0f0f0") from None
+        raise ImageError(f"background {shown(text)} is no color; give one such as white or #f0f0f0") from None
 
 
-def _on_background(image: Image.Image, colour: str) -> Image.Image:
-    """The image over a colour, where it has transparent pixels."""
-    base = Image.new("RGBA", image.size, require_color(colour))
+def _on_background(image: Image.Image, color: str) -> Image.Image:
+    """The image over a color, where it has transparent pixels."""
+    base = Image.new("RGBA", image.size, require_color(color))
     base.alpha_composite(image.convert("RGBA"))
     return base.convert("RGB")
 

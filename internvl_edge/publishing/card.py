@@ -248,9 +248,9 @@ def _front_matter(hub: HubSource | None, license_: License | None, tags: Sequenc
 
 def _license_text(found: License | None) -> list[str]:
     if found is None:
-        return ["The licence of the original applies; it was not known where this card was written."]
+        return ["The license of the original applies; it was not known where this card was written."]
     named = f"{found.id}, {found.name}" if found.name else found.id
-    return [f"The licence is that of the original: {_plain(named)}{f' ({_plain(found.link)})' if found.link else ''}."]
+    return [f"The license is that of the original: {_plain(named)}{f' ({_plain(found.link)})' if found.link else ''}."]
 
 
 def _errors(record: QuantizationRecord) -> list[str]:

@@ -240,7 +240,7 @@ class Recipe:
             and w8a16. Without it, w8a16 is rounding to nearest, without data. The same holds where only exceptions are
             w8a16 and nothing else needs data.
         rounding: "computed" (to nearest, after error compensation if there is one) or "learned": from there, weights of
-            w4a16-awq move to the other neighbour where a layer's output comes nearer to the float model's. It takes
+            w4a16-awq move to the other neighbor where a layer's output comes nearer to the float model's. It takes
             longer.
         learning: options of learned rounding.
         vision: "fp" or "int8" (weights and inputs of tower and projector); fewer bits are refused.

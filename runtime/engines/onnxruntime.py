@@ -3,7 +3,7 @@
 The KV cache has a fixed buffer for the keys and one for the values of each layer. Each buffer is bound as `past` and as
 `present`, so that a step writes only its own positions. Pages of the cache that no step has touched use no memory.
 
-A buffer holds the rows of the cache one after the other. A step takes rows that are neighbours in memory, so each row
+A buffer holds the rows of the cache one after the other. A step takes rows that are neighbors in memory, so each row
 has a place, and rows that decode together move to the last places. Their logits must not depend on which rows these
 are. So every decode step of a cache with several rows computes an even number of them: ONNX Runtime multiplies a single
 row, and the odd one of several, with another kernel, whose sums are rounded differently. The place behind the last row

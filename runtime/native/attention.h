@@ -12,7 +12,7 @@ struct Attention {
     const float* key;     // [batch, kv_heads, keys, width], in any order of axes
     const float* value;   // as key
     float* output;        // as query
-    size_t query_batch, query_token;                // of query and output; heads are neighbours
+    size_t query_batch, query_token;                // of query and output; heads are neighbors
     size_t key_batch, key_head, key_token;          // of key and value
     int64_t batch, tokens, heads, kv_heads, width;  // heads is a multiple of kv_heads, width of 16
     const int32_t* lengths;  // [batch]: the keys that the last query sees, where `causal`

@@ -130,14 +130,14 @@ inline Floats power_of_2(Floats x) {
     return y;
 }
 
-// What matrices are multiplied in. A unit of 32 bits holds DEPTH neighbours along the summed axis.
+// What matrices are multiplied in. A unit of 32 bits holds DEPTH neighbors along the summed axis.
 struct Float32 {
     static constexpr int DEPTH = 1;
     using Unit = float;
     using Vector = Floats;
     static Vector broadcast(Unit unit) { return splat(unit); }
     static Floats add_product(Floats sum, Vector a, Vector b) { return sum + a * b; }
-    // Units of W * DEPTH neighbours.
+    // Units of W * DEPTH neighbors.
     static Vector along(const Floats (&x)[DEPTH]) { return x[0]; }
     // Units that hold a lane of each of DEPTH rows.
     static Vector across(const Floats (&rows)[DEPTH]) { return rows[0]; }

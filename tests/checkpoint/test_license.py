@@ -1,4 +1,4 @@
-"""The licence of a checkpoint is read from its card, and only plain entries are."""
+"""The license of a checkpoint is read from its card, and only plain entries are."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def test_a_plain_entry_is_read(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("text", UNKNOWN, ids=range(len(UNKNOWN)))
-def test_anything_else_is_no_licence(tmp_path: Path, text: str) -> None:
+def test_anything_else_is_no_license(tmp_path: Path, text: str) -> None:
     (tmp_path / "README.md").write_bytes(text.encode())
     assert read_license(tmp_path) is None
 
 
-def test_bytes_that_are_no_text_are_no_licence(tmp_path: Path) -> None:
+def test_bytes_that_are_no_text_are_no_license(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_bytes(b"---\nlicense: \xff\xfe\n---\n")
     assert read_license(tmp_path) is None
     assert read_license(tmp_path / "nowhere") is None

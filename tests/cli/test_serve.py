@@ -101,7 +101,7 @@ def test_mistakes_are_one_line(bundle: Path, tmp_path: Path) -> None:
     assert_one_line(internvl_edge("serve", tmp_path, *QUICK), "is not a bundle")
     assert_one_line(internvl_edge("serve", bundle, *QUICK, "--api-key-file", tmp_path / "none"), "cannot be read")
     assert_one_line(internvl_edge("serve", bundle, *QUICK, "--tls-cert", "x"), "belong together")
-    assert_one_line(internvl_edge("serve", bundle, *QUICK, "--background", "nocolour"), "is no colour")
+    assert_one_line(internvl_edge("serve", bundle, *QUICK, "--background", "nocolor"), "is no color")
     (tmp_path / "x").write_text("no certificate")
     files = ("--tls-cert", tmp_path / "x", "--tls-key", tmp_path / "x")
     assert_one_line(internvl_edge("serve", bundle, *QUICK, *files), "TLS cannot use")

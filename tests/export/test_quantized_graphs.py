@@ -95,7 +95,7 @@ def test_every_quantized_product_is_fused(tmp_path: Path, kind: str) -> None:
     bundle = export_bundle(quantized, tmp_path / "bundle")
     for name in DECODERS.values():
         options = onnxruntime.SessionOptions()
-        options.optimized_model_filepath = str(tmp_path / f"optimised-{name}")
+        options.optimized_model_filepath = str(tmp_path / f"optimized-{name}")
         options.log_severity_level = 3
         for key, value in engine_module._CONFIG.items():
             options.add_session_config_entry(key, value)
@@ -131,7 +131,7 @@ def test_each_dialect_has_its_own_form_of_quantized_weights_and_shares_the_rest(
 
 
 def product_in_graph(checkpoint: Checkpoint, name: str, dialect: str, folder: Path, x: np.ndarray) -> np.ndarray:
-    """x [rows, in] times the weights of one linear as a graph of x's type computes it, unoptimised."""
+    """x [rows, in] times the weights of one linear as a graph of x's type computes it, unoptimized."""
     kind = ir.DataType.FLOAT16 if x.dtype == np.float16 else ir.DataType.FLOAT
     types, file = Types(kind, kind), WeightFile(f"{dialect}.data")
     packed = PackedWeights(checkpoint, types)

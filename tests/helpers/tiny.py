@@ -205,7 +205,7 @@ def _native_names(tiny: Tiny, weights: Weights) -> Weights:
 
 
 def _save(folder: Path, tiny: Tiny, weights: Weights) -> None:
-    """Write one file, or `tiny.shards` files of neighbouring tensors and their index."""
+    """Write one file, or `tiny.shards` files of neighboring tensors and their index."""
     dtype = getattr(torch, tiny.dtype)
     names = list(weights)
     stem, suffix = ("model", ".safetensors") if tiny.file_format == "safetensors" else ("pytorch_model", ".bin")

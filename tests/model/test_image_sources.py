@@ -163,5 +163,5 @@ def test_opaque_images_do_not_change_with_a_background() -> None:
 
 
 def test_a_background_that_is_no_colour_is_named() -> None:
-    with pytest.raises(ImageError, match="background 'whit' is no colour"):
+    with pytest.raises(ImageError, match="background 'whit' is no color"):
         load_image(Image.fromarray(PIXELS), background="whit")

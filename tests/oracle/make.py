@@ -290,7 +290,7 @@ def byte_level_encoder(checkpoint: Path) -> Encode:
 
 
 def merge(word: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
-    """Join the neighbours of the lowest rank, wherever they stand, until none may be joined."""
+    """Join the neighbors of the lowest rank, wherever they stand, until none may be joined."""
     while pairs := [pair for pair in pairwise(word) if pair in ranks]:
         best = min(pairs, key=lambda pair: ranks[pair])
         joined: list[str] = []

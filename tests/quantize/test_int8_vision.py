@@ -140,11 +140,11 @@ def test_onnx_runtime_multiplies_integers(tmp_path: Path) -> None:
         if node.op_type == "Add" and any(".bias" in name for name in node.input):
             assert biases[node.input[0]].op_type == "MatMul"
     options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.log_severity_level = 3
     onnxruntime.InferenceSession(str(bundle / VISION), options, providers=["CPUExecutionProvider"])
     count = Counter(
-        node.op_type for node in onnx.load(tmp_path / "optimised.onnx", load_external_data=False).graph.node
+        node.op_type for node in onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node
     )
     assert count["MatMulIntegerToFloat"] == 10
     assert count["DequantizeLinear"] == 0

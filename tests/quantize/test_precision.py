@@ -152,7 +152,7 @@ def test_onnx_runtime_multiplies_integers_and_tensorrt_reads_signed_ones(tmp_pat
     quantize(original, tmp_path / "out", Recipe("w8a8", decoder_int8=ALL_INT8))
     bundle = export_bundle(tmp_path / "out", tmp_path / "bundle")
     options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.log_severity_level = 3
     for key, value in engine_module._CONFIG.items():
         options.add_session_config_entry(key, value)

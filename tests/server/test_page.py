@@ -120,13 +120,13 @@ def test_every_element_that_the_script_asks_for_is_there_once() -> None:
 
 
 def test_every_field_has_a_name() -> None:
-    labelled = {attributes["for"] for tag, attributes in ELEMENTS if tag == "label" and "for" in attributes}
+    labeled = {attributes["for"] for tag, attributes in ELEMENTS if tag == "label" and "for" in attributes}
     fields = [attributes for tag, attributes in ELEMENTS if tag in ("input", "textarea")]
     assert len(fields) > 8
     unnamed = [
         field
         for field in fields
-        if field.get("type") != "radio" and field.get("id") not in labelled and "aria-label" not in field
+        if field.get("type") != "radio" and field.get("id") not in labeled and "aria-label" not in field
     ]
     assert unnamed == []
 

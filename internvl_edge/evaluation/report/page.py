@@ -1,4 +1,4 @@
-"""Render a report as one HTML page that needs nothing else: no script, no network, in the colours the reader prefers.
+"""Render a report as one HTML page that needs nothing else: no script, no network, in the colors the reader prefers.
 
 Everything that comes from data is escaped by the template engine; the page's policy forbids browsers to load anything.
 """

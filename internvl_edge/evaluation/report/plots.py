@@ -1,4 +1,4 @@
-"""Draw the plots of a report as SVG that takes colours and typeface from the page around it, and so follows its theme.
+"""Draw the plots of a report as SVG that takes colors and typeface from the page around it, and so follows its theme.
 
 Each plot is drawn once, for a width between that of a phone and that of a desk. The page scales it: text shrinks by a
 tenth on a phone and grows by a quarter on a desk, where the style sheet limits the width. Needs matplotlib.
@@ -24,11 +24,11 @@ from internvl_edge.checkpoint.record import LinearReport
 from ..divergence import DivergenceSummary, Histogram
 from .meaning import LANDMARKS
 
-# Colours that stand for the page's own until the SVG is written: what is drawn with -> CSS.
+# Colors that stand for the page's own until the SVG is written: what is drawn with -> CSS.
 _INK, _QUIET, _GRID, _ACCENT = "#010101", "#020202", "#030303", "#040404"
 _SERIES = tuple(f"#0505{number:02x}" for number in range(1, 9))
 _CSS = {_INK: "var(--ink)", _QUIET: "var(--quiet)", _GRID: "var(--line)", _ACCENT: "var(--accent)"} | {
-    colour: f"var(--series-{number})" for number, colour in enumerate(_SERIES, 1)
+    color: f"var(--series-{number})" for number, color in enumerate(_SERIES, 1)
 }
 _MARKERS = "osD^vPX*"
 # Inches at 72 dots.
@@ -214,8 +214,8 @@ def layer_and_kind(name: str) -> tuple[int | None, str]:
 
 
 def _line(axes: Axes, number: int, points: Sequence[tuple[int, float]], label: str) -> None:
-    colour, marker = _SERIES[number % len(_SERIES)], _MARKERS[number % len(_MARKERS)]
-    axes.plot(*zip(*points, strict=True), color=colour, marker=marker, label=label)
+    color, marker = _SERIES[number % len(_SERIES)], _MARKERS[number % len(_MARKERS)]
+    axes.plot(*zip(*points, strict=True), color=color, marker=marker, label=label)
 
 
 def _layers(axes: Axes, entries: int) -> None:
@@ -236,7 +236,7 @@ def _plot(name: str, draw: Callable[[Axes], None], description: str, height: flo
 
 
 def _inline(svg: str, prefix: str) -> str:
-    """Turn a matplotlib SVG into an element of a page: no document header, no metadata, own ids, the page's colours."""
+    """Turn a matplotlib SVG into an element of a page: no document header, no metadata, own ids, the page's colors."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r' (?:xmlns:xlink|xmlns|version)="[^"]*"', "", svg)
@@ -247,6 +247,6 @@ def _inline(svg: str, prefix: str) -> str:
     svg = svg.replace("url(#", f"url(#{prefix}-")
     svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
     svg = re.sub(r"\s*\n\s*", " ", svg)
-    for colour, css in _CSS.items():
-        svg = svg.replace(colour, css)
+    for color, css in _CSS.items():
+        svg = svg.replace(color, css)
     return svg.strip()
