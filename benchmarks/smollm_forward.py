@@ -8,12 +8,14 @@ packed as AutoAWQ does.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from smollm_text import Sequence
 from torch import Tensor
 
@@ -28,6 +30,8 @@ from internvl_edge.model.rope import RotaryAngles
 from internvl_edge.quantize.block import computed
 
 Weights = dict[str, Tensor]
+# Draws of the bootstrap.
+_DRAWS = 10_000
 _EMBED, _HEAD = "embed_tokens.weight", "lm_head.weight"
 
 
@@ -119,6 +123,26 @@ def compare(reference: Path, weights: Weights, test: list[Sequence], decoder: De
 def figures_of(parts: list[Divergence]) -> dict[str, float]:
     """Divergences over all sequences, for a file of results."""
     return {name: float(f"{value:.6g}") for name, value in asdict(summarize(parts)).items()}
+
+
+def ratio(
+    ours: list[Divergence], theirs: list[Divergence], of: Callable[[NDArray[np.float64]], float]
+) -> dict[str, float]:
+    """A figure of one method over that of another, with the 95 % interval of other test sequences of the same kind.
+
+    Both methods saw the same sequences, so each of the bootstrap's draws takes the same ones of both.
+    """
+    pairs = [(one.kl, other.kl) for one, other in zip(ours, theirs, strict=True)]
+    generator = np.random.default_rng(0)
+
+    def found(chosen: Iterable[int]) -> float:
+        one, other = (np.concatenate(part) for part in zip(*(pairs[index] for index in chosen), strict=True))
+        return of(one) / of(other)
+
+    draws = [found(generator.integers(0, len(pairs), len(pairs))) for _ in range(_DRAWS)]
+    low, high = np.quantile(draws, (0.025, 0.975))
+    values = {"ratio": found(range(len(pairs))), "low": float(low), "high": float(high)}
+    return {name: float(f"{value:.3g}") for name, value in values.items()}
 
 
 def _few(test: list[Sequence]) -> list[list[Sequence]]:
