@@ -16,6 +16,7 @@ from helpers.calibration_data import write_data
 from helpers.commands import PROGRAM, Started, assert_one_line, internvl_edge, start_code
 from helpers.killed_runs import contents
 from helpers.tiny import write_checkpoint
+from internvl_edge.checkpoint.record import read_record
 
 # Waits for a line, having said so, where it would write the file argv[1] of its state or output.
 WAITING = """
@@ -92,7 +93,7 @@ def test_a_quantize_that_is_stopped_at_its_report_says_that_the_checkpoint_is_co
     assert status == 130
     assert error.splitlines()[-1] == f"interrupted; {tmp_path / 'out'} is complete, only its report is not"
     assert os.listdir(tmp_path) == ["out"]
-    assert internvl_edge("inspect", tmp_path / "out").returncode == 0
+    assert read_record(tmp_path / "out") is not None
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
