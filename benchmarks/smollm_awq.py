@@ -59,13 +59,19 @@ class Method:
     symmetric: bool = False
 
 
+AWQ = {"decoder": "w4a16-awq"}
+SYMMETRIC = {**AWQ, "symmetric": True}
+NEGATIVE = {**SYMMETRIC, "negative_scales": True}
+LEARNED = {"rounding": "learned"}
 METHODS = (
     Method("rtn", {"decoder": "w4a16-rtn"}),
-    Method("ours", {"decoder": "w4a16-awq", "error_compensation": True}),
-    Method("ours-awq-only", {"decoder": "w4a16-awq", "error_compensation": False}),
-    Method("ours-symmetric", {"decoder": "w4a16-awq", "error_compensation": True, "symmetric": True}, symmetric=True),
-    Method("ours-learned", {"decoder": "w4a16-awq", "rounding": "learned"}),
-    Method("ours-learned-symmetric", {"decoder": "w4a16-awq", "symmetric": True, "rounding": "learned"}, None, True),
+    Method("ours", AWQ),
+    Method("ours-awq-only", {**AWQ, "error_compensation": False}),
+    Method("ours-symmetric", SYMMETRIC, symmetric=True),
+    Method("ours-negative-scales", NEGATIVE, symmetric=True),
+    Method("ours-learned", {**AWQ, **LEARNED}),
+    Method("ours-learned-symmetric", {**SYMMETRIC, **LEARNED}, symmetric=True),
+    Method("ours-learned-negative-scales", {**NEGATIVE, **LEARNED}, symmetric=True),
     Method("autoawq", (), "autoawq"),
     Method("modelopt", (), "modelopt", symmetric=True),
     Method("auto-round", ("--iters", "50"), "auto-round"),
@@ -73,8 +79,13 @@ METHODS = (
     Method("gptqmodel", ("--asymmetric",), "gptqmodel"),
 )
 
-# Whose figures are compared sequence by sequence: the lowest of this project's, and the peer's that learns too.
-PAIRS = (("ours-learned", "auto-round"), ("ours-learned-symmetric", "auto-round-symmetric"))
+# Whose figures are compared sequence by sequence: the lowest of this project's, and the peer's that learns too. Scales
+# of auto-round's symmetric weights are negative where the largest weight is positive.
+PAIRS = (
+    ("ours-learned", "auto-round"),
+    ("ours-learned-symmetric", "auto-round-symmetric"),
+    ("ours-learned-negative-scales", "auto-round-symmetric"),
+)
 
 
 @dataclass(frozen=True)
@@ -272,10 +283,10 @@ def main(work: Path, peers: Path | None, sizes: tuple[int, ...], names: tuple[st
 
 def _line(method: Method, size: int, values: dict[str, Any] | None) -> str:
     if values is None:
-        return f"{method.name:16} g{size}: no environment for it"
+        return f"{method.name:28} g{size}: no environment for it"
     figures = values["all"]
     return (
-        f"{method.name:16} g{size}: KL {figures['kl_mean']:.5f}, top-1 {figures['top1_agreement']:.2%}, "
+        f"{method.name:28} g{size}: KL {figures['kl_mean']:.5f}, top-1 {figures['top1_agreement']:.2%}, "
         f"perplexity {figures['candidate_perplexity']:.4f}, {values['cost']['cpu_s']} CPU s"
     )
 

@@ -42,6 +42,7 @@ class Row:
         rounding: of the recipe, or "auto-round", the peer's.
         sequences: calibration sequences of 512 tokens.
         seed: of learning.
+        negative_scales: of the recipe.
     """
 
     group_size: int
@@ -49,11 +50,13 @@ class Row:
     sequences: int = 8
     symmetric: bool = False
     seed: int = 0
+    negative_scales: bool = False
 
     @property
     def name(self) -> str:
         """In file names and on the command line."""
-        kind = ("symmetric-" if self.symmetric else "") + self.rounding
+        prefix = "negative-scales-" if self.negative_scales else "symmetric-" if self.symmetric else ""
+        kind = prefix + self.rounding
         seed = f"-seed{self.seed}" if self.seed else ""
         return f"{kind}-g{self.group_size}-{512 * self.sequences}{seed}"
 
@@ -64,6 +67,8 @@ class Row:
             return ["--group-size", str(self.group_size), "--iters", "50", *(["--symmetric"] if self.symmetric else [])]
         fields: dict[str, Any] = {"decoder": "w4a16-awq", "group_size": self.group_size, "symmetric": self.symmetric}
         learning = {"rounding": "learned", "learning": {"seed": self.seed}}
+        if self.negative_scales:
+            fields["negative_scales"] = True
         return fields | (learning if self.rounding == "learned" else {})
 
 
@@ -90,6 +95,11 @@ ROWS = [
     Row(32, "computed", symmetric=True),
     Row(32, "learned", symmetric=True),
     Row(32, PEER, symmetric=True),
+    Row(64, "computed", symmetric=True, negative_scales=True),
+    Row(64, "learned", symmetric=True, negative_scales=True),
+    Row(64, "learned", symmetric=True, negative_scales=True, seed=1),
+    Row(32, "computed", symmetric=True, negative_scales=True),
+    Row(32, "learned", symmetric=True, negative_scales=True),
 ]
 
 

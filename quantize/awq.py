@@ -31,6 +31,7 @@ def search_scale(
     inputs: InputStatistics,
     schemes: Sequence[Scheme],
     stored: torch.dtype,
+    negative: bool = False,
     spread: Reduce = lambda values: values,
     reduce: Reduce = lambda values: values,
 ) -> Tensor:
@@ -41,6 +42,7 @@ def search_scale(
         inputs: statistics with a subset of the inputs.
         schemes: how the weights of each consumer will be rounded (without clipping here).
         stored: type of the stored scales.
+        negative: these may be negative, see `rounding.spanning`.
         spread, reduce: map the producer's channels to input channels and back, where the two differ.
     """
     rows = [weight[:: max(1, len(weight) // _SEARCH_ROWS)] for weight in weights]
@@ -53,7 +55,7 @@ def search_scale(
         total = 0.0
         for weight, scheme in zip(rows, schemes, strict=True):
             scaled = weight * scale
-            grid = minmax_grid(scaled, scheme, stored)
+            grid = minmax_grid(scaled, scheme, stored, negative)
             total += error(grid.dequantize(grid.round(scaled)) / scale - weight)
         return total
 

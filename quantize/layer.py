@@ -203,6 +203,7 @@ class BlockQuantizer:
             inputs,
             list(rounded.values()),
             self._scale_dtype,
+            self._recipe.negative_scales,
             spread=lambda values: spread_channels(values, group, self._decoder),
             reduce=lambda values: reduce_channels(values, group, self._decoder),
         )
@@ -314,9 +315,10 @@ class BlockQuantizer:
     def _grid(self, precision: Precision, weight: Tensor, shared: _Shared | None) -> Grid:
         scheme = precision.scheme
         assert scheme is not None
+        negative = self._recipe.negative_scales and precision.method.groups
         if shared is not None and precision.method.clips and scheme.group_size is not None:
-            return search_clipping(weight, shared.blocks[scheme.group_size], scheme, self._scale_dtype)
-        return minmax_grid(weight, scheme, self._scale_dtype)
+            return search_clipping(weight, shared.blocks[scheme.group_size], scheme, self._scale_dtype, negative)
+        return minmax_grid(weight, scheme, self._scale_dtype, negative)
 
     def _compare_integers(self, shared: _Shared, name: str, weight: Tensor, comparison: OutputComparison) -> None:
         linear = shared.integers[name]

@@ -49,7 +49,7 @@ class Grid:
 
     Attributes:
         scheme: bits, group size, symmetric or not.
-        scale: [out, groups] float32, exact in the stored type.
+        scale: [out, groups] float32, exact in the stored type; below 0 only where negative scales were asked for.
         zero: [out, groups] float32 whole numbers; all 0 for symmetric grids.
     """
 
@@ -97,9 +97,15 @@ def limits(scheme: Scheme) -> tuple[int, int]:
     )
 
 
-def minmax_grid(weight: Tensor, scheme: Scheme, stored: torch.dtype) -> Grid:
-    """Return the grid that spans all weights [out, in] of each group."""
-    return spanning(extent(weight, scheme), scheme, stored)
+def minmax_grid(weight: Tensor, scheme: Scheme, stored: torch.dtype, negative: bool = False) -> Grid:
+    """Return the grid that spans the weights [out, in] of each group.
+
+    With `negative`, the lowest integer of a symmetric grid stands for the weight of the largest magnitude. A weight of
+    about this magnitude and the other sign is clipped a little.
+    """
+    low, high = limits(scheme)
+    ratio = -high / low if negative and scheme.symmetric else 1.0
+    return spanning(extent(weight, scheme), scheme, stored, negative, ratio)
 
 
 def extent(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
@@ -109,16 +115,21 @@ def extent(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     return smallest.clamp_(max=0), largest.clamp_(min=0)
 
 
-def spanning(spanned: tuple[Tensor, Tensor], scheme: Scheme, stored: torch.dtype, ratio: float = 1.0) -> Grid:
+def spanning(
+    spanned: tuple[Tensor, Tensor], scheme: Scheme, stored: torch.dtype, negative: bool = False, ratio: float = 1.0
+) -> Grid:
     """Return the grid for groups that span the interval `spanned` (from `extent`), after shrinking it by `ratio`.
 
     Asymmetric grids always hold 0. At ratio 1, a symmetric grid spans [-max, max] and its highest integer stands for
-    max. A ratio of 7/8 therefore makes the lowest 4-bit integer stand for -max.
+    max. A ratio of 7/8 therefore makes the lowest 4-bit integer stand for -max. With `negative`, the scale of a
+    symmetric grid is negative where the weight of the largest magnitude is positive: the lowest integer, which has one
+    step more, is then on its side.
     """
     low, high = limits(scheme)
     smallest, largest = (values * ratio for values in spanned)
     if scheme.symmetric:
-        scale = round_scale(torch.maximum(-smallest, largest) / high, stored)
+        scale = torch.maximum(-smallest, largest) / high
+        scale = round_scale(torch.where(largest > -smallest, -scale, scale) if negative else scale, stored)
         return Grid(scheme, scale, torch.zeros_like(scale))
     scale = round_scale((largest - smallest) / high, stored)
     return Grid(scheme, scale, torch.round(-smallest / scale).clamp_(low, high))
@@ -126,7 +137,8 @@ def spanning(spanned: tuple[Tensor, Tensor], scheme: Scheme, stored: torch.dtype
 
 def round_scale(scale: Tensor, stored: torch.dtype) -> Tensor:
     """Return scales as the stored type holds them, in float32. A scale that becomes 0 (group of zeros) is set to 1."""
-    rounded = scale.clamp(max=torch.finfo(stored).max).to(stored).float()
+    most = torch.finfo(stored).max
+    rounded = scale.clamp(-most, most).to(stored).float()
     return torch.where(rounded == 0, torch.ones_like(rounded), rounded)
 
 
@@ -157,7 +169,9 @@ def block_gram(inputs: InputStatistics, scale: Tensor, group_size: int) -> Tenso
     return blocks * inverse[:, :, None] * inverse[:, None, :]
 
 
-def search_clipping(weight: Tensor, blocks: Tensor, scheme: Scheme, stored: torch.dtype) -> Grid:
+def search_clipping(
+    weight: Tensor, blocks: Tensor, scheme: Scheme, stored: torch.dtype, negative: bool = False
+) -> Grid:
     """Return the grid of `weight` [out, in] with the clipping range of least error for each output and group.
 
     The error is that of the group's part of the output, for this group's inputs.
@@ -167,19 +181,20 @@ def search_clipping(weight: Tensor, blocks: Tensor, scheme: Scheme, stored: torc
         blocks: Gram matrix of each group, see `block_gram`.
         scheme: how weights are rounded.
         stored: type of the stored scales.
+        negative: scales may be negative, see `spanning`.
     """
     rows = max(1, _CLIP_WEIGHTS // weight.shape[1])
-    parts = [_clip_rows(part, blocks, scheme, stored) for part in torch.split(weight, rows)]
+    parts = [_clip_rows(part, blocks, scheme, stored, negative) for part in torch.split(weight, rows)]
     return Grid(scheme, torch.cat([part.scale for part in parts]), torch.cat([part.zero for part in parts]))
 
 
-def _clip_rows(weight: Tensor, blocks: Tensor, scheme: Scheme, stored: torch.dtype) -> Grid:
+def _clip_rows(weight: Tensor, blocks: Tensor, scheme: Scheme, stored: torch.dtype, negative: bool) -> Grid:
     spanned = extent(weight, scheme)
     grouped = weight.reshape(len(weight), len(blocks), -1).transpose(0, 1).contiguous()
-    best = spanning(spanned, scheme, stored)
+    best = spanning(spanned, scheme, stored, negative)
     least = _group_error(grouped, best, blocks)
     for ratio in _SYMMETRIC_RATIOS if scheme.symmetric else _CLIP_RATIOS:
-        grid = spanning(spanned, scheme, stored, ratio)
+        grid = spanning(spanned, scheme, stored, negative, ratio)
         error = _group_error(grouped, grid, blocks)
         better = error < least
         least = torch.where(better, error, least)

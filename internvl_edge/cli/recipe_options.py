@@ -50,6 +50,12 @@ _OPTIONS = (
         "AutoAWQ does.  [default: zero points]",
     ),
     click.option(
+        "--negative-scales/--positive-scales",
+        default=None,
+        help="Whether scales of symmetric 4-bit weights may be negative, which rounds less. TensorRT takes positive "
+        "ones alone.  [default: positive]",
+    ),
+    click.option(
         "--lm-head",
         type=click.Choice(LM_HEADS),
         help="Type of lm_head: fp keeps it, int8 has one scale per output, int4 is as the decoder's 4-bit weights.  "
@@ -126,6 +132,7 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "scheme": ("decoder",),
     "group_size": ("group_size",),
     "symmetric": ("symmetric",),
+    "negative_scales": ("negative_scales",),
     "lm_head": ("lm_head",),
     "kv_cache": ("kv_cache",),
     "compensate": ("error_compensation",),
@@ -160,6 +167,8 @@ def recipe_of(values: dict[str, Any]) -> Recipe:
                 (given.setdefault(table, {}) if table else given)[field] = value
     if name is None and given.get("vision") == "int8":
         given.setdefault("decoder", "fp")
+    if given.get("symmetric") is False:
+        given.setdefault("negative_scales", False)
     if keep := values.pop("vision_float"):
         given.setdefault("vision_int8", {})["keep"] = list(keep)
     for text in values.pop("layers"):

@@ -107,6 +107,10 @@ class StoredGraph:
             return None
         if scale is None or values.dtype not in _BITS:
             raise self._unexpected(f"integers with scales for {name}")
+        if (scale.numpy() < 0).any():
+            raise BundleError(
+                f"{name} has scales below 0, which TensorRT's documentation rules out; quantize with --positive-scales"
+            )
         group = int(values.shape.numpy()[0]) // int(scale.shape.numpy()[0]) if len(scale.shape) == 2 else None
         return Scheme(_BITS[values.dtype], group, symmetric=f"{name}.correction" not in self._tensors)
 

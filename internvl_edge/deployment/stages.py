@@ -331,6 +331,10 @@ class _Run:
 
     def _wanted_recipes(self) -> Mapping[str, Recipe]:
         if self.request.recipe:
+            if self.request.recipe.negative_scales and self.target.device is not None:
+                raise EdgeError(
+                    f"{self.target.title} runs TensorRT, which takes no negative scales; use --positive-scales"
+                )
             return {self.request.recipe_name: self.request.recipe}
         return {name: make_recipe(read_recipe(name)) for name in self.target.presets}
 

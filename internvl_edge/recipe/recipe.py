@@ -235,6 +235,8 @@ class Recipe:
         group_size: inputs that share one scale of 4-bit weights: 32, 64 or 128.
         symmetric: no zero points, as TensorRT needs; otherwise AutoAWQ's asymmetric form. 8-bit weights are always
             symmetric.
+        negative_scales: scales of 4-bit weights without zero points may be negative: the grid of a group then ends at
+            its largest weight, whatever the sign of that. TensorRT takes positive scales alone.
         lm_head: "fp" (unchanged), "int8" (one scale per output) or "int4" (as the decoder's 4-bit weights).
         error_compensation: spread each column's rounding error over the columns not yet rounded (GPTQ); for w4a16-awq
             and w8a16. Without it, w8a16 is rounding to nearest, without data. The same holds where only exceptions are
@@ -260,6 +262,7 @@ class Recipe:
     decoder: str = "w4a16-awq"
     group_size: int = 128
     symmetric: bool = False
+    negative_scales: bool = False
     lm_head: str = "fp"
     error_compensation: bool = True
     rounding: str = "computed"
@@ -290,6 +293,8 @@ class Recipe:
             raise EdgeError("w8a8 has as many bits as w8a16, so target_bits cannot choose between them; give max_kl")
         if self.rounding == "learned" and not any(p.method.learns for p in [self.base, *found]):
             raise EdgeError(NOTHING_LEARNS)
+        if self.negative_scales and not self.symmetric:
+            raise EdgeError("negative scales are for weights without zero points; use symmetric or positive scales")
         floats = (self.lm_head, self.vision, self.kv_cache) == ("fp", "fp", "fp")
         if floats and all(precision.scheme is None for precision in [self.base, *found]):
             raise EdgeError(NOTHING_ROUNDED)

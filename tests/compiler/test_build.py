@@ -347,6 +347,12 @@ def test_a_bundle_for_onnx_runtime_alone_is_refused(tmp_path: Path) -> None:
         build_engines(bare, RTX, options_for(RTX, **SIZES))
 
 
+def test_scales_below_0_are_refused_by_name(tmp_path: Path) -> None:
+    bundle = export(tmp_path, SYMMETRIC | {"negative": True})
+    with pytest.raises(EdgeError, match=r"layers\.0\.self_attn\.q_proj has scales below 0, .* --positive-scales"):
+        build_engines(bundle, RTX, options_for(RTX, **SIZES))
+
+
 def test_too_little_memory_is_said_before_anything_starts(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundle_engines, "memory", lambda *fields: 10**6)
     with pytest.raises(EngineError, match=r"needs about 0\.5 GB of memory, 0\.0 GB are available"):

@@ -362,6 +362,14 @@ def test_a_later_start_takes_the_commit_of_the_first(checkpoint: Path, tmp_path:
 # ---- engines ----
 
 
+def test_negative_scales_are_refused_for_tensorrt_before_anything_is_made(checkpoint: Path, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, symmetric=True, negative_scales=True)
+    with pytest.raises(EdgeError, match=r"takes no negative scales; use --positive-scales"):
+        deploy(request(checkpoint, tmp_path / "made", "rtx", recipe=recipe))
+    assert not (tmp_path / "made" / "checkpoint").exists()
+    deploy(request(checkpoint, tmp_path / "other", recipe=recipe))  # a CPU takes them
+
+
 @pytest.mark.slow
 def test_a_deployment_for_rtx_cards_ends_with_engines(tmp_path: Path) -> None:
     """TensorRT for RTX builds without a GPU, here for the shipped demo model."""

@@ -46,6 +46,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "native awq": ({"layout": "native_prefixed"}, {"place": "both"}),
     "int4 symmetric, int8 head": ({"text": "internlm2"}, COMPRESSED | {"body": Scheme(4, 64, True), "head": INT8}),
+    "int4 with negative scales": ({}, COMPRESSED | {"body": Scheme(4, 32, True), "negative": True}),
     "int8": ({}, COMPRESSED | {"body": INT8, "head": INT8, "listed": False}),
     "int8 groups with zero points": ({}, COMPRESSED | {"body": Scheme(8, 32, False)}),
     "tied, int4 head": ({"layout": "native", "tie": True}, COMPRESSED | {"body": Scheme(4, 32, False)}),

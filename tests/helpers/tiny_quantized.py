@@ -40,6 +40,7 @@ class Choices:
     listed: bool = True
     file_format: str = "safetensors"
     skewed: bool = False
+    negative: bool = False
 
 
 def write_quantized(source: Path, folder: Path, **choices: Any) -> tuple[Path, Path]:
@@ -51,7 +52,7 @@ def write_quantized(source: Path, folder: Path, **choices: Any) -> tuple[Path, P
         if scheme is None:
             quantized[name] = twin[name] = tensor
             continue
-        linear = round_to_nearest(tensor.float().numpy(), scheme, made.skewed)
+        linear = round_to_nearest(tensor.float().numpy(), scheme, made.skewed, made.negative)
         packed = autoawq.pack(linear) if made.method == "awq" else compressed_tensors.pack(linear, np.float16)
         module = name.removesuffix(".weight")
         quantized |= {f"{module}.{last}": torch.from_numpy(array.copy()) for last, array in packed.items()}
@@ -65,8 +66,11 @@ def write_quantized(source: Path, folder: Path, **choices: Any) -> tuple[Path, P
     return folders
 
 
-def round_to_nearest(weight: np.ndarray, scheme: Scheme, skewed: bool = False) -> PackedLinear:
-    """Round with min-max scales that are exact in float16. `skewed` first moves every weight to one side of zero."""
+def round_to_nearest(weight: np.ndarray, scheme: Scheme, skewed: bool = False, negative: bool = False) -> PackedLinear:
+    """Round with min-max scales that are exact in float16. `skewed` first moves every weight to one side of zero.
+
+    With `negative`, a symmetric scale has the sign that puts the largest weight on the side of the lowest integer.
+    """
     out, inputs = weight.shape
     if skewed:
         weight = np.abs(weight) * np.sign(weight[:, :1] + 1e-9)
@@ -75,6 +79,7 @@ def round_to_nearest(weight: np.ndarray, scheme: Scheme, skewed: bool = False) -
     if scheme.symmetric:
         peak = np.maximum(np.abs(groups).max(-1), 1e-4)
         scale = (peak / (top // 2)).astype(np.float16).astype(np.float32)
+        scale *= np.where(negative & (groups.max(-1) > -groups.min(-1)), -1, 1)
         values = np.clip(np.round(groups / scale[:, :, None]), -(top // 2) - 1, top // 2).astype(np.int8)
         return PackedLinear(values.reshape(out, inputs), scale, None, scheme.bits)
     low, high = np.minimum(groups.min(-1), 0), np.maximum(groups.max(-1), 0)

@@ -270,6 +270,36 @@ def test_rounding_stays_within_half_a_step_and_keeps_zero(seed: int, shift: floa
     assert (grid.dequantize(grid.round(torch.zeros(8, 64))) == 0).all()
 
 
+def test_a_negative_scale_puts_the_lowest_integer_on_the_side_of_the_largest_weight() -> None:
+    weight = weights()
+    grid = minmax_grid(weight, SYMMETRIC, torch.float16, negative=True)
+    grouped = weight.reshape(48, -1, 32)
+    places = grouped.abs().argmax(-1, keepdim=True)
+    largest = grouped.gather(-1, places)[..., 0]
+    lowest = grid.round(weight).reshape(grouped.shape).gather(-1, places)
+    assert torch.equal(grid.scale.sign(), -largest.sign())
+    assert {*grid.scale.sign().unique().tolist()} == {-1.0, 1.0}
+    assert lowest.unique().tolist() == [-8]
+    torch.testing.assert_close(-8 * grid.scale, largest, rtol=1e-3, atol=0)
+
+
+def test_negative_scales_round_less_with_and_without_clipping() -> None:
+    x, weight = torch.randn(512, 64, generator=torch.Generator().manual_seed(6)), weights()
+    blocks = block_gram(observed(x), torch.ones(64), 32)
+    errors = {}
+    for negative in (False, True):
+        for name, grid in {
+            "spanning": minmax_grid(weight, SYMMETRIC, torch.float16, negative),
+            "clipped": search_clipping(weight, blocks, SYMMETRIC, torch.float16, negative),
+        }.items():
+            errors[name, negative] = output_error(x, weight, grid.dequantize(grid.round(weight)))
+    assert errors["spanning", True] < 0.95 * errors["spanning", False]
+    assert errors["clipped", True] < 0.95 * errors["clipped", False]
+    assert errors["clipped", True] < errors["spanning", True]
+    zero_points = [minmax_grid(weight, ASYMMETRIC, torch.float16, negative).scale for negative in (False, True)]
+    assert torch.equal(*zero_points)
+
+
 @SCHEMES
 def test_integers_fit_the_scales_as_they_are_stored(scheme: Scheme) -> None:
     weight = weights()

@@ -109,7 +109,7 @@ def test_the_int8_graph_for_prompts_runs_in_openvino_alone(tmp_path: Path, monke
     monkeypatch.setattr(machine, "multiplies_int8_tiles", lambda: True)
     source = tiny.write_checkpoint(tmp_path / "float")
     body = Scheme(4, 64, symmetric=True)
-    quantized, _ = write_quantized(source, tmp_path, method="compressed-tensors", body=body)
+    quantized, _ = write_quantized(source, tmp_path, method="compressed-tensors", body=body, negative=True)
     opened = Bundle.open(export_bundle(quantized, tmp_path / "bundle", int8_prompts=True))
     reference, engine = OnnxRuntimeEngine(opened, capacity=CAPACITY), _engine(opened)
     assert reference._prompts is not None
