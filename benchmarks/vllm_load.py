@@ -68,6 +68,7 @@ VARIANTS: dict[str, tuple[tuple[str, ...] | None, str]] = {
     "float-float16": (None, "float16"),
     "awq": (AWQ, "float16"),
     "symmetric": ((*AWQ, "--symmetric"), "float16"),
+    "negative-scales": ((*AWQ, "--symmetric", "--negative-scales"), "float16"),
     "w8a8": (("--scheme", "w8a8"), "float32"),
     "w8a16": (("--scheme", "w8a16"), "float16"),
     "layers": ((*AWQ, "--symmetric", "--layer", "layers.0.*=fp", "--layer", "*.down_proj=w4a16-awq-g32"), "float16"),
@@ -83,13 +84,14 @@ VARIANTS: dict[str, tuple[tuple[str, ...] | None, str]] = {
     "parted": ((*AWQ, "--symmetric", "--layer", "*.gate_proj=w4a16-awq-g32"), "float16"),
 }
 # Which of them are made of which model.
+COMMON = ("float", "float-float16", "awq", "symmetric", "negative-scales", "w8a8")
 DEMO_VARIANTS = {
     "qwen2": tuple(name for name in VARIANTS if name != "vllm-64"),
-    "internlm2": ("float", "float-float16", "awq", "symmetric", "w8a8", "layers", "vllm", "vllm-vision"),
-    "native": ("float", "float-float16", "awq", "symmetric", "w8a8", "layers", "vision-only", "vllm", "vllm-vision"),
+    "internlm2": (*COMMON, "layers", "vllm", "vllm-vision"),
+    "native": (*COMMON, "layers", "vision-only", "vllm", "vllm-vision"),
 }
 # Groups of 128 do not divide the width of SmolLM2.
-SMOLLM_VARIANTS = ("float", "float-float16", "awq", "symmetric", "w8a8", "vllm-64")
+SMOLLM_VARIANTS = (*COMMON, "vllm-64")
 DRAWN = 9
 TEXTS, TEXT_TOKENS = 4, 256
 TOP = 20
