@@ -34,10 +34,13 @@ from internvl_edge.recipe.files import make_recipe
 
 _SYMMETRIC = {"decoder": "w4a16-awq", "group_size": 64, "symmetric": True}
 _ASYMMETRIC = _SYMMETRIC | {"symmetric": False}
+_NEGATIVE = _SYMMETRIC | {"negative_scales": True}
 _LEARNED = {"rounding": "learned"}
 ROWS: dict[str, dict[str, Any]] = {
     "symmetric, groups of 64": _SYMMETRIC,
     "symmetric, groups of 64, learned": _SYMMETRIC | _LEARNED,
+    "negative scales, groups of 64": _NEGATIVE,
+    "negative scales, groups of 64, learned": _NEGATIVE | _LEARNED,
     "symmetric, groups of 32": _SYMMETRIC | {"group_size": 32},
     "symmetric, mixed 4.5": _SYMMETRIC | {"automatic": {"target_bits": 4.5}},
     "zero points, groups of 64": _ASYMMETRIC,
