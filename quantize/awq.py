@@ -15,7 +15,7 @@ from torch import Tensor
 from internvl_edge.calibration.statistics import InputStatistics
 from internvl_edge.model.linear import Scheme
 
-from .rounding import minmax_grid
+from .rounding import GridKind, minmax_grid
 
 # The paper's authors try 20 alphas. Here, eleven are tried, and then the neighbors of the best one, nearer and nearer.
 _ALPHA_STEPS = (tuple(step / 10 for step in range(11)), (-0.05, 0.05), (-0.025, 0.025))
@@ -29,9 +29,7 @@ Reduce = Callable[[Tensor], Tensor]
 def search_scale(
     weights: Sequence[Tensor],
     inputs: InputStatistics,
-    schemes: Sequence[Scheme],
-    stored: torch.dtype,
-    negative: bool = False,
+    kinds: Sequence[GridKind],
     spread: Reduce = lambda values: values,
     reduce: Reduce = lambda values: values,
 ) -> Tensor:
@@ -40,22 +38,20 @@ def search_scale(
     Args:
         weights: [out, in] float32 of each consumer.
         inputs: statistics with a subset of the inputs.
-        schemes: how the weights of each consumer will be rounded (without clipping here).
-        stored: type of the stored scales.
-        negative: these may be negative, see `rounding.spanning`.
+        kinds: the grids of each consumer (without clipping here).
         spread, reduce: map the producer's channels to input channels and back, where the two differ.
     """
     rows = [weight[:: max(1, len(weight) // _SEARCH_ROWS)] for weight in weights]
     error = _output_error(inputs, rows[0].shape[1])
     x_mean = reduce(inputs.mean_abs).clamp(min=1e-8)
-    sizes = [_relative_size(weight, scheme) for weight, scheme in zip(rows, schemes, strict=True)]
+    sizes = [_relative_size(weight, kind.scheme) for weight, kind in zip(rows, kinds, strict=True)]
     w_mean = reduce(torch.cat(sizes).mean(0)).clamp(min=1e-8)
 
     def loss(scale: Tensor) -> float:
         total = 0.0
-        for weight, scheme in zip(rows, schemes, strict=True):
+        for weight, kind in zip(rows, kinds, strict=True):
             scaled = weight * scale
-            grid = minmax_grid(scaled, scheme, stored, negative)
+            grid = minmax_grid(scaled, kind)
             total += error(grid.dequantize(grid.round(scaled)) / scale - weight)
         return total
 

@@ -29,7 +29,16 @@ from .folding import HEAD_GROUP, SCALE_GROUPS, ScaleGroup, reduce_channels, spre
 from .integer import best_strength, quantize_linear, round_inputs
 from .linear_report import OutputComparison, activation_range
 from .plan import Choice, Plan
-from .rounding import Grid, block_gram, compensated_rounding, feedback_factor, minmax_grid, near, search_clipping
+from .rounding import (
+    Grid,
+    GridKind,
+    block_gram,
+    compensated_rounding,
+    feedback_factor,
+    minmax_grid,
+    near,
+    search_clipping,
+)
 from .smoothing import STRENGTHS, power_of_two, smoothing_scale
 
 _SUBSET_TOKENS = 1024
@@ -197,13 +206,11 @@ class BlockQuantizer:
 
     def _awq(self, prefix: str, group: ScaleGroup, names: Sequence[str], inputs: InputStatistics) -> Tensor:
         """Return AWQ's scale. Where a float weight is multiplied or divided, it is powers of two: that stays exact."""
-        rounded = {name: scheme for name in names if (scheme := self._precision(name).scheme) is not None}
+        rounded = [name for name in names if self._precision(name).scheme is not None]
         found = search_scale(
             [self._float(f"{name}.weight") for name in rounded],
             inputs,
-            list(rounded.values()),
-            self._scale_dtype,
-            self._recipe.negative_scales,
+            [self._kind(self._precision(name)) for name in rounded],
             spread=lambda values: spread_channels(values, group, self._decoder),
             reduce=lambda values: reduce_channels(values, group, self._decoder),
         )
@@ -313,12 +320,15 @@ class BlockQuantizer:
         return made, Latent(torch.cat(values), grid, shared.scale, shared.tokens)
 
     def _grid(self, precision: Precision, weight: Tensor, shared: _Shared | None) -> Grid:
-        scheme = precision.scheme
-        assert scheme is not None
+        kind = self._kind(precision)
+        if shared is not None and precision.method.clips and kind.scheme.group_size is not None:
+            return search_clipping(weight, shared.blocks[kind.scheme.group_size], kind)
+        return minmax_grid(weight, kind)
+
+    def _kind(self, precision: Precision) -> GridKind:
+        assert precision.scheme is not None
         negative = self._recipe.negative_scales and precision.method.groups
-        if shared is not None and precision.method.clips and scheme.group_size is not None:
-            return search_clipping(weight, shared.blocks[scheme.group_size], scheme, self._scale_dtype, negative)
-        return minmax_grid(weight, scheme, self._scale_dtype, negative)
+        return GridKind(precision.scheme, self._scale_dtype, negative)
 
     def _compare_integers(self, shared: _Shared, name: str, weight: Tensor, comparison: OutputComparison) -> None:
         linear = shared.integers[name]

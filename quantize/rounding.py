@@ -44,12 +44,28 @@ _LATENT = 0.49
 
 
 @dataclass(frozen=True)
+class GridKind:
+    """The grids that a linear may have.
+
+    Attributes:
+        scheme: bits, group size, symmetric or not.
+        stored: type of the stored scales.
+        negative: scales may be below 0; for symmetric grids alone. The lowest integer, which has one step more than the
+            highest, is then on the side of a group's largest weight.
+    """
+
+    scheme: Scheme
+    stored: torch.dtype
+    negative: bool = False
+
+
+@dataclass(frozen=True)
 class Grid:
     """The representable weights of one layer: scale * (q - zero), q in [low, high].
 
     Attributes:
         scheme: bits, group size, symmetric or not.
-        scale: [out, groups] float32, exact in the stored type; below 0 only where negative scales were asked for.
+        scale: [out, groups] float32, exact in the stored type.
         zero: [out, groups] float32 whole numbers; all 0 for symmetric grids.
     """
 
@@ -97,15 +113,14 @@ def limits(scheme: Scheme) -> tuple[int, int]:
     )
 
 
-def minmax_grid(weight: Tensor, scheme: Scheme, stored: torch.dtype, negative: bool = False) -> Grid:
+def minmax_grid(weight: Tensor, kind: GridKind) -> Grid:
     """Return the grid that spans the weights [out, in] of each group.
 
-    With `negative`, the lowest integer of a symmetric grid stands for the weight of the largest magnitude. A weight of
-    about this magnitude and the other sign is clipped a little.
+    Where scales may be negative, the lowest integer stands for the weight of the largest magnitude. A weight of about
+    this magnitude and the other sign is clipped a little.
     """
-    low, high = limits(scheme)
-    ratio = -high / low if negative and scheme.symmetric else 1.0
-    return spanning(extent(weight, scheme), scheme, stored, negative, ratio)
+    low, high = limits(kind.scheme)
+    return spanning(extent(weight, kind.scheme), kind, -high / low if kind.negative else 1.0)
 
 
 def extent(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
@@ -115,24 +130,20 @@ def extent(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     return smallest.clamp_(max=0), largest.clamp_(min=0)
 
 
-def spanning(
-    spanned: tuple[Tensor, Tensor], scheme: Scheme, stored: torch.dtype, negative: bool = False, ratio: float = 1.0
-) -> Grid:
+def spanning(spanned: tuple[Tensor, Tensor], kind: GridKind, ratio: float = 1.0) -> Grid:
     """Return the grid for groups that span the interval `spanned` (from `extent`), after shrinking it by `ratio`.
 
     Asymmetric grids always hold 0. At ratio 1, a symmetric grid spans [-max, max] and its highest integer stands for
-    max. A ratio of 7/8 therefore makes the lowest 4-bit integer stand for -max. With `negative`, the scale of a
-    symmetric grid is negative where the weight of the largest magnitude is positive: the lowest integer, which has one
-    step more, is then on its side.
+    max. A ratio of 7/8 therefore makes the lowest 4-bit integer stand for -max.
     """
-    low, high = limits(scheme)
+    low, high = limits(kind.scheme)
     smallest, largest = (values * ratio for values in spanned)
-    if scheme.symmetric:
+    if kind.scheme.symmetric:
         scale = torch.maximum(-smallest, largest) / high
-        scale = round_scale(torch.where(largest > -smallest, -scale, scale) if negative else scale, stored)
-        return Grid(scheme, scale, torch.zeros_like(scale))
-    scale = round_scale((largest - smallest) / high, stored)
-    return Grid(scheme, scale, torch.round(-smallest / scale).clamp_(low, high))
+        scale = round_scale(torch.where(largest > -smallest, -scale, scale) if kind.negative else scale, kind.stored)
+        return Grid(kind.scheme, scale, torch.zeros_like(scale))
+    scale = round_scale((largest - smallest) / high, kind.stored)
+    return Grid(kind.scheme, scale, torch.round(-smallest / scale).clamp_(low, high))
 
 
 def round_scale(scale: Tensor, stored: torch.dtype) -> Tensor:
@@ -169,9 +180,7 @@ def block_gram(inputs: InputStatistics, scale: Tensor, group_size: int) -> Tenso
     return blocks * inverse[:, :, None] * inverse[:, None, :]
 
 
-def search_clipping(
-    weight: Tensor, blocks: Tensor, scheme: Scheme, stored: torch.dtype, negative: bool = False
-) -> Grid:
+def search_clipping(weight: Tensor, blocks: Tensor, kind: GridKind) -> Grid:
     """Return the grid of `weight` [out, in] with the clipping range of least error for each output and group.
 
     The error is that of the group's part of the output, for this group's inputs.
@@ -179,26 +188,24 @@ def search_clipping(
     Args:
         weight: float32, already multiplied by its input scale.
         blocks: Gram matrix of each group, see `block_gram`.
-        scheme: how weights are rounded.
-        stored: type of the stored scales.
-        negative: scales may be negative, see `spanning`.
+        kind: the grids to choose from.
     """
     rows = max(1, _CLIP_WEIGHTS // weight.shape[1])
-    parts = [_clip_rows(part, blocks, scheme, stored, negative) for part in torch.split(weight, rows)]
-    return Grid(scheme, torch.cat([part.scale for part in parts]), torch.cat([part.zero for part in parts]))
+    parts = [_clip_rows(part, blocks, kind) for part in torch.split(weight, rows)]
+    return Grid(kind.scheme, torch.cat([part.scale for part in parts]), torch.cat([part.zero for part in parts]))
 
 
-def _clip_rows(weight: Tensor, blocks: Tensor, scheme: Scheme, stored: torch.dtype, negative: bool) -> Grid:
-    spanned = extent(weight, scheme)
+def _clip_rows(weight: Tensor, blocks: Tensor, kind: GridKind) -> Grid:
+    spanned = extent(weight, kind.scheme)
     grouped = weight.reshape(len(weight), len(blocks), -1).transpose(0, 1).contiguous()
-    best = spanning(spanned, scheme, stored, negative)
+    best = spanning(spanned, kind)
     least = _group_error(grouped, best, blocks)
-    for ratio in _SYMMETRIC_RATIOS if scheme.symmetric else _CLIP_RATIOS:
-        grid = spanning(spanned, scheme, stored, negative, ratio)
+    for ratio in _SYMMETRIC_RATIOS if kind.scheme.symmetric else _CLIP_RATIOS:
+        grid = spanning(spanned, kind, ratio)
         error = _group_error(grouped, grid, blocks)
         better = error < least
         least = torch.where(better, error, least)
-        best = Grid(scheme, torch.where(better, grid.scale, best.scale), torch.where(better, grid.zero, best.zero))
+        best = Grid(kind.scheme, torch.where(better, grid.scale, best.scale), torch.where(better, grid.zero, best.zero))
     return best
 
 

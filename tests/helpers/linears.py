@@ -7,9 +7,13 @@ from torch import Tensor
 
 from internvl_edge.calibration.statistics import InputStatistics, Observer, StatisticsRequest
 from internvl_edge.model.linear import Scheme
-from internvl_edge.quantize.rounding import minmax_grid
+from internvl_edge.quantize.rounding import GridKind, minmax_grid
 
 ASYMMETRIC, SYMMETRIC = Scheme(4, 32, symmetric=False), Scheme(4, 32, symmetric=True)
+
+
+def kind(scheme: Scheme, negative: bool = False) -> GridKind:
+    return GridKind(scheme, torch.float16, negative)
 
 
 def observed(x: Tensor, wanted: StatisticsRequest | None = None) -> InputStatistics:
@@ -24,5 +28,5 @@ def output_error(x: Tensor, weight: Tensor, rounded: Tensor) -> float:
 
 
 def nearest(weight: Tensor, scheme: Scheme) -> Tensor:
-    grid = minmax_grid(weight, scheme, torch.float16)
+    grid = minmax_grid(weight, kind(scheme))
     return grid.dequantize(grid.round(weight))

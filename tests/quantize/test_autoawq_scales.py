@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.linears import ASYMMETRIC, nearest, observed, output_error
+from helpers.linears import ASYMMETRIC, kind, nearest, observed, output_error
 from helpers.repository import REPOSITORY
 from internvl_edge.calibration.blocks import decoder_block
 from internvl_edge.model.config import DecoderConfig, RopeConfig
@@ -71,6 +71,6 @@ def test_our_scales_leave_no_more_error_than_autoawqs(
     def error(scale: Tensor) -> float:
         return sum(len(w) * output_error(x, w, nearest(w * scale, ASYMMETRIC) / scale) for w in consumers)
 
-    ours = error(search_scale(consumers, observed(x), [ASYMMETRIC] * len(consumers), torch.float16))
+    ours = error(search_scale(consumers, observed(x), [kind(ASYMMETRIC)] * len(consumers)))
     theirs = error(stored[f"scale/{layer}.{group.producer}"])
     assert ours <= theirs * 1.001  # where both choose the same power, theirs has an epsilon more
