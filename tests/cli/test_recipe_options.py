@@ -108,3 +108,15 @@ def test_an_empty_path_is_not_the_present_folder(tmp_path: Path, option: str) ->
     done = quantize(str(tmp_path), "-o", str(tmp_path / "out"), option, "")
     assert done.exit_code == 2
     assert f"Invalid value for '{option}': it is empty, expected a path" in done.stderr
+
+
+def test_zero_points_replace_the_negative_scales_of_a_recipe(tmp_path: Path) -> None:
+    checkpoint, recipe = write_checkpoint(tmp_path / "checkpoint"), tmp_path / "mine.toml"
+    recipe.write_text("decoder = 'w4a16-rtn'\ngroup_size = 32\nsymmetric = true\nnegative_scales = true\n")
+    for option, negative in {"--symmetric": True, "--positive-scales": False, "--zero-points": False}.items():
+        done = quantize(str(checkpoint), "--recipe", str(recipe), option, "-o", str(tmp_path / option))
+        assert done.exit_code == 0, done.exception
+        assert json.loads(done.stdout)["recipe"]["negative_scales"] == negative
+        linear = Checkpoint(tmp_path / option).linear("decoder.layers.0.mlp.up_proj")
+        assert linear is not None
+        assert bool((linear.scale < 0).any()) == negative

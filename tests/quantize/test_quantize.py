@@ -41,10 +41,12 @@ RECIPES: dict[str, Recipe] = {
     "awq": Recipe(group_size=32),
     "awq without compensation": Recipe(group_size=64, error_compensation=False),
     "awq symmetric": Recipe(group_size=32, symmetric=True),
+    "awq, negative scales": Recipe(group_size=32, symmetric=True, negative_scales=True),
     "awq, int8 head": Recipe(group_size=32, lm_head="int8"),
     "awq, int4 head": Recipe(group_size=32, lm_head="int4"),
     "rtn": Recipe("w4a16-rtn", group_size=32),
     "rtn, int4 head": Recipe("w4a16-rtn", group_size=32, lm_head="int4"),
+    "rtn, negative scales": Recipe("w4a16-rtn", group_size=32, symmetric=True, negative_scales=True),
     "w8a16": Recipe("w8a16", lm_head="int8"),
     "w8a16, rounded": Recipe("w8a16", lm_head="int8", error_compensation=False),
 }
@@ -86,6 +88,7 @@ def test_every_scheme_reads_back_near_the_original(tmp_path: Path, kind: str, re
     assert linear is not None
     bits = 8 if recipe.decoder == "w8a16" else 4
     assert (linear.bits, linear.zero_point is None) == (bits, recipe.symmetric or bits == 8)
+    assert bool((linear.scale < 0).any()) == recipe.negative_scales
     assert divergence(checkpoint, tmp_path / "out") < LIMITS[bits]
     assert bool(report.errors) == recipe.needs_data
     assert not (tmp_path / "out.partial").exists()

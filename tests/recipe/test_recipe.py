@@ -87,6 +87,7 @@ def test_names_that_are_neither_preset_nor_file_get_near_ones(tmp_path: Path) ->
         ({"decoder": "w8a8", "automatic": Automatic(target_bits=9)}, "give max_kl"),
         ({"decoder_int8": DecoderInt8(max_kl=0), "kv_cache": "int2"}, "kv_cache 'int2'"),
         ({"decoder": "fp", "layers": (("*", "fp"),)}, "quantize at least one"),
+        ({"negative_scales": True}, "negative scales are for weights without zero points; use symmetric or positive"),
     ],
 )
 def test_choices_that_cannot_be_are_refused(choices: dict[str, Any], message: str) -> None:
