@@ -30,6 +30,8 @@ from internvl_edge.model.linear import PackedLinear, Scheme
 _CLIP_RATIOS = tuple(1 - 0.05 * step for step in range(1, 11))
 # Ratios for symmetric 4-bit scales. max/7 is always tried. max/7.5 and max/8 use the lowest integer. The others clip.
 _SYMMETRIC_RATIOS = (7 / 7.5, 7 / 8, *(7 / 8 * ratio for ratio in _CLIP_RATIOS))
+# The same with negative scales, where max/8 is the widest.
+_NEGATIVE_RATIOS = tuple(7 / 8 * ratio for ratio in _CLIP_RATIOS)
 # The number of weights whose clipping is searched together. They must fit into the processor's cache.
 _CLIP_WEIGHTS = 1 << 19
 # The number of columns whose errors are spread over all later ones together.
@@ -198,15 +200,22 @@ def search_clipping(weight: Tensor, blocks: Tensor, kind: GridKind) -> Grid:
 def _clip_rows(weight: Tensor, blocks: Tensor, kind: GridKind) -> Grid:
     spanned = extent(weight, kind.scheme)
     grouped = weight.reshape(len(weight), len(blocks), -1).transpose(0, 1).contiguous()
-    best = spanning(spanned, kind)
+    best = minmax_grid(weight, kind)
     least = _group_error(grouped, best, blocks)
-    for ratio in _SYMMETRIC_RATIOS if kind.scheme.symmetric else _CLIP_RATIOS:
+    for ratio in _ratios(kind):
         grid = spanning(spanned, kind, ratio)
         error = _group_error(grouped, grid, blocks)
         better = error < least
         least = torch.where(better, error, least)
         best = Grid(kind.scheme, torch.where(better, grid.scale, best.scale), torch.where(better, grid.zero, best.zero))
     return best
+
+
+def _ratios(kind: GridKind) -> tuple[float, ...]:
+    """Return the ratios of the interval to try beside that of `minmax_grid`."""
+    if kind.negative:
+        return _NEGATIVE_RATIOS
+    return _SYMMETRIC_RATIOS if kind.scheme.symmetric else _CLIP_RATIOS
 
 
 def _group_error(weight: Tensor, grid: Grid, blocks: Tensor) -> Tensor:
