@@ -95,11 +95,7 @@ ROWS = [
     Row(32, "computed", symmetric=True),
     Row(32, "learned", symmetric=True),
     Row(32, PEER, symmetric=True),
-    Row(64, "computed", symmetric=True, negative_scales=True),
-    Row(64, "learned", symmetric=True, negative_scales=True),
     Row(64, "learned", symmetric=True, negative_scales=True, seed=1),
-    Row(32, "computed", symmetric=True, negative_scales=True),
-    Row(32, "learned", symmetric=True, negative_scales=True),
 ]
 
 
