@@ -109,6 +109,17 @@ def test_both_dialects_compute_what_the_checkpoint_says(tmp_path: Path, layout: 
     assert Counter(map(str, manifest.linears.values())) == counts
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sizes_are_those_of_the_files_where_most_float_tensors_are_scales(tmp_path: Path, layout: str) -> None:
+    """Linears with int8 inputs have two float32 tensors each, which are more than the other floats of a model."""
+    original = write_checkpoint(tmp_path / "checkpoint", **LAYOUTS[layout])
+    report = quantize(original, tmp_path / "out", Recipe("w8a8", vision="int8", lm_head="int8", decoder_int8=ALL_INT8))
+    assert Checkpoint(tmp_path / "out").float_type() == Checkpoint(original).float_type()
+    assert sum(part.bytes for part in report.record.components) == pytest.approx(report.bytes, rel=0.02)
+    floats = {linear.dtype for linear in report.record.linears}
+    assert floats == {stored.dtype for part in report.record.components for stored in part.stored}
+
+
 @pytest.mark.parametrize("layout", ["qwen2", "internlm2"])
 def test_int8_inputs_are_exact_in_float64_logic(tmp_path: Path, layout: str) -> None:
     """Scales that smoothing moves are powers of two: floats with them are the original's, so rounding alone is lost."""
