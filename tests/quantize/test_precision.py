@@ -13,6 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from helpers.engines import TEXT, require_wide_sums_where_needed, run
@@ -20,6 +21,7 @@ from helpers.quantizing import quantize
 from helpers.reference import Reference
 from helpers.reference_names import text_name
 from helpers.tiny import write_checkpoint
+from internvl_edge.base.errors import EdgeError
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.bundle.names import DECODERS
 from internvl_edge.checkpoint.reader import Checkpoint
@@ -148,6 +150,16 @@ def test_floats_beside_scaled_inputs_stay_exact(tmp_path: Path) -> None:
         assert np.array_equal(np.exp2(np.round(np.log2(np.abs(ratio)))), ratio)
         changed += int((ratio != 1).sum())
     assert changed
+
+
+def test_floats_that_scales_would_push_beyond_their_type_are_refused_by_name(tmp_path: Path) -> None:
+    original = write_checkpoint(tmp_path / "checkpoint", dtype="float16")
+    tensors = load_file(original / "model.safetensors")
+    for name in (name for name in tensors if name.endswith("up_proj.weight")):
+        tensors[name] = (tensors[name].float() * (6e4 / float(tensors[name].abs().max()))).half()
+    save_file(tensors, original / "model.safetensors")
+    with pytest.raises(EdgeError, match=r"layers\.0\.mlp\.up_proj stays float16, which cannot hold .* bfloat16"):
+        quantize(original, tmp_path / "out", Recipe(group_size=32, layers=(("*.up_proj", "fp"),)))
 
 
 def test_cpus_that_saturate_add_in_32_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
