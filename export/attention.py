@@ -66,18 +66,19 @@ def _standard_attention(g: GraphBuilder, decoder: DecoderConfig, inputs: Inputs)
     def attend(q: ir.Value, k: ir.Value, v: ir.Value, cache: LayerCache) -> tuple[ir.Value, ir.Value, ir.Value]:
         q, k, v = (g.heads(x, decoder.head_dim) for x in (q, k, v))
         q, k = (g.rotary(x, inputs.cos, inputs.sin) for x in (q, k))
-        if cache.scales is not None:
+        scales = [invertible(g, scale) for scale in cache.scales or ()]
+        if scales:
             k, v = (
                 g.op("QuantizeLinear", divide(g, x, scale), *g.unit_scale())
-                for x, scale in zip((k, v), cache.scales, strict=True)
+                for x, scale in zip((k, v), scales, strict=True)
             )
-            q = multiply(g, decoder, q, cache.scales[0])
+            q = multiply(g, decoder, q, scales[0])
         (key, used_key), (value, used_value) = scatter_and_slice(cache.key, k), scatter_and_slice(cache.value, v)
-        if cache.scales is not None:
+        if scales:
             used_key, used_value = (g.op("DequantizeLinear", x, *g.unit_scale()) for x in (used_key, used_value))
         attended = g.attention(q, used_key, used_value, heads_of(decoder), mask)
-        if cache.scales is not None:
-            attended = multiply(g, decoder, attended, cache.scales[1])
+        if scales:
+            attended = multiply(g, decoder, attended, scales[1])
         return g.merge_heads(attended, decoder.num_attention_heads * decoder.head_dim), key, value
 
     return attend
@@ -86,6 +87,13 @@ def _standard_attention(g: GraphBuilder, decoder: DecoderConfig, inputs: Inputs)
 def heads_of(decoder: DecoderConfig) -> Heads:
     """Return the heads of a decoder's attention."""
     return Heads(decoder.num_attention_heads, decoder.num_key_value_heads, decoder.head_dim)
+
+
+def invertible(g: GraphBuilder, scale: Array) -> Array:
+    """Return scales whose inverses the graph's type holds: those of channels of zeros are too small for float16."""
+    if g.types.activations != ir.DataType.FLOAT16:
+        return scale
+    return np.maximum(scale, 1 / np.float32(np.finfo(np.float16).max))
 
 
 def divide(g: GraphBuilder, x: ir.Value, scale: Array) -> ir.Value:

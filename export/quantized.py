@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -137,6 +138,7 @@ class PackedWeights:
         if self._last is None or self._last[0] != name:
             linear = self._checkpoint.linear(name)
             assert linear is not None
+            linear = centered_zeros(linear)
             if name not in self._errors:
                 self._errors[name] = _squared_errors(linear, self._types.activations)
             self._last = name, linear
@@ -179,6 +181,25 @@ def _block_size(name: str, scheme: Scheme, inputs: int) -> int:
             f"{_LARGEST_BLOCK} do not divide; quantize with group size 32, 64 or 128"
         )
     return block
+
+
+def centered_zeros(linear: PackedLinear) -> PackedLinear:
+    """Return the linear with the middle of the range as integers and zero point of all groups that stand for zeros.
+
+    Quantizers give such a group any scale, often one that is far too large for the layer's weights. The standard
+    dialect then subtracts two large products to get the zero, and what each of them was rounded by remains. Zero times
+    the scale has no such rest.
+    """
+    if linear.zero_point is None:
+        return linear
+    out, groups = linear.scale.shape
+    empty = (linear.values.reshape(out, groups, -1) == linear.zero_point[:, :, None]).all(-1)
+    if not empty.any():
+        return linear
+    values, zeros = linear.values.copy(), linear.zero_point.copy()
+    values.reshape(out, groups, -1)[empty] = linear.middle
+    zeros[empty] = linear.middle
+    return replace(linear, values=values, zero_point=zeros)
 
 
 def _squared_errors(linear: PackedLinear, activations: ir.DataType) -> tuple[float, float]:

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from internvl_edge.base.errors import EdgeError
 from internvl_edge.calibration.block_weights import require_finite
-from internvl_edge.calibration.compute import Compute, to_numpy, to_torch
+from internvl_edge.calibration.compute import Compute, is_finite, to_numpy, to_torch
 from internvl_edge.calibration.statistics import InputStatistics, StatisticsRequest, symmetrize
 from internvl_edge.checkpoint.reader import Checkpoint
 from internvl_edge.checkpoint.record import LinearReport
@@ -253,8 +254,7 @@ class BlockQuantizer:
             precision, comparison = self._precision(name), OutputComparison()
             if precision.scheme is None:
                 if scale is not None or name in block.scales:
-                    stored = to_torch(self._checkpoint.tensor(f"{name}.weight")).dtype
-                    block.tensors[f"{name}.weight"] = to_numpy(self._scaled(name, scale, block).to(stored))
+                    block.tensors[f"{name}.weight"] = to_numpy(self._float_scaled(name, scale, block))
             elif shared is not None and precision.method.rounds_inputs:
                 block.linears[name] = shared.integers[name]
                 self._compare_integers(shared, name, self._scaled(name, scale, block), comparison)
@@ -367,6 +367,17 @@ class BlockQuantizer:
         if name in block.scales:
             weight /= block.scales[name][:, None]
         return weight
+
+    def _float_scaled(self, name: str, scale: Tensor | None, block: QuantizedBlock) -> Tensor:
+        """Return the same for a weight that stays float, in its stored type."""
+        stored = self._checkpoint.tensor(f"{name}.weight").dtype
+        scaled = self._scaled(name, scale, block).to(to_torch(np.empty(0, stored)).dtype)
+        if not is_finite(scaled):
+            raise EdgeError(
+                f"{name} stays {stored}, which cannot hold its weights times the scale that quantized linears near it "
+                "need; quantize it too, or keep those fp as well, or convert the checkpoint to bfloat16"
+            )
+        return scaled
 
     def _float(self, name: str) -> Tensor:
         tensor = to_torch(self._checkpoint.tensor(name))

@@ -35,7 +35,7 @@ class OutputComparison:
         """Return a linear's report with the figures of this comparison."""
         missed, whole, found, product = self._sums.tolist()
         error = math.sqrt(missed / max(whole, 1e-30))
-        cosine = product / max(math.sqrt(whole * found), 1e-30)
+        cosine = product / max(math.sqrt(whole * found), 1e-30) if whole or found else 1.0
         return replace(report, error=error, sqnr_db=-20 * math.log10(max(error, 1e-15)), cosine=cosine)
 
 

@@ -84,8 +84,7 @@ class QuantizationReport:
     @property
     def errors(self) -> dict[str, float]:
         """The relative output error on calibration data of each quantized linear for which it is known."""
-        linears = self.record.linears
-        return {one.name: one.error for one in linears if one.scheme is not None and one.error is not None}
+        return self.record.errors
 
 
 def quantize_checkpoint(

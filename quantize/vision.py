@@ -283,4 +283,6 @@ def evenly(count: int, most: int) -> list[int]:
 def cosine(expected: Tensor, found: Tensor) -> float:
     """Return the cosine of the embeddings of one tile, with all its tokens as one vector."""
     a, b = (tensor.double().cpu().numpy().ravel() for tensor in (expected, found))
+    if not (a.any() or b.any()):
+        return 1.0
     return float(a @ b / max(float(np.linalg.norm(a) * np.linalg.norm(b)), 1e-30))

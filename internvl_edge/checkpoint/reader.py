@@ -6,7 +6,9 @@ error too. Code that comes with a checkpoint is never run.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +125,13 @@ class Checkpoint:
         return {kind: kinds.count(kind) for kind in sorted(set(kinds), key=kinds.count, reverse=True)}
 
     def float_type(self) -> tuple[str, int]:
-        """Return the most frequent type of float tensors ("bfloat16") and its bits."""
-        return next(_FLOAT_TYPES[name] for name in self.stored_dtypes() if name in _FLOAT_TYPES)
+        """Return the type that most of the float weights have ("bfloat16") and its bits. Scales do not count."""
+        sources = dict.fromkeys(stored for source in self._sources.values() for stored in source.names)
+        weights = Counter[str]()
+        for tensor in (self._stored[name] for name in sources if name in self._stored):
+            if tensor.dtype in _FLOAT_TYPES:
+                weights[tensor.dtype] += prod(tensor.shape)
+        return _FLOAT_TYPES[weights.most_common(1)[0][0]]
 
     def components(self) -> tuple[Component, ...]:
         """Return the sizes of the model's parts on disk."""

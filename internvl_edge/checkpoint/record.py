@@ -50,7 +50,8 @@ class LinearReport:
         dtype: type of the float weights or of the scales: "bfloat16".
         scheme: how its weights are rounded; None for floats.
         bits_per_weight: including scales and zero points.
-        error: relative output error on calibration tokens, sqrt(|Y' - Y|^2 / |Y|^2).
+        error: relative output error on calibration tokens, sqrt(|Y' - Y|^2 / |Y|^2). For a linear of an int8 tower that
+            stays float, that of its int8 form, which was not taken.
         sqnr_db: the same error in decibels, -20 log10(error).
         cosine: cosine between the outputs Y' and Y, with all tokens as one vector.
         part: its share of the error that is predicted for the whole model (of the image embeddings, or of the KL).
@@ -123,6 +124,12 @@ class QuantizationRecord:
     run: RunRecord
     files: tuple[str, ...] = ()
     hub: HubSource | None = None
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """The relative output error on calibration data of each quantized linear for which it is known."""
+        linears = self.linears
+        return {one.name: one.error for one in linears if one.scheme is not None and one.error is not None}
 
 
 def weight_files(checkpoint: Path) -> dict[str, int]:

@@ -181,7 +181,9 @@ def recipe_toml(recipe: Mapping[str, Any]) -> str:
     lines, tables = [], []
     for name, value in recipe.items():
         if name == "layers":
-            value = dict(value)
+            # The last exception that matches applies, so a pattern that comes again has its place at the end.
+            last = {pattern: place for place, (pattern, _) in enumerate(value)}
+            value = {pattern: value[place][1] for pattern, place in sorted(last.items(), key=lambda item: item[1])}
         if isinstance(value, Mapping):
             rows = [f"{_key(key)} = {_toml(each)}" for key, each in value.items() if each is not None]
             tables += ["", f"[{_key(name)}]", *rows] if rows else []
@@ -261,8 +263,7 @@ def _errors(record: QuantizationRecord) -> list[str]:
             f"Calibration used {record.samples} samples with {record.tokens:,} tokens, {record.image_tokens:,} of them "
             "of images."
         )
-    errors = {linear.name: linear.error for linear in record.linears if linear.error is not None}
-    if errors:
+    if errors := record.errors:
         worst = max(errors, key=lambda name: errors[name])
         mean = rounded(sum(errors.values()) / len(errors))
         said.append(

@@ -288,6 +288,8 @@ class Recipe:
         found = [self.precision(precision) for _, precision in self.layers]
         if self.automatic and self.base.scheme is None:
             raise EdgeError("precision is chosen from the decoder's scheme upwards; give a decoder scheme below fp")
+        if self.choice and all(precision.scheme is None for precision in self.candidates):
+            raise EdgeError("precision is chosen among fp alone; give at least one other, such as w8a16")
         found += self.candidates
         if self.choice and self.choice.target_bits and any(p.method.rounds_inputs for p in self.candidates):
             raise EdgeError("w8a8 has as many bits as w8a16, so target_bits cannot choose between them; give max_kl")

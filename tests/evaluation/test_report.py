@@ -205,6 +205,19 @@ def test_what_is_not_known_is_left_out() -> None:
         assert heading not in text
 
 
+def test_only_quantized_linears_have_errors_on_the_page() -> None:
+    """A linear of the tower may stay float because its error as int8 would be the largest of all."""
+    report = replace(full_report(), quality=None)
+    assert report.quantization is not None
+    worst, *others = report.quantization.linears
+    kept = replace(worst, scheme=None, error=876.0, sqnr_db=-58.85, cosine=0.123456)
+    text = render(replace(report, quantization=replace(report.quantization, linears=(kept, *others))))
+    assert kept.name in text
+    assert not any(f">{figure}</td>" in text for figure in ("876", "-58.9", "0.123456"))
+    errors = [linear.error for linear in others if linear.error is not None]
+    assert f"{sum(errors) / len(errors):.3f}" in text
+
+
 def test_the_first_sentence_says_how_each_part_is_stored() -> None:
     int8, int4 = Scheme(8, None, symmetric=True), Scheme(4, 32, symmetric=True)
     parts = {"vision": (Stored(9, "float16", W8A8),), "lm_head": (Stored(1, "float16", int8),)}

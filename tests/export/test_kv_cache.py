@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnx.numpy_helper
 import pytest
 import torch
 
@@ -46,6 +48,18 @@ def test_both_dialects_compute_what_the_reference_computes_with_a_rounded_cache(
         # A number next to the middle between two integers may be rounded either way: far less than all roundings.
         assert np.abs(logits[0] - expected.step_logits[0].numpy()).max() < 0.2 * apart
         assert tokens == expected.ids
+
+
+def test_scales_of_channels_of_zeros_have_inverses_in_float16(tmp_path: Path) -> None:
+    checkpoint = tiny.write_checkpoint(tmp_path / "checkpoint")
+    scales = write_scales(checkpoint)
+    keys, values = 127 * scales.key[..., : scales.key.shape[-1] // 2], 127 * scales.value
+    keys[..., :3], values[..., :3] = 0, 0
+    KvScales.from_ranges(keys, values).write(checkpoint)
+    bundle = export_bundle(checkpoint, tmp_path / "bundle", activations="float16", dialects=["standard"])
+    graph = onnx.load(bundle / DECODERS["standard"], load_external_data=False).graph
+    constants = [onnx.numpy_helper.to_array(each) for each in graph.initializer if not each.external_data]
+    assert all(np.isfinite(constant).all() for constant in constants)
 
 
 def test_the_cache_takes_a_quarter_of_the_memory(tmp_path: Path) -> None:

@@ -89,6 +89,27 @@ def test_rounding_activations_to_int8_costs_little(tmp_path: Path, dialect: str)
     assert 1e-4 < np.abs(error).max() < 0.1 * expected.std()
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+@pytest.mark.parametrize("dialect", DECODERS)
+def test_groups_of_zeros_add_nothing_whatever_their_scale(tmp_path: Path, dialect: str, scale: float) -> None:
+    """Rows that pruning or padding left empty get a scale that fits no weight beside them."""
+    source = tiny.write_checkpoint(tmp_path / "float")
+    tensors = load_file(source / "model.safetensors")
+    pruned = [name for name in tensors if name.endswith(("o_proj.weight", "down_proj.weight"))]
+    for name in pruned:
+        tensors[name][::2] = 0
+    save_file(tensors, source / "model.safetensors")
+    quantized, twin = write_quantized(source, tmp_path)
+    packed = load_file(quantized / "model.safetensors")
+    for name in pruned:
+        packed[name.replace(".weight", ".scales")][:, ::2] = scale
+    save_file(packed, quantized / "model.safetensors")
+    reference = Reference(twin)
+    expected = reference.generate(TEXT, max_new_tokens=1).prefill_logits.numpy()
+    error = run(export_bundle(quantized, tmp_path / "bundle"), dialect, reference, 1)[0] - expected
+    assert np.abs(error).max() < 0.1 * expected.std()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_quantized_product_is_fused(tmp_path: Path, kind: str) -> None:
     sizes, choices = KINDS[kind]

@@ -49,6 +49,23 @@ def test_the_recipe_of_a_card_is_a_recipe_file(recipe: Recipe, tmp_path: Path) -
     assert make_recipe(read_recipe(str(tmp_path / "recipe.toml"))) == recipe
 
 
+def test_a_pattern_that_comes_twice_keeps_its_last_place(tmp_path: Path) -> None:
+    recipe = Recipe(layers=(("layers.0.*", "w8a16"), ("*.up_proj", "fp"), ("layers.0.*", "w4a16-rtn")))
+    (tmp_path / "recipe.toml").write_text(recipe_toml(encode(asdict(recipe))), encoding="utf-8")
+    assert make_recipe(read_recipe(str(tmp_path / "recipe.toml"))).layers == recipe.layers[1:]
+
+
+def test_errors_are_those_of_quantized_linears(manifest: Manifest) -> None:
+    """A linear of the tower may stay float because its error as int8 would be the largest of all."""
+    worst, *others = quantization_record().linears
+    kept = replace(worst, scheme=None, error=7.5)
+    record = replace(quantization_record(), linears=(kept, *others))
+    assert kept.name not in record.errors
+    for card in (checkpoint_card(record, "remote"), bundle_card(manifest, record)):
+        assert f"{max(record.errors.values()):.3g}" in card
+        assert "7.5" not in card
+
+
 def test_figures_are_shown_with_what_they_come_from(manifest: Manifest) -> None:
     quality = full_report().quality
     assert quality is not None

@@ -17,12 +17,15 @@ from torch import Tensor
 from helpers.linears import observed
 from internvl_edge.base.errors import CheckpointError, EdgeError
 from internvl_edge.checkpoint.codecs import compressed_tensors
+from internvl_edge.checkpoint.record import LinearReport
 from internvl_edge.export.builder import GraphBuilder, Types
 from internvl_edge.export.int8 import IntegerMatMul, scale_outputs
 from internvl_edge.export.weights import WeightFile
 from internvl_edge.model.linear import W8A8, PackedLinear, Scheme
+from internvl_edge.quantize import vision
 from internvl_edge.quantize.calibrators import CALIBRATORS, find_range, histogram, rounded
 from internvl_edge.quantize.integer import IntegerLinear, quantize_linear, round_inputs
+from internvl_edge.quantize.linear_report import OutputComparison
 from internvl_edge.quantize.smoothing import divide, smoothing_scale
 from internvl_edge.recipe.recipe import CALIBRATORS as OFFERED
 from internvl_edge.recipe.recipe import Recipe, VisionInt8
@@ -235,6 +238,16 @@ def test_folded_scales_stay_positive_and_change_no_integer_but_its_sign() -> Non
     assert made.values[2, 0] == 127
     np.testing.assert_allclose(made.dequantize(), linear.dequantize() * factor[:, None], atol=1e-5 * 1.1)
     np.testing.assert_allclose(made.dequantize()[22:], linear.dequantize()[22:] * factor[22:, None], atol=2.0**-25)
+
+
+def test_zeros_that_stay_zeros_are_alike() -> None:
+    zeros, ones = torch.zeros(4, 3), torch.ones(4, 3)
+    plain = LinearReport("layer", "float32", Scheme(4, 32, symmetric=False), 4.5)
+    for found, cosine in ((zeros, 1.0), (ones, 0.0)):
+        comparison = OutputComparison()
+        comparison.add(zeros, found)
+        assert comparison.of(plain).cosine == cosine
+        assert vision.cosine(zeros, found) == cosine
 
 
 # ---- the format ----

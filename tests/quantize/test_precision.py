@@ -13,6 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from helpers.engines import TEXT, require_wide_sums_where_needed, run
@@ -20,6 +21,7 @@ from helpers.quantizing import quantize
 from helpers.reference import Reference
 from helpers.reference_names import text_name
 from helpers.tiny import write_checkpoint
+from internvl_edge.base.errors import EdgeError
 from internvl_edge.bundle.bundle import Bundle
 from internvl_edge.bundle.names import DECODERS
 from internvl_edge.checkpoint.reader import Checkpoint
@@ -109,6 +111,17 @@ def test_both_dialects_compute_what_the_checkpoint_says(tmp_path: Path, layout: 
     assert Counter(map(str, manifest.linears.values())) == counts
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sizes_are_those_of_the_files_where_most_float_tensors_are_scales(tmp_path: Path, layout: str) -> None:
+    """Linears with int8 inputs have two float32 tensors each, which are more than the other floats of a model."""
+    original = write_checkpoint(tmp_path / "checkpoint", **LAYOUTS[layout])
+    report = quantize(original, tmp_path / "out", Recipe("w8a8", vision="int8", lm_head="int8", decoder_int8=ALL_INT8))
+    assert Checkpoint(tmp_path / "out").float_type() == Checkpoint(original).float_type()
+    assert sum(part.bytes for part in report.record.components) == pytest.approx(report.bytes, rel=0.02)
+    floats = {linear.dtype for linear in report.record.linears}
+    assert floats == {stored.dtype for part in report.record.components for stored in part.stored}
+
+
 @pytest.mark.parametrize("layout", ["qwen2", "internlm2"])
 def test_int8_inputs_are_exact_in_float64_logic(tmp_path: Path, layout: str) -> None:
     """Scales that smoothing moves are powers of two: floats with them are the original's, so rounding alone is lost."""
@@ -137,6 +150,16 @@ def test_floats_beside_scaled_inputs_stay_exact(tmp_path: Path) -> None:
         assert np.array_equal(np.exp2(np.round(np.log2(np.abs(ratio)))), ratio)
         changed += int((ratio != 1).sum())
     assert changed
+
+
+def test_floats_that_scales_would_push_beyond_their_type_are_refused_by_name(tmp_path: Path) -> None:
+    original = write_checkpoint(tmp_path / "checkpoint", dtype="float16")
+    tensors = load_file(original / "model.safetensors")
+    for name in (name for name in tensors if name.endswith("up_proj.weight")):
+        tensors[name] = (tensors[name].float() * (6e4 / float(tensors[name].abs().max()))).half()
+    save_file(tensors, original / "model.safetensors")
+    with pytest.raises(EdgeError, match=r"layers\.0\.mlp\.up_proj stays float16, which cannot hold .* bfloat16"):
+        quantize(original, tmp_path / "out", Recipe(group_size=32, layers=(("*.up_proj", "fp"),)))
 
 
 def test_cpus_that_saturate_add_in_32_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,6 +85,8 @@ def test_names_that_are_neither_preset_nor_file_get_near_ones(tmp_path: Path) ->
         ({"layers": (("*", "w8a16-g64"),)}, "only w4a16-awq and w4a16-rtn have groups; write w8a16"),
         ({"decoder": "fp", "automatic": Automatic(target_bits=5)}, "give a decoder scheme below fp"),
         ({"decoder": "w8a8", "automatic": Automatic(target_bits=9)}, "give max_kl"),
+        ({"automatic": Automatic(max_kl=0.1, among=("fp",))}, "among fp alone; give at least one other"),
+        ({"decoder": "w8a8", "automatic": Automatic(target_bits=16, among=("fp", "fp"))}, "among fp alone"),
         ({"decoder_int8": DecoderInt8(max_kl=0), "kv_cache": "int2"}, "kv_cache 'int2'"),
         ({"decoder": "fp", "layers": (("*", "fp"),)}, "quantize at least one"),
         ({"negative_scales": True}, "negative scales are for weights without zero points; use symmetric or positive"),

@@ -157,9 +157,9 @@ def _headlines(report: Report) -> list[tuple[str, str]]:
     rows += [(METRICS[name].show(figures[name]), f"{_LABELS[name]}, {_asked(report, name)}") for name in known]
     if report.quantization and report.quantization.tower and len(rows) < 1 + _MOST_HEADLINES:
         rows.append((f"{report.quantization.tower.cosine:.5f}", "cosine of the image embeddings to the float tower's"))
-    errors = [linear.error for linear in _linears(report) if linear.error is not None]
+    errors = report.quantization.errors if report.quantization else {}
     if errors and not figures:
-        rows.append((f"{sum(errors) / len(errors):.3f}", "output error of a linear, mean"))
+        rows.append((f"{sum(errors.values()) / len(errors):.3f}", "output error of a linear, mean"))
     return rows
 
 
@@ -280,8 +280,9 @@ def _plots(report: Report) -> dict[str, Plot | None]:
     parts = {"vision": "vision.", "decoder": "decoder."}
     for part, prefix in parts.items():
         linears = [linear for linear in _linears(report) if linear.name.startswith(prefix)]
-        plots[f"{part} sqnr"] = layers_plot(linears, lambda linear: linear.sqnr_db, "SQNR, dB")
-        plots[f"{part} cosine"] = layers_plot(linears, lambda linear: linear.cosine, "cosine")
+        rounded = [linear for linear in linears if linear.scheme]
+        plots[f"{part} sqnr"] = layers_plot(rounded, lambda linear: linear.sqnr_db, "SQNR, dB")
+        plots[f"{part} cosine"] = layers_plot(rounded, lambda linear: linear.cosine, "cosine")
         plots[f"{part} ranges"] = ranges_plot(linears)
     return plots
 
