@@ -77,6 +77,8 @@ def read_recipe(name: str) -> dict[str, Any]:
         near = _MEANT.get(name.lower()) or " or ".join(get_close_matches(name, shipped, n=2, cutoff=0.4))
         hint = f"did you mean {near}? " if near else ""
         raise EdgeError(f"recipe {shown(name)} is not known; {hint}presets: {', '.join(shipped)}, or give a file.toml")
+    if path.is_dir() or path.suffix == ".json":
+        raise EdgeError(f"{path} is no recipe in TOML; README.md of a quantized checkpoint holds the one that made it")
     try:
         text = read_bytes(path, EdgeError, "expected a recipe in TOML", limit=FILE_BYTES).decode("utf-8")
     except UnicodeDecodeError as error:

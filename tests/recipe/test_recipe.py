@@ -131,6 +131,13 @@ def test_a_file_written_on_windows_is_read(tmp_path: Path) -> None:
     assert read_recipe(str(tmp_path / "mine.toml")) == {"group_size": 64, "symmetric": True}
 
 
+@pytest.mark.parametrize("name", [".", "quantization.json"])
+def test_a_quantized_checkpoint_is_no_recipe_but_has_one(tmp_path: Path, name: str) -> None:
+    (tmp_path / "quantization.json").write_text("{}")
+    with pytest.raises(EdgeError, match=r"is no recipe in TOML; README\.md of a quantized checkpoint holds the one"):
+        read_recipe(str(tmp_path / name))
+
+
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
