@@ -285,21 +285,24 @@ class Recipe:
             raise EdgeError(
                 f"vision {self.vision!r} is not supported: towers lose their answers below 8 bits; use int8 or fp"
             )
-        found = [self.precision(precision) for _, precision in self.layers]
+        if self.negative_scales and not self.symmetric:
+            raise EdgeError("negative scales are for weights without zero points; use symmetric or positive scales")
+        found = [self.base, *(self.precision(precision) for _, precision in self.layers), *self._require_choice()]
+        if self.rounding == "learned" and not any(precision.method.learns for precision in found):
+            raise EdgeError(NOTHING_LEARNS)
+        floats = (self.lm_head, self.vision, self.kv_cache) == ("fp", "fp", "fp")
+        if floats and all(precision.scheme is None for precision in found):
+            raise EdgeError(NOTHING_ROUNDED)
+
+    def _require_choice(self) -> list[Precision]:
+        """Return the candidates of an automatic choice, checked; none where nothing is chosen."""
         if self.automatic and self.base.scheme is None:
             raise EdgeError("precision is chosen from the decoder's scheme upwards; give a decoder scheme below fp")
         if self.choice and all(precision.scheme is None for precision in self.candidates):
             raise EdgeError("precision is chosen among fp alone; give at least one other, such as w8a16")
-        found += self.candidates
         if self.choice and self.choice.target_bits and any(p.method.rounds_inputs for p in self.candidates):
             raise EdgeError("w8a8 has as many bits as w8a16, so target_bits cannot choose between them; give max_kl")
-        if self.rounding == "learned" and not any(p.method.learns for p in [self.base, *found]):
-            raise EdgeError(NOTHING_LEARNS)
-        if self.negative_scales and not self.symmetric:
-            raise EdgeError("negative scales are for weights without zero points; use symmetric or positive scales")
-        floats = (self.lm_head, self.vision, self.kv_cache) == ("fp", "fp", "fp")
-        if floats and all(precision.scheme is None for precision in [self.base, *found]):
-            raise EdgeError(NOTHING_ROUNDED)
+        return self.candidates
 
     def precision(self, text: str) -> Precision:
         """Return the precision that a text like "w8a16" or "w4a16-awq-g32" means in this recipe.
