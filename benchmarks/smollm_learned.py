@@ -3,9 +3,9 @@
     python benchmarks/smollm_learned.py WORK [--row NAME ...] [--peers ~/peers] [--minutes 9]
 
 WORK is the folder of `smollm_awq.py`, which makes the checkpoint, the tokens and the figures; a run continues where it
-was. auto-round's rows need its environment, as there; with 4096 tokens and zero points they are those of
-`smollm_awq.py`. With --minutes, a quantizer is killed after that time. The same command continues it, and the times of
-all attempts are added up. Results: results/smollm-learned.json.
+was. auto-round's rows need its environment, as there; with 4096 tokens they are those of `smollm_awq.py`. With
+--minutes, a quantizer is killed after that time. The same command continues it, and the times of all attempts are added
+up. Results: results/smollm-learned.json.
 """
 
 from __future__ import annotations
@@ -94,7 +94,6 @@ ROWS = [
     Row(32, "learned", seed=1),
     Row(32, "computed", symmetric=True),
     Row(32, "learned", symmetric=True),
-    Row(32, PEER, symmetric=True),
     Row(64, "learned", symmetric=True, negative_scales=True, seed=1),
 ]
 
