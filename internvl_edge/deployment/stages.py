@@ -109,6 +109,8 @@ def deploy(
     target = find_target(request.device, devices)
     if is_bundle(Path(request.checkpoint)):
         raise EdgeError(f"{request.checkpoint} is a bundle already; build makes its engines, and run asks it")
+    if request.recipe and request.recipe.negative_scales and target.device is not None:
+        raise EdgeError(f"{target.title} runs TensorRT, which takes no negative scales; use --positive-scales")
     with writing(request.output) as place:
         state = StateFile(place, request.checkpoint, request.revision, request.device, request.force)
         run = _Run(request, place, target, devices, state, progress, said)
@@ -331,10 +333,6 @@ class _Run:
 
     def _wanted_recipes(self) -> Mapping[str, Recipe]:
         if self.request.recipe:
-            if self.request.recipe.negative_scales and self.target.device is not None:
-                raise EdgeError(
-                    f"{self.target.title} runs TensorRT, which takes no negative scales; use --positive-scales"
-                )
             return {self.request.recipe_name: self.request.recipe}
         return {name: make_recipe(read_recipe(name)) for name in self.target.presets}
 

@@ -366,8 +366,8 @@ def test_negative_scales_are_refused_for_tensorrt_before_anything_is_made(checkp
     recipe = replace(RECIPE, symmetric=True, negative_scales=True)
     with pytest.raises(EdgeError, match=r"takes no negative scales; use --positive-scales"):
         deploy(request(checkpoint, tmp_path / "made", "rtx", recipe=recipe))
-    assert not (tmp_path / "made" / "checkpoint").exists()
-    deploy(request(checkpoint, tmp_path / "other", recipe=recipe))  # a CPU takes them
+    assert not (tmp_path / "made").exists()
+    deploy(request(checkpoint, tmp_path / "made", recipe=recipe))  # a CPU takes them
 
 
 @pytest.mark.slow
