@@ -142,6 +142,20 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "smooth": ("vision_int8.smoothing", "decoder_int8.smoothing"),
     "vision_cosine": ("vision_int8.cosine",),
 }
+# What options are for; the forms that only turn something off are for everything.
+_FOUR_BITS, _COMPENSATED = "4-bit weights", "weights of w4a16-awq or w8a16"
+_INT8_INPUTS, _INT8_TOWER = "int8 inputs (w8a8, or an int8 vision tower)", "an int8 vision tower"
+_ONLY_FOR = {
+    ("group_size", None): ("--group-size", _FOUR_BITS),
+    ("symmetric", True): ("--symmetric", _FOUR_BITS),
+    ("symmetric", False): ("--zero-points", _FOUR_BITS),
+    ("negative_scales", True): ("--negative-scales", _FOUR_BITS),
+    ("compensate", True): ("--compensate", _COMPENSATED),
+    ("calibrator", None): ("--calibrator", _INT8_INPUTS),
+    ("smooth", True): ("--smooth", _INT8_INPUTS),
+    ("vision_cosine", None): ("--vision-cosine", _INT8_TOWER),
+    ("vision_float", None): ("--vision-float", _INT8_TOWER),
+}
 
 
 def recipe_options(command: Command) -> Command:
@@ -158,13 +172,9 @@ def recipe_of(values: dict[str, Any]) -> Recipe:
         EdgeError: the recipe cannot be read, or the options do not fit together.
     """
     name = values.pop("recipe")
+    typed = {option: values[option] for option, _ in _ONLY_FOR if values[option] not in (None, ())}
     fields: dict[str, Any] = {} if name is None else read_recipe(name)
-    given: dict[str, Any] = {}
-    for option, places in _FIELDS.items():
-        if (value := values.pop(option)) is not None:
-            for place in places:
-                table, _, field = place.rpartition(".")
-                (given.setdefault(table, {}) if table else given)[field] = value
+    given = _given(values)
     if name is None and given.get("vision") == "int8":
         given.setdefault("decoder", "fp")
     if given.get("symmetric") is False:
@@ -181,7 +191,34 @@ def recipe_of(values: dict[str, Any]) -> Recipe:
     if limits:  # these replace the recipe's own limit
         among = {"among": fields["automatic"]["among"]} if "among" in fields.get("automatic", {}) else {}
         fields = {**fields, "automatic": {**among, **limits}}
-    return make_recipe(combine(fields, given))
+    recipe = make_recipe(combine(fields, given))
+    _require_effect(typed, recipe)
+    return recipe
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a recipe that options with one value each set, and remove these from `values`."""
+    given: dict[str, Any] = {}
+    for option, places in _FIELDS.items():
+        if (value := values.pop(option)) is not None:
+            for place in places:
+                table, _, field = place.rpartition(".")
+                (given.setdefault(table, {}) if table else given)[field] = value
+    return given
+
+
+def _require_effect(typed: dict[str, Any], recipe: Recipe) -> None:
+    """Raise EdgeError for an option that says something of what the recipe does not have."""
+    methods, tower = [precision.method for precision in recipe.possible], recipe.vision == "int8"
+    present = {
+        _FOUR_BITS: any(method.groups for method in methods),
+        _COMPENSATED: any(method.compensates for method in methods),
+        _INT8_INPUTS: tower or any(method.rounds_inputs for method in methods),
+        _INT8_TOWER: tower,
+    }
+    for (option, value), (name, what) in _ONLY_FOR.items():
+        if option in typed and value in (None, typed[option]) and not present[what]:
+            raise EdgeError(f"{name} is for {what}, which this recipe does not have; change --scheme or --vision too")
 
 
 def _exception(text: str) -> tuple[str, str]:

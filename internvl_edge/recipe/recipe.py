@@ -349,6 +349,12 @@ class Recipe:
         return list(dict.fromkeys(self.precision(text) for text in among))
 
     @property
+    def possible(self) -> list[Precision]:
+        """The precisions that linears of the decoder, with lm_head, can get."""
+        exceptions = [self.precision(text) for _, text in self.layers]
+        return [self.base, self.head, *exceptions, *self.candidates]
+
+    @property
     def needs_data(self) -> bool:
         """Whether the decoder's activations are needed: by a linear, by a choice, or for the range of the KV cache."""
         exceptions = [self.precision(text) for _, text in self.layers]

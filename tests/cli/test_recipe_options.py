@@ -91,6 +91,18 @@ def test_a_set_and_its_data_are_used_as_they_are_said(tmp_path: Path, monkeypatc
         (["--scheme", "w8a16", "--no-compensate", "--data", "pictures"], "nothing in this recipe looks at data"),
         (["--recipe", ""], "recipe '' is not known; presets: "),
         (["--recipe", "jetson"], "presets: cpu, rtx, orin, thor, best, vllm"),
+        (
+            ["--vision", "int8", "--group-size", "32"],
+            "--group-size is for 4-bit weights, which this recipe does not have",
+        ),
+        (["--scheme", "w8a16", "--zero-points"], "--zero-points is for 4-bit weights"),
+        (["--scheme", "fp", "--lm-head", "int8", "--symmetric"], "--symmetric is for 4-bit weights"),
+        (["--scheme", "w8a8", "--symmetric", "--negative-scales", "--max-kl", "0"], "--symmetric is for 4-bit"),
+        (["--scheme", "w4a16-rtn", "--compensate"], "--compensate is for weights of w4a16-awq or w8a16"),
+        (["--group-size", "32", "--calibrator", "mse"], "--calibrator is for int8 inputs"),
+        (["--group-size", "32", "--smooth"], "--smooth is for int8 inputs"),
+        (["--scheme", "w8a8", "--vision-cosine", "0"], "--vision-cosine is for an int8 vision tower"),
+        (["--recipe", "thor", "--vision-float", "projector.*"], "--vision-float is for an int8 vision tower"),
         (["--recipe", "cpu", "--group-size", "32", "--layer", "*.gate=w8a16"], "near: "),
     ],
 )
@@ -120,3 +132,10 @@ def test_zero_points_replace_the_negative_scales_of_a_recipe(tmp_path: Path) -> 
         linear = Checkpoint(tmp_path / option).linear("decoder.layers.0.mlp.up_proj")
         assert linear is not None
         assert bool((linear.scale < 0).any()) == negative
+
+
+def test_options_that_turn_off_what_is_not_there_are_taken(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint")
+    off = ("--no-compensate", "--no-smooth", "--positive-scales")
+    done = quantize(str(checkpoint), "-o", str(tmp_path / "out"), "--scheme", "w4a16-rtn", "--group-size", "32", *off)
+    assert done.exit_code == 0, done.exception
