@@ -66,19 +66,18 @@ def _standard_attention(g: GraphBuilder, decoder: DecoderConfig, inputs: Inputs)
     def attend(q: ir.Value, k: ir.Value, v: ir.Value, cache: LayerCache) -> tuple[ir.Value, ir.Value, ir.Value]:
         q, k, v = (g.heads(x, decoder.head_dim) for x in (q, k, v))
         q, k = (g.rotary(x, inputs.cos, inputs.sin) for x in (q, k))
-        scales = [invertible(g, scale) for scale in cache.scales or ()]
-        if scales:
+        if cache.scales is not None:
             k, v = (
                 g.op("QuantizeLinear", divide(g, x, scale), *g.unit_scale())
-                for x, scale in zip((k, v), scales, strict=True)
+                for x, scale in zip((k, v), cache.scales, strict=True)
             )
-            q = multiply(g, decoder, q, scales[0])
+            q = multiply(g, decoder, q, cache.scales[0])
         (key, used_key), (value, used_value) = scatter_and_slice(cache.key, k), scatter_and_slice(cache.value, v)
-        if scales:
+        if cache.scales is not None:
             used_key, used_value = (g.op("DequantizeLinear", x, *g.unit_scale()) for x in (used_key, used_value))
         attended = g.attention(q, used_key, used_value, heads_of(decoder), mask)
-        if scales:
-            attended = multiply(g, decoder, attended, scales[1])
+        if cache.scales is not None:
+            attended = multiply(g, decoder, attended, cache.scales[1])
         return g.merge_heads(attended, decoder.num_attention_heads * decoder.head_dim), key, value
 
     return attend
@@ -89,21 +88,22 @@ def heads_of(decoder: DecoderConfig) -> Heads:
     return Heads(decoder.num_attention_heads, decoder.num_key_value_heads, decoder.head_dim)
 
 
-def invertible(g: GraphBuilder, scale: Array) -> Array:
-    """Return scales whose inverses the graph's type holds: those of channels of zeros are too small for float16."""
-    if g.types.activations != ir.DataType.FLOAT16:
-        return scale
-    return np.maximum(scale, 1 / np.float32(np.finfo(np.float16).max))
-
-
 def divide(g: GraphBuilder, x: ir.Value, scale: Array) -> ir.Value:
     """Divide keys or values x [batch, kv_heads, seq, head_dim] by their scales [kv_heads, head_dim]."""
-    return g.op("Mul", x, g.floats((1 / scale)[None, :, None]))
+    return g.op("Mul", x, g.floats((1 / _invertible(g, scale))[None, :, None]))
 
 
 def multiply(g: GraphBuilder, decoder: DecoderConfig, x: ir.Value, scale: Array) -> ir.Value:
     """Multiply x [batch, heads, seq, head_dim] by the scales [kv_heads, head_dim] of the KV heads that it reads."""
-    return g.op("Mul", x, g.floats(np.repeat(scale, decoder.num_query_groups, axis=0)[None, :, None]))
+    repeated = np.repeat(_invertible(g, scale), decoder.num_query_groups, axis=0)
+    return g.op("Mul", x, g.floats(repeated[None, :, None]))
+
+
+def _invertible(g: GraphBuilder, scale: Array) -> Array:
+    """Return scales whose inverses the graph's type holds: those of channels of zeros are too small for float16."""
+    if g.types.activations != ir.DataType.FLOAT16:
+        return scale
+    return np.maximum(scale, 1 / np.float32(np.finfo(np.float16).max))
 
 
 def _onnxruntime_attention(g: GraphBuilder, decoder: DecoderConfig, inputs: Inputs) -> Attend:

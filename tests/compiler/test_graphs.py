@@ -16,7 +16,7 @@ import pytest
 
 from helpers import tiny
 from helpers.commands import run_script
-from helpers.kv_scales import write_scales
+from helpers.kv_scales import write_scales, write_scales_of_zeros
 from helpers.repository import REPOSITORY
 from helpers.tiny_quantized import write_quantized
 from internvl_edge import export_bundle
@@ -190,6 +190,18 @@ def test_an_int8_cache_in_sixteen_bits_is_nearer_to_the_model_without_rounding(
     error = np.abs(np.concatenate([first, second]) - expected).max()
     assert error < 0.03 * expected.std()
     assert error < 0.5 * np.abs(rounded - expected).max()
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_scales_of_channels_of_zeros_have_inverses_in_float16(tmp_path: Path, decomposed: bool) -> None:
+    """Also where the bundle computes in float32, which holds larger numbers."""
+    checkpoint = tiny.write_checkpoint(tmp_path / "checkpoint")
+    write_scales_of_zeros(checkpoint)
+    bundle = Bundle.open(export_bundle(checkpoint, tmp_path / "bundle"))
+    graph = onnx.load_from_string(tailored(bundle, "float16", decomposed)[1]).graph
+    constants = [onnx.numpy_helper.to_array(each) for each in graph.initializer if not each.external_data]
+    assert {np.dtype(np.float16)} <= {constant.dtype for constant in constants}
+    assert all(np.isfinite(constant).all() for constant in constants)
 
 
 def test_the_token_is_chosen_from_logits_of_a_float16_product(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from helpers import tiny
 from helpers.engines import TEXT, engine_for, greedy, random_tiles
-from helpers.kv_scales import write_scales
+from helpers.kv_scales import write_scales, write_scales_of_zeros
 from helpers.reference import Reference
 from internvl_edge import export_bundle
 from internvl_edge.base.errors import CheckpointError
@@ -52,10 +52,7 @@ def test_both_dialects_compute_what_the_reference_computes_with_a_rounded_cache(
 
 def test_scales_of_channels_of_zeros_have_inverses_in_float16(tmp_path: Path) -> None:
     checkpoint = tiny.write_checkpoint(tmp_path / "checkpoint")
-    scales = write_scales(checkpoint)
-    keys, values = 127 * scales.key[..., : scales.key.shape[-1] // 2], 127 * scales.value
-    keys[..., :3], values[..., :3] = 0, 0
-    KvScales.from_ranges(keys, values).write(checkpoint)
+    write_scales_of_zeros(checkpoint)
     bundle = export_bundle(checkpoint, tmp_path / "bundle", activations="float16", dialects=["standard"])
     graph = onnx.load(bundle / DECODERS["standard"], load_external_data=False).graph
     constants = [onnx.numpy_helper.to_array(each) for each in graph.initializer if not each.external_data]

@@ -25,3 +25,11 @@ def write_scales(checkpoint: Path, seed: int = 0, least: float = 2, most: float 
     scales = KvScales.from_ranges(keys, values)
     scales.write(checkpoint)
     return scales
+
+
+def write_scales_of_zeros(checkpoint: Path) -> None:
+    """Write scales of which the first channels have seen nothing but zeros."""
+    scales = write_scales(checkpoint)
+    keys, values = 127 * scales.key[..., : scales.key.shape[-1] // 2], 127 * scales.value
+    keys[..., :3], values[..., :3] = 0, 0
+    KvScales.from_ranges(keys, values).write(checkpoint)
