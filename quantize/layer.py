@@ -370,12 +370,12 @@ class BlockQuantizer:
 
     def _float_scaled(self, name: str, scale: Tensor | None, block: QuantizedBlock) -> Tensor:
         """Return the same for a weight that stays float, in its stored type."""
-        stored = self._checkpoint.tensor(f"{name}.weight").dtype
-        scaled = self._scaled(name, scale, block).to(to_torch(np.empty(0, stored)).dtype)
+        stored = self._checkpoint.tensor(f"{name}.weight")
+        scaled = self._scaled(name, scale, block).to(to_torch(stored).dtype)
         if not is_finite(scaled):
             raise EdgeError(
-                f"{name} stays {stored}, which cannot hold its weights times the scale that quantized linears near it "
-                "need; quantize it too, or keep those fp as well, or convert the checkpoint to bfloat16"
+                f"{name} stays {stored.dtype}, which cannot hold its weights times the scale that quantized linears "
+                "near it need; quantize it too, or keep those fp as well, or convert the checkpoint to bfloat16"
             )
         return scaled
 

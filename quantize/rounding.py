@@ -27,11 +27,12 @@ from internvl_edge.calibration.compute import is_finite, one_thread
 from internvl_edge.calibration.statistics import InputStatistics
 from internvl_edge.model.linear import PackedLinear, Scheme
 
-_CLIP_RATIOS = tuple(1 - 0.05 * step for step in range(1, 11))
-# Ratios for symmetric 4-bit scales. max/7 is always tried. max/7.5 and max/8 use the lowest integer. The others clip.
-_SYMMETRIC_RATIOS = (7 / 7.5, 7 / 8, *(7 / 8 * ratio for ratio in _CLIP_RATIOS))
-# The same with negative scales, where max/8 is the widest.
-_NEGATIVE_RATIOS = tuple(7 / 8 * ratio for ratio in _CLIP_RATIOS)
+# Ratios of a group's interval that are tried, the widest first.
+_RATIOS = (1.0, *(1 - 0.05 * step for step in range(1, 11)))
+# Those for symmetric 4-bit scales: max/7, then max/7.5 and max/8, which use the lowest integer; the others clip.
+_SYMMETRIC_RATIOS = (1.0, 7 / 7.5, *(7 / 8 * ratio for ratio in _RATIOS))
+# The same with negative scales: in max/8, the lowest integer stands for the weight of the largest magnitude.
+_NEGATIVE_RATIOS = tuple(7 / 8 * ratio for ratio in _RATIOS)
 # The number of weights whose clipping is searched together. They must fit into the processor's cache.
 _CLIP_WEIGHTS = 1 << 19
 # The number of columns whose errors are spread over all later ones together.
@@ -121,8 +122,7 @@ def minmax_grid(weight: Tensor, kind: GridKind) -> Grid:
     Where scales may be negative, the lowest integer stands for the weight of the largest magnitude. A weight of about
     this magnitude and the other sign is clipped a little.
     """
-    low, high = limits(kind.scheme)
-    return spanning(extent(weight, kind.scheme), kind, -high / low if kind.negative else 1.0)
+    return spanning(extent(weight, kind.scheme), kind, _ratios(kind)[0])
 
 
 def extent(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
@@ -132,7 +132,7 @@ def extent(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     return smallest.clamp_(max=0), largest.clamp_(min=0)
 
 
-def spanning(spanned: tuple[Tensor, Tensor], kind: GridKind, ratio: float = 1.0) -> Grid:
+def spanning(spanned: tuple[Tensor, Tensor], kind: GridKind, ratio: float) -> Grid:
     """Return the grid for groups that span the interval `spanned` (from `extent`), after shrinking it by `ratio`.
 
     Asymmetric grids always hold 0. At ratio 1, a symmetric grid spans [-max, max] and its highest integer stands for
@@ -200,9 +200,10 @@ def search_clipping(weight: Tensor, blocks: Tensor, kind: GridKind) -> Grid:
 def _clip_rows(weight: Tensor, blocks: Tensor, kind: GridKind) -> Grid:
     spanned = extent(weight, kind.scheme)
     grouped = weight.reshape(len(weight), len(blocks), -1).transpose(0, 1).contiguous()
-    best = minmax_grid(weight, kind)
+    widest, *others = _ratios(kind)
+    best = spanning(spanned, kind, widest)
     least = _group_error(grouped, best, blocks)
-    for ratio in _ratios(kind):
+    for ratio in others:
         grid = spanning(spanned, kind, ratio)
         error = _group_error(grouped, grid, blocks)
         better = error < least
@@ -212,10 +213,9 @@ def _clip_rows(weight: Tensor, blocks: Tensor, kind: GridKind) -> Grid:
 
 
 def _ratios(kind: GridKind) -> tuple[float, ...]:
-    """Return the ratios of the interval to try beside that of `minmax_grid`."""
     if kind.negative:
         return _NEGATIVE_RATIOS
-    return _SYMMETRIC_RATIOS if kind.scheme.symmetric else _CLIP_RATIOS
+    return _SYMMETRIC_RATIOS if kind.scheme.symmetric else _RATIOS
 
 
 def _group_error(weight: Tensor, grid: Grid, blocks: Tensor) -> Tensor:
