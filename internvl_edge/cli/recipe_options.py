@@ -209,7 +209,8 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
 
 def _require_effect(typed: dict[str, Any], recipe: Recipe) -> None:
     """Raise EdgeError for an option that says something of what the recipe does not have."""
-    methods, tower = [precision.method for precision in recipe.possible], recipe.vision == "int8"
+    methods = [precision.method for precision in (recipe.head, *recipe.possible)]
+    tower = recipe.vision == "int8"
     present = {
         _FOUR_BITS: any(method.groups for method in methods),
         _COMPENSATED: any(method.compensates for method in methods),

@@ -287,22 +287,21 @@ class Recipe:
             )
         if self.negative_scales and not self.symmetric:
             raise EdgeError("negative scales are for weights without zero points; use symmetric or positive scales")
-        found = [self.base, *(self.precision(precision) for _, precision in self.layers), *self._require_choice()]
-        if self.rounding == "learned" and not any(precision.method.learns for precision in found):
+        possible = self.possible
+        self._require_choice()
+        if self.rounding == "learned" and not any(precision.method.learns for precision in possible):
             raise EdgeError(NOTHING_LEARNS)
         floats = (self.lm_head, self.vision, self.kv_cache) == ("fp", "fp", "fp")
-        if floats and all(precision.scheme is None for precision in found):
+        if floats and all(precision.scheme is None for precision in possible):
             raise EdgeError(NOTHING_ROUNDED)
 
-    def _require_choice(self) -> list[Precision]:
-        """Return the candidates of an automatic choice, checked; none where nothing is chosen."""
+    def _require_choice(self) -> None:
         if self.automatic and self.base.scheme is None:
             raise EdgeError("precision is chosen from the decoder's scheme upwards; give a decoder scheme below fp")
         if self.choice and all(precision.scheme is None for precision in self.candidates):
             raise EdgeError("precision is chosen among fp alone; give at least one other, such as w8a16")
         if self.choice and self.choice.target_bits and any(p.method.rounds_inputs for p in self.candidates):
             raise EdgeError("w8a8 has as many bits as w8a16, so target_bits cannot choose between them; give max_kl")
-        return self.candidates
 
     def precision(self, text: str) -> Precision:
         """Return the precision that a text like "w8a16" or "w4a16-awq-g32" means in this recipe.
@@ -350,17 +349,15 @@ class Recipe:
 
     @property
     def possible(self) -> list[Precision]:
-        """The precisions that linears of the decoder, with lm_head, can get."""
-        exceptions = [self.precision(text) for _, text in self.layers]
-        return [self.base, self.head, *exceptions, *self.candidates]
+        """The precisions that linears in the decoder's layers can get."""
+        return [self.base, *(self.precision(text) for _, text in self.layers), *self.candidates]
 
     @property
     def needs_data(self) -> bool:
         """Whether the decoder's activations are needed: by a linear, by a choice, or for the range of the KV cache."""
-        exceptions = [self.precision(text) for _, text in self.layers]
         chosen = self.choice is not None or self.kv_cache == "int8"
         compensated = self.base.method.compensates and self.error_compensation
-        return chosen or compensated or any(each.needs_data for each in (self.base, *exceptions))
+        return chosen or compensated or any(each.needs_data for each in self.possible)
 
     @property
     def is_autoawq(self) -> bool:
